@@ -1,0 +1,405 @@
+"""The command line: one function per command.
+
+Everything heavy is imported where it is used, so that --help and --version answer at once.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from cleangpt import __version__
+from cleangpt.errors import RunFailedError, UserError, nearest
+from cleangpt.options import parse
+
+USAGE = """\
+usage: cleangpt COMMAND [ARGUMENTS] [--help]
+
+  demo                  train two small models from nothing and show what came out (a few minutes, no network)
+  list                  name the experiments, corpora and models there are
+  prepare CORPUS        turn a corpus into a token store, memory-mapped in training
+  train EXPERIMENT      start a run of an experiment, by name or by path to your own Python file
+  resume RUN            go on from a run's newest snapshot
+  evaluate RUN          loss, perplexity, bits per byte and task score of a run's best checkpoint
+  sample RUN            text from a run's best checkpoint
+  report RUN [RUN ...]  a page with curves, figures and samples; several runs are compared
+
+RUN is a run's folder, or an experiment's name for its newest run. cleangpt COMMAND --help tells the options."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line (None: the process's own) and returns the exit code.
+
+    0: done, or stopped at a signal after saving; 1: the run failed; 2: the command or its input was wrong;
+    130: stopped at once by a second Ctrl-C.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(words)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunFailedError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped at once; what was saved before is whole", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (head, less) has left; nothing more can be said to it.
+        sys.stderr.close()
+        return 0
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if words else 2
+    if words[0] in ("--version", "-V"):
+        print(f"cleangpt {__version__}")
+        return 0
+    if words[0] not in COMMANDS:
+        raise UserError(f"{words[0]!r} is not a command{nearest(words[0], COMMANDS)}; allowed: {', '.join(COMMANDS)}")
+    COMMANDS[words[0]](words[1:])
+    return 0
+
+
+def _subject(words: list[str], command: str, what: str, names: Callable[[], Sequence[str]]) -> str:
+    """The first word after a command; without one, says how to call it."""
+    if words and not words[0].startswith("-"):
+        return words[0]
+    if words and words[0] in ("-h", "--help"):
+        print(f"usage: cleangpt {command} {what} [OPTIONS]\n\n{what} is one of: {', '.join(names())}")
+        print(f"cleangpt {command} {what} --help tells the options.")
+        raise SystemExit(0)
+    raise UserError(f"cleangpt {command} needs {what}; allowed: {', '.join(names())}")
+
+
+# Before training -----------------------------------------------------------------------------------------------------
+
+
+def list_command(words: list[str]) -> None:
+    """cleangpt list"""
+
+    @dataclasses.dataclass
+    class Options:
+        pass
+
+    parse(Options, words, program="cleangpt list", about="Names the experiments, corpora and models there are.")
+    import ast
+
+    from cleangpt.corpora import CORPORA
+    from cleangpt.experiment_files import experiments
+    from cleangpt.models import MODELS
+
+    docs = {name: ast.get_docstring(ast.parse(path.read_text("utf-8"))) for name, path in experiments().items()}
+    sections = {
+        "experiments": docs,
+        "corpora": {name: cls.__doc__ for name, cls in CORPORA.items()},
+        "models": {name: cls.__doc__ for name, (_, cls) in MODELS.items()},
+    }
+    for title, entries in sections.items():
+        print(title)
+        for name, doc in entries.items():
+            print(f"  {name:<22}{(doc or '').strip().splitlines()[0] if doc else ''}")
+
+
+def prepare_command(words: list[str]) -> None:
+    """cleangpt prepare CORPUS"""
+    from cleangpt.corpora import CORPORA, prepare
+
+    name = _subject(words, "prepare", "CORPUS", lambda: list(CORPORA))
+    if name not in CORPORA:
+        raise UserError(f"corpus {name!r} is not known{nearest(name, CORPORA)}; allowed: {', '.join(CORPORA)}")
+    options = dataclasses.make_dataclass(
+        "Options",
+        [
+            ("corpus", Annotated[CORPORA[name], tyro.conf.arg(name="")]),
+            ("folder", Annotated[str, tyro.conf.arg(help="Where token stores are kept.")], "data"),
+            ("again", Annotated[bool, tyro.conf.arg(help="Prepare it anew, even if it is there.")], False),
+        ],
+    )
+    about = (CORPORA[name].__doc__ or "").splitlines()[0]
+    chosen: Any = parse(options, words[1:], program=f"cleangpt prepare {name}", about=about)
+    chosen.corpus.check()
+    store = prepare(chosen.corpus, Path(chosen.folder), again=chosen.again)
+    print(f"token store: {store.folder}")
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+def train_command(words: list[str]) -> None:
+    """cleangpt train EXPERIMENT"""
+    from cleangpt.experiment_files import experiments, find_experiment, load_experiment, recorded_overrides
+
+    path = find_experiment(_subject(words, "train", "EXPERIMENT", lambda: list(experiments())))
+    recorded = recorded_overrides(path)
+    if recorded:
+        print(f"with the overrides that this run was started with: {' '.join(recorded)}")
+    experiment = load_experiment(path)
+    overrides = [*recorded, *words[1:]]
+    experiment = parse(
+        type(experiment), overrides, program=f"cleangpt train {words[0]}", default=experiment,
+        about=f"Fields of {path}, with their values there.",
+    )  # fmt: skip
+    _train(experiment, path, overrides)
+
+
+def resume_command(words: list[str]) -> None:
+    """cleangpt resume RUN"""
+    from cleangpt.experiment_files import run_file
+    from cleangpt.files import write_json
+    from cleangpt.training.run import (
+        EXPERIMENT,
+        EXPERIMENT_FILE,
+        check_resumable,
+        experiment_json,
+        find_run,
+        read_experiment,
+    )
+
+    run = find_run(_subject(words, "resume", "RUN", _runs))
+    if (run / EXPERIMENT_FILE).is_file():
+        run_file(run / EXPERIMENT_FILE)
+    before = read_experiment(run)
+    experiment = parse(
+        type(before), words[1:], program=f"cleangpt resume {words[0]}", default=before,
+        about=f"Fields of {run / EXPERIMENT}; those of the data and the model cannot change any more.",
+    )  # fmt: skip
+    experiment = dataclasses.replace(experiment, run=str(run))
+    check_resumable(before, experiment)
+    _check(experiment)
+    if experiment != dataclasses.replace(before, run=str(run)):
+        write_json(run / EXPERIMENT, experiment_json(experiment))
+    _train(experiment, None, [])
+
+
+def _check(experiment: Any) -> None:
+    """Refuses what cannot work, before anything is made."""
+    from cleangpt.config import check_experiment
+    from cleangpt.objectives import OBJECTIVES
+    from cleangpt.tracking import check_tracking
+    from cleangpt.training.device import choose_device
+
+    check_experiment(experiment)
+    if experiment.objective not in OBJECTIVES:
+        hint = nearest(experiment.objective, OBJECTIVES)
+        raise UserError(f"objective is {experiment.objective!r}; allowed: {', '.join(OBJECTIVES)}{hint}")
+    experiment.corpus.check()
+    choose_device(experiment.training.device)
+    check_tracking(experiment.tracking)
+
+
+def _train(experiment: Any, source: Path | None, overrides: Sequence[str]) -> Path:
+    """Prepares the corpus where needed, opens the run, trains, and says what to do next; returns the run."""
+    _check(experiment)
+    from cleangpt.corpora import prepare
+    from cleangpt.tracking.progress import ProgressBar
+    from cleangpt.training.run import check_store, find_checkpoint, open_run, resolve, summary
+    from cleangpt.training.trainer import Trainer
+
+    if experiment.init_from is not None:
+        find_checkpoint(experiment.init_from)
+    store = prepare(experiment.corpus, Path(experiment.data.folder))
+    experiment = resolve(experiment, store.vocab_size)
+    check_store(experiment, store)
+    run = open_run(experiment, source, overrides)
+    progress = ProgressBar(run, experiment.tracking.progress)
+    trainer = Trainer(experiment, run, store, progress)
+    for line in summary(experiment, run, store, trainer.model, trainer.device):
+        progress.say(line)
+    status = trainer.train()
+    if status == "interrupted":
+        progress.say(f"interrupted and saved; go on with: cleangpt resume {run}")
+    else:
+        progress.say(f"{status}; next: cleangpt evaluate {run}, cleangpt sample {run}, cleangpt report {run}")
+    return run
+
+
+# After training ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class EvaluateOptions:
+    """What to evaluate."""
+
+    run: tyro.conf.Positional[str]
+    """Folder of a run, or an experiment's name for its newest run."""
+    checkpoint: str | None = None
+    """Name of one of its checkpoints; none: the best."""
+    split: str | None = None
+    """Split of the corpus; none: test where there is one, else val."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    code: str | None = None
+    """A Python file of yours to run first, which registers your own model or corpus."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+def evaluate_command(words: list[str]) -> None:
+    """cleangpt evaluate RUN"""
+    about = "Loss, perplexity, bits per byte and task score over a whole split; also kept in RUN/evaluation.json."
+    options = parse(EvaluateOptions, words, program="cleangpt evaluate", about=about)
+    import json
+
+    from cleangpt.evaluation.report import evaluate_run, table
+    from cleangpt.training.device import choose_device
+    from cleangpt.training.run import find_run
+
+    _run_code(options.code)
+    device = choose_device(options.device)
+    figures = evaluate_run(find_run(options.run), options.checkpoint, options.split, device)
+    if options.json:
+        print(json.dumps(figures, indent=2))
+    else:
+        table(figures)
+
+
+@dataclasses.dataclass
+class SampleOptions:
+    """What to sample."""
+
+    run: tyro.conf.Positional[str]
+    """Folder of a run or of a checkpoint, or an experiment's name for its newest run."""
+    prompt: str | None = None
+    """Text to go on from; none: the start of a document."""
+    max_new_tokens: int = 200
+    """Most tokens to add."""
+    temperature: float = 0.8
+    """Divides the logits; 0: always the likeliest token."""
+    top_k: int | None = None
+    """Draw among so many likeliest tokens only."""
+    top_p: float | None = None
+    """Draw among the likeliest tokens that together reach this probability only."""
+    seed: int = 1337
+    """Of the draws."""
+    num_samples: int = 1
+    """How many texts."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    code: str | None = None
+    """A Python file of yours to run first, which registers your own model."""
+
+
+def sample_command(words: list[str]) -> None:
+    """cleangpt sample RUN"""
+    options = parse(SampleOptions, words, program="cleangpt sample", about="Text from a run's best checkpoint.")
+    from cleangpt.inference.text import stream
+    from cleangpt.training.checkpoints import load_checkpoint
+    from cleangpt.training.device import choose_device
+    from cleangpt.training.run import find_checkpoint
+
+    for name, allowed, words_ in (
+        ("temperature", options.temperature >= 0, "0 or more"),
+        ("top-k", options.top_k is None or options.top_k >= 1, "1 or more"),
+        ("top-p", options.top_p is None or 0 < options.top_p <= 1, "more than 0, at most 1"),
+        ("max-new-tokens", options.max_new_tokens >= 0, "0 or more"),
+        ("num-samples", options.num_samples >= 1, "1 or more"),
+        ("seed", 0 <= options.seed < 2**63, "a whole number of 0 or more"),
+    ):
+        if not allowed:
+            raise UserError(f"--{name} is {getattr(options, name.replace('-', '_'))}; allowed: {words_}")
+    _run_code(options.code)
+    device = choose_device(options.device)
+    checkpoint = load_checkpoint(find_checkpoint(options.run))
+    for number in range(options.num_samples):
+        if number:
+            print("---")
+        for piece in stream(
+            checkpoint.model(device), checkpoint.tokenizer, options.prompt, device,
+            max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_k=options.top_k,
+            top_p=options.top_p, seed=options.seed + number,
+        ):  # fmt: skip
+            print(piece, end="", flush=True)
+        print()
+
+
+@dataclasses.dataclass
+class ReportOptions:
+    """What to report."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Folders of runs, or experiments' names for their newest runs."""
+    schedule: str | None = None
+    """Instead: plot the schedules that an experiment plans (a name or a path), before it is trained."""
+    out: str | None = None
+    """Where to write; none: into the run, or report/ for several, or NAME_schedule.png for a schedule."""
+
+
+def report_command(words: list[str]) -> None:
+    """cleangpt report RUN [RUN ...]"""
+    about = "A self-contained page and PNGs: curves, schedules, throughput, samples; several runs are compared."
+    options = parse(ReportOptions, words, program="cleangpt report", about=about)
+    from cleangpt.training.run import find_run
+
+    if bool(options.runs) == (options.schedule is not None):
+        raise UserError("cleangpt report needs either runs or --schedule EXPERIMENT")
+    if options.schedule is not None:
+        print(f"schedules: {_plot_schedules(options.schedule, options.out)}")
+        return
+    from cleangpt.tracking.report import write_report
+
+    out = Path(options.out) if options.out is not None else None
+    print(f"report: {write_report([find_run(run) for run in options.runs], out)}")
+
+
+def _plot_schedules(name: str, out: str | None) -> Path:
+    from cleangpt.config import check_experiment
+    from cleangpt.experiment_files import find_experiment, load_experiment
+    from cleangpt.tracking.plots import schedule_preview
+    from cleangpt.training.schedules import curves
+
+    experiment = load_experiment(find_experiment(name))
+    check_experiment(experiment)
+    samples, planned = curves(experiment)
+    path = Path(out) if out is not None else Path(f"{experiment.name}_schedule.png")
+    return schedule_preview({key: (samples, values) for key, values in planned.items()}, path)
+
+
+def _run_code(code: str | None) -> None:
+    if code is not None:
+        from cleangpt.experiment_files import find_experiment, run_file
+
+        run_file(find_experiment(code))
+
+
+def _runs() -> list[str]:
+    """The names in runs/."""
+    names = sorted(path.name for path in Path("runs").glob("*") if path.is_dir())
+    return names or ["a run's folder; there is none in runs/ yet"]
+
+
+# The demonstration ---------------------------------------------------------------------------------------------------
+
+
+def demo_command(words: list[str]) -> None:
+    """cleangpt demo"""
+
+    @dataclasses.dataclass
+    class Options:
+        pass
+
+    about = "Trains, scores, samples and reports two small models: an adder and a character model of Python code."
+    parse(Options, words, program="cleangpt demo", about=about)
+    from cleangpt.demo import demo
+
+    demo()
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "demo": demo_command,
+    "list": list_command,
+    "prepare": prepare_command,
+    "train": train_command,
+    "resume": resume_command,
+    "evaluate": evaluate_command,
+    "sample": sample_command,
+    "report": report_command,
+}

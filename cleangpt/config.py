@@ -1,0 +1,409 @@
+"""Every hyperparameter of an experiment, as plain dataclasses.
+
+An experiment is a Python file that builds one `Experiment` and calls it `experiment`. Units stand with each field; a
+*share of the run* is a number from 0 to 1. What a field may be is checked twice: its type and range here (`check`),
+its fit with the other fields in `check_experiment`.
+"""
+
+import dataclasses
+import math
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from cleangpt.errors import UserError, nearest
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What every architecture's configuration has; `models/` holds the architectures.
+
+    An architecture whose configuration names `n_heads` and `dim` gets their fit checked.
+    """
+
+    vocab_size: int | None = None
+    """Kinds of token; none: as many as the corpus's tokenizer knows. A larger number pads the embedding."""
+    max_seq_len: int
+    """The longest sequence the model can read, in tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """What every corpus's configuration has; `corpora/` holds the corpora."""
+
+    task: ClassVar[str] = ""
+    """The score that evaluation computes on this corpus, a name in SCORES; empty: none."""
+
+
+Shape = Literal["constant", "linear", "cosine", "power", "wsd"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """A factor over the run's progress, multiplied with a base value; see `training/schedules.py`."""
+
+    shape: Shape = "constant"
+    """How the factor goes from initial to final after the warm-up."""
+    initial: float = 1.0
+    """Factor at the end of the warm-up."""
+    final: float = 1.0
+    """Factor at the end of the run; shape constant ignores it."""
+    warmup: float = 0.0
+    """Share of the run in which the factor rises linearly from near 0 to initial."""
+    decay: float = 0.2
+    """Shape wsd: share of the run in which the factor falls from initial to final, at its end."""
+    power: float = 2.0
+    """Shape power: the exponent; 1 is linear."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What one sample and one batch are."""
+
+    seq_len: int
+    """Tokens in a sample."""
+    batch_size: int
+    """Samples in a batch, over all devices."""
+    val_samples: int | None = None
+    """Samples validated after each macro-batch, always the same ones; none: the whole validation split."""
+    prefetch: int = 4
+    """Batches loaded ahead of the one in use."""
+    folder: str = "data"
+    """Where token stores are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter 2019); matrices decay, biases and gains do not."""
+
+    lr: float
+    """Learning rate, before the schedule's factor."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, before the schedule's factor."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the gradient's first and second moment."""
+    eps: float = 1e-8
+    """Added to the denominator of the update."""
+    clip_norm: float | None = 1.0
+    """Largest norm of the whole gradient; none: no clipping."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Factors on learning rate, weight decay and training batch size, over samples seen."""
+
+    lr: Schedule = Schedule()
+    weight_decay: Schedule = Schedule()
+    batch_size: Schedule = Schedule()
+    """On training.accumulation, rounded to whole batches, at least 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How long, in which units, and on what the run trains."""
+
+    macro_batches: int
+    """Length of the run, in macro-batches."""
+    batches_per_macro_batch: int
+    """Batches after which the model is validated, logged, snapshotted and checkpointed."""
+    accumulation: int = 1
+    """Batches in a step, before the schedule's factor; training batch size = batch_size x accumulation."""
+    micro_batch_size: int | None = None
+    """Samples in one forward pass of one device; none: the device's whole part of a batch."""
+    seed: int = 1337
+    """Of the initial weights, the order of samples and dropout."""
+    device: str = "auto"
+    """auto (cuda, else mps, else cpu), or cpu, cuda, cuda:1, mps."""
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    """bf16: autocast, weights stay fp32; auto: bf16 on a CUDA device that has it, else fp32."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    threads: int | None = None
+    """CPU threads of PyTorch; none: PyTorch's own choice. Another number changes the last bits of results."""
+    max_skipped_steps: int = 10
+    """Steps in a row that may be skipped for a loss or gradient that is not finite, before the run stops."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyStoppingConfig:
+    """Stops a run whose validation loss no longer improves."""
+
+    patience: int | None = None
+    """Macro-batches without improvement before the run stops; none: never."""
+    min_delta: float = 0.0
+    """Smallest fall of the validation loss that counts as improvement, in nats."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavingConfig:
+    """Snapshots (to go on exactly) and checkpoints (weights to use)."""
+
+    snapshot_every: int = 1
+    """Macro-batches between snapshots; one is also written at a signal and at the end."""
+    keep_snapshots: int = 2
+    """Newest snapshots kept."""
+    keep_best: int = 3
+    """Checkpoints kept, by lowest validation loss."""
+    checkpoint_every: int | None = None
+    """Also keep a checkpoint every so many macro-batches, for good; none: only the best."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """What a run tells, and to whom; metrics.jsonl is always written."""
+
+    progress: bool = True
+    """Show the progress bar (plain lines where there is no terminal)."""
+    wandb: Literal["disabled", "online", "offline"] = "disabled"
+    """Weights & Biases; needs cleangpt[wandb]."""
+    wandb_project: str = "cleangpt"
+    """Project in Weights & Biases."""
+    tensorboard: bool = False
+    """Write TensorBoard event files into the run; needs cleangpt[tensorboard]."""
+    score_samples: int = 1000
+    """Validation samples scored after each macro-batch, for a corpus with a task score; 0: none."""
+    sample_tokens: int = 200
+    """Tokens sampled from the model whenever a checkpoint is saved; 0: none."""
+    sample_prompt: str | None = None
+    """Where those samples begin; none: the start of the validation split."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything that makes a run what it is."""
+
+    name: str
+    """Names the folder of its runs."""
+    corpus: CorpusConfig
+    data: DataConfig
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    objective: str = "next_token"
+    """What is learned: a name in OBJECTIVES."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    training: TrainingConfig
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
+    saving: SavingConfig = SavingConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    init_from: str | None = None
+    """Start from the weights of this run (its best checkpoint) or this checkpoint; none: from random weights."""
+    run: str | None = None
+    """Folder of the run; one that exists is gone on with. None: runs/NAME/TIME."""
+
+
+def samples_per_macro_batch(experiment: Experiment) -> int:
+    """Samples in a macro-batch, over all devices."""
+    return experiment.training.batches_per_macro_batch * experiment.data.batch_size
+
+
+def total_samples(experiment: Experiment) -> int:
+    """Samples in the whole run: where a schedule's progress reaches 1."""
+    return experiment.training.macro_batches * samples_per_macro_batch(experiment)
+
+
+# Checking ------------------------------------------------------------------------------------------------------------
+
+AT_LEAST_ONE = "a whole number of 1 or more"
+SHARE = "from 0 to 1"
+RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        [
+            "data.seq_len",
+            "data.batch_size",
+            "data.val_samples",
+            "data.prefetch",
+            "model.vocab_size",
+            "model.max_seq_len",
+            "model.n_layers",
+            "model.n_heads",
+            "model.dim",
+            "training.macro_batches",
+            "training.batches_per_macro_batch",
+            "training.accumulation",
+            "training.micro_batch_size",
+            "training.threads",
+            "training.max_skipped_steps",
+            "early_stopping.patience",
+            "saving.snapshot_every",
+            "saving.keep_snapshots",
+            "saving.keep_best",
+            "saving.checkpoint_every",
+        ],
+        (lambda value: value >= 1, AT_LEAST_ONE),
+    ),
+    **dict.fromkeys(
+        ["tracking.sample_tokens", "tracking.score_samples", "training.seed"],
+        (lambda value: 0 <= value < 2**63, "a whole number of 0 or more"),
+    ),
+    **dict.fromkeys(
+        [f"schedule.{name}.{part}" for name in ("lr", "weight_decay", "batch_size") for part in ("warmup", "decay")],
+        (lambda value: 0 <= value <= 1, SHARE),
+    ),
+    **dict.fromkeys(
+        [
+            f"schedule.{name}.{part}"
+            for name in ("lr", "weight_decay", "batch_size")
+            for part in ("initial", "final", "power")
+        ]
+        + ["optimizer.lr", "optimizer.weight_decay", "early_stopping.min_delta"],
+        (lambda value: value >= 0, "0 or more"),
+    ),
+    **dict.fromkeys(["optimizer.eps", "optimizer.clip_norm"], (lambda value: value > 0, "more than 0")),
+    "optimizer.betas": (lambda value: all(0 <= beta < 1 for beta in value), "two numbers from 0 to below 1"),
+    "model.dropout": (lambda value: 0 <= value < 1, "from 0 to below 1"),
+    "training.device": (
+        lambda value: value.split(":")[0] in ("auto", "cpu", "cuda", "mps") and value.split(":")[-1] != "",
+        "auto, cpu, cuda, cuda:N or mps",
+    ),
+    "name": (
+        lambda value: 0 < len(value) <= 100 and all(letter.isalnum() or letter in "-_." for letter in value)
+        and value.strip(".") == value,
+        "letters, digits, '-', '_' and '.' within",
+    ),
+}  # fmt: skip
+
+
+def check(config: Any, path: str = "") -> None:
+    """Checks type and range of every field of a dataclass, and of the dataclasses in it.
+
+    Raises:
+        UserError: one line naming the field, its value and what is allowed.
+    """
+    hints = get_type_hints(type(config))
+    for entry in dataclasses.fields(config):
+        name, value = f"{path}{entry.name}", getattr(config, entry.name)
+        if not fits(value, hints[entry.name]):
+            raise UserError(f"{name} is {value!r}; allowed: {describe(hints[entry.name])}")
+        if dataclasses.is_dataclass(value):
+            check(value, f"{name}.")
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise UserError(f"{name} is {value!r}; allowed: a finite number")
+        allowed, words = RULES.get(name, (lambda _: True, ""))
+        if value is not None and not allowed(value):
+            raise UserError(f"{name} is {value!r}; allowed: {words}")
+
+
+def check_experiment(experiment: Experiment, devices: int = 1) -> None:
+    """`check`, then what one field demands of another.
+
+    Raises:
+        UserError: one line naming the fields, their values and what is allowed.
+    """
+    check(experiment)
+    data, model, training = experiment.data, experiment.model, experiment.training
+    heads, dim = getattr(model, "n_heads", 1), getattr(model, "dim", 1)
+    if dim % heads:
+        raise UserError(f"model.n_heads is {heads}; allowed: a divisor of model.dim, which is {dim}")
+    if data.seq_len > model.max_seq_len:
+        raise UserError(
+            f"data.seq_len is {data.seq_len}; allowed: at most model.max_seq_len, which is {model.max_seq_len}"
+        )
+    if data.batch_size % devices:
+        raise UserError(f"data.batch_size is {data.batch_size}; allowed: a multiple of the {devices} devices")
+    per_device = data.batch_size // devices
+    if training.micro_batch_size is not None and per_device % training.micro_batch_size:
+        raise UserError(
+            f"training.micro_batch_size is {training.micro_batch_size}; "
+            f"allowed: a divisor of the {per_device} samples of a batch on one device"
+        )
+    largest = training.accumulation * peak(experiment.schedule.batch_size)
+    if round(largest) > training.batches_per_macro_batch:
+        raise UserError(
+            f"training.accumulation reaches {round(largest)} batches a step; allowed: at most "
+            f"training.batches_per_macro_batch, which is {training.batches_per_macro_batch}"
+        )
+    for name in ("lr", "weight_decay", "batch_size"):
+        schedule: Schedule = getattr(experiment.schedule, name)
+        if schedule.shape == "wsd" and schedule.warmup + schedule.decay > 1:
+            raise UserError(
+                f"schedule.{name}.decay is {schedule.decay}; allowed: at most 1 - warmup, "
+                f"which is {1 - schedule.warmup:g}"
+            )
+
+
+def peak(schedule: Schedule) -> float:
+    """The largest factor that a schedule reaches."""
+    return schedule.initial if schedule.shape == "constant" else max(schedule.initial, schedule.final)
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value has the type that an annotation names; a whole number serves as a float."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, argument) for argument in arguments)
+    if origin is Literal:
+        return any(value is argument or (value == argument and type(value) is type(argument)) for argument in arguments)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return all(fits(part, arguments[0]) for part in value)
+        return len(value) == len(arguments) and all(map(fits, value, arguments))
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def describe(hint: Any) -> str:
+    """An annotation in words for a message: ``a whole number or None``."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe(argument) for argument in arguments)
+    if origin is Literal:
+        return ", ".join(map(str, arguments))
+    if origin is tuple:
+        return "a tuple of " + ", ".join("…" if argument is Ellipsis else describe(argument) for argument in arguments)
+    words = {int: "a whole number", float: "a number", str: "text", bool: "True or False", type(None): "None"}
+    return words.get(hint, f"a {getattr(hint, '__name__', hint)}")
+
+
+# To and from JSON ----------------------------------------------------------------------------------------------------
+
+
+def to_json(config: Any, kinds: Mapping[str, type]) -> dict[str, Any]:
+    """A dataclass as a JSON object, with a `kind` for those whose class stands in the registry `kinds`."""
+    names = {cls: name for name, cls in kinds.items()}
+    entries: dict[str, Any] = {"kind": names[type(config)]} if type(config) in names else {}
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        entries[entry.name] = to_json(value, kinds) if dataclasses.is_dataclass(value) else value
+    return entries
+
+
+def from_json(cls: type[T], value: Any, kinds: Mapping[str, type], path: str = "") -> T:
+    """The dataclass that `to_json` wrote; nothing in the file is executed.
+
+    Raises:
+        UserError: a field, kind or type that this version does not know.
+    """
+    if not isinstance(value, dict):
+        raise UserError(f"{path or cls.__name__} is {value!r}; allowed: an object")
+    entries = dict(value)
+    kind = entries.pop("kind", None)
+    if kind is not None:
+        if not isinstance(kind, str) or kind not in kinds or not issubclass(kinds[kind], cls):
+            hint = nearest(str(kind), kinds)
+            raise UserError(f"{path or cls.__name__} is of kind {kind!r}, which is not registered here{hint}")
+        cls = kinds[kind]
+    hints, known = get_type_hints(cls), {entry.name for entry in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name in entries:
+        if name not in known:
+            raise UserError(f"{path}{name} is not a field of {cls.__name__}{nearest(name, known)}")
+    missing = {entry.name for entry in dataclasses.fields(cls)  # type: ignore[arg-type]
+               if entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING}  # fmt: skip
+    if lacking := sorted(missing - set(entries)):
+        raise UserError(f"{path}{lacking[0]} is missing; allowed: {describe(hints[lacking[0]])}")
+    for name, entry in entries.items():
+        if dataclasses.is_dataclass(hints[name]):
+            entries[name] = from_json(hints[name], entry, kinds, f"{path}{name}.")
+        elif isinstance(entry, list):
+            entries[name] = tuple(entry)
+    config = cls(**entries)
+    check(config, path)
+    return config

@@ -1,0 +1,63 @@
+"""What we learn from, one file per corpus: each gets its text, tokenises it and writes a token store."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from cleangpt.config import CorpusConfig, check
+from cleangpt.corpora.adder import Adder
+from cleangpt.corpora.multiplier import Multiplier
+from cleangpt.corpora.preparation import Corpus, as_json, changed, one_line
+from cleangpt.corpora.shakespeare_char import ShakespeareChar
+from cleangpt.corpora.stdlib import Stdlib
+from cleangpt.corpora.text import Text
+from cleangpt.corpora.tinystories import TinyStories
+from cleangpt.data.store import CARD, STORE, TokenStore
+from cleangpt.errors import UserError
+
+CORPORA: dict[str, type[Corpus]] = {
+    "adder": Adder,
+    "multiplier": Multiplier,
+    "shakespeare_char": ShakespeareChar,
+    "stdlib": Stdlib,
+    "text": Text,
+    "tinystories": TinyStories,
+}
+
+
+def store_folder(corpus: CorpusConfig, data_folder: Path) -> Path:
+    """Where the token store of a corpus lies: a folder for each kind with each set of field values."""
+    entry = as_json(corpus)
+    digest = hashlib.sha256(json.dumps(entry, sort_keys=True).encode("utf-8")).hexdigest()
+    return data_folder / f"{entry['kind']}-{digest[:8]}"
+
+
+def prepare(corpus: CorpusConfig, data_folder: Path, again: bool = False, console: Console | None = None) -> TokenStore:
+    """Opens the token store of a corpus; prepares it first where there is none, or `again` is asked for.
+
+    Progress and the card go to `console` (none: standard error). An interrupted preparation is gone on with.
+
+    Raises:
+        UserError: a field is out of range, or the text is missing or not text; nothing half-written is left.
+    """
+    console = console or Console(stderr=True)
+    if not isinstance(corpus, Corpus):
+        raise UserError(f"corpus is a {type(corpus).__name__}; allowed: a subclass of cleangpt.corpora.Corpus")
+    check(corpus, "corpus.")
+    corpus.check()
+    folder = store_folder(corpus, data_folder)
+    if (folder / STORE).is_file() and not again:
+        store = TokenStore(folder)
+        if file := changed(store):
+            console.print(f"{file} has changed since {folder} was prepared; prepare again to use it", markup=False, soft_wrap=True)
+        return store
+    try:
+        with one_line(folder):
+            store = corpus.prepare(folder, console)
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on from here", markup=False)
+        raise
+    console.print((folder / CARD).read_text(encoding="utf-8"), markup=False, highlight=False, soft_wrap=True)
+    return store

@@ -1,0 +1,152 @@
+"""Problems of arithmetic on two numbers of n digits: what `adder` and `multiplier` share.
+
+Problem i of the 10**(2n) there are is `i // 10**n` and `i % 10**n`. A keyed permutation, computed and never stored
+(`data/order.py`), says which problem stands at each position; the first positions are validation, the next test, the
+rest training. So the splits cannot overlap, and 6 digits, 10**12 problems, need no more memory than 1.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from cleangpt.corpora.preparation import Chunk, Corpus, Groups, write_store
+from cleangpt.data.order import permute
+from cleangpt.data.store import TokenStore
+from cleangpt.data.tokenizers import CharTokenizer
+from cleangpt.errors import UserError
+
+ROWS = 2**16
+"""Problems written at once."""
+HELD_OUT = 10_000
+"""Problems of the validation and of the test split, by default."""
+MOST_TRAINED = 1_000_000
+"""Problems of the training split at most, by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arithmetic(Corpus):
+    """Problems such as ``123+456=9750``: operands padded with zeros, the result padded and written in reverse.
+
+    The result comes least significant digit first because carries run that way. Each row ends with a line end, which
+    is the end of text; only the digits of the result and that line end count in the loss.
+    """
+
+    task: ClassVar[str] = "exact_match"
+    sign: ClassVar[str]
+    """The operator."""
+
+    digits: int = 3
+    """Digits of each operand, 1 to 6."""
+    operator_sign: bool = True
+    """Write the operator between the operands."""
+    equals_sign: bool = True
+    """Write = before the result."""
+    train_samples: int | None = None
+    """Problems to train on; none: all that are left, at most 1,000,000."""
+    val_samples: int | None = None
+    """Problems to validate with; none: 10,000, or a tenth of all problems where that is less."""
+    test_samples: int | None = None
+    """Problems to test with; none: as val_samples."""
+    seed: int = 1337
+    """Chooses which problems fall into which split."""
+
+    @property
+    def result_digits(self) -> int:
+        """Digits of every result, padded."""
+        raise NotImplementedError
+
+    def solve(self, left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The results of problems."""
+        raise NotImplementedError
+
+    @property
+    def row_length(self) -> int:
+        """Tokens in every row, the line end included; a sample has one less."""
+        return 2 * self.digits + self.operator_sign + self.equals_sign + self.result_digits + 1
+
+    @property
+    def problems(self) -> int:
+        """How many problems there are."""
+        return int(10 ** (2 * self.digits))
+
+    def sizes(self) -> dict[str, int]:
+        """Problems in each split, in the order in which they lie in the permutation."""
+        share = min(HELD_OUT, self.problems // 10)
+        val = share if self.val_samples is None else self.val_samples
+        test = share if self.test_samples is None else self.test_samples
+        train = MOST_TRAINED if self.train_samples is None else self.train_samples
+        return {"val": val, "test": test, "train": min(train, self.problems - val - test)}
+
+    def check(self) -> None:
+        """Raises UserError for a field out of range."""
+        if not 1 <= self.digits <= 6:
+            raise UserError(f"corpus.digits is {self.digits}; allowed: 1 to 6")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"corpus.seed is {self.seed}; allowed: a whole number of 0 or more")
+        taken = 0
+        for name in ("val", "test", "train"):
+            samples = getattr(self, f"{name}_samples")
+            left = self.problems - taken - (name != "train")
+            if samples is not None and not 1 <= samples <= left:
+                raise UserError(
+                    f"corpus.{name}_samples is {samples}; allowed: 1 to {left:,}, "
+                    f"since there are {self.problems:,} problems and the splits are disjoint"
+                )
+            taken += self.sizes()[name]
+        if self.sizes()["train"] < 1:
+            raise UserError(f"corpus.test_samples leaves none of {self.problems:,} problems to train on; lower it")
+
+    def rows(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+        """Token ids and loss mask, both `(len(positions), row_length)`, of the problems at some positions."""
+        left, right = np.divmod(permute(positions, self.problems, self.seed), 10**self.digits)
+        tokenizer = self.tokenizer()
+        parts = [
+            _digits(left, self.digits)[:, ::-1],
+            _constant(tokenizer, self.sign * self.operator_sign, len(left)),
+            _digits(right, self.digits)[:, ::-1],
+            _constant(tokenizer, "=" * self.equals_sign, len(left)),
+            _digits(self.solve(left, right), self.result_digits),
+            _constant(tokenizer, "\n", len(left)),
+        ]
+        tokens = np.concatenate(parts, axis=1)
+        mask = np.zeros(tokens.shape, np.uint8)
+        mask[:, -(self.result_digits + 1) :] = 1
+        return tokens, mask
+
+    def tokenizer(self) -> CharTokenizer:
+        """Digits are tokens 0 to 9; the line end ends a text."""
+        return CharTokenizer("0123456789" + self.sign * self.operator_sign + "=" * self.equals_sign + "\n", "\n")
+
+    def prepare(self, folder: Path, console: Console) -> TokenStore:
+        """Writes the three splits."""
+        total = sum(self.sizes().values())
+        return write_store(self, folder, self.tokenizer(), self._groups, total, console, row_length=self.row_length)
+
+    def _groups(self, start: int) -> Groups:
+        for number, (split, first, last) in enumerate(self._ranges()):
+            if number >= start:
+                tokens, mask = self.rows(np.arange(first, last, dtype=np.int64))
+                lengths = np.full(last - first, self.row_length)
+                yield last, [Chunk(split, tokens.reshape(-1), lengths, tokens.size, mask.reshape(-1))]
+
+    def _ranges(self) -> Iterator[tuple[str, int, int]]:
+        """Split, first position and the one after the last, of every group."""
+        begin = 0
+        for split, samples in self.sizes().items():
+            for first in range(begin, begin + samples, ROWS):
+                yield split, first, min(first + ROWS, begin + samples)
+            begin += samples
+
+
+def _digits(numbers: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """The digits of numbers, `(len(numbers), count)`, least significant first."""
+    return numbers[:, None] // 10 ** np.arange(count, dtype=np.int64) % 10
+
+
+def _constant(tokenizer: CharTokenizer, text: str, rows: int) -> NDArray[np.int64]:
+    return np.tile(tokenizer.encode(text), (rows, 1))

@@ -1,0 +1,254 @@
+"""Files of text, read as a stream of pieces in bounded memory.
+
+A document comes as one piece or several; a piece of a plain text file is at most two blocks long and ends at a line
+end where there is one, so that a tokenizer that looks at words sees whole ones. Whatever is wrong with a file is told
+in one line with the place.
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from glob import glob, has_magic
+from pathlib import Path
+from typing import BinaryIO
+
+from cleangpt.errors import UserError, nearest, require
+
+BLOCK = 2**16
+"""Bytes of plain text read at once."""
+LONGEST = 2**26
+"""Characters that a document between separators may have."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some text of one document; pieces of one document follow one another."""
+
+    text: str
+    ends: bool
+    """Whether the document ends with this text."""
+    read: int
+    """Bytes of the file read so far."""
+    split: str = "train"
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """One file of a corpus: how large it is, and how its pieces are read (each call begins anew)."""
+
+    path: Path
+    bytes: int
+    pieces: Callable[[], Iterator[Piece]]
+
+
+def find_files(patterns: Iterable[str]) -> list[Path]:
+    """The files that paths, globs (`**` included) and folders name, sorted; hidden ones only when named themselves.
+
+    Raises:
+        UserError: a pattern names no file.
+    """
+    found: set[Path] = set()
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        if path.is_file():
+            files = [path]
+        elif path.is_dir():
+            files = [file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path))]
+        elif has_magic(pattern):
+            # Path.glob refuses absolute patterns.
+            files = [file for file in map(Path, glob(str(path), recursive=True)) if file.is_file()]  # noqa: PTH207
+        else:
+            raise UserError(f"corpus.files: {pattern} does not exist")
+        if not files:
+            raise UserError(f"corpus.files: {pattern} names no file")
+        found.update(files)
+    if not found:
+        raise UserError("corpus.files is empty; give at least one file, glob or folder")
+    return sorted(found)
+
+
+def read_pieces(path: Path, text_field: str = "text") -> Iterator[Piece]:
+    """The pieces of a file by its suffix: .jsonl, .jsonl.gz, .jsonl.zst, .parquet; any other is plain text."""
+    if is_plain(path):
+        return read_text(path)
+    return read_parquet(path, text_field) if path.suffix.lower() == ".parquet" else read_jsonl(path, text_field)
+
+
+def is_plain(path: Path) -> bool:
+    """Whether `read_pieces` reads the file as one document of plain text."""
+    return not path.name.lower().endswith((".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"))
+
+
+def read_text(path: Path) -> Iterator[Piece]:
+    """A plain text file, which is one document; an empty one gives nothing."""
+    with path.open("rb") as file:
+        at, carried, block = 0, b"", file.read(BLOCK)
+        while block:
+            following = file.read(BLOCK)
+            data = carried + block
+            end = _cut(data) if following else len(data)
+            yield Piece(_decode(data[:end], path, at), not following, at + end)
+            at, carried, block = at + end, data[end:], following
+
+
+def read_separated(path: Path, separator: str) -> Iterator[Piece]:
+    """A plain text file of documents with `separator` between them; blanks around a document are left out."""
+    carried = ""
+    for piece in read_text(path):
+        *whole, carried = (carried + piece.text).split(separator)
+        if piece.ends:
+            whole.append(carried)
+        for document in filter(None, map(str.strip, whole)):
+            yield Piece(document, True, piece.read)
+        if len(carried) > LONGEST:
+            raise UserError(f"{path}: no {separator} in {LONGEST:,} characters; separate the documents by it")
+
+
+def read_jsonl(path: Path, text_field: str) -> Iterator[Piece]:
+    """A file of one JSON object per line, plain or compressed; each `text_field` is a document, empty ones left out."""
+    with path.open("rb") as raw:
+        try:
+            for number, line in enumerate(_decompressed(path, raw), start=1):
+                if line.strip():
+                    text = _field(line, text_field, f"{path}, line {number:,}")
+                    if text:
+                        yield Piece(text, True, raw.tell())
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(f"{path} is damaged: {error}") from None
+
+
+def read_parquet(path: Path, text_field: str) -> Iterator[Piece]:
+    """A Parquet file; each `text_field` is a document, empty and missing ones left out. Needs cleangpt[parquet]."""
+    arrow, parquet = require("pyarrow", "parquet"), require("pyarrow.parquet", "parquet")
+    row, size = 0, path.stat().st_size
+    try:
+        with parquet.ParquetFile(path) as file:
+            if text_field not in file.schema_arrow.names:
+                raise UserError(f"{path} has no column {text_field!r}{nearest(text_field, file.schema_arrow.names)}")
+            for batch in file.iter_batches(batch_size=256, columns=[text_field]):
+                for text in batch.column(0).to_pylist():
+                    row += 1
+                    if text:
+                        read = size * row // file.metadata.num_rows
+                        yield Piece(_checked(text, f"{path}, row {row:,}"), True, read)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}, after row {row:,}: not valid UTF-8: {error.reason}") from None
+    except (arrow.ArrowInvalid, arrow.ArrowNotImplementedError) as error:
+        raise UserError(f"{path} is not a whole Parquet file: {str(error).splitlines()[0]}") from None
+
+
+def split_tail(pieces: Iterable[Piece], start: int) -> Iterator[Piece]:
+    """One document as two: train up to the first line that begins at byte `start` or later, val from there.
+
+    Where no line begins there within the piece, the cut falls between two characters.
+    """
+    at, split = 0, "train"
+    for piece in pieces:
+        data = piece.text.encode("utf-8")
+        if split == "val" or at + len(data) < start:
+            yield replace(piece, split=split)
+        else:
+            cut = _next_line(data, start - at, piece.ends)
+            if cut:
+                yield replace(piece, text=data[:cut].decode("utf-8"), ends=True)
+            split = "val"
+            if cut < len(data):
+                yield replace(piece, text=data[cut:].decode("utf-8"), split=split)
+        at += len(data)
+
+
+def split_documents(pieces: Iterable[Piece], name: str, val_fraction: float) -> Iterator[Piece]:
+    """Whole documents to val or train, by a hash of `name` and the document's place."""
+    document = 0
+    for piece in pieces:
+        share = unit_hash(f"{name}:{document}")
+        yield replace(piece, split="val" if share < val_fraction else "train")
+        document += piece.ends
+
+
+def unit_hash(text: str) -> float:
+    """A number from 0 to below 1 that depends on `text` alone, on every machine."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:6], "big") / 2**48
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _cut(data: bytes) -> int:
+    """Where to cut: after the last line end, else before the last character."""
+    if end := data.rfind(b"\n") + 1:
+        return end
+    places = range(len(data) - 1, max(len(data) - 5, 0), -1)
+    return next((place for place in places if data[place] & 0xC0 != 0x80), len(data))
+
+
+def _next_line(data: bytes, at: int, last: bool) -> int:
+    """The start of the first line from `at` on, else of a character near; the `last` piece is not taken whole."""
+    if at in (0, len(data)):
+        return at
+    line = data.find(b"\n", at - 1) + 1
+    if 0 < line < len(data):
+        return line
+    ahead = next((place for place in range(at, len(data)) if data[place] & 0xC0 != 0x80), len(data))
+    if ahead == len(data) and last:
+        return next(place for place in range(at, -1, -1) if data[place] & 0xC0 != 0x80)
+    return ahead
+
+
+def _decode(data: bytes, path: Path, at: int) -> str:
+    """The text of bytes that begin at byte `at` of a file."""
+    if (zero := data.find(b"\0")) >= 0:
+        raise UserError(f"{path} is a binary file (a zero byte at byte {at + zero:,}); give text in UTF-8")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not valid UTF-8 at byte {at + error.start:,} ({error.reason}); convert it to UTF-8"
+        ) from None
+
+
+def _decompressed(path: Path, raw: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file that may be compressed."""
+    if path.suffix.lower() == ".gz":
+        with gzip.open(raw) as file:
+            yield from file
+    elif path.suffix.lower() == ".zst":
+        library = require("zstandard", "zstd")
+        try:
+            yield from io.BufferedReader(library.ZstdDecompressor().stream_reader(raw, read_across_frames=True), BLOCK)
+        except library.ZstdError as error:
+            raise UserError(f"{path} is damaged: {error}") from None
+    else:
+        yield from raw
+
+
+def _field(line: bytes, text_field: str, place: str) -> str:
+    """The text in one line of JSON."""
+    try:
+        entry = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place}: not valid UTF-8 at byte {error.start:,} of the line; convert it to UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: not valid JSON: {error}") from None
+    if not isinstance(entry, dict) or not isinstance(entry.get(text_field), str):
+        hint = nearest(text_field, entry) if isinstance(entry, dict) else ""
+        raise UserError(f"{place}: no text in a field {text_field!r}; set corpus.text_field{hint}")
+    return _checked(entry[text_field], place)
+
+
+def _checked(text: object, place: str) -> str:
+    """A document that came as a value: refused where it is no text that a plain file could hold."""
+    if not isinstance(text, str):
+        raise UserError(f"{place}: {type(text).__name__} where text should be; set corpus.text_field")
+    if "\0" in text:
+        raise UserError(f"{place}: a zero character; remove it")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{place}: half a surrogate pair, which is no character; remove it") from None
+    return text

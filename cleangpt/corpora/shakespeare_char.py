@@ -1,0 +1,60 @@
+"""Tiny Shakespeare (Karpathy 2015), one token per character: the first 90 % train, the rest validates (as nanoGPT)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from cleangpt.corpora.download import download
+from cleangpt.corpora.preparation import Corpus, characters, write_texts
+from cleangpt.corpora.reading import Piece, TextFile, read_text
+from cleangpt.data.store import TokenStore
+from cleangpt.data.tokenizers import CharTokenizer
+from cleangpt.errors import UserError
+from cleangpt.files import sha256
+
+URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SIZE = 1_115_394
+SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShakespeareChar(Corpus):
+    """1,115,394 characters of 65 kinds: 1,003,854 to train, 111,540 to validate, each split one document."""
+
+    file: str | None = None
+    """Take this text file; none: download input.txt (1.1 MB)."""
+
+    def prepare(self, folder: Path, console: Console) -> TokenStore:
+        """Writes both splits; the text is not loaded whole."""
+        path = self._find(folder.parent / "downloads", console)
+        whole = TextFile(path, path.stat().st_size, lambda: read_text(path))
+        if not whole.bytes:
+            raise UserError(f"{path} is empty; give --file another text")
+        length = sum(len(piece.text) for piece in whole.pieces())
+        halves = TextFile(path, whole.bytes, lambda: _split(whole.pieces(), length * 9 // 10))
+        return write_texts(self, folder, [halves], CharTokenizer(characters([whole])), console)
+
+    def _find(self, downloads: Path, console: Console) -> Path:
+        if self.file is None:
+            otherwise = "fetch it elsewhere and give --file input.txt"
+            path = downloads / "tinyshakespeare.txt"
+            return download(URL, path, size=SIZE, digest=SHA256, otherwise=otherwise, console=console)
+        path = Path(self.file).expanduser()
+        if not path.is_file():
+            raise UserError(f"corpus.file: {path} does not exist")
+        if path.stat().st_size != SIZE or sha256(path) != SHA256:
+            console.print(f"{path} is not the well-known input.txt: results cannot be compared", markup=False, soft_wrap=True)
+        return path
+
+
+def _split(pieces: Iterator[Piece], length: int) -> Iterator[Piece]:
+    """The first `length` characters as a training document, the others as one to validate with."""
+    for piece in pieces:
+        head, tail = piece.text[:length], piece.text[length:]
+        if head:
+            yield Piece(head, len(head) == length, piece.read)
+        if tail:
+            yield Piece(tail, piece.ends, piece.read, "val")
+        length -= len(head)

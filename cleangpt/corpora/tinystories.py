@@ -1,0 +1,79 @@
+"""TinyStories (Eldan and Li 2023, "How small can language models be and still speak coherent English?")."""
+
+import errno
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from cleangpt.corpora.preparation import Corpus, choose_tokenizer, write_texts
+from cleangpt.corpora.reading import Piece, TextFile, find_files, is_plain, read_pieces, read_separated, split_documents
+from cleangpt.data.store import TokenStore
+from cleangpt.data.tokenizers import END_OF_TEXT
+from cleangpt.errors import UserError, require
+
+REPOSITORY = "roneneldan/TinyStories"
+EDITIONS = {
+    "v1": ("TinyStories-train.txt", "TinyStories-valid.txt"),
+    "v2": ("TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyStories(Corpus):
+    """Short stories in the words of a small child; each is a document. Needs cleangpt[bpe], and [hub] to download."""
+
+    files: tuple[str, ...] = ()
+    """Local files, globs or folders: .txt with <|endoftext|> between stories, .jsonl or .parquet; none: download.
+
+    Files with "valid" in their name validate; where there is none, val_fraction of the stories do.
+    """
+    edition: Literal["v1", "v2"] = "v2"
+    """What to download: v1 (1.9 GB) or v2, written by GPT-4 alone (2.2 GB)."""
+    vocab_size: int = 4096
+    """Tokens of the byte-pair encoding learned here, at most."""
+    tokenizer_file: str | None = None
+    """Use this tokenizer.json instead."""
+    val_fraction: float = 0.01
+    """Share of the stories to validate with, where no file is for that."""
+
+    def check(self) -> None:
+        """Raises UserError for a field out of range."""
+        if self.vocab_size < 257:
+            raise UserError(f"corpus.vocab_size is {self.vocab_size}; allowed: 257 or more")
+        if not 0.0001 <= self.val_fraction <= 0.5:
+            raise UserError(f"corpus.val_fraction is {self.val_fraction}; allowed: 0.0001 to 0.5")
+
+    def prepare(self, folder: Path, console: Console) -> TokenStore:
+        """Writes both splits."""
+        paths = find_files(self.files) if self.files else self._download()
+        marked = any("valid" in path.name for path in paths)
+        files = [
+            TextFile(path, path.stat().st_size, partial(self._pieces, path, str(number), marked))
+            for number, path in enumerate(paths)
+        ]
+        tokenizer = choose_tokenizer("bpe", self.vocab_size, self.tokenizer_file, files)
+        return write_texts(self, folder, files, tokenizer, console)
+
+    def _pieces(self, path: Path, name: str, marked: bool) -> Iterator[Piece]:
+        pieces = read_separated(path, END_OF_TEXT) if is_plain(path) else read_pieces(path)
+        if marked:
+            split = "val" if "valid" in path.name else "train"
+            return (replace(piece, split=split) for piece in pieces)
+        return split_documents(pieces, name, self.val_fraction)
+
+    def _download(self) -> list[Path]:
+        hub = require("huggingface_hub", "hub")
+        names = EDITIONS[self.edition]
+        try:
+            return [Path(hub.hf_hub_download(REPOSITORY, name, repo_type="dataset")) for name in names]
+        except Exception as error:  # the hub's client lets through what its HTTP library raises
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise
+            raise UserError(
+                f"cannot download {REPOSITORY} from the Hugging Face hub ({type(error).__name__}): "
+                f"fetch {' and '.join(names)} elsewhere and give --files {' '.join(names)}"
+            ) from None

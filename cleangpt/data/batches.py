@@ -1,0 +1,154 @@
+"""From the token store to batches, in order, with the next ones loaded in the background."""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cleangpt.data.order import Order, mix, permute
+from cleangpt.data.store import Split
+from cleangpt.errors import UserError
+
+IGNORED = -100
+"""Target of a position that does not count in the loss."""
+
+
+@dataclass
+class Batch:
+    """Samples as the model sees them, on the host."""
+
+    inputs: Tensor
+    """Token ids `(batch, seq)`, int64."""
+    targets: Tensor
+    """The tokens one place on `(batch, seq)`, int64; IGNORED where the loss mask is 0."""
+    num_targets: int
+    """Targets that are not IGNORED."""
+
+
+class Samples:
+    """A split cut into samples of `seq_len` inputs and targets.
+
+    A store with a row length has a sample per row. Any other is cut into windows, each beginning with the last target
+    of the one before it. For training, the windows start after an offset that changes with the epoch, and the tokens
+    left over at both ends (fewer than 2 x seq_len) wait for another epoch. For validation the windows start at 0
+    and the last is padded, so that every token but the first is a target exactly once.
+    """
+
+    def __init__(self, split: Split, seq_len: int, name: str = "split") -> None:
+        self.split, self.seq_len = split, seq_len
+        if split.row_length is not None:
+            if seq_len != split.row_length - 1:
+                raise UserError(
+                    f"data.seq_len is {seq_len}; allowed: {split.row_length - 1}, the corpus's row length - 1"
+                )
+            self.num_training = self.num_validation = split.documents
+        else:
+            self.num_training = split.tokens // seq_len - 1
+            self.num_validation = -(-(split.tokens - 1) // seq_len)
+        if min(self.num_training, self.num_validation) < 1:
+            needed = "one row" if split.row_length is not None else f"{2 * seq_len:,} tokens (twice data.seq_len)"
+            raise UserError(f"the {name} split has {split.tokens:,} tokens; allowed: at least {needed}")
+
+    def batch(self, samples: NDArray[np.int64], offsets: NDArray[np.int64]) -> Batch:
+        """The given samples `(batch,)`, each window shifted by its offset `(batch,)` in tokens."""
+        stride = self.split.row_length or self.seq_len
+        tokens = np.zeros((len(samples), self.seq_len + 1), dtype=np.int64)
+        counts = np.zeros((len(samples), self.seq_len + 1), dtype=bool)
+        for row, start in enumerate((samples * stride + offsets).tolist()):
+            length = min(self.seq_len + 1, self.split.tokens - start)
+            tokens[row, :length] = self.split.read(start, length)
+            counts[row, :length] = self.split.read_mask(start, length) if self.split.masked else True
+        targets = np.where(counts[:, 1:], tokens[:, 1:], IGNORED)
+        inputs = torch.from_numpy(np.ascontiguousarray(tokens[:, :-1]))
+        return Batch(inputs, torch.from_numpy(targets), int(counts[:, 1:].sum()))
+
+
+def validation_batches(samples: Samples, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
+    """The whole split, or `limit` samples of it that are the same every time, spread by a fixed permutation.
+
+    Every batch has the same shape, which spares compiled models a second shape: the last is filled up with samples
+    that have no targets.
+    """
+    chosen = np.arange(samples.num_validation)
+    if limit is not None and limit < len(chosen):
+        chosen = np.sort(permute(chosen[:limit], len(chosen), mix(0)))
+    for start in range(0, len(chosen), batch_size):
+        part = chosen[start : start + batch_size]
+        batch = samples.batch(np.resize(part, batch_size), np.zeros(batch_size, dtype=np.int64))
+        batch.num_targets -= int((batch.targets[len(part) :] != IGNORED).sum())
+        batch.targets[len(part) :] = IGNORED
+        yield batch
+
+
+class BatchLoader:
+    """Training batches from a position on, in order; a thread loads up to `prefetch` of them ahead.
+
+    `rank` of `world_size` devices gets its own consecutive part of every batch, so the order of samples is the same
+    whatever the number of devices.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        order: Order,
+        batch_size: int,
+        position: int,
+        *,
+        prefetch: int = 4,
+        pin_memory: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.samples, self.order, self.batch_size, self.position = samples, order, batch_size, position
+        self.pin_memory, self.rank, self.world_size = pin_memory, rank, world_size
+        self.wait_time = 0.0
+        """Seconds that `next` has waited, since the start."""
+        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(prefetch)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._load, args=(position,), name="batch-loader", daemon=True)
+        self._thread.start()
+
+    def next(self) -> Batch:
+        """This device's part of the batch at `position`, which moves on by `batch_size`."""
+        start = time.perf_counter()
+        batch = self._queue.get()
+        self.wait_time += time.perf_counter() - start
+        if isinstance(batch, BaseException):
+            raise batch
+        self.position += self.batch_size
+        return batch
+
+    def close(self) -> None:
+        """Ends the thread; batches loaded ahead are dropped."""
+        self._closing.set()
+        while self._thread.is_alive():
+            while not self._queue.empty():
+                self._queue.get_nowait()
+            self._thread.join(0.01)
+
+    def _load(self, position: int) -> None:
+        try:
+            while not self._closing.is_set():
+                self._queue.put(self._batch(position))
+                position += self.batch_size
+        except BaseException as error:
+            self._queue.put(error)
+
+    def _batch(self, position: int) -> Batch:
+        part = self.batch_size // self.world_size
+        start = position + self.rank * part
+        epochs, samples = self.order.at(np.arange(start, start + part))
+        offsets = np.zeros_like(samples)
+        if self.samples.split.row_length is None:
+            for epoch in np.unique(epochs):
+                offsets[epochs == epoch] = self.order.offset(int(epoch), self.samples.seq_len)
+        batch = self.samples.batch(samples, offsets)
+        if self.pin_memory:
+            batch.inputs, batch.targets = batch.inputs.pin_memory(), batch.targets.pin_memory()
+        return batch

@@ -1,0 +1,252 @@
+"""Text to token ids and back: characters, bytes, or byte-pair encoding by Hugging Face's `tokenizers`.
+
+A tokenizer is one JSON text. It lies beside every token store and inside every checkpoint as `tokenizer.json`; one
+that `tokenizers` made is kept in that library's own format, so that it can be exchanged. All three are lossless: what
+`encode` took, `decode` gives back.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cleangpt.errors import UserError, require
+
+END_OF_TEXT = "<|endoftext|>"
+ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
+REPLACEMENT = "\ufffd"
+LOSSLESS_PROBE = "a Bc, 12 déjà 漢字 🙂\n\tx = 1\n"
+
+
+class Tokenizer(Protocol):
+    """What every tokenizer can do."""
+
+    vocab_size: int
+    """Kinds of token; ids are below it."""
+    end_of_text: int | None
+    """The token that ends a document, where there is one."""
+
+    def encode(self, text: str) -> NDArray[np.int64]:
+        """Token ids `(length,)` of a text, without an end-of-text token; raises UserError at an unknown character."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids; bytes that are no UTF-8 become U+FFFD."""
+
+    def to_json(self) -> str:
+        """The whole tokenizer as JSON text, for `from_json`."""
+
+
+class CharTokenizer:
+    """One token per character; the id is its place in `characters`. One of them may serve as the end of a text.
+
+    Raises:
+        UserError: no characters, one twice, or an end-of-text character that is not among them.
+    """
+
+    def __init__(self, characters: str, end_of_text_character: str | None = None) -> None:
+        if not characters or len(set(characters)) != len(characters):
+            raise UserError("a character tokenizer needs characters, each once")
+        if end_of_text_character is not None and (len(end_of_text_character), characters.count(
+            end_of_text_character
+        )) != (1, 1):  # fmt: skip
+            raise UserError(f"end_of_text_character is {end_of_text_character!r}; allowed: one of the characters")
+        self.characters, self.end_of_text_character = characters, end_of_text_character
+        self.vocab_size = len(characters)
+        self.end_of_text = None if end_of_text_character is None else characters.index(end_of_text_character)
+        codes = _codes(characters)
+        self._ids = np.full(int(codes.max()) + 2, -1, np.int64)
+        self._ids[codes] = np.arange(len(codes))
+
+    def encode(self, text: str) -> NDArray[np.int64]:
+        """One id per character; raises UserError at the first character that has none."""
+        ids: NDArray[np.int64] = self._ids[np.minimum(_codes(text), len(self._ids) - 1)]
+        if ids.min(initial=0) < 0:
+            character = text[int(np.argmin(ids))]
+            raise UserError(
+                f"the tokenizer does not know the character {character!r}; "
+                f"use only its {self.vocab_size} characters: {_abridged(self.characters)}"
+            )
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The characters, joined; the end-of-text character is one of them."""
+        return "".join([self.characters[token] for token in ids])
+
+    def to_json(self) -> str:
+        """Our own small format."""
+        facts = {"kind": "char", "characters": self.characters, "end_of_text_character": self.end_of_text_character}
+        return json.dumps(facts, ensure_ascii=False, indent=2) + "\n"
+
+
+class ByteTokenizer:
+    """One token per byte of UTF-8, and token 256 for the end of a text: any text, with nothing to learn."""
+
+    vocab_size = 257
+    end_of_text: int | None = 256
+
+    def encode(self, text: str) -> NDArray[np.int64]:
+        """One id per byte."""
+        return np.frombuffer(_utf8(text), np.uint8).astype(np.int64)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the bytes; end-of-text tokens are left out."""
+        return bytes([token for token in ids if token != self.end_of_text]).decode("utf-8", errors="replace")
+
+    def to_json(self) -> str:
+        """Our own small format."""
+        return json.dumps({"kind": "byte"}, indent=2) + "\n"
+
+
+class BPETokenizer:
+    """A tokenizer of Hugging Face's `tokenizers`, from its JSON text; needs cleangpt[bpe].
+
+    Special tokens are never read out of a text (one that spells `<|endoftext|>` is text like any other), and are left
+    out when decoding.
+
+    Raises:
+        UserError: the library does not understand the JSON, or the tokenizer loses text (it lower-cases, say).
+    """
+
+    def __init__(self, text: str) -> None:
+        library = require("tokenizers", "bpe")
+        try:
+            self._tokenizer = library.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"this is not a tokenizer of Hugging Face's tokenizers: {error}") from None
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self.end_of_text = next((vocabulary[name] for name in ENDS_OF_TEXT if name in vocabulary), None)
+        if self.decode(self.encode(LOSSLESS_PROBE).tolist()) != LOSSLESS_PROBE:
+            raise UserError("this tokenizer loses text when it encodes; allowed: lossless ones, such as byte-level BPE")
+
+    def encode(self, text: str) -> NDArray[np.int64]:
+        """Token ids by the learned merges."""
+        return self.encode_all([text])[0]
+
+    def encode_all(self, texts: list[str]) -> list[NDArray[np.int64]]:
+        """`encode` of many texts on all cores: the library's own threads share the texts out."""
+        for text in texts:
+            _utf8(text)
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, np.int64) for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the tokens; special tokens are left out."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def to_json(self) -> str:
+        """The library's own format."""
+        return str(self._tokenizer.to_str(pretty=True))
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
+    """Learns a byte-level BPE (Sennrich et al. 2016, on bytes as GPT-2 has it) of at most `vocab_size` tokens.
+
+    The first token is `<|endoftext|>`, the next 256 are the bytes. Where the texts are too short for so many merges,
+    there are fewer tokens. The same texts give the same tokenizer.
+    """
+    if vocab_size < 257:
+        raise UserError(f"vocab_size is {vocab_size}; allowed: 257 or more (256 bytes and {END_OF_TEXT})")
+    library = require("tokenizers", "bpe")
+    tokenizer = library.Tokenizer(library.models.BPE())
+    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(library.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return BPETokenizer(tokenizer.to_str())
+
+
+class StreamDecoder:
+    """Decodes tokens one by one: text comes out as soon as its last character is complete.
+
+    What `push` and `flush` return, joined, is what `decode` makes of all tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._shown: list[int] = []
+        self._pending: list[int] = []
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes; empty while a character lacks bytes."""
+        self._pending.append(token)
+        text = self._text()
+        if text.endswith(REPLACEMENT):
+            return ""
+        self._shown, self._pending = self._pending, []
+        return text
+
+    def flush(self) -> str:
+        """The text of the tokens that are left; bytes that are no UTF-8 become U+FFFD."""
+        text = self._text()
+        self._shown, self._pending = [], []
+        return text
+
+    def _text(self) -> str:
+        # Decoded together with the tokens shown last: some decoders treat the first token of a text in another way.
+        shown = len(self._tokenizer.decode(self._shown))
+        return self._tokenizer.decode(self._shown + self._pending)[shown:]
+
+
+def from_json(text: str) -> Tokenizer:
+    """The tokenizer that `to_json` wrote, or any of Hugging Face's `tokenizers`.
+
+    Raises:
+        UserError: the text is not JSON, or no tokenizer.
+    """
+    try:
+        facts: Any = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the tokenizer is not valid JSON: {error}") from None
+    if not isinstance(facts, dict):
+        raise UserError("the tokenizer is not a JSON object")
+    if "model" in facts:
+        return BPETokenizer(text)
+    kind, characters, end = facts.get("kind"), facts.get("characters"), facts.get("end_of_text_character")
+    if kind == "byte":
+        return ByteTokenizer()
+    if kind == "char" and isinstance(characters, str) and isinstance(end, str | None):
+        return CharTokenizer(characters, end)
+    raise UserError(f"the tokenizer is of kind {kind!r}, or lacks a field; allowed: char, byte, or one of tokenizers")
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a JSON file.
+
+    Raises:
+        UserError: the file is missing, no UTF-8, or not a tokenizer; names the file.
+    """
+    try:
+        return from_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (UserError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _utf8(text: str) -> bytes:
+    """The UTF-8 of a text; raises UserError where it holds half a surrogate pair, which is no character."""
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{text[error.start]!r} is not a character; give valid Unicode text") from None
+
+
+def _codes(text: str) -> NDArray[np.uint32]:
+    """The code points of a text, as an array."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
+
+def _abridged(characters: str) -> str:
+    return repr(characters if len(characters) <= 100 else characters[:100] + "…")

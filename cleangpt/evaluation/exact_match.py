@@ -1,0 +1,46 @@
+"""Exact match: the share of problems whose whole answer a model generates right, token for token."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from cleangpt.data.order import mix, permute
+from cleangpt.data.store import Split
+from cleangpt.inference.generate import greedy
+
+ROWS = 1024
+
+
+def exact_match(model: nn.Module, split: Split, limit: int | None, device: torch.device) -> float:
+    """Generates the answer to every problem of a split greedily and compares it with the row's.
+
+    The loss mask tells question from answer: all rows have the same length, and the tokens up to the first that
+    counts are the question. Each token is generated from the model's own earlier ones.
+
+    Args:
+        model: in evaluation mode, on `device`.
+        split: of a store with a row length and a loss mask.
+        limit: problems to ask, always the same ones, spread over the split; None: all.
+        device: where the model is.
+
+    Returns:
+        Right answers by problems asked, 0 to 1.
+    """
+    assert split.row_length is not None
+    rows = np.arange(split.documents)
+    if limit is not None and limit < len(rows):
+        rows = np.sort(permute(rows[:limit], len(rows), mix(1)))
+    right = sum(_right(model, split, rows[start : start + ROWS], device) for start in range(0, len(rows), ROWS))
+    return right / len(rows)
+
+
+def _right(model: nn.Module, split: Split, rows: NDArray[np.int64], device: torch.device) -> int:
+    assert split.row_length is not None
+    length = split.row_length
+    tokens = np.stack([split.read(row * length, length) for row in rows.tolist()]).astype(np.int64)
+    counts = np.stack([split.read_mask(row * length, length) for row in rows.tolist()])
+    question = int(np.argmax(counts[0]))
+    questions = torch.from_numpy(tokens[:, :question]).to(device)
+    answers = greedy(model, questions, length - question).cpu().numpy()
+    return int((answers == tokens[:, question:]).all(axis=1).sum())

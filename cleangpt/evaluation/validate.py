@@ -1,0 +1,46 @@
+"""The mean loss of a model over validation batches, and what follows from it."""
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+from cleangpt.data.batches import Batch
+from cleangpt.data.store import Split
+from cleangpt.objectives import Objective
+
+
+@torch.no_grad()
+def mean_loss(
+    model: nn.Module,
+    objective: Objective,
+    batches: Iterable[Batch],
+    device: torch.device,
+    context: AbstractContextManager[Any],
+    give_up: Callable[[], bool] = lambda: False,
+) -> float:
+    """The loss per target token, in nats, with dropout off; a NaN where `give_up` said yes on the way."""
+    was_training = model.training
+    model.eval()
+    # Sums grow long: double where the device has it.
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    total, targets = torch.zeros((), dtype=dtype, device=device), 0
+    for batch in batches:
+        if give_up():
+            targets = 0
+            break
+        with context:
+            total += objective(model, batch.inputs.to(device), batch.targets.to(device))
+        targets += batch.num_targets
+    model.train(was_training)
+    return total.item() / targets if targets else math.nan
+
+
+def loss_figures(loss: float, split: Split) -> dict[str, float | None]:
+    """Perplexity and, where the store knows how many bytes of text the split was, bits per byte."""
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    bits = loss / math.log(2) * split.tokens / split.text_bytes if split.text_bytes else None
+    return {"perplexity": perplexity, "bits_per_byte": bits}

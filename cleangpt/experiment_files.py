@@ -1,0 +1,129 @@
+"""Experiment files: where they are found, and how one becomes an `Experiment`.
+
+An experiment file *is* code and runs as such when it is trained; only train, resume and --code do that.
+"""
+
+import dataclasses
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cleangpt import config
+from cleangpt.config import CorpusConfig, Experiment, ModelConfig
+from cleangpt.errors import UserError, nearest
+from cleangpt.files import read_json
+
+MODULE = "cleangpt_experiment"
+
+
+def folders() -> list[Path]:
+    """Where experiments are looked for by name: ./experiments, then those that came with CleanGPT."""
+    package = Path(__file__).parent
+    shipped = package / "experiments" if (package / "experiments").is_dir() else package.parent / "experiments"
+    return [Path("experiments"), shipped]
+
+
+def experiments() -> dict[str, Path]:
+    """Every experiment that can be given by name."""
+    found: dict[str, Path] = {}
+    for folder in reversed(folders()):
+        found |= {path.stem: path for path in sorted(folder.glob("*.py")) if not path.name.startswith("_")}
+    return dict(sorted(found.items()))
+
+
+def find_experiment(text: str) -> Path:
+    """The Python file that a user means, by path or by name.
+
+    Raises:
+        UserError: there is none; names the nearest.
+    """
+    if Path(text).is_file():
+        return Path(text)
+    known = experiments()
+    if text not in known:
+        where = (
+            "no such file" if text.endswith(".py") or "/" in text else "neither a file nor one of " + ", ".join(known)
+        )
+        raise UserError(f"experiment {text!r}: {where}{nearest(text, known)}")
+    return known[text]
+
+
+def load_experiment(path: Path) -> Experiment:
+    """Runs a Python file and returns the `experiment` it builds.
+
+    Raises:
+        UserError: the file has no such thing, or builds it with a field that does not exist.
+    """
+    module = run_file(path)
+    experiment = getattr(module, "experiment", None)
+    if not isinstance(experiment, Experiment):
+        raise UserError(f"{path} does not build an Experiment; its last lines should be: experiment = Experiment(...)")
+    return experiment
+
+
+def run_file(path: Path) -> Any:
+    """Runs a Python file as a module, so that what it registers is registered; returns the module.
+
+    Raises:
+        UserError: the file is not Python, or builds a dataclass of ours with a wrong field.
+    """
+    spec = importlib.util.spec_from_file_location(MODULE, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is not a Python file: its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[MODULE] = module
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"{path}, line {error.lineno}: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except TypeError as error:
+        if line := _wrong_field(str(error)):
+            raise UserError(f"{path}: {line}") from None
+        raise
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+def recorded_overrides(path: Path) -> list[str]:
+    """The overrides that the run was started with, where `path` is the experiment.py of a run directory."""
+    if path.name != "experiment.py" or not (path.parent / "environment.json").is_file():
+        return []
+    words = read_json(path.parent / "environment.json").get("overrides", [])
+    return _without_run([str(word) for word in words])
+
+
+def _without_run(words: list[str]) -> list[str]:
+    """Leaves out ``--run FOLDER``: a repetition is another run."""
+    kept, rest = [], iter(words)
+    for word in rest:
+        if word == "--run":
+            next(rest, None)
+        elif not word.startswith("--run="):
+            kept.append(word)
+    return kept
+
+
+def _config_classes() -> Iterator[type]:
+    """Every dataclass that an experiment may be built of, the user's own included."""
+    waiting = [value for value in vars(config).values() if dataclasses.is_dataclass(value) and isinstance(value, type)]
+    waiting += [*ModelConfig.__subclasses__(), *CorpusConfig.__subclasses__()]
+    yield from waiting
+
+
+def _wrong_field(message: str) -> str:
+    """A TypeError of a dataclass's constructor, said as a line; empty for any other."""
+    match = re.match(r"(\w+)\.__init__\(\) (?:got an unexpected keyword argument|missing .*?:) '(\w+)'", message)
+    cls = next((cls for cls in _config_classes() if match and cls.__name__ == match.group(1)), None)
+    if match is None or cls is None:
+        return ""
+    name, known = match.group(2), [entry.name for entry in dataclasses.fields(cls)]
+    if name in known:
+        return f"{cls.__name__} needs the field {name!r}"
+    return f"{cls.__name__} has no field {name!r}{nearest(name, known) or '; it has ' + ', '.join(known)}"

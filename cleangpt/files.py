@@ -1,0 +1,112 @@
+"""Files that are either whole or absent (design rule 6): written aside, flushed to the disk, then renamed."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from cleangpt.errors import UserError
+
+MANIFEST = "manifest.json"
+PARTIAL = ".partial"
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replaces `path` by `content` in one atomic step: after a crash either the old or the new file is there."""
+    aside = path.with_name(path.name + PARTIAL)
+    with aside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` for UTF-8 text; line ends are written as they are, on every system."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` for a JSON value, indented for the reader."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in `path`.
+
+    Raises:
+        UserError: the file is missing or not valid JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def sync_file(path: Path) -> None:
+    """Waits until the content of `path` is on the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until renames in `folder` are on the disk, where the system can open folders (not on Windows)."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file in hexadecimal, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def seal(partial: Path, folder: Path) -> None:
+    """Makes the finished folder `partial` appear as `folder`: manifest of sizes and checksums, flush, rename.
+
+    An older `folder` is moved aside first and removed last, so a good one exists at every moment.
+    """
+    files = sorted(path for path in partial.iterdir() if path.name != MANIFEST)
+    manifest = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
+    for path in files:
+        sync_file(path)
+    write_json(partial / MANIFEST, manifest)
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.replace(old)
+    partial.replace(folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def damage(folder: Path) -> str:
+    """Says in a few words what is wrong with a sealed folder, or returns an empty string when it is whole."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+        for name, entry in manifest.items():
+            path = folder / name
+            if Path(name).name != name or not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != entry["bytes"]:
+                return f"{name} has {path.stat().st_size:,} bytes, not {entry['bytes']:,}"
+            if sha256(path) != entry["sha256"]:
+                return f"{name} does not match its checksum"
+    except UserError as error:
+        return str(error)
+    except (AttributeError, KeyError, TypeError):
+        return f"{MANIFEST} is not a manifest"
+    return ""

@@ -1,0 +1,179 @@
+"""GPT-2 (Radford et al. 2019, "Language models are unsupervised multitask learners"), exact to its released weights.
+
+Learned positions, LayerNorm before attention and MLP, GELU in its tanh form, one matrix for embedding and head.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cleangpt.config import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig(ModelConfig):
+    """The 124M-parameter GPT-2 has max_seq_len 1024, n_layers 12, n_heads 12, dim 768."""
+
+    n_layers: int
+    """Blocks, each of attention and MLP."""
+    n_heads: int
+    """Attention heads; a divisor of dim."""
+    dim: int
+    """Width of the residual stream, in features."""
+    bias: bool = True
+    """Biases in linear layers and LayerNorms; GPT-2 has them."""
+    dropout: float = 0.0
+    """Share of activations dropped in training: embeddings, attention, and both outputs of a block."""
+
+
+class Attention(nn.Module):
+    """Causal self-attention over all heads at once."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_heads, self.dropout = config.n_heads, config.dropout
+        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=config.bias)
+        self.out = nn.Linear(config.dim, config.dim, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(batch, seq, dim)` to the same shape; a position sees itself and those before it."""
+        batch, seq, dim = x.shape
+        heads = self.qkv(x).view(batch, seq, 3, self.n_heads, dim // self.n_heads)
+        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
+        projected: Tensor = self.out(attended.transpose(1, 2).reshape(batch, seq, dim))
+        return F.dropout(projected, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """Two linear layers, four times as wide between them."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.up = nn.Linear(config.dim, 4 * config.dim, bias=config.bias)
+        self.down = nn.Linear(4 * config.dim, config.dim, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(batch, seq, dim)` to the same shape, each position for itself."""
+        hidden = F.gelu(self.up(x), approximate="tanh")
+        return F.dropout(self.down(hidden), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each normalised before and added to the residual stream after."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.dim, bias=config.bias)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.LayerNorm(config.dim, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(batch, seq, dim)` to the same shape."""
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
+
+
+class GPT(nn.Module):
+    """Token ids to logits."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        assert config.vocab_size is not None
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.position_embedding = nn.Embedding(config.max_seq_len, config.dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.final_norm = nn.LayerNorm(config.dim, bias=config.bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws initial weights: normal with deviation 0.02, less into the residual stream (GPT-2, section 2.3)."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2:
+                nn.init.constant_(parameter, 1.0 if name.endswith("norm.weight") else 0.0)
+            else:
+                into_residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layers) if into_residual else 0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Token ids `(batch, seq)` to logits `(batch, seq, vocab)`; seq is at most `max_seq_len`."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.token_embedding(tokens) + self.position_embedding(positions)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for block in self.blocks:
+            x = block(x)
+        return F.linear(self.final_norm(x), self.token_embedding.weight)
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """FLOPs to train on one token: 6 per weight and 12 x layers x dim x seq for attention.
+
+        Chowdhery et al. 2022 (PaLM), appendix B. Positions are looked up, not multiplied, and do not count; the
+        embedding counts once, for the head.
+        """
+        weights = sum(parameter.numel() for parameter in self.parameters()) - self.position_embedding.weight.numel()
+        return 6 * weights + 12 * self.config.n_layers * self.config.dim * seq_len
+
+    def activation_bytes(self, batch: int, seq_len: int) -> int:
+        """Bytes that one fp32 forward pass without dropout keeps for the backward pass, logits included.
+
+        Per token and layer 16 x dim numbers: the inputs of two norms and of four linear layers (1 + 1 and
+        1 + 1 + 1 + 4), query, key and value (3) and the input of GELU (4); a head keeps one number a token more. At
+        the end the final norm's input and output (2 x dim) and the log-probabilities (vocab).
+        """
+        config = self.config
+        assert config.vocab_size is not None
+        per_layer = 16 * config.dim + config.n_heads + 4
+        return 4 * batch * seq_len * (config.n_layers * per_layer + 2 * config.dim + 2 + config.vocab_size)
+
+
+def names_in_huggingface(config: GPTConfig) -> dict[str, str]:
+    """Our parameter names to those of Hugging Face's `GPT2LMHeadModel`."""
+    names = {
+        "token_embedding.weight": "transformer.wte.weight",
+        "position_embedding.weight": "transformer.wpe.weight",
+        "final_norm.weight": "transformer.ln_f.weight",
+        "final_norm.bias": "transformer.ln_f.bias",
+    }
+    parts = {
+        "attention_norm": "ln_1",
+        "attention.qkv": "attn.c_attn",
+        "attention.out": "attn.c_proj",
+        "mlp_norm": "ln_2",
+        "mlp.up": "mlp.c_fc",
+        "mlp.down": "mlp.c_proj",
+    }
+    for layer in range(config.n_layers):
+        for ours, theirs in parts.items():
+            for kind in ("weight", "bias"):
+                names[f"blocks.{layer}.{ours}.{kind}"] = f"transformer.h.{layer}.{theirs}.{kind}"
+    return names
+
+
+def _is_transposed(name: str) -> bool:
+    return name.endswith(("qkv.weight", "out.weight", "up.weight", "down.weight"))
+
+
+def from_huggingface(config: GPTConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our state dict from that of a `GPT2LMHeadModel`, whose linear layers are stored transposed."""
+    names = names_in_huggingface(config)
+    return {ours: weights[name].t().contiguous() if _is_transposed(ours) else weights[name]
+            for ours, name in names.items()}  # fmt: skip
+
+
+def to_huggingface(config: GPTConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a `GPT2LMHeadModel` from ours; biases that we left out are zeros there."""
+    converted = {}
+    for ours, name in names_in_huggingface(config).items():
+        if ours in weights:
+            converted[name] = weights[ours].t().contiguous() if _is_transposed(ours) else weights[ours]
+        else:
+            converted[name] = torch.zeros(len(weights[ours.replace(".bias", ".weight")]))
+    return converted | {"lm_head.weight": converted["transformer.wte.weight"]}

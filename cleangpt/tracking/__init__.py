@@ -1,0 +1,128 @@
+"""What a run tells, and to whom: figures to files, Weights & Biases and TensorBoard; a bar, plots and a report."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from cleangpt.config import Experiment, TrackingConfig
+from cleangpt.errors import require
+from cleangpt.tracking.metrics import MetricsFiles
+from cleangpt.tracking.progress import tell
+
+
+class Tracker(Protocol):
+    """Whoever wants to know how a run goes."""
+
+    def open(self, keep_until: int | None) -> None:
+        """Starts, after `load_state_dict`; the macro-batches after `keep_until` will be told again (None: all)."""
+
+    def record(self, figures: Mapping[str, float | int | None]) -> None:
+        """Takes the figures of one macro-batch; keys as in `metrics.FIGURES`."""
+
+    def sample(self, macro_batch: int, text: str) -> None:
+        """Takes a text sampled from the model when a checkpoint is saved."""
+
+    def close(self, status: str) -> None:
+        """Ends; `status` is one of finished, stopped early, interrupted, failed."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next part of the same run must know, fit for JSON."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what `state_dict` returned; before `open`."""
+
+
+class Trackers:
+    """Tells the metrics files, which must work, and others, of which one that fails is left out from then on."""
+
+    def __init__(self, files: MetricsFiles, others: dict[str, Tracker], say: Callable[[str], None]) -> None:
+        self._files, self._others, self._say = files, others, say
+        self._working = dict(others)
+        self._unused: dict[str, Any] = {}
+
+    def open(self, keep_until: int | None) -> None:
+        """Opens every tracker."""
+        self._files.open(keep_until)
+        self._tell(lambda tracker: tracker.open(keep_until))
+
+    def record(self, figures: Mapping[str, float | int | None]) -> None:
+        """Tells all the figures of one macro-batch; raises only what writing metrics.jsonl raises."""
+        self._files.record(figures)
+        self._tell(lambda tracker: tracker.record(figures))
+
+    def sample(self, macro_batch: int, text: str) -> None:
+        """Tells all a text that the model wrote after `macro_batch`."""
+        self._files.sample(macro_batch, text)
+        self._tell(lambda tracker: tracker.sample(macro_batch, text))
+
+    def close(self, status: str) -> None:
+        """Ends all; `status` is one of finished, stopped early, interrupted, failed."""
+        self._tell(lambda tracker: tracker.close(status))
+        self._working.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of each by name; of one that is left out or switched off as well, so that it may come back."""
+        return self._unused | {name: tracker.state_dict() for name, tracker in self._others.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Gives each its part of what `state_dict` returned; before `open`."""
+        self._unused = {name: part for name, part in state.items() if name not in self._others}
+        for name, tracker in self._others.items():
+            tracker.load_state_dict(state.get(name, {}))
+
+    def _tell(self, action: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self._working.items()):
+            try:
+                action(tracker)
+            except Exception as error:
+                del self._working[name]
+                reason = " ".join(str(error).split()) or type(error).__name__
+                self._say(f"{name} is left out from now on, training goes on without it: {reason}")
+
+
+def check_tracking(config: TrackingConfig) -> None:
+    """Makes sure that the packages of the trackers asked for are there.
+
+    Raises:
+        UserError: one is not installed; names the extra that brings it.
+    """
+    if config.wandb != "disabled":
+        require("wandb", "wandb")
+    if config.tensorboard:
+        require("tensorboard", "tensorboard")
+
+
+def open_trackers(
+    experiment: Experiment,
+    experiment_json: dict[str, Any],
+    run: Path,
+    state: dict[str, Any] | None,
+    keep_until: int | None,
+    say: Callable[[str], None] | None = None,
+) -> Trackers:
+    """Opens the trackers that an experiment asks for, for the run in the folder `run`.
+
+    Args:
+        experiment_json: the experiment as JSON, shown beside the figures.
+        state: what `Trackers.state_dict` returned in the snapshot gone on from; None for a new run.
+        keep_until: last macro-batch of that snapshot; what the files tell of later ones is removed. None: all of it.
+        say: told of a tracker that fails; without it, the terminal and log.txt are.
+
+    Raises:
+        UserError: the package of a tracker is not installed, or metrics.jsonl is damaged.
+        OSError: metrics.jsonl cannot be written.
+    """
+    check_tracking(experiment.tracking)
+    others: dict[str, Tracker] = {}
+    if experiment.tracking.wandb != "disabled":
+        from cleangpt.tracking.wandb import WandbTracker
+
+        others["wandb"] = WandbTracker(experiment, experiment_json, run)
+    if experiment.tracking.tensorboard:
+        from cleangpt.tracking.tensorboard import TensorBoardTracker
+
+        others["tensorboard"] = TensorBoardTracker(experiment_json, run)
+    trackers = Trackers(MetricsFiles(run), others, say or (lambda text: tell(run, text)))
+    trackers.load_state_dict(state or {})
+    trackers.open(keep_until)
+    return trackers

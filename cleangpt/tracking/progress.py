@@ -1,0 +1,148 @@
+"""What a run shows while it trains: a bar on a terminal, a line per macro-batch anywhere else; log.txt keeps it all."""
+
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar as Bar
+from rich.table import Table
+from rich.text import Text
+
+from cleangpt.tracking.metrics import label, scores, show, show_time
+
+LOG = "log.txt"
+LOSSES = {"train_loss": "loss {}", "val_loss": "val {}"}
+SPEEDS = {"lr": "lr {}", "tokens_per_second": "{} tokens/s", "mfu": "MFU {}", "visited_share": "visited {}"}
+"""How figures are worded in the bar and in the lines; scores of a task stand between the two."""
+
+
+class ProgressBar:
+    """Speaks for a run; `say` works from the start, the bar stands from `start` to `close`.
+
+    Args:
+        run: folder whose log.txt gets every line, with the time; None: no log.
+        progress: whether to show anything on the screen.
+        console: where to show it; None: the standard output.
+    """
+
+    def __init__(self, run: Path | None = None, progress: bool = True, console: Console | None = None) -> None:
+        self._run = run
+        self._console = (console or Console()) if progress else None
+        self._live: Live | None = None
+        self._figures: dict[str, Any] = {}
+        self._macro_batches, self._per_macro_batch, self._done = 0, 1, 0
+        self._clock: tuple[int, float] | None = None
+
+    def start(self, total_macro_batches: int, batches_per_macro_batch: int, done_batches: int = 0) -> None:
+        """Puts up the bar of a run of which `done_batches` batches were done before."""
+        self._macro_batches, self._per_macro_batch = total_macro_batches, batches_per_macro_batch
+        self._done = done_batches
+        if self._console and self._console.is_interactive and self._console.file.isatty():
+            self._live = Live(self._picture(), console=self._console, auto_refresh=False, transient=True)
+            self._live.start()
+            # Rich hides the cursor; a process that is killed could not bring it back.
+            self._console.show_cursor(True)
+
+    def update(self, batches_done: int, figures: Mapping[str, Any]) -> None:
+        """Moves the bar to `batches_done` batches of the whole run and shows `figures`, keys as in `FIGURES`."""
+        self._done = batches_done
+        self._figures.update(figures)
+        # The first batches are slow (compilation, caches): the time left is reckoned from here on.
+        self._clock = self._clock or (batches_done, time.monotonic())
+        self._draw()
+
+    def record(self, figures: Mapping[str, Any]) -> None:
+        """Tells the figures of a finished macro-batch in one line; on a terminal, as much of it as fits."""
+        self._figures.update(figures)
+        words = [f"macro-batch {figures['macro_batch']}/{self._macro_batches or '?'}", *_words(figures)]
+        words += [show_time(figures["time_trained"])] if figures.get("time_trained") is not None else []
+        _log(self._run, " · ".join(words))
+        self._print(_fit(words, self._console.width) if self._live and self._console else " · ".join(words))
+        self._draw()
+
+    def say(self, text: str) -> None:
+        """Shows a line, above the bar where there is one, and keeps it in log.txt."""
+        _log(self._run, text)
+        self._print(text)
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        live, self._live = self._live, None
+        if live:
+            try:
+                live.stop()
+            except OSError:
+                self._console = None
+
+    def time_left(self) -> float | None:
+        """Seconds to the end of the run at the speed of this session, validation and saving included."""
+        if self._clock is None or self._done <= self._clock[0]:
+            return None
+        left = self._macro_batches * self._per_macro_batch - self._done
+        return left * (time.monotonic() - self._clock[1]) / (self._done - self._clock[0])
+
+    def _draw(self) -> None:
+        if self._live:
+            try:
+                self._live.update(self._picture(), refresh=True)
+            except OSError:
+                self._console = self._live = None
+
+    def _print(self, text: str) -> None:
+        """Shows a line; a screen that is gone (a closed terminal) must not end the training."""
+        if self._console is None:
+            return
+        try:
+            encoding = self._console.encoding
+            text = text.encode(encoding, "replace").decode(encoding)
+            self._console.print(Text(text), soft_wrap=True)
+            self._console.file.flush()
+        except OSError:
+            self._console = self._live = None
+
+    def _picture(self) -> Group:
+        """Two lines: the bar, and the figures of the moment."""
+        total = self._macro_batches * self._per_macro_batch
+        current = min(self._done // self._per_macro_batch + 1, self._macro_batches)
+        left = self.time_left()
+        line = Table.grid(padding=(0, 1), expand=True)
+        for ratio in (None, 1, None, None):
+            line.add_column(ratio=ratio, no_wrap=True)
+        line.add_row(
+            f"macro-batch {current}/{self._macro_batches}",
+            Bar(total=total, completed=self._done),
+            f"{100 * self._done / max(total, 1):.0f} %",
+            f"ETA {show_time(left)}" if left is not None else "",
+        )
+        width = self._console.width if self._console else 80
+        return Group(line, Text(_fit(_words(self._figures), width), no_wrap=True, style="dim"))
+
+
+def tell(run: Path | None, text: str) -> None:
+    """Shows a line on the standard error and keeps it in the run's log.txt."""
+    _log(run, text)
+    print(text, file=sys.stderr, flush=True)
+
+
+def _words(figures: Mapping[str, Any]) -> list[str]:
+    """The known figures in words, the most wanted first."""
+    wording = LOSSES | {name: f"{label(name)} {{}}" for name in scores(figures)} | SPEEDS
+    known = {name: words for name, words in wording.items() if figures.get(name) is not None}
+    return [words.format(show(name, figures[name])) for name, words in known.items()]
+
+
+def _fit(words: list[str], width: int) -> str:
+    """As many of the words as fit into `width` columns, the first ones."""
+    while len(words) > 1 and len(" · ".join(words)) > width - 1:
+        words = words[:-1]
+    return " · ".join(words)
+
+
+def _log(run: Path | None, text: str) -> None:
+    if run is not None:
+        with (run / LOG).open("a", encoding="utf-8", errors="replace") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")

@@ -1,0 +1,296 @@
+"""The report of one run or the comparison of several: one HTML file that holds its pictures, readable offline."""
+
+import base64
+import html
+import json
+import statistics
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cleangpt.errors import UserError
+from cleangpt.files import read_json, write_text
+from cleangpt.tracking import plots
+from cleangpt.tracking.metrics import FIGURES, METRICS, UNKNOWN, label, read_metrics, read_samples, scores, show
+
+NEWEST_SAMPLES, LONGEST_SAMPLE = 12, 4000
+"""How many texts of a run are shown, and how many letters of each; samples.jsonl has them all."""
+
+PLOTS: Mapping[str, tuple[str, Callable[[plots.Runs, Path], Path | None]]] = {
+    "loss": ("Loss", plots.loss_plot),
+    "scores": ("Scores", plots.score_plot),
+    "schedules": ("Schedules as run", plots.schedule_plot),
+    "throughput": ("Throughput", plots.throughput_plot),
+    "gradient": ("Gradient norm", plots.gradient_plot),
+}
+
+
+@dataclass
+class Run:
+    """What the folder of a run says; `name` is unique in a report."""
+
+    folder: Path
+    name: str
+    rows: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    experiment: dict[str, Any]
+    environment: dict[str, Any]
+    evaluation: dict[str, Any]
+
+
+def write_report(runs: list[Path], out: Path | None = None) -> Path:
+    """Writes the report of `runs`, and its plots as PNG files into the folder `plots` beside it.
+
+    Args:
+        runs: folders of one or more runs, which are compared.
+        out: folder for the report; None: the first run's. A comparison there is called comparison.html, its plots
+            comparison_….png, so that the run keeps its own.
+
+    Returns:
+        The path of the HTML file.
+
+    Raises:
+        UserError: a folder is no run, or has no metrics yet.
+    """
+    loaded = _load(runs)
+    folder = out or runs[0]
+    kind = "comparison" if len(runs) > 1 and out is None else "report"
+    prefix = "comparison_" if kind == "comparison" else ""
+    curves = {run.name: run.rows for run in loaded}
+    pictures = {
+        title: picture
+        for name, (title, plot) in PLOTS.items()
+        if (picture := plot(curves, folder / "plots" / f"{prefix}{name}.png"))
+    }
+    path = folder / f"{kind}.html"
+    write_text(path, _page(loaded, pictures))
+    return path
+
+
+def _load(folders: Sequence[Path]) -> list[Run]:
+    runs = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not the folder of a run; cleangpt train makes one")
+        rows = read_metrics(folder)
+        if not rows:
+            raise UserError(f"{folder} has no metrics yet ({METRICS}); the first come after the first macro-batch")
+        texts = [_object(folder / f"{part}.json") for part in ("experiment", "environment", "evaluation")]
+        name = str(texts[0].get("name", folder.resolve().name))
+        runs.append(Run(folder, name, rows, read_samples(folder), *texts))
+    for part in ("name", "parent"):
+        names = [run.name for run in runs]
+        for run in runs:
+            run.name += f" {getattr(run.folder.resolve(), part)}" if names.count(run.name) > 1 else ""
+    return runs
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of the run, empty where there is none."""
+    value = read_json(path) if path.exists() else {}
+    return value if isinstance(value, dict) else {}
+
+
+# What the page says --------------------------------------------------------------------------------------------------
+
+
+def _page(runs: list[Run], pictures: Mapping[str, Path]) -> str:
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"
+    parts = [f"<h1>{_text(title)}</h1>", _lead(runs), _summary_table(runs)]
+    if len(runs) > 1:
+        parts.append(_section("What differs", _experiment_table(runs, only_differences=True)))
+    parts.append(_section("Curves", "\n".join(_image(name, path) for name, path in pictures.items())))
+    if evaluated := [run for run in runs if run.evaluation]:
+        parts.append(_section("Evaluation", _facts_table(evaluated, [run.evaluation for run in evaluated], _figure)))
+    parts += [_samples(run, len(runs) > 1) for run in runs if run.samples]
+    parts.append(_folded("Experiment", _experiment_table(runs)))
+    if any(run.environment for run in runs):
+        parts.append(_folded("Environment", _facts_table(runs, [_flat(run.environment) for run in runs], _plain)))
+    parts.append(_folded("What the figures mean", _glossary(runs)))
+    return PAGE.format(title=_text(title), style=STYLE, body="\n".join(parts))
+
+
+def _lead(runs: list[Run]) -> str:
+    """One sentence with the result that matters most."""
+    rated = [(run, lowest) for run in runs if (lowest := plots.best(run.rows)) is not None]
+    if not rated:
+        return "<p class=lead>No validation loss is known.</p>"
+    run, lowest = min(rated, key=lambda pair: float(pair[1]["val_loss"]))
+    of = "" if len(runs) == 1 else f", by <b>{_text(run.name)}</b>"
+    return (
+        f"<p class=lead>Best validation loss <b>{show('val_loss', lowest['val_loss'])}</b> nats per token "
+        f"at macro-batch {show('macro_batch', lowest.get('macro_batch'))}{of}.</p>"
+    )
+
+
+def summary(run: Run) -> dict[str, str]:
+    """The facts of a run in a few words each; those that are unknown are missing."""
+    first_best, last = plots.best(run.rows) or {}, run.rows[-1]
+    model = run.experiment.get("model", {})
+    facts: dict[str, Any] = {
+        "run": run.folder,
+        "model": model.get("kind") if isinstance(model, dict) else None,
+        "parameters": run.environment.get("parameters", run.experiment.get("parameters")),
+        "best validation loss": show("val_loss", first_best["val_loss"]) if first_best else None,
+        "… at macro-batch": f"{first_best['macro_batch']} of {last['macro_batch']}" if first_best else None,
+    }
+    if isinstance(facts["parameters"], (int, float)):
+        facts["parameters"] = f"{facts['parameters']:,}"
+    for name in ("perplexity", "bits_per_byte", *scores(last)):
+        facts[label(name)] = _known(name, first_best.get(name, last.get(name) if name in scores(last) else None))
+    for name in ("samples", "tokens", "visited_share", "times_visited", "time_trained", "peak_memory", "skipped_steps"):
+        facts[label(name)] = _known(name, last.get(name))
+    for name in ("tokens_per_second", "mfu"):
+        known = [value for value in plots.column(run.rows, name) if value == value]
+        facts[f"{label(name)} (median)"] = show(name, statistics.median(known)) if known else None
+    return {name: str(value) for name, value in facts.items() if value is not None}
+
+
+def _known(name: str, value: Any) -> str | None:
+    return None if value is None else show(name, value)
+
+
+def _summary_table(runs: list[Run]) -> str:
+    return _facts_table(runs, [summary(run) for run in runs], _plain)
+
+
+def _experiment_table(runs: list[Run], only_differences: bool = False) -> str:
+    facts = [_flat(run.experiment) for run in runs]
+    if only_differences:
+        names = [name for name in _names(facts) if len({json.dumps(part.get(name)) for part in facts}) > 1]
+        if not names:
+            return "<p>Nothing in their experiments.</p>"
+        facts = [{name: part.get(name) for name in names} for part in facts]
+    return _facts_table(runs, facts, _plain)
+
+
+def _samples(run: Run, named: bool) -> str:
+    shown = run.samples[-NEWEST_SAMPLES:]
+    blocks = [
+        f"<details{' open' if entry is shown[-1] else ''}>"
+        f"<summary>macro-batch {_text(entry.get('macro_batch'))}</summary>"
+        f"<pre>{_text(str(entry.get('text', ''))[:LONGEST_SAMPLE])}</pre></details>"
+        for entry in reversed(shown)
+    ]
+    more = f"<p>The newest {len(shown)} of {len(run.samples)}; samples.jsonl has all.</p>"
+    title = f"Samples of {run.name}" if named else "Samples"
+    return _section(title, "\n".join(blocks) + (more if len(run.samples) > len(shown) else ""))
+
+
+def _glossary(runs: list[Run]) -> str:
+    used = _names([row for run in runs for row in run.rows])
+    rows = [
+        f"<tr><th>{_text(figure.label)}</th><td>{_text(figure.meaning)}</td><td>{_text(figure.unit)}</td></tr>"
+        for name, figure in FIGURES.items()
+        if name in used
+    ]
+    return f"<div class=wide><table>{''.join(rows)}</table></div>"
+
+
+# How it is said ------------------------------------------------------------------------------------------------------
+
+
+def _facts_table(runs: Sequence[Run], facts: Sequence[Mapping[str, Any]], say: Callable[[str, Any], str]) -> str:
+    """One row for each fact that any run knows, one column for each run."""
+    head = "".join(f"<th>{_text(run.name)}</th>" for run in runs)
+    rows = [f"<tr><th></th>{head}</tr>"] if len(runs) > 1 else []
+    for name in _names(facts):
+        cells = "".join(f"<td>{_text(say(name, part.get(name)))}</td>" for part in facts)
+        rows.append(f"<tr><th>{_text(name.replace('_', ' ') if say is _figure else name)}</th>{cells}</tr>")
+    return f"<div class=wide><table>{''.join(rows)}</table></div>"
+
+
+def _plain(_: str, value: Any) -> str:
+    return UNKNOWN if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _figure(name: str, value: Any) -> str:
+    name = {"loss": "val_loss"}.get(name, name)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return show(name, value) if number else _plain(name, value)
+
+
+def _flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """A nested JSON object as one level: ``{"optimizer.lr": 0.001}``."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{path}{name}.") if isinstance(value, dict) and value else {f"{path}{name}": value}
+    return flat
+
+
+def _names(facts: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The keys of all, each once, in the order in which they come first."""
+    return list(dict.fromkeys(name for part in facts for name in part))
+
+
+def _text(value: Any) -> str:
+    """A value as HTML text; control characters and lone surrogates, which HTML forbids, become U+FFFD."""
+    allowed = "\n\t"
+    letters = (
+        letter if letter in allowed or unicodedata.category(letter) not in ("Cc", "Cs") else "\N{REPLACEMENT CHARACTER}"
+        for letter in str(value)
+    )
+    return html.escape("".join(letters))
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{_text(title)}</h2>\n{body}</section>"
+
+
+def _folded(title: str, body: str) -> str:
+    return f"<section><details><summary><h2>{_text(title)}</h2></summary>\n{body}</details></section>"
+
+
+def _image(name: str, path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    return f'<img alt="{_text(name)}" src="data:image/png;base64,{data}">'
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title} · CleanGPT report</title>
+<style>{style}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+STYLE = """
+:root { --ink: #1d2430; --soft: #5d6877; --line: #dfe4ea; --paper: #ffffff; --tint: #f5f7fa; --mark: #0072b2 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e8ee; --soft: #9aa6b5; --line: #343b46; --paper: #14181e; --tint: #1d232b; --mark: #56b4e9 }
+  img { filter: invert(0.91) hue-rotate(180deg) }
+}
+* { box-sizing: border-box }
+body { max-width: 60rem; margin: 2.5rem auto 4rem; padding: 0 1.2rem; color: var(--ink); background: var(--paper);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", "Noto Sans", "Noto Sans CJK SC", sans-serif }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 0.4rem; overflow-wrap: anywhere }
+h2 { font-size: 1.2rem; margin: 0 0 0.6rem; overflow-wrap: anywhere }
+section { margin-top: 2.4rem }
+.lead { font-size: 1.1rem; color: var(--soft); margin: 0 0 1.4rem }
+.lead b { color: var(--mark) }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.94rem }
+th, td { text-align: left; vertical-align: top; padding: 0.32rem 1.6rem 0.32rem 0 }
+tr { border-bottom: 1px solid var(--line) }
+th { font-weight: 500; color: var(--soft); white-space: nowrap }
+tr:first-child th:not(:first-child) { color: var(--ink) }
+tr:first-child th:not(:first-child) { min-width: 9rem; white-space: normal; overflow-wrap: anywhere }
+td { overflow-wrap: anywhere }
+img { display: block; width: 100%; height: auto; margin-bottom: 1.6rem; border-radius: 6px }
+details { margin: 0.4rem 0 }
+summary { cursor: pointer; color: var(--soft) }
+summary h2 { display: inline; color: var(--ink) }
+details > .wide { margin-top: 0.8rem }
+pre { margin: 0.5rem 0 0; padding: 0.9rem 1.1rem; background: var(--tint); border-radius: 6px; white-space: pre-wrap;
+  overflow-wrap: anywhere; font: 0.86rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "Noto Sans Mono", monospace }
+@media print { body { margin: 0; max-width: none } }
+"""

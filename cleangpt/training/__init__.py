@@ -1,0 +1,1 @@
+"""The loop over macro-batches, and everything it must remember."""

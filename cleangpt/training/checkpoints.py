@@ -1,0 +1,174 @@
+"""Checkpoints: model weights with their configuration and tokenizer, the best of them kept.
+
+checkpoints/index.json                 those kept, best first
+checkpoints/val1.4697_mb000012/        validation loss and macro-batch
+    model.safetensors  config.json  tokenizer.json  manifest.json
+"""
+
+import math
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from cleangpt.config import ModelConfig, SavingConfig, from_json, to_json
+from cleangpt.data.store import TOKENIZER
+from cleangpt.data.tokenizers import Tokenizer, load_tokenizer
+from cleangpt.errors import UserError
+from cleangpt.files import PARTIAL, damage, read_json, seal, write_json, write_text
+from cleangpt.models import build_model, model_kinds
+
+FORMAT = 1
+WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "index.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One checkpoint in the index."""
+
+    name: str
+    macro_batch: int
+    val_loss: float
+    permanent: bool = False
+    """Kept because of `saving.checkpoint_every`, whatever its loss."""
+
+
+class Checkpoints:
+    """The checkpoints of a run; on a tie the older one counts as better, and a NaN is never among the best."""
+
+    def __init__(self, folder: Path, config: SavingConfig) -> None:
+        self.folder, self.config = folder, config
+        self.entries: list[Entry] = []
+
+    def wanted(self, macro_batch: int, val_loss: float) -> bool:
+        """Whether a checkpoint with this validation loss is to be kept."""
+        return self._permanent(macro_batch) or self._among_best(val_loss)
+
+    def save(
+        self, macro_batch: int, val_loss: float, model: nn.Module, config: ModelConfig, tokenizer: Tokenizer
+    ) -> str:
+        """Writes a checkpoint, then removes those that are no longer among the best; returns its name."""
+        entry = Entry(
+            f"val{val_loss:.4f}_mb{macro_batch:06d}", macro_batch, val_loss, permanent=self._permanent(macro_batch)
+        )
+        save_checkpoint(self.folder / entry.name, model.state_dict(), config, tokenizer, asdict(entry))
+        best = sorted([*self.entries, entry], key=_rank)
+        finite = [other for other in best if not math.isnan(other.val_loss)]
+        self.entries = [other for other in best if other.permanent or other in finite[: self.config.keep_best]]
+        write_json(self.folder / INDEX, {"format": FORMAT, "checkpoints": [asdict(other) for other in self.entries]})
+        self.prune()
+        return entry.name
+
+    def prune(self) -> None:
+        """Removes every folder that the index does not name: worse ones, and what a crash left behind."""
+        kept = {entry.name for entry in self.entries}
+        for path in self.folder.glob("val*"):
+            if path.name not in kept:
+                shutil.rmtree(path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {"entries": [asdict(entry) for entry in self.entries]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from `state_dict`; an entry whose folder is gone is forgotten.
+
+        A folder that came after the snapshot stays until the next `save`, which writes it again or prunes it.
+        """
+        entries = [Entry(**entry) for entry in state["entries"]]
+        self.entries = [entry for entry in entries if (self.folder / entry.name / CONFIG).exists()]
+
+    def _permanent(self, macro_batch: int) -> bool:
+        return self.config.checkpoint_every is not None and macro_batch % self.config.checkpoint_every == 0
+
+    def _among_best(self, val_loss: float) -> bool:
+        better = [entry for entry in self.entries if entry.val_loss <= val_loss]
+        return not math.isnan(val_loss) and len(better) < self.config.keep_best
+
+
+def _rank(entry: Entry) -> tuple[bool, float, int]:
+    return (math.isnan(entry.val_loss), entry.val_loss, entry.macro_batch)
+
+
+def save_checkpoint(
+    folder: Path, weights: dict[str, Tensor], config: ModelConfig, tokenizer: Tokenizer, facts: dict[str, Any]
+) -> None:
+    """Writes a checkpoint to `folder`, whole or not at all; `facts` are kept in its config.json."""
+    partial = folder.with_name(folder.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    host = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    save_file(host, partial / WEIGHTS, metadata={"format": "pt"})
+    write_json(partial / CONFIG, {"format": FORMAT, "model": to_json(config, model_kinds()), "facts": facts})
+    write_text(partial / TOKENIZER, tokenizer.to_json())
+    seal(partial, folder)
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint, read."""
+
+    folder: Path
+    config: ModelConfig
+    tokenizer: Tokenizer
+    weights: dict[str, Tensor]
+    facts: dict[str, Any]
+
+    def model(self, device: torch.device) -> nn.Module:
+        """The model with its weights, for use, on `device`."""
+        model = build_model(self.config)
+        model.load_state_dict(self.weights)
+        return model.to(device).eval()
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Reads a checkpoint; nothing in it is executed.
+
+    Raises:
+        UserError: the folder is no checkpoint, is damaged, or is of a newer format or an unknown architecture.
+    """
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} is not a checkpoint: it has no {CONFIG}")
+    if wrong := damage(folder):
+        raise UserError(f"checkpoint {folder} is damaged: {wrong}")
+    content = read_json(folder / CONFIG)
+    if content.get("format") != FORMAT:
+        raise UserError(f"{folder} has checkpoint format {content.get('format')}; this version reads {FORMAT}")
+    config = from_json(ModelConfig, content["model"], model_kinds(), "model.")
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise UserError(f"{folder / WEIGHTS} is not a safetensors file: {error}") from None
+    return Checkpoint(folder, config, load_tokenizer(folder / TOKENIZER), weights, content["facts"])
+
+
+def best_checkpoint(run: Path) -> Path:
+    """The folder of a run's checkpoint with the lowest validation loss.
+
+    Raises:
+        UserError: the run has none.
+    """
+    index = run / "checkpoints" / INDEX
+    entries = [Entry(**entry) for entry in read_json(index)["checkpoints"]] if index.exists() else []
+    if not entries:
+        raise UserError(f"{run} has no checkpoint yet; one is saved after each macro-batch that improves")
+    return run / "checkpoints" / min(entries, key=_rank).name
+
+
+def fill(model: nn.Module, weights: dict[str, Tensor]) -> list[str]:
+    """Copies into `model` every weight whose name and shape match; returns a line about each that did not."""
+    target = model.state_dict()
+    matching = {name: tensor for name, tensor in weights.items()
+                if name in target and tensor.shape == target[name].shape}  # fmt: skip
+    model.load_state_dict(matching, strict=False)
+    lines = []
+    for name in sorted(target.keys() - matching.keys()):
+        found = f"has shape {tuple(weights[name].shape)}" if name in weights else "is not in the checkpoint"
+        lines.append(f"{name} {found}; it keeps its initial values, shape {tuple(target[name].shape)}")
+    lines += [f"{name} is in the checkpoint but not in the model" for name in sorted(weights.keys() - target.keys())]
+    return lines

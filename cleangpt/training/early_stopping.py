@@ -1,0 +1,35 @@
+"""Early stopping: enough macro-batches without a better validation loss."""
+
+import math
+from typing import Any
+
+from cleangpt.config import EarlyStoppingConfig
+
+
+class EarlyStopping:
+    """Counts macro-batches since the validation loss last fell by more than `min_delta`; a NaN is no improvement."""
+
+    def __init__(self, config: EarlyStoppingConfig) -> None:
+        self.config = config
+        self.best = math.inf
+        self.waited = 0
+
+    def update(self, val_loss: float) -> None:
+        """Takes the validation loss of one macro-batch, in nats."""
+        if val_loss < self.best - self.config.min_delta:
+            self.best, self.waited = val_loss, 0
+        else:
+            self.waited += 1
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether patience has run out."""
+        return self.config.patience is not None and self.waited >= self.config.patience
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {"best": self.best, "waited": self.waited}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from `state_dict`."""
+        self.best, self.waited = state["best"], state["waited"]

@@ -1,0 +1,67 @@
+"""AdamW with decay on matrices only, and the step: clip, skip what is not finite, update."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cleangpt.config import OptimizerConfig
+
+
+class Optimizer:
+    """One update of a model's weights at a time.
+
+    A step whose gradient is not finite leaves weights and moments as they were. The decision stays on the device: the
+    fused kernels take it as `found_inf`, the tensor through which GradScaler tells them the same, so the host never
+    waits for it.
+    """
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
+        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        matrices = [entry for entry in named if entry[1].dim() >= 2]
+        vectors = [entry for entry in named if entry[1].dim() < 2]
+        self.config = config
+        self.names = [name for name, _ in matrices + vectors]
+        self.parameters = [parameter for _, parameter in matrices + vectors]
+        groups: list[dict[str, Any]] = [
+            {"params": [parameter for _, parameter in matrices]},
+            {"params": [parameter for _, parameter in vectors], "weight_decay": 0.0},
+        ]
+        self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        device = self.parameters[0].device
+        self.skipped = torch.zeros(3, device=device)
+        """Steps skipped in all, in a row until now, and in a row at the most."""
+
+    def step(self, lr: float, weight_decay: float) -> Tensor:
+        """Updates the weights from their gradients and clears these.
+
+        Returns:
+            The gradient's norm before clipping, 0-dim, on the device; 0 for a skipped step.
+        """
+        self.adamw.param_groups[0]["weight_decay"] = weight_decay
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.config.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, norm)
+        bad = (~torch.isfinite(norm)).float()
+        self.adamw.found_inf = bad  # type: ignore[attr-defined]
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        total, row, longest = self.skipped
+        row = (row + 1) * bad
+        self.skipped = torch.stack([total + bad, row, torch.maximum(longest, row)])
+        return torch.where(bad > 0, torch.zeros_like(norm), norm)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments by parameter name, and the counts of skipped steps."""
+        state = self.adamw.state_dict()["state"]
+        return {"moments": {self.names[index]: entry for index, entry in state.items()}, "skipped": self.skipped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from `state_dict`; rates and decays come from the experiment."""
+        groups = self.adamw.state_dict()["param_groups"]
+        moments = {self.names.index(name): entry for name, entry in state["moments"].items()}
+        self.adamw.load_state_dict({"state": moments, "param_groups": groups})
+        self.skipped = state["skipped"].to(self.skipped.device)

@@ -1,0 +1,50 @@
+"""Where a run stands, and what it has summed up since the last macro-batch."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Position:
+    """Where a run stands."""
+
+    samples: int = 0
+    """Consumed so far: the data's whole state."""
+    step: int = 0
+    macro_batch: int = 0
+    """Finished ones: trained, validated and recorded."""
+    time_trained: float = 0.0
+    """Seconds, over all processes of the run."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from `state_dict`."""
+        vars(self).update(state)
+
+
+class Meter:
+    """Sums over the macro-batch in progress. The loss stays on the device until it is read."""
+
+    def __init__(self, device: torch.device) -> None:
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.device = device
+        self.sums = torch.zeros(2, dtype=dtype, device=device)
+        """Of the loss over targets and of the gradient norm over steps."""
+        self.targets = self.steps = self.samples = 0
+        self.seconds = self.waited = 0.0
+        self.lr = self.weight_decay = 0.0
+        """Of the last step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run resumed within a macro-batch needs."""
+        return {name: value for name, value in vars(self).items() if name != "device"}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from `state_dict`."""
+        vars(self).update(state)
+        self.sums = state["sums"].to(self.device)

@@ -1,0 +1,211 @@
+"""The run directory: where everything of a run lies, and how to find it again."""
+
+import dataclasses
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cleangpt import __version__
+from cleangpt.config import Experiment, from_json, to_json, total_samples
+from cleangpt.corpora import CORPORA
+from cleangpt.data.batches import Samples
+from cleangpt.data.store import TokenStore
+from cleangpt.errors import UserError
+from cleangpt.files import read_json, write_bytes, write_json
+from cleangpt.models import flops_per_token, model_kinds
+from cleangpt.training.checkpoints import CONFIG, best_checkpoint
+from cleangpt.training.device import choose_device, describe_device
+
+FIXED = {"name", "data.seq_len", "data.batch_size", "training.batches_per_macro_batch", "training.seed", "objective"}
+EXPERIMENT, EXPERIMENT_FILE, ENVIRONMENT = "experiment.json", "experiment.py", "environment.json"
+
+
+def kinds() -> dict[str, type]:
+    """Every registered class that stands in an experiment's JSON under its name."""
+    return {**model_kinds(), **CORPORA}
+
+
+def experiment_json(experiment: Experiment) -> dict[str, Any]:
+    """Every field of an experiment, resolved, as JSON."""
+    return to_json(experiment, kinds())
+
+
+def open_run(experiment: Experiment, source: Path | None, overrides: Sequence[str]) -> Path:
+    """The folder of a run: a new one with its experiment and environment, or the one that `experiment.run` names.
+
+    Args:
+        experiment: with every field resolved.
+        source: the experiment's Python file, copied into the run as it is; None copies nothing.
+        overrides: the command line's words after the experiment, kept so that the run can be repeated.
+
+    Raises:
+        UserError: the folder exists and holds a run of another experiment, or something else.
+    """
+    wanted = experiment_json(experiment)
+    if experiment.run is not None and Path(experiment.run).exists():
+        run = Path(experiment.run)
+        if (run / EXPERIMENT).exists():
+            _check_same(run, read_json(run / EXPERIMENT), wanted)
+            return run
+        if any(run.iterdir()):
+            raise UserError(f"run is {str(run)!r}, a folder that holds something else; give another")
+    run = Path(experiment.run) if experiment.run is not None else _new_folder(experiment.name)
+    run.mkdir(parents=True, exist_ok=True)
+    if source is not None:
+        write_bytes(run / EXPERIMENT_FILE, source.read_bytes())
+    write_json(run / ENVIRONMENT, environment(experiment, overrides))
+    write_json(run / EXPERIMENT, wanted)
+    return run
+
+
+def find_run(text: str) -> Path:
+    """The run that a user means: its folder, a folder of runs (the newest of them), or an experiment's name.
+
+    Raises:
+        UserError: nothing of the kind is there.
+    """
+    for path in (Path(text), Path("runs") / text):
+        if (path / EXPERIMENT).is_file():
+            return path
+        inside = sorted(path.glob(f"*/{EXPERIMENT}"), key=lambda found: found.stat().st_mtime)
+        if inside:
+            return inside[-1].parent
+    raise UserError(f"{text} is not a run: neither a folder with an {EXPERIMENT}, nor a name in runs/")
+
+
+def find_checkpoint(text: str) -> Path:
+    """The checkpoint that a user means: its folder, or the best of the run that `find_run` finds."""
+    return Path(text) if (Path(text) / CONFIG).is_file() else best_checkpoint(find_run(text))
+
+
+def read_experiment(run: Path) -> Experiment:
+    """The experiment of a run, from its JSON; its Python file is not executed.
+
+    Raises:
+        UserError: the JSON is damaged, or names a model or corpus that is not registered.
+    """
+    return from_json(Experiment, read_json(run / EXPERIMENT), kinds())
+
+
+def resolve(experiment: Experiment, vocab_size: int) -> Experiment:
+    """The experiment with its model's vocabulary filled in from the tokenizer's.
+
+    Raises:
+        UserError: the model's vocabulary is smaller than the tokenizer's.
+    """
+    model = experiment.model
+    if model.vocab_size is not None and model.vocab_size < vocab_size:
+        raise UserError(f"model.vocab_size is {model.vocab_size}; allowed: at least the tokenizer's {vocab_size}")
+    model = dataclasses.replace(model, vocab_size=model.vocab_size or vocab_size)
+    return dataclasses.replace(experiment, model=model)
+
+
+def check_store(experiment: Experiment, store: TokenStore) -> None:
+    """Refuses a store that cannot be cut into samples of the experiment.
+
+    Raises:
+        UserError: a split is too short, or its rows have another length.
+    """
+    for name in ("train", "val"):
+        Samples(store.splits[name], experiment.data.seq_len, name)
+
+
+def check_resumable(before: Experiment, now: Experiment) -> None:
+    """Refuses a change of what a snapshot's position and weights depend on.
+
+    Raises:
+        UserError: names the first such field.
+    """
+    old, new = _flatten(experiment_json(before)), _flatten(experiment_json(now))
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name) and (name in FIXED or name.startswith(("corpus.", "model."))):
+            raise UserError(
+                f"{name} is {old.get(name)!r} in this run and cannot become {new.get(name)!r}: the position in the "
+                "data or the weights depend on it; start another run, with init_from for its weights"
+            )
+
+
+def summary(experiment: Experiment, run: Path, store: TokenStore, model: Any, device: torch.device) -> list[str]:
+    """What is about to be trained, on what, how much of it and in how much memory, as lines."""
+    data, training = experiment.data, experiment.training
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    micro_batch = training.micro_batch_size or data.batch_size
+    kept = 16 * parameters
+    activations = model.activation_bytes(micro_batch, data.seq_len) if hasattr(model, "activation_bytes") else 0
+    tokens, train = total_samples(experiment) * data.seq_len, store.splits["train"]
+    return [
+        f"run      {run}",
+        f"model    {parameters:,} parameters, {flops_per_token(model, data.seq_len):,} FLOPs per token",
+        f"memory   about {(kept + activations) / 2**30:.2f} GiB: weights, gradients and moments "
+        f"{kept / 2**30:.2f}, activations {activations / 2**30:.2f}",
+        f"data     {train.tokens:,} training tokens in {store.folder}, "
+        f"{tokens / max(train.tokens, 1):.2f} times visited at the end",
+        f"length   {training.macro_batches} macro-batches of {training.batches_per_macro_batch} batches "
+        f"of {data.batch_size} x {data.seq_len} tokens: {tokens:,} tokens",
+        f"device   {describe_device(device)}",
+    ]
+
+
+def environment(experiment: Experiment, overrides: Sequence[str]) -> dict[str, Any]:
+    """Versions, git commit, device and command line: what a repetition would have to match."""
+    return {
+        "cleangpt": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "device": describe_device(choose_device(experiment.training.device)),
+        "git_commit": _git_commit(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "overrides": list(overrides),
+    }
+
+
+def _new_folder(name: str) -> Path:
+    stamp = time.strftime("%Y-%m-%d_%H%M%S")
+    folder = Path("runs") / name / stamp
+    number = 2
+    while folder.exists():
+        folder = folder.with_name(f"{stamp}_{number}")
+        number += 1
+    return folder
+
+
+def _check_same(run: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    before, now = _flatten(there), _flatten(here)
+    for name in sorted(before.keys() | now.keys()):
+        if name != "run" and before.get(name) != now.get(name):
+            raise UserError(
+                f"run is {str(run)!r}, which holds another experiment: {name} is {before.get(name)!r} there and "
+                f"{now.get(name)!r} here; give another folder, or change fields with cleangpt resume"
+            )
+
+
+def _flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{path}{key}.")
+        else:
+            flat[path + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _git_commit() -> str | None:
+    """The commit of the work tree in the current folder, with "-dirty" behind it where files have changed."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()

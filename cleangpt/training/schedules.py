@@ -1,0 +1,78 @@
+"""Schedules are functions of progress (design rule 4): nothing about them is ever saved.
+
+Progress is samples seen by samples in the whole run, so the learning rate, the weight decay and the training batch
+size stay together when the last of them grows.
+"""
+
+import math
+
+from cleangpt.config import Experiment, Schedule, samples_per_macro_batch, total_samples
+
+
+def factor(schedule: Schedule, progress: float, step_share: float = 0.0) -> float:
+    """The schedule's factor at a progress from 0 to 1.
+
+    In the warm-up the factor rises linearly and reaches `initial` at its end; it counts the step that is about to be
+    made (`step_share` of the run), so that the first step is not lost on a rate of zero. After it, with t going from
+    0 to 1: linear, cosine (Loshchilov and Hutter 2017, "SGDR", equation 5, without restarts) and power, (1 - t)**power,
+    go from `initial` to `final`; wsd (Hu et al. 2024, "MiniCPM", section 4) stays at `initial` and falls linearly in
+    the last `decay` share of the run.
+    """
+    initial, final = schedule.initial, schedule.final
+    if progress < schedule.warmup:
+        return initial * min(1.0, (progress + step_share) / schedule.warmup)
+    t = min(1.0, (progress - schedule.warmup) / (1 - schedule.warmup)) if schedule.warmup < 1 else 1.0
+    if schedule.shape == "constant":
+        return initial
+    if schedule.shape == "linear":
+        remaining = 1 - t
+    elif schedule.shape == "cosine":
+        remaining = (1 + math.cos(math.pi * t)) / 2
+    elif schedule.shape == "power":
+        remaining = (1 - t) ** schedule.power
+    else:
+        remaining = min(1.0, (1 - min(progress, 1.0)) / schedule.decay) if schedule.decay else 1.0
+    return final + (initial - final) * remaining
+
+
+def learning_rate(experiment: Experiment, samples: int, accumulation: int) -> float:
+    """The learning rate of the step that begins after `samples` samples and is made of `accumulation` batches."""
+    total = total_samples(experiment)
+    step_share = accumulation * experiment.data.batch_size / total
+    return experiment.optimizer.lr * factor(experiment.schedule.lr, samples / total, step_share)
+
+
+def weight_decay(experiment: Experiment, samples: int, accumulation: int) -> float:
+    """The weight decay of the same step."""
+    total = total_samples(experiment)
+    step_share = accumulation * experiment.data.batch_size / total
+    return experiment.optimizer.weight_decay * factor(experiment.schedule.weight_decay, samples / total, step_share)
+
+
+def accumulation(experiment: Experiment, samples: int) -> int:
+    """Batches in the step that begins after `samples` samples.
+
+    At most what the schedule says, and never past the end of the macro-batch: what is left of it is shared out
+    evenly over as few steps as will do, so that no step is much smaller than its neighbours.
+    """
+    scheduled = experiment.training.accumulation * factor(
+        experiment.schedule.batch_size, samples / total_samples(experiment)
+    )
+    most = max(1, round(scheduled))
+    per_macro_batch = samples_per_macro_batch(experiment)
+    left = (per_macro_batch - samples % per_macro_batch) // experiment.data.batch_size
+    return math.ceil(left / math.ceil(left / most))
+
+
+def curves(experiment: Experiment) -> tuple[list[int], dict[str, list[float]]]:
+    """Every step of the planned run: the samples before it, and learning rate, weight decay, training batch size."""
+    samples, seen = 0, []
+    planned: dict[str, list[float]] = {"lr": [], "weight_decay": [], "training_batch_size": []}
+    while samples < total_samples(experiment):
+        batches = accumulation(experiment, samples)
+        seen.append(samples)
+        planned["lr"].append(learning_rate(experiment, samples, batches))
+        planned["weight_decay"].append(weight_decay(experiment, samples, batches))
+        planned["training_batch_size"].append(batches * experiment.data.batch_size)
+        samples += batches * experiment.data.batch_size
+    return seen, planned

@@ -1,0 +1,39 @@
+"""A polite end: the first signal asks the loop to finish its step and save, the second stops at once."""
+
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class StopRequest:
+    """While entered, turns SIGINT (Ctrl-C) and SIGTERM into `requested`, the signal's name; a second one raises.
+
+    Raises:
+        KeyboardInterrupt: at the second signal.
+    """
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested is not None:
+            raise KeyboardInterrupt
+        self.requested = signal.Signals(number).name
+        # print() may not be re-entered from a handler; a plain write may.
+        os.write(2, f"\n{self.requested}: finishing the step and saving; once more stops at once\n".encode())

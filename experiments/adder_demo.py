@@ -1,0 +1,29 @@
+"""Three-digit addition in about two minutes on two cores: the experiment of `cleangpt demo`."""
+
+from cleangpt.config import (
+    DataConfig,
+    Experiment,
+    OptimizerConfig,
+    SavingConfig,
+    Schedule,
+    ScheduleConfig,
+    TrackingConfig,
+    TrainingConfig,
+)
+from cleangpt.corpora.adder import Adder
+from cleangpt.models.gpt import GPTConfig
+
+corpus = Adder(digits=3)
+seq_len = corpus.row_length - 1
+
+experiment = Experiment(
+    name="adder_demo",
+    corpus=corpus,
+    data=DataConfig(seq_len=seq_len, batch_size=256, val_samples=2000),
+    model=GPTConfig(max_seq_len=seq_len, n_layers=2, n_heads=4, dim=96),
+    optimizer=OptimizerConfig(lr=3e-3, weight_decay=0.1, betas=(0.9, 0.98)),
+    schedule=ScheduleConfig(lr=Schedule(shape="cosine", final=0.01, warmup=0.05)),
+    training=TrainingConfig(macro_batches=20, batches_per_macro_batch=100),
+    saving=SavingConfig(keep_best=2),
+    tracking=TrackingConfig(score_samples=500, sample_tokens=8),
+)

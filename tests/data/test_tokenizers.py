@@ -1,0 +1,196 @@
+"""Tokenizers give back every text, know their own vocabulary, and survive their JSON."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers as library
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cleangpt.data.tokenizers import (
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    StreamDecoder,
+    Tokenizer,
+    from_json,
+    load_tokenizer,
+    train_bpe,
+)
+from cleangpt.errors import UserError
+
+LETTERS = "abc déñ漢🙂\n"
+STORY = "the cat sat on the mat, the other cat sat on that hat. " * 20
+BPE = train_bpe([STORY], 300)
+valid_text = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+def test_a_character_is_a_token_by_its_place() -> None:
+    tokenizer = CharTokenizer("abc\n", "\n")
+    assert tokenizer.encode("cab\n").tolist() == [2, 0, 1, 3]
+    assert (tokenizer.vocab_size, tokenizer.end_of_text) == (4, 3)
+    assert tokenizer.encode("").tolist() == []
+
+
+@given(st.text(LETTERS))
+def test_characters_come_back(text: str) -> None:
+    tokenizer = CharTokenizer(LETTERS)
+    ids = tokenizer.encode(text)
+    assert ids.tolist() == [LETTERS.index(character) for character in text]
+    assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("unknown", ["z", "\x00", "\U0010ffff", "\ud800"])
+def test_an_unknown_character_is_named(unknown: str) -> None:
+    with pytest.raises(UserError, match="does not know the character") as caught:
+        CharTokenizer("abc").encode("ab" + unknown)
+    assert repr(unknown) in str(caught.value)
+    assert "'abc'" in str(caught.value)
+
+
+@pytest.mark.parametrize(("characters", "end"), [("", None), ("aa", None), ("ab", "c"), ("ab", "ab"), ("ab", "")])
+def test_impossible_character_sets_are_refused(characters: str, end: str | None) -> None:
+    with pytest.raises(UserError):
+        CharTokenizer(characters, end)
+
+
+@given(valid_text)
+def test_bytes_are_utf8(text: str) -> None:
+    tokenizer = ByteTokenizer()
+    ids = tokenizer.encode(text)
+    assert ids.tolist() == list(text.encode("utf-8"))
+    assert tokenizer.decode([*ids, 256]) == text
+
+
+@given(valid_text)
+def test_bpe_gives_back_any_text(text: str) -> None:
+    ids = BPE.encode(text)
+    assert BPE.decode(ids) == text
+    assert ids.max(initial=0) < BPE.vocab_size
+
+
+@given(st.lists(valid_text, max_size=5))
+def test_many_texts_encode_as_each_does(texts: list[str]) -> None:
+    assert [ids.tolist() for ids in BPE.encode_all(texts)] == [BPE.encode(text).tolist() for text in texts]
+
+
+def test_bpe_learns_what_is_frequent() -> None:
+    assert len(BPE.encode(STORY)) < len(STORY) / 2
+    assert BPE.vocab_size <= 300
+    assert BPE.end_of_text == 0
+
+
+def test_a_text_that_spells_a_special_token_is_text() -> None:
+    ids = BPE.encode("a<|endoftext|>b")
+    assert BPE.end_of_text not in ids
+    assert BPE.decode([*ids, 0]) == "a<|endoftext|>b"
+
+
+def test_bpe_is_the_same_in_another_process() -> None:
+    code = f"from cleangpt.data.tokenizers import train_bpe; print(train_bpe([{STORY!r}], 300).to_json())"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "utf-8"}
+    for seed in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**environment, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+        )
+        assert json.loads(done.stdout) == json.loads(BPE.to_json())
+
+
+def test_bpe_needs_room_for_the_bytes() -> None:
+    with pytest.raises(UserError, match="257"):
+        train_bpe([STORY], 256)
+
+
+def test_the_library_reads_what_we_learned() -> None:
+    peer = library.Tokenizer.from_str(BPE.to_json())
+    assert peer.encode(STORY).ids == BPE.encode(STORY).tolist()
+
+
+@pytest.mark.parametrize("name", ["<|endoftext|>", "</s>", "<|end_of_text|>"])
+def test_end_of_text_is_found_in_a_given_tokenizer(name: str) -> None:
+    peer = library.Tokenizer.from_str(BPE.to_json().replace("<|endoftext|>", "<|other|>"))
+    peer.add_special_tokens([name])
+    assert BPETokenizer(peer.to_str()).end_of_text == peer.token_to_id(name)
+
+
+def test_a_tokenizer_that_loses_text_is_refused() -> None:
+    peer = library.Tokenizer.from_str(BPE.to_json())
+    peer.normalizer = library.normalizers.Lowercase()
+    with pytest.raises(UserError, match="loses text"):
+        from_json(peer.to_str())
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPE])
+def test_half_a_surrogate_pair_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match="not a character"):
+        tokenizer.encode("a\udc80")
+
+
+@pytest.mark.parametrize("tokenizer", [CharTokenizer(LETTERS, "\n"), CharTokenizer("ab"), ByteTokenizer(), BPE])
+def test_json_keeps_everything(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(tokenizer.to_json(), encoding="utf-8")
+    again = load_tokenizer(path)
+    assert type(again) is type(tokenizer)
+    assert again.to_json() == tokenizer.to_json()
+    assert (again.vocab_size, again.end_of_text) == (tokenizer.vocab_size, tokenizer.end_of_text)
+    assert np.array_equal(again.encode("abba"), tokenizer.encode("abba"))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"kind": "char"}', '{"kind": "char", "characters": 5}', '{"model": {}}', "[" * 10**5]
+)
+def test_a_malformed_file_is_one_line(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_or_binary_file_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        load_tokenizer(tmp_path / "none.json")
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"binary\.json"):
+        load_tokenizer(tmp_path / "binary.json")
+
+
+@given(st.lists(st.integers(0, 256), max_size=40))
+def test_streaming_any_bytes_is_decoding_them(ids: list[int]) -> None:
+    decoder, tokenizer = StreamDecoder(ByteTokenizer()), ByteTokenizer()
+    assert "".join([decoder.push(token) for token in ids] + [decoder.flush()]) == tokenizer.decode(ids)
+
+
+@given(st.lists(st.integers(0, BPE.vocab_size - 1), max_size=40))
+def test_streaming_any_bpe_tokens_is_decoding_them(ids: list[int]) -> None:
+    decoder = StreamDecoder(BPE)
+    assert "".join([decoder.push(token) for token in ids] + [decoder.flush()]) == BPE.decode(ids)
+
+
+@given(valid_text.filter(lambda text: "\ufffd" not in text))
+def test_streaming_shows_whole_characters_at_once(text: str) -> None:
+    decoder = StreamDecoder(ByteTokenizer())
+    shown = [decoder.push(int(token)) for token in ByteTokenizer().encode(text)]
+    assert [part for part in shown if part] == list(text)
+    assert decoder.flush() == ""
+
+
+def test_streaming_keeps_the_blanks_of_a_word_piece_decoder() -> None:
+    peer = library.Tokenizer(library.models.BPE(unk_token=None, byte_fallback=True))
+    peer.pre_tokenizer = library.pre_tokenizers.Metaspace()
+    peer.decoder = library.decoders.Sequence(
+        [library.decoders.ByteFallback(), library.decoders.Metaspace(), library.decoders.Fuse()]
+    )
+    letters = sorted(set("a Bc, 12 déjà 漢字 🙂\n\tx = 1\n".replace(" ", "▁")) | set("▁the cat"))
+    peer.train_from_iterator(["the cat sat on the mat"], library.trainers.BpeTrainer(initial_alphabet=letters))
+    tokenizer = BPETokenizer(peer.to_str())
+    decoder = StreamDecoder(tokenizer)
+    ids = tokenizer.encode("the cat sat").tolist()
+    assert "".join([decoder.push(token) for token in ids] + [decoder.flush()]) == tokenizer.decode(ids)

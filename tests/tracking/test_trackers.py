@@ -1,0 +1,132 @@
+"""All trackers together: contract with the trainer, and none but metrics.jsonl may stop it."""
+
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from cleangpt.config import (
+    CorpusConfig,
+    DataConfig,
+    Experiment,
+    ModelConfig,
+    OptimizerConfig,
+    TrackingConfig,
+    TrainingConfig,
+)
+from cleangpt.errors import UserError
+from cleangpt.tracking import Trackers, open_trackers
+from cleangpt.tracking.metrics import MetricsFiles, read_metrics, read_samples
+
+
+def experiment(**tracking):
+    return Experiment(
+        name="tiny",
+        corpus=CorpusConfig(),
+        data=DataConfig(seq_len=8, batch_size=2),
+        model=ModelConfig(max_seq_len=8),
+        optimizer=OptimizerConfig(lr=1e-3),
+        training=TrainingConfig(macro_batches=4, batches_per_macro_batch=2),
+        tracking=TrackingConfig(**tracking),
+    )
+
+
+class Faulty:
+    """A tracker that fails when asked to do `what`, and counts how often it was called at all."""
+
+    def __init__(self, what):
+        self.what, self.calls, self.state = what, 0, {"id": "new"}
+
+    def _do(self, what):
+        self.calls += 1
+        if what == self.what:
+            raise ConnectionError(f"cannot {what}:\n no network")
+
+    def open(self, keep_until):
+        self._do("open")
+
+    def record(self, figures):
+        self._do("record")
+
+    def sample(self, macro_batch, text):
+        self._do("sample")
+
+    def close(self, status):
+        self._do("close")
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        self.state = state or self.state
+
+
+@pytest.mark.parametrize(("what", "calls"), [("open", 1), ("record", 2), ("sample", 3), ("close", 6), ("", 6)])
+def test_a_tracker_that_fails_is_told_once_and_left_out(tmp_path, what, calls):
+    faulty, good, said = Faulty(what), Faulty(""), []
+    trackers = Trackers(MetricsFiles(tmp_path), {"faulty": faulty, "good": good}, said.append)
+    trackers.open(None)
+    for macro_batch in (1, 2):
+        trackers.record({"macro_batch": macro_batch})
+        trackers.sample(macro_batch, "text")
+    trackers.close("finished")
+    told = f"faulty is left out from now on, training goes on without it: cannot {what}: no network"
+    assert said == ([told] if what else [])
+    assert (faulty.calls, good.calls) == (calls, 6)
+    assert [row["macro_batch"] for row in read_metrics(tmp_path)] == [1, 2]
+    assert len(read_samples(tmp_path)) == 2
+
+
+def test_a_write_error_of_metrics_is_not_swallowed(tmp_path):
+    trackers = open_trackers(experiment(), {}, tmp_path, None, None)
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(OSError):
+        trackers.record({"macro_batch": 1})
+
+
+def test_state_survives_a_failure_and_a_tracker_switched_off(tmp_path):
+    trackers = Trackers(MetricsFiles(tmp_path), {"faulty": Faulty("open")}, lambda _: None)
+    trackers.load_state_dict({"faulty": {"id": "old"}, "wandb": {"id": "kept"}})
+    trackers.open(3)
+    assert trackers.state_dict() == {"faulty": {"id": "old"}, "wandb": {"id": "kept"}}
+
+
+@pytest.mark.parametrize(
+    ("options", "package"), [({"wandb": "offline"}, "wandb"), ({"tensorboard": True}, "tensorboard")]
+)
+def test_a_missing_package_is_refused_with_its_extra(tmp_path, monkeypatch, options, package):
+    class Absent:
+        def find_spec(self, name, path=None, target=None):
+            if name.split(".")[0] == package:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Absent(), *sys.meta_path])
+    with pytest.raises(UserError, match=rf"pip install 'cleangpt\[{package}\]'"):
+        open_trackers(experiment(**options), {}, tmp_path, None, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_is_told_on_the_screen_and_in_the_log(tmp_path, monkeypatch, capsys):
+    def refuse(*args, **options):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("cleangpt.tracking.wandb.WandbTracker.open", refuse)
+    trackers = open_trackers(experiment(wandb="offline"), {}, tmp_path, None, None)
+    trackers.record({"macro_batch": 1})
+    told = "wandb is left out from now on, training goes on without it: no network"
+    assert capsys.readouterr().err == told + "\n"
+    assert told in (tmp_path / "log.txt").read_text(encoding="utf-8")
+    assert set(trackers.state_dict()["wandb"]) == {"id"}
+
+
+def test_tracking_draws_no_random_number(tmp_path):
+    before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    trackers = open_trackers(experiment(wandb="offline", tensorboard=True), {"a": 1}, tmp_path, None, None)
+    trackers.record({"macro_batch": 1, "val_loss": 2.0})
+    trackers.sample(1, "text")
+    trackers.close("finished")
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
