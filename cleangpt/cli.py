@@ -186,12 +186,15 @@ def _check(experiment: Any) -> None:
     from cleangpt.objectives import OBJECTIVES
     from cleangpt.tracking import check_tracking
     from cleangpt.training.device import choose_device
+    from cleangpt.training.run import check_folder, check_row_length
 
     check_experiment(experiment)
     if experiment.objective not in OBJECTIVES:
         hint = nearest(experiment.objective, OBJECTIVES)
         raise UserError(f"objective is {experiment.objective!r}; allowed: {', '.join(OBJECTIVES)}{hint}")
     experiment.corpus.check()
+    check_row_length(experiment)
+    check_folder(experiment)
     choose_device(experiment.training.device)
     check_tracking(experiment.tracking)
 
@@ -330,7 +333,7 @@ class ReportOptions:
     schedule: str | None = None
     """Instead: plot the schedules that an experiment plans (a name or a path), before it is trained."""
     out: str | None = None
-    """Where to write; none: into the run, or report/ for several, or NAME_schedule.png for a schedule."""
+    """Folder to write to; none: the (first) run's. For a schedule: the PNG file; none: NAME_schedule.png."""
 
 
 def report_command(words: list[str]) -> None:

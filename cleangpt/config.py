@@ -7,6 +7,7 @@ its fit with the other fields in `check_experiment`.
 
 import dataclasses
 import math
+import re
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -255,7 +256,7 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "optimizer.betas": (lambda value: all(0 <= beta < 1 for beta in value), "two numbers from 0 to below 1"),
     "model.dropout": (lambda value: 0 <= value < 1, "from 0 to below 1"),
     "training.device": (
-        lambda value: value.split(":")[0] in ("auto", "cpu", "cuda", "mps") and value.split(":")[-1] != "",
+        lambda value: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value) is not None,
         "auto, cpu, cuda, cuda:N or mps",
     ),
     "name": (

@@ -7,7 +7,7 @@ from cleangpt.files import read_json
 from cleangpt.training.run import find_run
 
 EXPERIMENTS = {
-    "adder_demo": ["123+456=", "999+999=", "504+077="],
+    "adder": ["123+456=", "999+999=", "504+077="],
     "stdlib_demo": ["def ", "class "],
 }
 """The experiments shown, each with the prompts that its model is asked to go on from."""

@@ -42,12 +42,28 @@ def option_names(kind: type[Any], default: Any, program: str) -> list[str]:
 
 
 def _one_line(boxes: str, known: Sequence[str]) -> str:
-    """tyro's boxed message as a line: the text of the box up to its first rule, and the nearest right name."""
-    lines = [line.strip("│ ").strip() for line in boxes.splitlines() if line.startswith("│")]
-    message = " ".join(line for line in "\n".join(lines).split("─" * 8)[0].splitlines() if line)
+    """tyro's message as a line, with the nearest right name.
+
+    tyro draws a box: a title, a rule, the message, a rule, help; in ASCII where the output is not UTF-8.
+    """
+    sections = [""]
+    for line in boxes.splitlines():
+        if re.match(r"╭|[│ ]*[─-]{8,}[│ ]*$", line):
+            sections.append("")
+        else:
+            sections[-1] += f" {line.strip('│ ')}"
+    message = " ".join(sections[1].split()) if len(sections) > 1 else boxes.strip()
     if unknown := re.match(r"Unrecognized options: (\S+?)(?:[=,]| |$)", message):
         option = unknown.group(1)
         if not option.startswith("-"):
             return f"{option} is one word too many; see --help"
         return f"{option} is not an option{nearest(option.split('=')[0], known)}; see --help"
+    if missing := re.match(r"Missing from [^:]*: (\S+)(?: \[STR.*?\])?\]? (.*?)(?: \(required\))?$", message):
+        what = "an argument" if missing.group(1) == "STR" else missing.group(1)
+        return f"{what} is missing: {missing.group(2)}; see --help"
+    if choice := re.match(r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*?),?\)", message):
+        value, option, allowed = choice.group(1), choice.group(2), choice.group(3).replace("'", "")
+        return f"{option} is {value!r}; allowed: {allowed}{nearest(value, allowed.split(', '))}"
+    if wrong := re.match(r"Error parsing (\S+?): .*?(?:(float)|int\b).*: ('.*')", message):
+        return f"{wrong.group(1)} is {wrong.group(3)}; allowed: a {'' if wrong.group(2) else 'whole '}number"
     return message.rstrip(".") + "; see --help"

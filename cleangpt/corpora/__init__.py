@@ -51,7 +51,9 @@ def prepare(corpus: CorpusConfig, data_folder: Path, again: bool = False, consol
     if (folder / STORE).is_file() and not again:
         store = TokenStore(folder)
         if file := changed(store):
-            console.print(f"{file} has changed since {folder} was prepared; prepare again to use it", markup=False, soft_wrap=True)
+            console.print(
+                f"{file} has changed since {folder} was prepared; prepare again to use it", markup=False, soft_wrap=True
+            )
         return store
     try:
         with one_line(folder):

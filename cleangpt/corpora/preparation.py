@@ -153,7 +153,9 @@ def encode_files(files: list[TextFile], tokenizer: Tokenizer, start: int) -> Gro
         yield read, _chunks(pieces, arrays, tokenizer.end_of_text)
 
 
-def choose_tokenizer(kind: str, vocab_size: int, given: str | None, files: list[TextFile]) -> Tokenizer:
+def choose_tokenizer(
+    kind: str, vocab_size: int, given: str | None, files: list[TextFile], console: Console
+) -> Tokenizer:
     """The `given` tokenizer file, or one of a kind (char, byte, bpe), learned from the files where it learns.
 
     Raises:
@@ -165,6 +167,7 @@ def choose_tokenizer(kind: str, vocab_size: int, given: str | None, files: list[
         return load_tokenizer(Path(given).expanduser())
     if kind == "byte":
         return ByteTokenizer()
+    console.print(f"learning the {kind} tokenizer from the text", markup=False)
     if kind == "bpe":
         return train_bpe(_sample(files), vocab_size)
     return CharTokenizer(characters(files) + END_CHARACTER, END_CHARACTER)

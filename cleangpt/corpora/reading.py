@@ -1,8 +1,8 @@
 """Files of text, read as a stream of pieces in bounded memory.
 
-A document comes as one piece or several; a piece of a plain text file is at most two blocks long and ends at a line
-end where there is one, so that a tokenizer that looks at words sees whole ones. Whatever is wrong with a file is told
-in one line with the place.
+A plain text file comes in pieces of at most two blocks, cut at line ends where there are some, so that a tokenizer
+that looks at words sees whole ones; a document of JSON or Parquet comes whole, so the longest must fit. Whatever is
+wrong with a file is told in one line with the place.
 """
 
 import gzip
@@ -144,7 +144,8 @@ def read_parquet(path: Path, text_field: str) -> Iterator[Piece]:
 def split_tail(pieces: Iterable[Piece], start: int) -> Iterator[Piece]:
     """One document as two: train up to the first line that begins at byte `start` or later, val from there.
 
-    Where no line begins there within the piece, the cut falls between two characters.
+    Where no line begins there within the piece, the cut falls between two characters. The piece that ends the training
+    part may be empty.
     """
     at, split = 0, "train"
     for piece in pieces:
@@ -153,7 +154,7 @@ def split_tail(pieces: Iterable[Piece], start: int) -> Iterator[Piece]:
             yield replace(piece, split=split)
         else:
             cut = _next_line(data, start - at, piece.ends)
-            if cut:
+            if at + cut:
                 yield replace(piece, text=data[:cut].decode("utf-8"), ends=True)
             split = "val"
             if cut < len(data):
@@ -192,7 +193,7 @@ def _next_line(data: bytes, at: int, last: bool) -> int:
     if at in (0, len(data)):
         return at
     line = data.find(b"\n", at - 1) + 1
-    if 0 < line < len(data):
+    if 0 < line < len(data) + (not last):
         return line
     ahead = next((place for place in range(at, len(data)) if data[place] & 0xC0 != 0x80), len(data))
     if ahead == len(data) and last:

@@ -45,7 +45,9 @@ class ShakespeareChar(Corpus):
         if not path.is_file():
             raise UserError(f"corpus.file: {path} does not exist")
         if path.stat().st_size != SIZE or sha256(path) != SHA256:
-            console.print(f"{path} is not the well-known input.txt: results cannot be compared", markup=False, soft_wrap=True)
+            console.print(
+                f"{path} is not the well-known input.txt: results cannot be compared", markup=False, soft_wrap=True
+            )
         return path
 
 

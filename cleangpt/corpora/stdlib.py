@@ -13,7 +13,10 @@ from cleangpt.corpora.reading import TextFile, read_text, unit_hash
 from cleangpt.data.store import TokenStore
 from cleangpt.errors import UserError
 
-LEFT_OUT = set("test tests idle_test idlelib lib2to3 ensurepip pydoc_data site-packages dist-packages".split())
+LEFT_OUT = {
+    *("test", "tests", "idle_test", "idlelib", "lib2to3", "ensurepip", "pydoc_data"),
+    *("site-packages", "dist-packages"),
+}
 """Folders of test suites, of old tools, of generated text, and of what is not the library's."""
 
 
@@ -42,7 +45,7 @@ class Stdlib(Corpus):
     def prepare(self, folder: Path, console: Console) -> TokenStore:
         """Writes both splits."""
         files = self.files(Path(sysconfig.get_path("stdlib")))
-        tokenizer = choose_tokenizer(self.tokenizer, self.vocab_size, None, files)
+        tokenizer = choose_tokenizer(self.tokenizer, self.vocab_size, None, files, console)
         return write_texts(self, folder, files, tokenizer, console, python=platform.python_version())
 
     def files(self, library: Path) -> list[TextFile]:

@@ -53,7 +53,7 @@ class Text(Corpus):
             TextFile(path, path.stat().st_size, partial(self._pieces, path, str(number), few))
             for number, path in enumerate(paths)
         ]
-        tokenizer = choose_tokenizer(self.tokenizer, self.vocab_size, self.tokenizer_file, files)
+        tokenizer = choose_tokenizer(self.tokenizer, self.vocab_size, self.tokenizer_file, files, console)
         return write_texts(self, folder, files, tokenizer, console)
 
     def _pieces(self, path: Path, name: str, few: bool) -> Iterator[Piece]:

@@ -55,7 +55,7 @@ class TinyStories(Corpus):
             TextFile(path, path.stat().st_size, partial(self._pieces, path, str(number), marked))
             for number, path in enumerate(paths)
         ]
-        tokenizer = choose_tokenizer("bpe", self.vocab_size, self.tokenizer_file, files)
+        tokenizer = choose_tokenizer("bpe", self.vocab_size, self.tokenizer_file, files, console)
         return write_texts(self, folder, files, tokenizer, console)
 
     def _pieces(self, path: Path, name: str, marked: bool) -> Iterator[Piece]:

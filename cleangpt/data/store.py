@@ -136,7 +136,7 @@ class TokenStore:
         """
         for name, digest in self.facts["sha256"].items():
             if sha256(self.folder / name) != digest:
-                raise UserError(f"{self.folder / name} has changed since it was prepared; run cleangpt prepare again")
+                raise UserError(f"{self.folder / name} has changed since it was prepared; run cleangpt prepare --again")
 
 
 class StoreWriter:
@@ -326,9 +326,9 @@ def _map(path: Path, dtype: np.dtype[Any], length: int) -> NDArray[Any]:
     try:
         size = path.stat().st_size
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; run cleangpt prepare again") from None
+        raise UserError(f"{path} is missing; run cleangpt prepare --again") from None
     if size != length * dtype.itemsize:
-        raise UserError(f"{path} has {size:,} bytes, not {length * dtype.itemsize:,}; run cleangpt prepare again")
+        raise UserError(f"{path} has {size:,} bytes, not {length * dtype.itemsize:,}; run cleangpt prepare --again")
     if length == 0:
         return np.zeros(0, dtype)
     return np.memmap(path, dtype, mode="r", shape=(length,))

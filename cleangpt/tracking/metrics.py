@@ -45,7 +45,7 @@ FIGURES: dict[str, Figure] = {
     "bits_per_byte": Figure("bits per byte", "bits", "validation loss per byte of text, whatever the tokenizer"),
     "lr": Figure("learning rate", "", "learning rate of the last step"),
     "weight_decay": Figure("weight decay", "", "weight decay of the last step"),
-    "training_batch_size": Figure("training batch size", "samples", "samples in the last step"),
+    "training_batch_size": Figure("training batch size", "samples", "samples in a step, mean over the macro-batch"),
     "grad_norm": Figure("gradient norm", "", "norm of the whole gradient before clipping, mean over the macro-batch"),
     "visited_share": Figure("visited share", "share", "share of the training split seen at least once"),
     "times_visited": Figure("times visited", "epochs", "passes over the training split"),

@@ -76,7 +76,7 @@ def panels(runs: Runs, names: Sequence[str], x: str, title: str, path: Path) -> 
         for axis, name in zip(axes, known, strict=True):
             for index, (run, rows) in enumerate(runs.items()):
                 _line(axis, rows, x, name, index, label=run)
-            _dress(axis, x, name)
+            _dress(axis, name)
         axes[0].set_title(title)
         axes[-1].set_xlabel(_axis_label(x))
         if len(runs) > 1:
@@ -92,7 +92,7 @@ def schedule_preview(curves: Mapping[str, tuple[Sequence[float], Sequence[float]
     def draw(figure: Figure, axes: list[Axes]) -> None:
         for axis, name in zip(axes, curves, strict=True):
             _line(axis, rows[name], "samples", name, 0, marker="")
-            _dress(axis, "samples", name)
+            _dress(axis, name)
         axes[0].set_title("Planned schedules")
         axes[-1].set_xlabel(_axis_label("samples"))
 
@@ -126,7 +126,7 @@ def _draw_losses(figure: Figure, axis: Axes, runs: Runs) -> None:
         _line(axis, rows, "tokens", "val_loss", second, label=name, linewidth=2.0)
         star: Any = {"marker": "*", "markersize": 14, "markeredgecolor": "white", "linestyle": "", "zorder": 5}
         axis.plot(lowest["tokens"], lowest["val_loss"], color=_colour(second), label=words if alone else None, **star)
-    _dress(axis, "tokens", "val_loss")
+    _dress(axis, "val_loss")
     axis.set_ylabel("loss (nats per token)")
     axis.set_xlabel(_axis_label("tokens"))
     axis.set_title("Loss" if alone else "Loss: validation (thick) and training (thin)")
@@ -144,7 +144,7 @@ def _line(axis: Axes, rows: Rows, x: str, y: str, index: int, **look: Any) -> No
     axis.plot(column(rows, x), column(rows, y), **(shape | look))
 
 
-def _dress(axis: Axes, x: str, y: str) -> None:
+def _dress(axis: Axes, y: str) -> None:
     """Grid, units and tick labels of one panel."""
     axis.grid(True, color="#dddddd", linewidth=0.7)
     axis.set_axisbelow(True)

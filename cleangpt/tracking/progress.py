@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,8 @@ class ProgressBar:
         """Takes the bar away."""
         live, self._live = self._live, None
         if live:
-            try:
+            with suppress(OSError):
                 live.stop()
-            except OSError:
-                self._console = None
 
     def time_left(self) -> float | None:
         """Seconds to the end of the run at the speed of this session, validation and saving included."""
@@ -90,10 +89,14 @@ class ProgressBar:
             try:
                 self._live.update(self._picture(), refresh=True)
             except OSError:
-                self._console = self._live = None
+                self._give_up()
+
+    def _give_up(self) -> None:
+        """Goes on without a screen: a terminal that was closed must not end the training."""
+        self.close()
+        self._console = None
 
     def _print(self, text: str) -> None:
-        """Shows a line; a screen that is gone (a closed terminal) must not end the training."""
         if self._console is None:
             return
         try:
@@ -102,7 +105,7 @@ class ProgressBar:
             self._console.print(Text(text), soft_wrap=True)
             self._console.file.flush()
         except OSError:
-            self._console = self._live = None
+            self._give_up()
 
     def _picture(self) -> Group:
         """Two lines: the bar, and the figures of the moment."""

@@ -54,9 +54,9 @@ def write_report(runs: list[Path], out: Path | None = None) -> Path:
     Raises:
         UserError: a folder is no run, or has no metrics yet.
     """
-    loaded = _load(runs)
+    loaded = _load(list(dict.fromkeys(runs)))
     folder = out or runs[0]
-    kind = "comparison" if len(runs) > 1 and out is None else "report"
+    kind = "comparison" if len(loaded) > 1 and out is None else "report"
     prefix = "comparison_" if kind == "comparison" else ""
     curves = {run.name: run.rows for run in loaded}
     pictures = {

@@ -19,7 +19,7 @@ from cleangpt.data.batches import Samples
 from cleangpt.data.store import TokenStore
 from cleangpt.errors import UserError
 from cleangpt.files import read_json, write_bytes, write_json
-from cleangpt.models import flops_per_token, model_kinds
+from cleangpt.models import build_model, flops_per_token, model_kinds
 from cleangpt.training.checkpoints import CONFIG, best_checkpoint
 from cleangpt.training.device import choose_device, describe_device
 
@@ -46,16 +46,12 @@ def open_run(experiment: Experiment, source: Path | None, overrides: Sequence[st
         overrides: the command line's words after the experiment, kept so that the run can be repeated.
 
     Raises:
-        UserError: the folder exists and holds a run of another experiment, or something else.
+        UserError: the folder holds a run of another experiment.
     """
     wanted = experiment_json(experiment)
-    if experiment.run is not None and Path(experiment.run).exists():
-        run = Path(experiment.run)
-        if (run / EXPERIMENT).exists():
-            _check_same(run, read_json(run / EXPERIMENT), wanted)
-            return run
-        if any(run.iterdir()):
-            raise UserError(f"run is {str(run)!r}, a folder that holds something else; give another")
+    if experiment.run is not None and (Path(experiment.run) / EXPERIMENT).is_file():
+        _check_same(Path(experiment.run), read_json(Path(experiment.run) / EXPERIMENT), wanted)
+        return Path(experiment.run)
     run = Path(experiment.run) if experiment.run is not None else _new_folder(experiment.name)
     run.mkdir(parents=True, exist_ok=True)
     if source is not None:
@@ -63,6 +59,30 @@ def open_run(experiment: Experiment, source: Path | None, overrides: Sequence[st
     write_json(run / ENVIRONMENT, environment(experiment, overrides))
     write_json(run / EXPERIMENT, wanted)
     return run
+
+
+def check_folder(experiment: Experiment) -> None:
+    """Refuses a folder that is no run.
+
+    Raises:
+        UserError: `experiment.run` is a file, or a folder that holds something else.
+    """
+    run = Path(experiment.run) if experiment.run is not None else None
+    if run is not None and run.exists() and not (run / EXPERIMENT).is_file() and (run.is_file() or any(run.iterdir())):
+        raise UserError(f"run is {str(run)!r}, which holds something else; give another folder")
+
+
+def check_row_length(experiment: Experiment) -> None:
+    """Refuses a sample that is not a row, for a corpus of rows.
+
+    Raises:
+        UserError: `data.seq_len` is another than the corpus's row length - 1.
+    """
+    row_length = getattr(experiment.corpus, "row_length", None)
+    if row_length is not None and experiment.data.seq_len != row_length - 1:
+        raise UserError(
+            f"data.seq_len is {experiment.data.seq_len}; allowed: {row_length - 1}, the corpus's row length - 1"
+        )
 
 
 def find_run(text: str) -> Path:
@@ -140,13 +160,13 @@ def summary(experiment: Experiment, run: Path, store: TokenStore, model: Any, de
     kept = 16 * parameters
     activations = model.activation_bytes(micro_batch, data.seq_len) if hasattr(model, "activation_bytes") else 0
     tokens, train = total_samples(experiment) * data.seq_len, store.splits["train"]
+    visited = total_samples(experiment) / Samples(train, data.seq_len).num_training
     return [
         f"run      {run}",
         f"model    {parameters:,} parameters, {flops_per_token(model, data.seq_len):,} FLOPs per token",
         f"memory   about {(kept + activations) / 2**30:.2f} GiB: weights, gradients and moments "
         f"{kept / 2**30:.2f}, activations {activations / 2**30:.2f}",
-        f"data     {train.tokens:,} training tokens in {store.folder}, "
-        f"{tokens / max(train.tokens, 1):.2f} times visited at the end",
+        f"data     {train.tokens:,} training tokens in {store.folder}, {visited:.2f} times visited at the end",
         f"length   {training.macro_batches} macro-batches of {training.batches_per_macro_batch} batches "
         f"of {data.batch_size} x {data.seq_len} tokens: {tokens:,} tokens",
         f"device   {describe_device(device)}",
@@ -155,6 +175,8 @@ def summary(experiment: Experiment, run: Path, store: TokenStore, model: Any, de
 
 def environment(experiment: Experiment, overrides: Sequence[str]) -> dict[str, Any]:
     """Versions, git commit, device and command line: what a repetition would have to match."""
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in build_model(experiment.model).parameters())
     return {
         "cleangpt": __version__,
         "python": platform.python_version(),
@@ -163,6 +185,7 @@ def environment(experiment: Experiment, overrides: Sequence[str]) -> dict[str, A
         "platform": platform.platform(),
         "device": describe_device(choose_device(experiment.training.device)),
         "git_commit": _git_commit(),
+        "parameters": parameters,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
         "overrides": list(overrides),

@@ -313,9 +313,9 @@ class Trainer:
         return "stopped early" if self.early_stopping.should_stop else ""
 
     def _end(self, status: str) -> None:
-        self.loader.close()
-        self.trackers.close(status)
         self.progress.close()
+        self.trackers.close(status)
+        self.loader.close()
 
     def _read_clock(self) -> None:
         now = time.perf_counter()

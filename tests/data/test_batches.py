@@ -22,7 +22,7 @@ class Memory:
         self.documents = len(tokens) // row_length if row_length else 1
 
     def read(self, start: int, length: int) -> np.ndarray:
-        assert 0 <= start and start + length <= self.tokens
+        assert start >= 0 and start + length <= self.tokens
         return self.array[start : start + length]
 
     def read_mask(self, start: int, length: int) -> np.ndarray:

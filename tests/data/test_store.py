@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -30,6 +30,7 @@ def ids(*numbers: int) -> NDArray[np.int64]:
     return np.array(numbers, np.int64)
 
 
+@settings(max_examples=25)
 @given(
     documents=st.lists(st.lists(st.integers(0, 256), min_size=1, max_size=9), min_size=1, max_size=12),
     cuts=st.lists(st.integers(1, 7), min_size=1, max_size=20),
@@ -133,6 +134,7 @@ def test_an_unended_document_is_not_sealed(tmp_path: Path) -> None:
     assert not (tmp_path / "s").exists()
 
 
+@settings(max_examples=25)
 @given(appends=st.lists(st.integers(1, 9), min_size=2, max_size=12), shard_tokens=st.integers(1, 12), data=st.data())
 def test_an_interrupted_writer_goes_on_at_its_commit(
     tmp_path_factory: pytest.TempPathFactory, appends: list[int], shard_tokens: int, data: st.DataObject

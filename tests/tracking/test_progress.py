@@ -3,6 +3,7 @@
 import errno
 import io
 import re
+import sys
 
 import pytest
 from rich.console import Console
@@ -35,7 +36,10 @@ class Terminal(io.StringIO):
 
 
 class Gone(Terminal):
+    tried = 0
+
     def write(self, text):
+        self.tried += 1
         raise OSError(errno.EIO, "the terminal is closed")
 
 
@@ -130,15 +134,27 @@ def test_the_time_left_is_the_work_left_at_the_speed_of_this_session(monkeypatch
     assert bar.time_left() == pytest.approx((50 - 26) * 6 / 4)
 
 
-def test_a_terminal_that_is_gone_does_not_end_the_training(tmp_path):
+@pytest.mark.parametrize("first", ["update", "record", "say", "close"])
+def test_a_terminal_that_is_gone_does_not_end_the_training(tmp_path, first):
+    stdout = sys.stdout
     bar = on_terminal(Terminal(), tmp_path)
     bar.start(10, 5)
-    bar._console.file = Gone()
-    bar.update(2, {"train_loss": 2.0})
-    bar.record(FIGURES)
-    bar.say("still here")
-    bar.close()
-    assert log(tmp_path) == [LINE, "still here"]
+    assert sys.stdout is not stdout
+    gone = bar._console.file = Gone()
+    actions = {
+        "update": lambda: bar.update(2, {"train_loss": 2.0}),
+        "record": lambda: bar.record(FIGURES),
+        "say": lambda: bar.say("still here"),
+        "close": bar.close,
+    }
+    actions[first]()
+    assert sys.stdout is stdout
+    actions["say"]()
+    tried = gone.tried
+    for action in actions.values():
+        action()
+    assert gone.tried == tried > 0
+    assert set(log(tmp_path)) == {LINE, "still here"}
 
 
 def test_letters_that_the_screen_cannot_show_become_question_marks():

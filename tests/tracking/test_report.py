@@ -142,6 +142,11 @@ def test_runs_of_one_name_in_folders_of_one_name_are_told_apart(tmp_path):
     assert page.rows[0] == ["", f"tiny 1 {tmp_path / 'a'}", f"tiny 1 {tmp_path / 'b'}"]
 
 
+def test_a_run_named_twice_counts_once(tmp_path):
+    run = make(tmp_path / "run")
+    assert write_report([run, run]) == run / "report.html"
+
+
 def test_a_comparison_in_a_runs_folder_leaves_its_own_report(tmp_path):
     runs = [make(tmp_path / "a"), make(tmp_path / "b")]
     own = write_report(runs[:1]).read_bytes()
@@ -155,7 +160,12 @@ def test_a_long_run_stays_below_a_megabyte(tmp_path):
     run = make(tmp_path / "run", count=3000, samples=0)
     with (run / "samples.jsonl").open("w", encoding="utf-8") as file:
         for index in range(3000):
-            file.write(json.dumps({"macro_batch": index, "text": f"sample {index} " + "words & " * 2000}) + "\n")
+            file.write(
+                json.dumps(
+                    {"macro_batch": index, "text": f"sample {index} " + "words & " * (20_000 if index > 2980 else 1)}
+                )
+                + "\n"
+            )
     path = write_report([run])
     assert path.stat().st_size < 2**20
     text = Page(path).text

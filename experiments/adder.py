@@ -1,4 +1,4 @@
-"""Three-digit addition in about two minutes on two cores: the experiment of `cleangpt demo`."""
+"""Three-digit addition, 226 thousand parameters: about a minute on two cores."""
 
 from cleangpt.config import (
     DataConfig,
@@ -13,17 +13,17 @@ from cleangpt.config import (
 from cleangpt.corpora.adder import Adder
 from cleangpt.models.gpt import GPTConfig
 
-corpus = Adder(digits=3)
+corpus = Adder(digits=3, operator_sign=True, equals_sign=True)
 seq_len = corpus.row_length - 1
 
 experiment = Experiment(
-    name="adder_demo",
+    name="adder",
     corpus=corpus,
     data=DataConfig(seq_len=seq_len, batch_size=256, val_samples=2000),
     model=GPTConfig(max_seq_len=seq_len, n_layers=2, n_heads=4, dim=96),
-    optimizer=OptimizerConfig(lr=3e-3, weight_decay=0.1, betas=(0.9, 0.98)),
+    optimizer=OptimizerConfig(lr=3e-3, weight_decay=0.1, betas=(0.9, 0.98), clip_norm=1.0),
     schedule=ScheduleConfig(lr=Schedule(shape="cosine", final=0.01, warmup=0.05)),
-    training=TrainingConfig(macro_batches=20, batches_per_macro_batch=100),
-    saving=SavingConfig(keep_best=2),
+    training=TrainingConfig(macro_batches=16, batches_per_macro_batch=100),
+    saving=SavingConfig(keep_best=3),
     tracking=TrackingConfig(score_samples=500, sample_tokens=8),
 )

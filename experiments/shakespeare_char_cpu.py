@@ -1,0 +1,29 @@
+"""nanoGPT's README recipe for a CPU: Shakespeare by character, 0.8 million parameters, a few minutes on two cores.
+
+Its validation loss there is 1.88.
+"""
+
+from cleangpt.config import (
+    DataConfig,
+    Experiment,
+    OptimizerConfig,
+    SavingConfig,
+    Schedule,
+    ScheduleConfig,
+    TrackingConfig,
+    TrainingConfig,
+)
+from cleangpt.corpora.shakespeare_char import ShakespeareChar
+from cleangpt.models.gpt import GPTConfig
+
+experiment = Experiment(
+    name="shakespeare_char_cpu",
+    corpus=ShakespeareChar(),
+    data=DataConfig(seq_len=64, batch_size=12),
+    model=GPTConfig(max_seq_len=64, n_layers=4, n_heads=4, dim=128, bias=False, dropout=0.0),
+    optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.1, betas=(0.9, 0.99), clip_norm=1.0),
+    schedule=ScheduleConfig(lr=Schedule(shape="cosine", final=0.1, warmup=0.05)),
+    training=TrainingConfig(macro_batches=20, batches_per_macro_batch=100),
+    saving=SavingConfig(keep_best=3),
+    tracking=TrackingConfig(sample_tokens=300),
+)

@@ -1,0 +1,112 @@
+"""The loss is that of the whole split; exact match asks a model to generate, and believes nothing else."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cleangpt.config import Experiment
+from cleangpt.corpora import prepare
+from cleangpt.data.batches import Batch, Samples, validation_batches
+from cleangpt.data.store import TokenStore
+from cleangpt.evaluation.exact_match import exact_match
+from cleangpt.evaluation.validate import loss_figures, mean_loss
+from cleangpt.models.gpt import GPT, GPTConfig
+from cleangpt.objectives.next_token import next_token
+
+CPU = torch.device("cpu")
+
+
+class Calculator(nn.Module):
+    """Answers as a pocket calculator would, wrong for the problems it is told to; logits are one-hot."""
+
+    def __init__(self, store: TokenStore, wrong: float = 0.0) -> None:
+        super().__init__()
+        self.tokenizer, self.wrong, self.asked = store.tokenizer, wrong, set()
+        self.config = GPTConfig(vocab_size=13, max_seq_len=64, n_layers=1, n_heads=1, dim=1)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        logits = torch.zeros(*tokens.shape, 13)
+        for row, ids in enumerate(tokens.tolist()):
+            text = self.tokenizer.decode(ids)
+            question, answer = text.split("=")
+            self.asked.add(question)
+            left, right = question.split("+")
+            total = int(left) + int(right) + (hash(question) % 1000 < 1000 * self.wrong)
+            solution = f"{total:03d}"[::-1] + "\n"
+            logits[row, -1, int(self.tokenizer.encode(solution[len(answer)])[0])] = 1
+        return logits
+
+
+@pytest.fixture
+def store(tiny: Callable[..., Experiment]) -> TokenStore:
+    return prepare(tiny().corpus, Path("data"))
+
+
+def test_right_answers_score_one_and_wrong_ones_zero(store: TokenStore) -> None:
+    assert exact_match(Calculator(store), store.splits["test"], None, CPU) == 1.0
+    assert exact_match(Calculator(store, wrong=1.0), store.splits["test"], None, CPU) == 0.0
+
+
+def test_the_score_is_the_share_of_right_answers(store: TokenStore) -> None:
+    model = Calculator(store, wrong=0.4)
+    score = exact_match(model, store.splits["val"], None, CPU)
+    expected = np.mean([hash(question) % 1000 >= 400 for question in model.asked])
+    assert len(model.asked) == 40 and score == pytest.approx(expected)
+
+
+def test_a_limit_asks_the_same_problems_every_time(store: TokenStore) -> None:
+    one, two = Calculator(store), Calculator(store)
+    for model in (one, two):
+        exact_match(model, store.splits["val"], 7, CPU)
+    assert len(one.asked) == 7 and one.asked == two.asked
+
+
+def test_no_answer_is_given_away(store: TokenStore) -> None:
+    """A model that copies the answer out of its input would see it only if it stood there."""
+
+    class Peeking(Calculator):
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            assert tokens.shape[1] < store.row_length
+            assert all(len(self.tokenizer.decode(ids).split("=")[1]) <= 3 for ids in tokens.tolist())
+            return super().forward(tokens)
+
+    assert exact_match(Peeking(store), store.splits["test"], None, CPU) == 1.0
+
+
+def test_the_mean_loss_weighs_every_target_the_same_whatever_the_batch_size(store: TokenStore) -> None:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=13, max_seq_len=9, n_layers=1, n_heads=1, dim=8, dropout=0.5)).train()
+    samples = Samples(store.splits["val"], 9)
+    losses = [
+        mean_loss(model, next_token, validation_batches(samples, size), CPU, nullcontext()) for size in (1, 7, 40, 64)
+    ]
+    assert losses == pytest.approx([losses[0]] * 4)
+    assert model.training
+
+
+def test_giving_up_is_told_by_a_nan(store: TokenStore) -> None:
+    def endless() -> Iterator[Batch]:
+        yield from validation_batches(Samples(store.splits["val"], 9), 4)
+        raise AssertionError("went on")
+
+    model = GPT(GPTConfig(vocab_size=13, max_seq_len=9, n_layers=1, n_heads=1, dim=8))
+    asked = iter([False, False, True])
+    assert math.isnan(mean_loss(model, next_token, endless(), CPU, nullcontext(), lambda: next(asked)))
+
+
+def test_bits_per_byte_follow_from_the_bytes_of_text() -> None:
+    class Facts:
+        tokens, text_bytes = 250, 1000
+
+    figures = loss_figures(2.0, Facts())  # type: ignore[arg-type]
+    assert figures["perplexity"] == pytest.approx(math.e**2)
+    assert figures["bits_per_byte"] == pytest.approx(2.0 * 250 / 1000 / math.log(2))
+    Facts.text_bytes = 0
+    assert loss_figures(2.0, Facts())["bits_per_byte"] is None  # type: ignore[arg-type]
+    assert loss_figures(1e6, Facts())["perplexity"] == math.inf  # type: ignore[arg-type]

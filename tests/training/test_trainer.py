@@ -1,0 +1,378 @@
+"""The loop: same update however a step is cut, stops and resumes bit for bit, skips what is not finite."""
+
+import math
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cleangpt.config import Experiment, Schedule, ScheduleConfig
+from cleangpt.data.batches import IGNORED, Batch
+from cleangpt.errors import RunFailedError
+from cleangpt.tracking.metrics import read_metrics
+from cleangpt.training.snapshots import list_snapshots, load_snapshot
+from cleangpt.training.trainer import Trainer
+
+Build = Callable[..., Experiment]
+Open = Callable[[Experiment], Trainer]
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def assert_equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+# Normalisation ---------------------------------------------------------------------------------------------------
+
+
+def uneven_mask(trainer: Trainer) -> None:
+    """Makes every sample's count of targets differ, between micro-batches and batches alike."""
+    original = trainer.loader.next
+
+    def next_batch() -> Batch:
+        batch = original()
+        for row in range(len(batch.targets)):
+            batch.targets[row, : int(batch.inputs[row].sum()) % batch.targets.shape[1]] = IGNORED
+        batch.num_targets = int((batch.targets != IGNORED).sum())
+        return batch
+
+    trainer.loader.next = next_batch  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        {"data__batch_size": 8, "training__accumulation": 4, "training__batches_per_macro_batch": 4},
+        {"data__batch_size": 16, "training__accumulation": 2, "training__batches_per_macro_batch": 2},
+        {"data__batch_size": 32, "training__micro_batch_size": 4, "training__batches_per_macro_batch": 1},
+        {"data__batch_size": 8, "training__accumulation": 4, "training__batches_per_macro_batch": 4,
+         "training__micro_batch_size": 1},
+    ],
+)  # fmt: skip
+def test_a_step_is_the_same_however_it_is_cut(tiny: Build, trainer: Open, split: dict[str, int]) -> None:
+    """Against one batch of 32 in one piece, with masks of uneven length."""
+    base = {"model__dropout": 0.0, "data__batch_size": 32, "training__batches_per_macro_batch": 1}
+    whole, cut = trainer(tiny(**base)), trainer(tiny(**(base | split)))
+    for each in (whole, cut):
+        uneven_mask(each)
+        for _ in range(3):
+            each.step()
+        each.loader.close()
+    assert whole.meter.targets == cut.meter.targets
+    torch.testing.assert_close(whole.meter.sums, cut.meter.sums, atol=1e-4, rtol=1e-4)
+    for name, tensor in weights(whole).items():
+        torch.testing.assert_close(tensor, weights(cut)[name], atol=2e-5, rtol=1e-3)
+
+
+def test_the_gradient_is_that_of_the_mean_over_all_targets(tiny: Build, trainer: Open) -> None:
+    """Against autograd of the plain mean cross-entropy over the batches put together."""
+    ours = trainer(tiny(model__dropout=0.0, training__accumulation=4, optimizer__clip_norm=None))
+    uneven_mask(ours)
+    batches = [ours.loader.next() for _ in range(4)]
+    ours.loader.close()
+    inputs, targets = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("inputs", "targets"))
+    logits = ours.model(inputs).flatten(0, 1)
+    torch.nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED).backward()
+    expected = {name: parameter.grad.clone() for name, parameter in ours.model.named_parameters()}
+    ours.model.zero_grad()
+    for batch in batches:
+        ours._backward(batch, sum(each.num_targets for each in batches))
+    for name, parameter in ours.model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-6, rtol=1e-4)
+
+
+# Resume ----------------------------------------------------------------------------------------------------------
+
+
+def strip_times(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    times = {"tokens_per_second", "step_time", "data_wait_share", "time_trained", "peak_memory", "mfu"}
+    return [{key: value for key, value in line.items() if key not in times} for line in metrics]
+
+
+def signal_after(trainer: Trainer, steps: int) -> None:
+    original, count = trainer.step, 0
+
+    def step() -> None:
+        nonlocal count
+        original()
+        count += 1
+        if count == steps:
+            signal.raise_signal(signal.SIGTERM)
+
+    trainer.step = step  # type: ignore[method-assign]
+
+
+GROWING = {
+    "schedule": ScheduleConfig(
+        lr=Schedule(shape="cosine", warmup=0.2),
+        weight_decay=Schedule(shape="linear", final=2.0),
+        batch_size=Schedule(shape="linear", initial=0.5, final=1.0),
+    ),
+    "training__accumulation": 2,
+}
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 9])
+@pytest.mark.parametrize("fields", [{}, GROWING], ids=["plain", "growing batch"])
+def test_a_run_stopped_by_a_signal_ends_bit_for_bit_like_an_unbroken_one(
+    tiny: Build, trainer: Open, steps: int, fields: dict[str, Any]
+) -> None:
+    unbroken = trainer(tiny(run="unbroken", **fields))
+    assert unbroken.train() == "finished"
+    broken = trainer(tiny(run="broken", **fields))
+    signal_after(broken, steps)
+    assert broken.train() == "interrupted"
+    resumed = trainer(tiny(run="broken", **fields))
+    assert resumed.position.step == steps
+    assert resumed.train() == "finished"
+    assert_equal(weights(unbroken), weights(resumed))
+    assert strip_times(read_metrics(Path("broken"))) == strip_times(read_metrics(Path("unbroken")))
+    for one, two in zip(*(list_snapshots(Path(run) / "snapshots") for run in ("unbroken", "broken")), strict=True):
+        assert one.name == two.name
+        assert_equal(load_snapshot(one)["model"], load_snapshot(two)["model"])
+
+
+def test_a_resumed_run_does_its_lost_macro_batch_again_and_records_it_once(tiny: Build, trainer: Open) -> None:
+    """A crash after a macro-batch was recorded but before its snapshot."""
+    unbroken = trainer(tiny(run="unbroken"))
+    unbroken.train()
+    broken = trainer(tiny(run="broken"))
+    saved = broken.save_snapshot
+    broken.save_snapshot = lambda: saved() if broken.position.macro_batch < 3 else 1 / 0  # type: ignore[assignment]
+    with pytest.raises(ZeroDivisionError):
+        broken.train()
+    assert [line["macro_batch"] for line in read_metrics(Path("broken"))] == [1, 2, 3]
+    resumed = trainer(tiny(run="broken"))
+    resumed.train()
+    assert_equal(weights(unbroken), weights(resumed))
+    assert [line["macro_batch"] for line in read_metrics(Path("broken"))] == [1, 2, 3, 4, 5, 6]
+    names = [sorted(path.name for path in Path(run, "checkpoints").iterdir()) for run in ("unbroken", "broken")]
+    assert names[0] == names[1]
+
+
+def test_a_damaged_newest_snapshot_costs_one_macro_batch(tiny: Build, trainer: Open) -> None:
+    first = trainer(tiny(run="run", training__macro_batches=6))
+    signal_after(first, 10)
+    first.train()
+    newest = list_snapshots(Path("run/snapshots"))[0]
+    (newest / "tensors.safetensors").write_bytes(b"")
+    resumed = trainer(tiny(run="run"))
+    assert resumed.position.macro_batch == 2 and resumed.position.step == 8
+    assert "is damaged (tensors.safetensors has 0 bytes" in Path("run/log.txt").read_text()
+    resumed.train()
+    unbroken = trainer(tiny(run="unbroken"))
+    unbroken.train()
+    assert_equal(weights(unbroken), weights(resumed))
+
+
+def test_a_signal_during_validation_saves_and_validates_again_later(tiny: Build, trainer: Open) -> None:
+    unbroken = trainer(tiny(run="unbroken"))
+    unbroken.train()
+    broken = trainer(tiny(run="broken"))
+    validate = broken.validate
+
+    def interrupted() -> float:
+        if broken.position.macro_batch == 2:
+            signal.raise_signal(signal.SIGINT)
+        return validate()
+
+    broken.validate = interrupted  # type: ignore[method-assign]
+    assert broken.train() == "interrupted"
+    assert list_snapshots(Path("broken/snapshots"))[0].name == "mb000002_b00004"
+    resumed = trainer(tiny(run="broken"))
+    resumed.train()
+    assert_equal(weights(unbroken), weights(resumed))
+    assert strip_times(read_metrics(Path("broken"))) == strip_times(read_metrics(Path("unbroken")))
+
+
+def test_a_second_signal_stops_at_once(tiny: Build, trainer: Open) -> None:
+    broken = trainer(tiny(run="run"))
+    step = broken.step
+
+    def twice() -> None:
+        step()
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    broken.step = twice  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    assert list_snapshots(Path("run/snapshots")) == []
+
+
+def test_each_sample_is_seen_once_an_epoch_across_a_resume(tiny: Build, trainer: Open) -> None:
+    seen: list[list[int]] = []
+
+    def watch(each: Trainer) -> None:
+        original = each.loader.next
+
+        def next_batch() -> Batch:
+            batch = original()
+            seen.extend(batch.inputs.tolist())
+            return batch
+
+        each.loader.next = next_batch  # type: ignore[method-assign]
+
+    fields = {"run": "run", "data__batch_size": 9, "training__macro_batches": 5}
+    first = trainer(tiny(**fields))
+    watch(first)
+    signal_after(first, 7)
+    first.train()
+    second = trainer(tiny(**fields))
+    watch(second)
+    second.train()
+    assert len(seen) == 180
+    for epoch in (seen[:90], seen[90:]):
+        assert len({tuple(row) for row in epoch}) == 90
+
+
+# Stopping --------------------------------------------------------------------------------------------------------
+
+
+def test_early_stopping_ends_the_run_also_when_resumed_in_between(tiny: Build, trainer: Open) -> None:
+    losses = iter([3.0, 2.0, 2.5, 2.5, 2.5, 2.5])
+    fields = {"run": "run", "early_stopping__patience": 3}
+    first = trainer(tiny(**fields))
+    signal_after(first, 13)
+    first.validate = lambda: next(losses)  # type: ignore[method-assign]
+    assert first.train() == "interrupted"
+    second = trainer(tiny(**fields))
+    second.validate = lambda: next(losses)  # type: ignore[method-assign]
+    assert second.train() == "stopped early"
+    assert second.position.macro_batch == 5
+    third = trainer(tiny(**fields))
+    assert third.train() == "stopped early"
+    assert third.position.macro_batch == 5
+
+
+def test_a_finished_run_started_again_changes_nothing(tiny: Build, trainer: Open) -> None:
+    trainer(tiny(run="run")).train()
+    before = {path: path.stat().st_mtime_ns for path in Path("run/snapshots").rglob("*")}
+    again = trainer(tiny(run="run"))
+    assert again.train() == "finished"
+    assert {path: path.stat().st_mtime_ns for path in Path("run/snapshots").rglob("*")} == before
+
+
+# What is not finite ----------------------------------------------------------------------------------------------
+
+
+def poison(trainer: Trainer, steps: set[int]) -> None:
+    objective = trainer.objective
+    trainer.objective = lambda *given: objective(*given) * (math.nan if trainer.position.step in steps else 1)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny: Build, trainer: Open) -> None:
+    run = trainer(tiny(run="run", training__macro_batches=1))
+    poison(run, {1, 2})
+    run.step()
+    before = weights(run)
+    run.step()
+    run.step()
+    assert_equal(before, weights(run))
+    run.step()
+    assert not torch.equal(before["final_norm.weight"], weights(run)["final_norm.weight"])
+    run.train()
+    line = read_metrics(Path("run"))[0]
+    assert line["skipped_steps"] == 2
+    assert math.isfinite(line["train_loss"]) and math.isfinite(line["grad_norm"])
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run_and_name_the_last_good_snapshot(
+    tiny: Build, trainer: Open
+) -> None:
+    run = trainer(tiny(run="run", training__max_skipped_steps=3))
+    poison(run, {9, 10, 11})
+    with pytest.raises(RunFailedError, match=r"3 steps in a row .* the last good snapshot is run.snapshots.mb000002;"):
+        run.train()
+    assert list_snapshots(Path("run/snapshots"))[0].name == "mb000002"
+
+
+# Figures ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_figures_of_a_macro_batch_are_right(tiny: Build, trainer: Open) -> None:
+    run = trainer(tiny(run="run", training__macro_batches=3, model__dropout=0.0, optimizer__lr=0.0))
+    run.train()
+    lines = read_metrics(Path("run"))
+    last = lines[-1]
+    assert [line["samples"] for line in lines] == [32, 64, 96]
+    assert last["tokens"] == 96 * run.experiment.data.seq_len
+    assert last["step"] == 12 and last["training_batch_size"] == 8
+    assert last["times_visited"] == pytest.approx(96 / 90) and last["visited_share"] == 1.0
+    assert lines[0]["visited_share"] == pytest.approx(32 / 90)
+    assert last["perplexity"] == pytest.approx(math.exp(last["val_loss"]))
+    split = run.store.splits["val"]
+    rows = split.read(0, split.tokens).astype(np.int64).reshape(-1, split.row_length)
+    counts = split.read_mask(0, split.tokens).reshape(-1, split.row_length)[:, 1:]
+    with torch.no_grad():
+        logits = run.model(torch.from_numpy(rows[:, :-1])).log_softmax(-1)
+    losses = -logits.gather(-1, torch.from_numpy(rows[:, 1:, None]))[..., 0].numpy()
+    assert last["val_loss"] == pytest.approx(losses[counts == 1].mean(), rel=1e-5)
+    assert 0 <= last["data_wait_share"] <= 1 and last["tokens_per_second"] > 0
+    assert 0 <= last["exact_match"] <= 1
+
+
+def test_time_trained_goes_on_across_a_resume(tiny: Build, trainer: Open) -> None:
+    first = trainer(tiny(run="run"))
+    signal_after(first, 9)
+    first.train()
+    before = first.position.time_trained
+    second = trainer(tiny(run="run"))
+    second.train()
+    assert read_metrics(Path("run"))[-1]["time_trained"] > before > 0
+
+
+# Fine-tuning -----------------------------------------------------------------------------------------------------
+
+
+def test_fine_tuning_starts_from_the_best_checkpoint_and_says_what_did_not_fit(tiny: Build, trainer: Open) -> None:
+    base = trainer(tiny(run="base"))
+    base.train()
+    tuned = trainer(tiny(run="tuned", init_from="base", model__n_layers=3))
+    checkpoint = torch.equal(tuned.model.blocks[0].mlp.up.weight, base.model.blocks[0].mlp.up.weight)
+    log = Path("tuned/log.txt").read_text()
+    assert checkpoint or "starting from the weights of base" in log
+    assert "blocks.2.mlp.up.weight is not in the checkpoint; it keeps its initial values" in log
+    assert tuned.position.step == 0
+    tuned.loader.close()
+
+
+def test_fine_tuning_loads_exactly_the_checkpoint(tiny: Build, trainer: Open) -> None:
+    from safetensors.torch import load_file
+
+    from cleangpt.training.checkpoints import best_checkpoint
+
+    trainer(tiny(run="base")).train()
+    tuned = trainer(tiny(run="tuned", init_from="base"))
+    assert_equal(load_file(best_checkpoint(Path("base")) / "model.safetensors"), weights(tuned))
+    tuned.loader.close()
+
+
+@pytest.mark.slow
+def test_a_compiled_model_learns_the_same_and_is_saved_under_the_same_names(tiny: Build, trainer: Open) -> None:
+    plain = trainer(tiny(run="plain", model__dropout=0.0))
+    plain.train()
+    compiled = trainer(tiny(run="compiled", model__dropout=0.0, training__compile=True))
+    compiled.train()
+    assert plain.model.state_dict().keys() == compiled.model.state_dict().keys()
+    for one, two in zip(read_metrics(Path("plain")), read_metrics(Path("compiled")), strict=True):
+        assert one["val_loss"] == pytest.approx(two["val_loss"], rel=1e-3)
+
+
+def test_bf16_autocast_keeps_fp32_weights_and_learns_nearly_the_same(tiny: Build, trainer: Open) -> None:
+    plain = trainer(tiny(run="plain", model__dropout=0.0))
+    plain.train()
+    mixed = trainer(tiny(run="mixed", model__dropout=0.0, training__precision="bf16"))
+    mixed.train()
+    assert {tensor.dtype for tensor in weights(mixed).values()} == {torch.float32}
+    one, two = read_metrics(Path("plain"))[-1], read_metrics(Path("mixed"))[-1]
+    assert one["val_loss"] != two["val_loss"]
+    assert one["val_loss"] == pytest.approx(two["val_loss"], rel=0.02)
