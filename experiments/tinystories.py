@@ -1,4 +1,4 @@
-"""Short stories in 4,096 byte pairs, 15 million parameters: made for one GPU."""
+"""Short stories in 4,096 byte pairs, 15.9 million parameters: made for one GPU."""
 
 from cleangpt.config import (
     DataConfig,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import settings
 
 from cleangpt.config import (
@@ -27,7 +28,10 @@ from cleangpt.training.trainer import Trainer
 
 settings.register_profile("default", deadline=None)
 settings.load_profile("default")
+# Models this small are faster on one thread, and the processes that tests start inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+torch.set_num_threads(1)
 
 
 def change(experiment: Experiment, **fields: Any) -> Experiment:

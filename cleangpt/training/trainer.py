@@ -236,8 +236,6 @@ class Trainer:
 
     def _figures(self, val_loss: float) -> dict[str, float | int | None]:
         experiment, meter, position = self.experiment, self.meter, self.position
-        tokens_per_second = meter.samples * experiment.data.seq_len / meter.seconds
-        peak, flops = peak_flops(self.device), flops_per_token(self.model, experiment.data.seq_len)
         return {
             "macro_batch": position.macro_batch,
             "step": position.step,
@@ -253,10 +251,9 @@ class Trainer:
             "grad_norm": meter.sums[1].item() / meter.steps,
             "visited_share": min(1.0, position.samples / self.samples.num_training),
             "times_visited": position.samples / self.samples.num_training,
-            "tokens_per_second": tokens_per_second,
+            **self._throughput(meter.seconds),
             "step_time": meter.seconds / meter.steps,
             "data_wait_share": meter.waited / meter.seconds,
-            "mfu": tokens_per_second * flops / peak if peak else None,
             "time_trained": position.time_trained,
             "peak_memory": peak_memory(self.device),
             "skipped_steps": int(self.optimizer.skipped[0].item()),
@@ -279,10 +276,16 @@ class Trainer:
             {
                 "train_loss": self.meter.sums[0].item() / max(self.meter.targets, 1),
                 "lr": self.meter.lr,
-                "tokens_per_second": self.meter.samples * self.experiment.data.seq_len / seconds,
                 "visited_share": min(1.0, self.position.samples / self.samples.num_training),
+                **self._throughput(seconds),
             },
         )
+
+    def _throughput(self, seconds: float) -> dict[str, float | None]:
+        """Tokens per second of the macro-batch so far, and their share of the device's peak where that is known."""
+        seq_len, peak = self.experiment.data.seq_len, peak_flops(self.device)
+        rate = self.meter.samples * seq_len / seconds
+        return {"tokens_per_second": rate, "mfu": rate * flops_per_token(self.model, seq_len) / peak if peak else None}
 
     def _check_skipped(self) -> None:
         """Ends the run when too many steps in a row had a loss or gradient that was not finite."""

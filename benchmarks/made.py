@@ -1,0 +1,81 @@
+"""What the benchmarks train on: made token stores of any length, and trainers of the shipped experiments."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cleangpt.config import DataConfig, Experiment, ScheduleConfig, check_experiment
+from cleangpt.data.store import SHARD_TOKENS, STORE, StoreWriter, TokenStore
+from cleangpt.data.tokenizers import CharTokenizer
+from cleangpt.experiment_files import find_experiment, load_experiment
+from cleangpt.files import read_json, write_json
+from cleangpt.tracking.progress import ProgressBar
+from cleangpt.training.run import open_run, resolve
+from cleangpt.training.trainer import Trainer
+
+CHARACTERS = "".join(map(chr, range(48, 48 + 65)))
+"""As many as Tiny Shakespeare has."""
+WRITTEN = 1_000_000
+"""Training tokens that are really written; the rest of a longer store is a hole in its files."""
+
+
+def make_store(folder: Path, tokens: int) -> TokenStore:
+    """A token store of 65 characters: `tokens` to train on, random where they are written, and 10,000 to validate."""
+    writer = StoreWriter(folder, {"kind": "made"}, CharTokenizer(CHARACTERS))
+    random = np.random.default_rng(0)
+    for split, count in (("train", min(tokens, WRITTEN)), ("val", 10_000)):
+        ids = random.integers(len(CHARACTERS), size=count)
+        writer.append(split, ids, np.array([count]), text_bytes=count)
+    store = writer.finish(lambda _: "made for a benchmark\n")
+    return _stretch(folder, tokens) if tokens > WRITTEN else store
+
+
+def _stretch(folder: Path, tokens: int) -> TokenStore:
+    """Lengthens the training split to `tokens` with zeros that take no room on the disk where it knows holes."""
+    facts = read_json(folder / STORE)
+    shards = []
+    for number, start in enumerate(range(0, tokens, SHARD_TOKENS)):
+        name, length = f"train_{number:05d}.bin", min(SHARD_TOKENS, tokens - start)
+        with (folder / name).open("ab") as file:
+            file.truncate(length * np.dtype(facts["dtype"]).itemsize)
+        shards.append({"file": name, "tokens": length})
+    facts["splits"]["train"] |= {"tokens": tokens, "shards": shards, "text_bytes": tokens}
+    write_json(folder / STORE, facts)
+    return TokenStore(folder)
+
+
+def shipped(name: str, data: DataConfig | None = None, **fields: Any) -> Experiment:
+    """A shipped experiment with `fields` such as ``training={"precision": "bf16"}`` changed.
+
+    Its rates are constant, no text is sampled and nothing is shown: those are not a step's work.
+    """
+    changed = {"tracking": {"progress": False, "sample_tokens": 0}, **fields}
+    experiment = load_experiment(find_experiment(name))
+    for part, entries in changed.items():
+        part_changed = dataclasses.replace(getattr(experiment, part), **entries)
+        experiment = dataclasses.replace(experiment, **{part: part_changed})
+    return dataclasses.replace(experiment, data=data or experiment.data, schedule=ScheduleConfig())
+
+
+def make_trainer(experiment: Experiment, store: TokenStore, run: Path) -> Trainer:
+    """A trainer of `experiment` on `store`, whatever corpus it names, with its run in the folder `run`."""
+    check_experiment(experiment)
+    experiment = resolve(dataclasses.replace(experiment, run=str(run)), store.vocab_size)
+    return Trainer(experiment, open_run(experiment, None, []), store, ProgressBar(run, progress=False))
+
+
+def train_macro_batch(trainer: Trainer) -> tuple[float, float]:
+    """Trains a macro-batch; returns the seconds a step took and those it waited for data, as the trainer counts."""
+    seconds, waited, steps = trainer.meter.seconds, trainer.meter.waited, trainer.meter.steps
+    trainer.train_macro_batch()
+    trainer.position.macro_batch += 1
+    made = trainer.meter.steps - steps
+    return (trainer.meter.seconds - seconds) / made, (trainer.meter.waited - waited) / made
+
+
+def close(trainer: Trainer) -> None:
+    """Ends what a trainer runs in the background."""
+    trainer.loader.close()
+    trainer.trackers.close("finished")

@@ -1,0 +1,112 @@
+"""Ours and its peers in turn (A B A B ...), and what came of it as a table of ratios."""
+
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from cleangpt.files import write_text
+
+T = TypeVar("T")
+UNITS: Mapping[str, Sequence[tuple[float, str]]] = {
+    "s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")),
+    "B": ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B")),
+}
+HEADER = """\
+# Results
+
+Written by `python -m benchmarks`; what is measured and how to read it is in [README.md](README.md).
+"""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every benchmark is given."""
+
+    folder: Path
+    """Empty, for its files; on the disk to be measured."""
+    quick: bool = False
+    """Small sizes and few repetitions: shows that the benchmark works, measures nothing of worth."""
+    peer: Path | None = None
+    """A checkout of nanoGPT."""
+
+    @property
+    def repetitions(self) -> int:
+        """Rounds of every comparison."""
+        return 1 if self.quick else 7
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison. Both sides are costs, so a ratio below 1 is in our favour."""
+
+    what: str
+    unit: str
+    """A key of UNITS."""
+    ours: Sequence[float]
+    """One figure per repetition."""
+    peer: str
+    """Whom or what we are compared with."""
+    theirs: Sequence[float]
+    """One figure per repetition, measured in the same round as ours."""
+    goal: float | None = None
+    """The largest median ratio that we accept; none: no goal is set."""
+
+    @property
+    def ratios(self) -> list[float]:
+        """Ours by theirs, one per repetition."""
+        return [ours / theirs for ours, theirs in zip(self.ours, self.theirs, strict=True)]
+
+    def cells(self) -> list[str]:
+        """The row in words: what, ours, peer, median ratio, spread, goal."""
+        ratio = statistics.median(self.ratios)
+        goal = "" if self.goal is None else f"≤ {self.goal:g}: {'met' if ratio <= self.goal else 'missed'}"
+        ours, theirs = (quantity(statistics.median(side), self.unit) for side in (self.ours, self.theirs))
+        spread = f"{min(self.ratios):.3g} to {max(self.ratios):.3g}"
+        return [self.what, ours, f"{self.peer}: {theirs}", f"{ratio:.3g}", spread, goal]
+
+
+def interleave(measures: Mapping[str, Callable[[], T]], repetitions: int, warm_up: bool = True) -> dict[str, list[T]]:
+    """Calls every measure in turn, round after round, so that a change of the machine's mood meets all alike.
+
+    Returns:
+        For every name what its measure returned, in order; the round of the warm-up is left out.
+    """
+    for measure in measures.values() if warm_up else ():
+        measure()
+    taken: dict[str, list[T]] = {name: [] for name in measures}
+    for _ in range(repetitions):
+        for name, measure in measures.items():
+            taken[name].append(measure())
+    return taken
+
+
+def quantity(value: float, unit: str) -> str:
+    """A figure with the prefix that suits it, to three digits: ``1.25 ms``."""
+    factor, name = next((entry for entry in UNITS[unit] if abs(value) >= entry[0]), UNITS[unit][-1])
+    scaled = value / factor
+    return f"{scaled:.0f} {name}" if scaled >= 100 else f"{scaled:.3g} {name}"
+
+
+def section(about: str, machine: str, rows: Sequence[Row]) -> str:
+    """The Markdown of one benchmark, without its heading."""
+    columns = ("", "ours", "peer or limit", "ratio", "spread", "goal")
+    lines = ["| " + " | ".join(cells) + " |" for cells in (columns, *(row.cells() for row in rows))]
+    lines.insert(1, "|---|---:|---:|---:|---:|---|")
+    rounds = f"{' or '.join(map(str, sorted({len(row.ours) for row in rows})))} interleaved repetitions"
+    return f"{about.strip()}\n\n{machine}. {rounds}.\n\n" + "\n".join(lines) + "\n"
+
+
+def write_section(path: Path, name: str, text: str, order: Sequence[str]) -> None:
+    """Puts `text` under the heading `name` into the Markdown file `path`, in the place of the one that was there.
+
+    The other sections stay as they are, in the order of their names in `order`.
+    """
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    parts = re.split(r"^## (.+)\n", before, flags=re.MULTILINE)
+    sections = {title: body.strip() for title, body in zip(parts[1::2], parts[2::2], strict=True)}
+    sections[name] = text.strip()
+    ordered = sorted(sections, key=lambda title: order.index(title) if title in order else len(order))
+    write_text(path, "\n".join([HEADER, *(f"## {title}\n\n{sections[title]}\n" for title in ordered)]))

@@ -1,0 +1,130 @@
+"""What the machinery adds to a step: the trainer against a bare loop over the same model, batches and AdamW.
+
+The bare loop has its batches in memory and does forward, loss, backward, clipping and the fused update, nothing else:
+no loading, schedule, figures, or check for a gradient that is not finite. With `--peer` the same loop also drives
+nanoGPT's own model and optimizer.
+"""
+
+import contextlib
+import importlib.util
+import io
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.loader import batch_loader
+from benchmarks.made import close, make_store, make_trainer, shipped, train_macro_batch
+from benchmarks.runner import Row, Setup, interleave
+from cleangpt.config import Experiment
+from cleangpt.errors import UserError
+from cleangpt.models import build_model
+from cleangpt.models.gpt import GPTConfig
+
+OVERHEAD_GOAL = 1.03
+BARE = "bare PyTorch loop"
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""The mean cross-entropy of inputs and targets, both `(batch, seq)`."""
+
+
+def run(setup: Setup) -> list[Row]:
+    """The rows of the benchmark."""
+    steps = 3 if setup.quick else 40
+    store = make_store(setup.folder / "store", 1_000_000)
+    experiment = shipped("shakespeare_char_cpu", training={"batches_per_macro_batch": steps, "macro_batches": 1000})
+    trainer = make_trainer(experiment, store, setup.folder / "run")
+    experiment = trainer.experiment
+    loader = batch_loader(store, experiment.data.batch_size, experiment.data.seq_len)
+    batches = [(batch.inputs, batch.targets) for batch in (loader.next() for _ in range(100))]
+    loader.close()
+    loops = {BARE: bare_loop(experiment, build_model(experiment.model), batches)}
+    if setup.peer is not None:
+        loops["nanoGPT's model and optimizer"] = nanogpt_loop(setup.peer, experiment, batches)
+    measures: dict[str, Callable[[], float]] = {"ours": lambda: train_macro_batch(trainer)[0]}
+    measures |= {name: partial(loop, steps) for name, loop in loops.items()}
+    taken = interleave(measures, setup.repetitions * 3)
+    close(trainer)
+    ours = taken.pop("ours")
+    what = f"{experiment.data.batch_size} × {experiment.data.seq_len}: a step"
+    return [
+        Row(what, "s", ours, name, theirs, OVERHEAD_GOAL if name == BARE else None) for name, theirs in taken.items()
+    ]
+
+
+def bare_loop(
+    experiment: Experiment, model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]
+) -> Callable[[int], float]:
+    """A loop that trains `model` as the trainer does where schedules are constant and no target is masked."""
+    settings = experiment.optimizer
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter in model.parameters() if parameter.dim() >= 2]},
+        {"params": [parameter for parameter in model.parameters() if parameter.dim() < 2], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(
+        groups, settings.lr, settings.betas, settings.eps, weight_decay=settings.weight_decay, fused=True
+    )
+
+    def loss(inputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+
+    return _loop(loss, model, adamw, settings.clip_norm, batches)
+
+
+def nanogpt_loop(
+    checkout: Path, experiment: Experiment, batches: Sequence[tuple[Tensor, Tensor]]
+) -> Callable[[int], float]:
+    """The same loop over the model and the optimizer of a nanoGPT checkout.
+
+    Raises:
+        UserError: the checkout has no model.py.
+    """
+    path = checkout / "model.py"
+    if not path.is_file():
+        raise UserError(f"--peer is {str(checkout)!r}; allowed: a checkout of nanoGPT, with a model.py")
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    assert spec is not None and spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    config, settings = experiment.model, experiment.optimizer
+    assert isinstance(config, GPTConfig)
+    with contextlib.redirect_stdout(io.StringIO()):
+        spec.loader.exec_module(module)
+        model = module.GPT(
+            module.GPTConfig(
+                block_size=config.max_seq_len, vocab_size=config.vocab_size, n_layer=config.n_layers,
+                n_head=config.n_heads, n_embd=config.dim, dropout=config.dropout, bias=config.bias,
+            )
+        )  # fmt: skip
+        adamw = model.configure_optimizers(settings.weight_decay, settings.lr, settings.betas, "cpu")
+    return _loop(lambda inputs, targets: model(inputs, targets)[1], model, adamw, settings.clip_norm, batches)
+
+
+def _loop(
+    loss: Loss,
+    model: nn.Module,
+    adamw: torch.optim.Optimizer,
+    clip_norm: float | None,
+    batches: Iterable[tuple[Tensor, Tensor]],
+) -> Callable[[int], float]:
+    endless = itertools.cycle(batches)
+    parameters = list(model.parameters())
+
+    def loop(steps: int) -> float:
+        """Makes so many steps; returns the seconds of one."""
+        start = time.perf_counter()
+        for inputs, targets in itertools.islice(endless, steps):
+            loss(inputs, targets).backward()  # type: ignore[no-untyped-call]
+            if clip_norm is not None:
+                nn.utils.clip_grad_norm_(parameters, clip_norm)
+            adamw.step()
+            adamw.zero_grad(set_to_none=True)
+        return (time.perf_counter() - start) / steps
+
+    return loop
