@@ -51,7 +51,7 @@ def experiments(quick: bool) -> list[Experiment]:
         "shakespeare_char",
         DataConfig(seq_len=seq_len, batch_size=batch_size),
         model={"max_seq_len": seq_len},
-        training={"batches_per_macro_batch": 1, "micro_batch_size": min(8, batch_size), "precision": "bf16",
+        training={"batches_per_macro_batch": 1, "micro_batch_size": 4, "precision": "bf16",
                   "accumulation": 1},
     )  # fmt: skip
     return [small, large]

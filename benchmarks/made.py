@@ -62,7 +62,7 @@ def shipped(name: str, data: DataConfig | None = None, **fields: Any) -> Experim
 def make_trainer(experiment: Experiment, store: TokenStore, run: Path) -> Trainer:
     """A trainer of `experiment` on `store`, whatever corpus it names, with its run in the folder `run`."""
     check_experiment(experiment)
-    experiment = resolve(dataclasses.replace(experiment, run=str(run)), store.vocab_size)
+    experiment = resolve(dataclasses.replace(experiment, run_dir=str(run)), store.vocab_size)
     return Trainer(experiment, open_run(experiment, None, []), store, ProgressBar(run, progress=False))
 
 

@@ -48,7 +48,7 @@ def compare(layers: int, dim: int, folder: Path, setup: Setup) -> Row:
     folder.mkdir()
     file, resumed = folder / "experiment.py", folder / "resumed"
     file.write_text(EXPERIMENT.format(folder=str(folder / "data"), layers=layers, dim=dim), encoding="utf-8")
-    call("cleangpt", "train", str(file), "--run", str(resumed))
+    call("cleangpt", "train", str(file), "--run-dir", str(resumed))
     numbers = itertools.count(1)
     # The run was finished: a longer one has a step to make. None of these processes lives to save anything.
     resume = ("resume", str(resumed), "--training.macro-batches", "2")
@@ -56,7 +56,7 @@ def compare(layers: int, dim: int, folder: Path, setup: Setup) -> Row:
         {
             "resumed": lambda: call("benchmarks.first_step", *resume),
             "new": lambda: call(
-                "benchmarks.first_step", "train", str(file), "--run", str(folder / f"new{next(numbers)}")
+                "benchmarks.first_step", "train", str(file), "--run-dir", str(folder / f"new{next(numbers)}")
             ),
         },
         min(5, setup.repetitions),

@@ -4,6 +4,7 @@ Everything heavy is imported where it is used, so that --help and --version answ
 """
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,10 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(words)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{_speaker()}error: {error}", file=sys.stderr)
         return 2
     except RunFailedError as error:
-        print(f"stopped: {error}", file=sys.stderr)
+        print(f"{_speaker()}stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped at once; what was saved before is whole", file=sys.stderr)
@@ -54,6 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except SystemExit as end:
         return int(end.code or 0)
+
+
+def _speaker() -> str:
+    """Which process speaks, where torchrun has started several."""
+    return f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
 
 
 def _dispatch(words: list[str]) -> int:
@@ -172,10 +178,10 @@ def resume_command(words: list[str]) -> None:
         type(before), words[1:], program=f"cleangpt resume {words[0]}", default=before,
         about=f"Fields of {run / EXPERIMENT}; those of the data and the model cannot change any more.",
     )  # fmt: skip
-    experiment = dataclasses.replace(experiment, run=str(run))
+    experiment = dataclasses.replace(experiment, run_dir=str(run))
     check_resumable(before, experiment)
     _check(experiment)
-    if experiment != dataclasses.replace(before, run=str(run)):
+    if experiment != dataclasses.replace(before, run_dir=str(run)):
         write_json(run / EXPERIMENT, experiment_json(experiment))
     _train(experiment, None, [])
 
@@ -186,9 +192,12 @@ def _check(experiment: Any) -> None:
     from cleangpt.objectives import OBJECTIVES
     from cleangpt.tracking import check_tracking
     from cleangpt.training.device import choose_device
+    from cleangpt.training.parallel import check_parallel
+    from cleangpt.training.ranks import world_size
     from cleangpt.training.run import check_folder, check_row_length
 
-    check_experiment(experiment)
+    check_experiment(experiment, world_size())
+    check_parallel(experiment.parallel, world_size())
     if experiment.objective not in OBJECTIVES:
         hint = nearest(experiment.objective, OBJECTIVES)
         raise UserError(f"objective is {experiment.objective!r}; allowed: {', '.join(OBJECTIVES)}{hint}")
@@ -204,20 +213,26 @@ def _train(experiment: Any, source: Path | None, overrides: Sequence[str]) -> Pa
     _check(experiment)
     from cleangpt.corpora import prepare
     from cleangpt.tracking.progress import ProgressBar
+    from cleangpt.training.ranks import join
     from cleangpt.training.run import check_store, find_checkpoint, open_run, resolve, summary
     from cleangpt.training.trainer import Trainer
 
     if experiment.init_from is not None:
         find_checkpoint(experiment.init_from)
+    ranks = join()
+    if ranks.is_main:
+        prepare(experiment.corpus, Path(experiment.data.folder))
+    ranks.from_main(None)  # the others wait for the token store
     store = prepare(experiment.corpus, Path(experiment.data.folder))
     experiment = resolve(experiment, store.vocab_size)
     check_store(experiment, store)
-    run = open_run(experiment, source, overrides)
-    progress = ProgressBar(run, experiment.tracking.progress)
-    trainer = Trainer(experiment, run, store, progress)
+    run: Path = ranks.from_main(open_run(experiment, source, overrides) if ranks.is_main else None)
+    progress = ProgressBar(run if ranks.is_main else None, experiment.tracking.progress and ranks.is_main)
+    trainer = Trainer(experiment, run, store, progress, ranks)
     for line in summary(experiment, run, store, trainer.model, trainer.device):
         progress.say(line)
     status = trainer.train()
+    ranks.leave()
     if status == "interrupted":
         progress.say(f"interrupted and saved; go on with: cleangpt resume {run}")
     else:

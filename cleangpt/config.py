@@ -129,6 +129,18 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the model is spread over the processes that torchrun starts; one process ignores it."""
+
+    strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
+    """auto and ddp: a copy on each device; fsdp: one copy cut over all; hsdp: several copies, each cut over a group."""
+    replicas: int = 1
+    """Strategy hsdp: copies of the model."""
+    reshard_after_forward: bool = True
+    """Strategies fsdp and hsdp: free a block's gathered weights between forward and backward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EarlyStoppingConfig:
     """Stops a run whose validation loss no longer improves."""
 
@@ -186,12 +198,13 @@ class Experiment:
     """What is learned: a name in OBJECTIVES."""
     schedule: ScheduleConfig = ScheduleConfig()
     training: TrainingConfig
+    parallel: ParallelConfig = ParallelConfig()
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     saving: SavingConfig = SavingConfig()
     tracking: TrackingConfig = TrackingConfig()
     init_from: str | None = None
     """Start from the weights of this run (its best checkpoint) or this checkpoint; none: from random weights."""
-    run: str | None = None
+    run_dir: str | None = None
     """Folder of the run; one that exists is gone on with. None: runs/NAME/TIME."""
 
 
@@ -227,6 +240,7 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
             "training.micro_batch_size",
             "training.threads",
             "training.max_skipped_steps",
+            "parallel.replicas",
             "early_stopping.patience",
             "saving.snapshot_every",
             "saving.keep_snapshots",

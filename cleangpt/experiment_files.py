@@ -100,12 +100,12 @@ def recorded_overrides(path: Path) -> list[str]:
 
 
 def _without_run(words: list[str]) -> list[str]:
-    """Leaves out ``--run FOLDER``: a repetition is another run."""
+    """Leaves out ``--run-dir FOLDER``: a repetition is another run."""
     kept, rest = [], iter(words)
     for word in rest:
-        if word == "--run":
+        if word in ("--run-dir", "--run_dir"):
             next(rest, None)
-        elif not word.startswith("--run="):
+        elif not word.startswith(("--run-dir=", "--run_dir=")):
             kept.append(word)
     return kept
 

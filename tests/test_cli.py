@@ -37,7 +37,7 @@ def own(workplace: Path) -> Path:
 
 @pytest.fixture
 def run(own: Path) -> str:
-    assert main(["train", "own.py", "--run", "run"]) == 0
+    assert main(["train", "own.py", "--run-dir", "run"]) == 0
     return "run"
 
 
@@ -133,7 +133,7 @@ def test_training_leaves_the_run_directory_of_the_design(run: str, own: Path) ->
         "dropout": 0.0,
     }  # fmt: skip
     environment = json.loads(Path(run, "environment.json").read_text())
-    assert environment["cleangpt"] == __version__ and environment["overrides"] == ["--run", "run"]
+    assert environment["cleangpt"] == __version__ and environment["overrides"] == ["--run-dir", "run"]
 
 
 def test_a_run_goes_under_its_name_and_is_found_by_it(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,27 +144,27 @@ def test_a_run_goes_under_its_name_and_is_found_by_it(own: Path, capsys: pytest.
 
 
 def test_repeating_a_run_takes_its_overrides_and_gives_the_same_figures(own: Path) -> None:
-    assert main(["train", "own.py", "--run", "one", "--optimizer.lr", "0.02"]) == 0
-    assert main(["train", "one/experiment.py", "--run", "two"]) == 0
+    assert main(["train", "own.py", "--run-dir", "one", "--optimizer.lr", "0.02"]) == 0
+    assert main(["train", "one/experiment.py", "--run-dir", "two"]) == 0
     losses = [[line["val_loss"] for line in read_metrics(Path(run))] for run in ("one", "two")]
     assert losses[0] == losses[1]
-    assert main(["train", "own.py", "--run", "three"]) == 0
+    assert main(["train", "own.py", "--run-dir", "three"]) == 0
     assert [line["val_loss"] for line in read_metrics(Path("three"))] != losses[0]
 
 
 def test_starting_the_same_run_again_goes_on_and_another_experiment_is_refused(
     run: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["train", "own.py", "--run", "run"]) == 0
+    assert main(["train", "own.py", "--run-dir", "run"]) == 0
     assert len(read_metrics(Path(run))) == 3
-    line = error_of(capsys, "train", "own.py", "--run", "run", "--optimizer.lr", "0.5")
+    line = error_of(capsys, "train", "own.py", "--run-dir", "run", "--optimizer.lr", "0.5")
     assert "optimizer.lr is 0.01 there and 0.5 here" in line
 
 
 def test_a_folder_of_something_else_is_not_taken_for_a_run(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("mine").mkdir()
     Path("mine/thesis.txt").write_text("dear")
-    assert "holds something else" in error_of(capsys, "train", "own.py", "--run", "mine")
+    assert "holds something else" in error_of(capsys, "train", "own.py", "--run-dir", "mine")
     assert [path.name for path in Path("mine").iterdir()] == ["thesis.txt"]
 
 
@@ -226,7 +226,7 @@ def test_sample_refuses_what_cannot_be(
 def test_report_writes_a_page_and_compares_runs(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", "run"]) == 0
     assert Path("run/report.html").exists() and list(Path("run/plots").glob("*.png"))
-    assert main(["train", "own.py", "--run", "other", "--optimizer.lr", "0.001"]) == 0
+    assert main(["train", "own.py", "--run-dir", "other", "--optimizer.lr", "0.001"]) == 0
     assert main(["report", "run", "other", "--out", "both"]) == 0
     assert "other" in next(Path().rglob("both*/*.html")).read_text(encoding="utf-8")
 
@@ -298,7 +298,7 @@ MODELS["bigram"] = (BigramConfig, Bigram)
             "GPTConfig(max_seq_len=9, n_layers=1, n_heads=2, dim=16)", "BigramConfig(max_seq_len=9)"
         )
     )
-    assert main(["train", "bigram.py", "--run", "run"]) == 0
+    assert main(["train", "bigram.py", "--run-dir", "run"]) == 0
     for words in (["resume", "run"], ["evaluate", "run"], ["sample", "run"]):
         code = "import sys; from cleangpt.cli import main; sys.exit(main(sys.argv[1:]))"
         outcome = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=120)

@@ -69,18 +69,24 @@ class Samples:
         return Batch(inputs, torch.from_numpy(targets), int(counts[:, 1:].sum()))
 
 
-def validation_batches(samples: Samples, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
+def validation_batches(
+    samples: Samples, batch_size: int, limit: int | None = None, *, rank: int = 0, world_size: int = 1
+) -> Iterator[Batch]:
     """The whole split, or `limit` samples of it that are the same every time, spread by a fixed permutation.
 
+    `rank` of `world_size` devices gets batches of `batch_size` of its own; all get the same number of them.
     Every batch has the same shape, which spares compiled models a second shape: the last is filled up with samples
     that have no targets.
     """
     chosen = np.arange(samples.num_validation)
     if limit is not None and limit < len(chosen):
         chosen = np.sort(permute(chosen[:limit], len(chosen), mix(0)))
-    for start in range(0, len(chosen), batch_size):
+    for first in range(0, len(chosen), batch_size * world_size):
+        start = first + rank * batch_size
         part = chosen[start : start + batch_size]
-        batch = samples.batch(np.resize(part, batch_size), np.zeros(batch_size, dtype=np.int64))
+        batch = samples.batch(
+            np.resize(part if len(part) else chosen, batch_size), np.zeros(batch_size, dtype=np.int64)
+        )
         batch.num_targets -= int((batch.targets[len(part) :] != IGNORED).sum())
         batch.targets[len(part) :] = IGNORED
         yield batch

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cleangpt.data.batches import Batch
 from cleangpt.data.store import Split
@@ -21,22 +21,27 @@ def mean_loss(
     device: torch.device,
     context: AbstractContextManager[Any],
     give_up: Callable[[], bool] = lambda: False,
+    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> float:
-    """The loss per target token, in nats, with dropout off; a NaN where `give_up` said yes on the way."""
+    """The loss per target token, in nats, with dropout off; a NaN where `give_up` said yes on the way.
+
+    `reduce` sums a tensor over devices, each of which has its own batches.
+    """
     was_training = model.training
     model.eval()
     # Sums grow long: double where the device has it.
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    total, targets = torch.zeros((), dtype=dtype, device=device), 0
+    sums = torch.zeros(2, dtype=dtype, device=device)
     for batch in batches:
         if give_up():
-            targets = 0
+            sums *= math.nan
             break
         with context:
-            total += objective(model, batch.inputs.to(device), batch.targets.to(device))
-        targets += batch.num_targets
+            sums[0] += objective(model, batch.inputs.to(device), batch.targets.to(device))
+        sums[1] += batch.num_targets
     model.train(was_training)
-    return total.item() / targets if targets else math.nan
+    total, targets = reduce(sums).tolist()
+    return total / targets if targets else math.nan
 
 
 def loss_figures(loss: float, split: Split) -> dict[str, float | None]:

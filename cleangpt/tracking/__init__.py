@@ -80,6 +80,19 @@ class Trackers:
                 self._say(f"{name} is left out from now on, training goes on without it: {reason}")
 
 
+class Silence(Trackers):
+    """What the processes have that do not speak for the run."""
+
+    def __init__(self, run: Path) -> None:
+        super().__init__(MetricsFiles(run), {}, lambda _: None)
+
+    def record(self, figures: Mapping[str, float | int | None]) -> None:
+        """Tells nobody."""
+
+    def sample(self, macro_batch: int, text: str) -> None:
+        """Tells nobody."""
+
+
 def check_tracking(config: TrackingConfig) -> None:
     """Makes sure that the packages of the trackers asked for are there.
 

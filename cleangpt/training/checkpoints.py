@@ -7,6 +7,7 @@ checkpoints/val1.4697_mb000012/        validation loss and macro-batch
 
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from cleangpt.data.tokenizers import Tokenizer, load_tokenizer
 from cleangpt.errors import UserError
 from cleangpt.files import PARTIAL, damage, read_json, seal, write_json, write_text
 from cleangpt.models import build_model, model_kinds
+from cleangpt.training.parallel import load_weights
 
 FORMAT = 1
 WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "index.json"
@@ -41,8 +43,10 @@ class Entry:
 class Checkpoints:
     """The checkpoints of a run; on a tie the older one counts as better, and a NaN is never among the best."""
 
-    def __init__(self, folder: Path, config: SavingConfig) -> None:
+    def __init__(self, folder: Path, config: SavingConfig, writes: bool = True) -> None:
         self.folder, self.config = folder, config
+        self.writes = writes
+        """Whether this process writes files; every one keeps the list."""
         self.entries: list[Entry] = []
 
     def wanted(self, macro_batch: int, val_loss: float) -> bool:
@@ -50,19 +54,25 @@ class Checkpoints:
         return self._permanent(macro_batch) or self._among_best(val_loss)
 
     def save(
-        self, macro_batch: int, val_loss: float, model: nn.Module, config: ModelConfig, tokenizer: Tokenizer
-    ) -> str:
-        """Writes a checkpoint, then removes those that are no longer among the best; returns its name."""
+        self,
+        macro_batch: int,
+        val_loss: float,
+        weights: Mapping[str, Tensor],
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+    ) -> None:
+        """Writes a checkpoint of whole `weights`, then removes those that are no longer among the best."""
         entry = Entry(
             f"val{val_loss:.4f}_mb{macro_batch:06d}", macro_batch, val_loss, permanent=self._permanent(macro_batch)
         )
-        save_checkpoint(self.folder / entry.name, model.state_dict(), config, tokenizer, asdict(entry))
         best = sorted([*self.entries, entry], key=_rank)
         finite = [other for other in best if not math.isnan(other.val_loss)]
         self.entries = [other for other in best if other.permanent or other in finite[: self.config.keep_best]]
-        write_json(self.folder / INDEX, {"format": FORMAT, "checkpoints": [asdict(other) for other in self.entries]})
-        self.prune()
-        return entry.name
+        if self.writes:
+            save_checkpoint(self.folder / entry.name, weights, config, tokenizer, asdict(entry))
+            index = {"format": FORMAT, "checkpoints": [asdict(other) for other in self.entries]}
+            write_json(self.folder / INDEX, index)
+            self.prune()
 
     def prune(self) -> None:
         """Removes every folder that the index does not name: worse ones, and what a crash left behind."""
@@ -96,7 +106,7 @@ def _rank(entry: Entry) -> tuple[bool, float, int]:
 
 
 def save_checkpoint(
-    folder: Path, weights: dict[str, Tensor], config: ModelConfig, tokenizer: Tokenizer, facts: dict[str, Any]
+    folder: Path, weights: Mapping[str, Tensor], config: ModelConfig, tokenizer: Tokenizer, facts: dict[str, Any]
 ) -> None:
     """Writes a checkpoint to `folder`, whole or not at all; `facts` are kept in its config.json."""
     partial = folder.with_name(folder.name + PARTIAL)
@@ -165,7 +175,7 @@ def fill(model: nn.Module, weights: dict[str, Tensor]) -> list[str]:
     target = model.state_dict()
     matching = {name: tensor for name, tensor in weights.items()
                 if name in target and tensor.shape == target[name].shape}  # fmt: skip
-    model.load_state_dict(matching, strict=False)
+    load_weights(model, matching, strict=False)
     lines = []
     for name in sorted(target.keys() - matching.keys()):
         found = f"has shape {tuple(weights[name].shape)}" if name in weights else "is not in the checkpoint"

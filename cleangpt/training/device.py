@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from cleangpt.errors import UserError
 
@@ -28,15 +27,15 @@ PEAK_FLOPS = {
 """Dense 16-bit matrix FLOP/s by a part of the device's name, from the makers' data sheets."""
 
 
-def choose_device(name: str) -> torch.device:
-    """The device that a `training.device` means.
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device that a `training.device` means, for the process `local_rank` of this machine.
 
     Raises:
         UserError: this machine has no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(name)
+    device = torch.device("cuda", local_rank) if name == "cuda" and local_rank else torch.device(name)
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[device.type]
     if (device.index or 0) >= count:
         raise UserError(f"training.device is {name!r}, but this machine has {count} {device.type} devices; try auto")
@@ -49,12 +48,6 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
         precision = "bf16" if has_bf16 else "fp32"
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
-
-
-def compiled(model: nn.Module) -> nn.Module:
-    """The model behind `torch.compile`; it shares its weights with the plain one, which keeps the state dict."""
-    result: nn.Module = torch.compile(model)  # type: ignore[assignment]
-    return result
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cleangpt.config import OptimizerConfig
+from cleangpt.training.parallel import like, whole
 
 
 class Optimizer:
@@ -42,7 +43,7 @@ class Optimizer:
         for group in self.adamw.param_groups:
             group["lr"] = lr
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
         if self.config.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, norm)
         bad = (~torch.isfinite(norm)).float()
@@ -55,13 +56,19 @@ class Optimizer:
         return torch.where(bad > 0, torch.zeros_like(norm), norm)
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments by parameter name, and the counts of skipped steps."""
+        """Moments by parameter name, whole, and the counts of skipped steps."""
         state = self.adamw.state_dict()["state"]
-        return {"moments": {self.names[index]: entry for index, entry in state.items()}, "skipped": self.skipped}
+        moments = {self.names[index]: entry for index, entry in state.items()}
+        return {"moments": whole(moments), "skipped": self.skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from `state_dict`; rates and decays come from the experiment."""
         groups = self.adamw.state_dict()["param_groups"]
-        moments = {self.names.index(name): entry for name, entry in state["moments"].items()}
+        moments = {}
+        for name, entry in state["moments"].items():
+            index = self.names.index(name)
+            parameter = self.parameters[index]
+            moments[index] = {key: like(value, parameter) if value.shape == parameter.shape else value
+                              for key, value in entry.items()}  # fmt: skip
         self.adamw.load_state_dict({"state": moments, "param_groups": groups})
         self.skipped = state["skipped"].to(self.skipped.device)

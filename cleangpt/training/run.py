@@ -1,6 +1,7 @@
 """The run directory: where everything of a run lies, and how to find it again."""
 
 import dataclasses
+import os
 import platform
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def experiment_json(experiment: Experiment) -> dict[str, Any]:
 
 
 def open_run(experiment: Experiment, source: Path | None, overrides: Sequence[str]) -> Path:
-    """The folder of a run: a new one with its experiment and environment, or the one that `experiment.run` names.
+    """The folder of a run: a new one with its experiment and environment, or the one that `experiment.run_dir` names.
 
     Args:
         experiment: with every field resolved.
@@ -49,10 +50,15 @@ def open_run(experiment: Experiment, source: Path | None, overrides: Sequence[st
         UserError: the folder holds a run of another experiment.
     """
     wanted = experiment_json(experiment)
-    if experiment.run is not None and (Path(experiment.run) / EXPERIMENT).is_file():
-        _check_same(Path(experiment.run), read_json(Path(experiment.run) / EXPERIMENT), wanted)
-        return Path(experiment.run)
-    run = Path(experiment.run) if experiment.run is not None else _new_folder(experiment.name)
+    if experiment.run_dir is not None and (Path(experiment.run_dir) / EXPERIMENT).is_file():
+        _check_same(Path(experiment.run_dir), read_json(Path(experiment.run_dir) / EXPERIMENT), wanted)
+        return Path(experiment.run_dir)
+    if experiment.run_dir is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        # torchrun has started this process anew after a failure: what it began before is gone on with.
+        run = find_run(str(Path("runs") / experiment.name))
+        _check_same(run, read_json(run / EXPERIMENT), wanted)
+        return run
+    run = Path(experiment.run_dir) if experiment.run_dir is not None else _new_folder(experiment.name)
     run.mkdir(parents=True, exist_ok=True)
     if source is not None:
         write_bytes(run / EXPERIMENT_FILE, source.read_bytes())
@@ -65,11 +71,11 @@ def check_folder(experiment: Experiment) -> None:
     """Refuses a folder that is no run.
 
     Raises:
-        UserError: `experiment.run` is a file, or a folder that holds something else.
+        UserError: `experiment.run_dir` is a file, or a folder that holds something else.
     """
-    run = Path(experiment.run) if experiment.run is not None else None
+    run = Path(experiment.run_dir) if experiment.run_dir is not None else None
     if run is not None and run.exists() and not (run / EXPERIMENT).is_file() and (run.is_file() or any(run.iterdir())):
-        raise UserError(f"run is {str(run)!r}, which holds something else; give another folder")
+        raise UserError(f"run_dir is {str(run)!r}, which holds something else; give another folder")
 
 
 def check_row_length(experiment: Experiment) -> None:
@@ -205,9 +211,9 @@ def _new_folder(name: str) -> Path:
 def _check_same(run: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     before, now = _flatten(there), _flatten(here)
     for name in sorted(before.keys() | now.keys()):
-        if name != "run" and before.get(name) != now.get(name):
+        if name != "run_dir" and before.get(name) != now.get(name):
             raise UserError(
-                f"run is {str(run)!r}, which holds another experiment: {name} is {before.get(name)!r} there and "
+                f"run_dir is {str(run)!r}, which holds another experiment: {name} is {before.get(name)!r} there and "
                 f"{now.get(name)!r} here; give another folder, or change fields with cleangpt resume"
             )
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from cleangpt.config import Experiment, samples_per_macro_batch
 from cleangpt.data.batches import Batch, BatchLoader, Samples, validation_batches
@@ -17,7 +16,7 @@ from cleangpt.evaluation.validate import loss_figures, mean_loss
 from cleangpt.inference.text import sample_text
 from cleangpt.models import build_model, flops_per_token
 from cleangpt.objectives import OBJECTIVES
-from cleangpt.tracking import open_trackers
+from cleangpt.tracking import Silence, open_trackers
 from cleangpt.tracking.progress import ProgressBar
 from cleangpt.training import schedules
 from cleangpt.training.checkpoints import Checkpoints, fill, load_checkpoint
@@ -25,14 +24,15 @@ from cleangpt.training.device import (
     RandomState,
     autocast,
     choose_device,
-    compiled,
     peak_flops,
     peak_memory,
     seed_everything,
 )
 from cleangpt.training.early_stopping import EarlyStopping
 from cleangpt.training.optimizer import Optimizer
+from cleangpt.training.parallel import load_weights, parallelize, whole, without_sync
 from cleangpt.training.position import Meter, Position
+from cleangpt.training.ranks import Ranks
 from cleangpt.training.run import experiment_json, find_checkpoint
 from cleangpt.training.signals import StopRequest
 from cleangpt.training.snapshots import clean, load_snapshot, newest_snapshot, save_snapshot, snapshot_name
@@ -41,35 +41,36 @@ from cleangpt.training.snapshots import clean, load_snapshot, newest_snapshot, s
 class Trainer:
     """Trains the experiment of a run, from its newest snapshot where there is one."""
 
-    def __init__(self, experiment: Experiment, run: Path, store: TokenStore, progress: ProgressBar) -> None:
+    def __init__(
+        self, experiment: Experiment, run: Path, store: TokenStore, progress: ProgressBar, ranks: Ranks | None = None
+    ) -> None:
         self.experiment, self.run, self.store, self.progress = experiment, run, store, progress
+        self.ranks = ranks or Ranks()
         training, data = experiment.training, experiment.data
         if training.threads is not None:
             torch.set_num_threads(training.threads)
-        self.device = choose_device(training.device)
+        self.device = choose_device(training.device, self.ranks.local_rank)
         seed_everything(training.seed)
         self.model = build_model(experiment.model).to(self.device)
-        self.forward_model: nn.Module = compiled(self.model) if training.compile else self.model
+        self.forward_model = parallelize(self.model, experiment.parallel, self.ranks, self.device, training.compile)
+        if self.ranks.world_size > 1:
+            seed_everything(training.seed + self.ranks.rank)  # every process drops out activations of its own
         self.objective = OBJECTIVES[experiment.objective]
         self.context = autocast(self.device, training.precision)
-        self.micro_batch_size = training.micro_batch_size or data.batch_size
+        self.micro_batch_size = training.micro_batch_size or data.batch_size // self.ranks.world_size
         self.samples = Samples(store.splits["train"], data.seq_len, "train")
         self.val_samples = Samples(store.splits["val"], data.seq_len, "val")
-        self.stop = StopRequest()
+        self.stop, self.stopping = StopRequest(), False
         self.position, self.meter = Position(), Meter(self.device)
         self.optimizer = Optimizer(self.model, experiment.optimizer)
         self.early_stopping = EarlyStopping(experiment.early_stopping)
-        self.checkpoints = Checkpoints(run / "checkpoints", experiment.saving)
+        self.checkpoints = Checkpoints(run / "checkpoints", experiment.saving, self.ranks.is_main)
         self.saved = ""
         snapshot = self._restore()
-        self.trackers = open_trackers(
-            experiment,
-            experiment_json(experiment),
-            run,
-            snapshot.get("trackers"),
-            self.position.macro_batch if snapshot else None,
-            progress.say,
-        )
+        told_until = self.position.macro_batch if snapshot else None
+        self.trackers = Silence(run) if not self.ranks.is_main else open_trackers(
+            experiment, experiment_json(experiment), run, snapshot.get("trackers"), told_until, progress.say
+        )  # fmt: skip
         self.loader = BatchLoader(
             self.samples,
             Order(self.samples.num_training, training.seed),
@@ -77,6 +78,8 @@ class Trainer:
             self.position.samples,
             prefetch=data.prefetch,
             pin_memory=self.device.type == "cuda",
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
         )
 
     # The run ------------------------------------------------------------------------------------------------------
@@ -90,7 +93,7 @@ class Trainer:
                 while not (ended := self._ended()):
                     self.train_macro_batch()
                     val_loss = self.validate()
-                    if self.stop.requested:
+                    if self.stopping:
                         continue
                     self.position.macro_batch += 1
                     self.record(val_loss)
@@ -110,7 +113,7 @@ class Trainer:
         size = samples_per_macro_batch(self.experiment)
         end = (self.position.macro_batch + 1) * size
         started, waited, told = time.perf_counter(), self.loader.wait_time, time.perf_counter()
-        while self.position.samples < end and not self.stop.requested:
+        while self.position.samples < end and not self._agree_to_stop():
             self.step()
             if time.perf_counter() - told > 0.25:
                 told = time.perf_counter()
@@ -126,9 +129,9 @@ class Trainer:
         lr = schedules.learning_rate(self.experiment, self.position.samples, count)
         weight_decay = schedules.weight_decay(self.experiment, self.position.samples, count)
         batches = [self.loader.next() for _ in range(count)]
-        targets = sum(batch.num_targets for batch in batches)
-        for batch in batches:
-            self._backward(batch, targets)
+        (targets,) = self.ranks.sum(sum(batch.num_targets for batch in batches))
+        for number, batch in enumerate(batches, start=1):
+            self._backward(batch, targets, last=number == count)
         self.meter.sums[1] += self.optimizer.step(lr, weight_decay)
         self.meter.lr, self.meter.weight_decay = lr, weight_decay
         self.meter.targets += targets
@@ -137,24 +140,32 @@ class Trainer:
         self.position.samples += count * self.experiment.data.batch_size
         self.position.step += 1
 
-    def _backward(self, batch: Batch, targets: int) -> None:
-        """Adds a batch's share to the gradient, a micro-batch at a time."""
+    def _backward(self, batch: Batch, targets: float, last: bool = True) -> None:
+        """Adds a batch's share to the gradient, a micro-batch at a time; the `last` one exchanges it with the others.
+
+        The exchange takes the mean over the devices of sums that each is a part, hence the factor `world_size`.
+        """
         inputs = batch.inputs.to(self.device, non_blocking=True)
         expected = batch.targets.to(self.device, non_blocking=True)
         for start in range(0, len(inputs), self.micro_batch_size):
             part = slice(start, start + self.micro_batch_size)
-            with self.context:
-                loss = self.objective(self.forward_model, inputs[part], expected[part])
-            (loss / max(targets, 1)).backward()  # type: ignore[no-untyped-call]
+            with without_sync(self.forward_model, last and part.stop >= len(inputs)):
+                with self.context:
+                    loss = self.objective(self.forward_model, inputs[part], expected[part])
+                (loss * (self.ranks.world_size / max(targets, 1))).backward()  # type: ignore[no-untyped-call]
             # A loss that is not finite skips the step; kept out of the mean, it does not hide the other steps'.
             self.meter.sums[0] += loss.detach().nan_to_num(0.0, 0.0, 0.0)
 
     def validate(self) -> float:
         """The loss per target on the validation split, in nats; NaN when a signal cut it short."""
-        batches = validation_batches(self.val_samples, self.micro_batch_size, self.experiment.data.val_samples)
+        batches = validation_batches(
+            self.val_samples, self.micro_batch_size, self.experiment.data.val_samples,
+            rank=self.ranks.rank, world_size=self.ranks.world_size,
+        )  # fmt: skip
         return mean_loss(
-            self.forward_model, self.objective, batches, self.device, self.context, lambda: bool(self.stop.requested)
-        )
+            self.forward_model, self.objective, batches, self.device, self.context,
+            self._agree_to_stop, self.ranks.sum_tensor,
+        )  # fmt: skip
 
     # What it leaves behind ----------------------------------------------------------------------------------------
 
@@ -171,7 +182,8 @@ class Trainer:
         macro_batch, tracking = self.position.macro_batch, self.experiment.tracking
         if not self.checkpoints.wanted(macro_batch, val_loss):
             return
-        self.checkpoints.save(macro_batch, val_loss, self.model, self.experiment.model, self.store.tokenizer)
+        weights = whole(self.model.state_dict())
+        self.checkpoints.save(macro_batch, val_loss, weights, self.experiment.model, self.store.tokenizer)
         if tracking.sample_tokens:
             text = sample_text(
                 self.model, self.store, tracking.sample_prompt, tracking.sample_tokens, self.device, seed=macro_batch
@@ -188,37 +200,44 @@ class Trainer:
             return
         state = {
             "position": self.position.state_dict(),
-            "meter": self.meter.state_dict(),
-            "model": self.model.state_dict(),
+            "meter": self.meter.state_dict(self.ranks),
+            "model": whole(self.model.state_dict()),
             "optimizer": self.optimizer.state_dict(),
             "early_stopping": self.early_stopping.state_dict(),
             "checkpoints": self.checkpoints.state_dict(),
             "trackers": self.trackers.state_dict(),
-            "random": RandomState(self.device).state_dict(),
+            "random": self.ranks.gather(RandomState(self.device).state_dict()),
         }
-        save_snapshot(self.run / "snapshots", name, state, self.experiment.saving.keep_snapshots)
+        if self.ranks.is_main:
+            save_snapshot(self.run / "snapshots", name, state, self.experiment.saving.keep_snapshots)
         self.saved = name
 
     def _restore(self) -> dict[str, Any]:
         """Puts every part where the newest good snapshot left it; without one, loads `init_from`."""
-        clean(self.run / "snapshots")
-        path, complaints = newest_snapshot(self.run / "snapshots")
-        for line in complaints:
-            self.progress.say(line)
+        path = self.ranks.from_main(self._newest_snapshot() if self.ranks.is_main else None)
         if path is None:
             self._initialise()
             return {}
         state = load_snapshot(path)
         self.position.load_state_dict(state["position"])
-        self.meter.load_state_dict(state["meter"])
-        self.model.load_state_dict(state["model"])
+        self.meter.load_state_dict(state["meter"], self.ranks)
+        load_weights(self.model, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.early_stopping.load_state_dict(state["early_stopping"])
         self.checkpoints.load_state_dict(state["checkpoints"])
-        RandomState(self.device).load_state_dict(state["random"])
+        if self.ranks.rank < len(state["random"]):
+            RandomState(self.device).load_state_dict(state["random"][self.ranks.rank])
         self.saved = path.name
         self.progress.say(f"going on from {path}, step {self.position.step:,}")
         return state
+
+    def _newest_snapshot(self) -> Path | None:
+        """The newest good snapshot; removes what an interrupted one left, and complains of a damaged one."""
+        clean(self.run / "snapshots")
+        path, complaints = newest_snapshot(self.run / "snapshots")
+        for line in complaints:
+            self.progress.say(line)
+        return path
 
     def _initialise(self) -> None:
         """Fine-tuning: takes the weights of `init_from` that fit, and says which do not."""
@@ -236,12 +255,13 @@ class Trainer:
 
     def _figures(self, val_loss: float) -> dict[str, float | int | None]:
         experiment, meter, position = self.experiment, self.meter, self.position
+        (train_loss,) = self.ranks.sum(meter.sums[0].item() / max(meter.targets, 1))
         return {
             "macro_batch": position.macro_batch,
             "step": position.step,
             "samples": position.samples,
             "tokens": position.samples * experiment.data.seq_len,
-            "train_loss": meter.sums[0].item() / max(meter.targets, 1),
+            "train_loss": train_loss,
             "val_loss": val_loss,
             **loss_figures(val_loss, self.store.splits["val"]),
             **self._score(),
@@ -274,7 +294,8 @@ class Trainer:
         self.progress.update(
             batches,
             {
-                "train_loss": self.meter.sums[0].item() / max(self.meter.targets, 1),
+                # Of this process's part of the targets, which stands for all.
+                "train_loss": self.meter.sums[0].item() * self.ranks.world_size / max(self.meter.targets, 1),
                 "lr": self.meter.lr,
                 "visited_share": min(1.0, self.position.samples / self.samples.num_training),
                 **self._throughput(seconds),
@@ -309,11 +330,17 @@ class Trainer:
 
     def _ended(self) -> str:
         """Why the run is over; empty while it is not."""
-        if self.stop.requested:
+        if self.stopping:
             return "interrupted"
         if self.position.macro_batch >= self.experiment.training.macro_batches:
             return "finished"
         return "stopped early" if self.early_stopping.should_stop else ""
+
+    def _agree_to_stop(self) -> bool:
+        """Whether any process has been asked to stop; all get the same answer."""
+        (asked,) = self.ranks.sum(self.stop.requested is not None)
+        self.stopping = asked > 0
+        return self.stopping
 
     def _end(self, status: str) -> None:
         self.progress.close()

@@ -22,7 +22,7 @@ TOKENIZER = CharTokenizer("abcd\n", "\n")
 
 def offer(checkpoints: Checkpoints, macro_batch: int, loss: float) -> None:
     if checkpoints.wanted(macro_batch, loss):
-        checkpoints.save(macro_batch, loss, MODEL, CONFIG, TOKENIZER)
+        checkpoints.save(macro_batch, loss, MODEL.state_dict(), CONFIG, TOKENIZER)
 
 
 def kept(folder: Path) -> set[str]:

@@ -55,7 +55,7 @@ def wait_for(condition: "object", process: "subprocess.Popen[bytes]") -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX")
 def test_a_run_killed_at_several_points_ends_with_the_same_bits(workplace: Path) -> None:
     (workplace / "killed.py").write_text(EXPERIMENT)
-    finish("train", "killed.py", "--run", "unbroken")
+    finish("train", "killed.py", "--run-dir", "unbroken")
     kills = [
         lambda: Path("broken/experiment.json").exists(),
         lambda: Path("broken/metrics.jsonl").exists() and len(read_metrics(Path("broken"))) >= 4,
@@ -64,7 +64,7 @@ def test_a_run_killed_at_several_points_ends_with_the_same_bits(workplace: Path)
         lambda: len(read_metrics(Path("broken"))) >= 20,
     ]
     for condition in kills:
-        process = start("train", "killed.py", "--run", "broken")
+        process = start("train", "killed.py", "--run-dir", "broken")
         wait_for(condition, process)
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
@@ -82,7 +82,7 @@ def test_a_run_killed_at_several_points_ends_with_the_same_bits(workplace: Path)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_polite_signal_saves_exits_0_and_says_how_to_go_on(workplace: Path, number: signal.Signals) -> None:
     (workplace / "killed.py").write_text(EXPERIMENT)
-    process = start("train", "killed.py", "--run", "run", "--training.macro-batches", "1000")
+    process = start("train", "killed.py", "--run-dir", "run", "--training.macro-batches", "1000")
     wait_for(lambda: Path("run/metrics.jsonl").exists() and len(read_metrics(Path("run"))) >= 2, process)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)

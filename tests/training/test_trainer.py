@@ -125,12 +125,12 @@ GROWING = {
 def test_a_run_stopped_by_a_signal_ends_bit_for_bit_like_an_unbroken_one(
     tiny: Build, trainer: Open, steps: int, fields: dict[str, Any]
 ) -> None:
-    unbroken = trainer(tiny(run="unbroken", **fields))
+    unbroken = trainer(tiny(run_dir="unbroken", **fields))
     assert unbroken.train() == "finished"
-    broken = trainer(tiny(run="broken", **fields))
+    broken = trainer(tiny(run_dir="broken", **fields))
     signal_after(broken, steps)
     assert broken.train() == "interrupted"
-    resumed = trainer(tiny(run="broken", **fields))
+    resumed = trainer(tiny(run_dir="broken", **fields))
     assert resumed.position.step == steps
     assert resumed.train() == "finished"
     assert_equal(weights(unbroken), weights(resumed))
@@ -142,15 +142,15 @@ def test_a_run_stopped_by_a_signal_ends_bit_for_bit_like_an_unbroken_one(
 
 def test_a_resumed_run_does_its_lost_macro_batch_again_and_records_it_once(tiny: Build, trainer: Open) -> None:
     """A crash after a macro-batch was recorded but before its snapshot."""
-    unbroken = trainer(tiny(run="unbroken"))
+    unbroken = trainer(tiny(run_dir="unbroken"))
     unbroken.train()
-    broken = trainer(tiny(run="broken"))
+    broken = trainer(tiny(run_dir="broken"))
     saved = broken.save_snapshot
     broken.save_snapshot = lambda: saved() if broken.position.macro_batch < 3 else 1 / 0  # type: ignore[assignment]
     with pytest.raises(ZeroDivisionError):
         broken.train()
     assert [line["macro_batch"] for line in read_metrics(Path("broken"))] == [1, 2, 3]
-    resumed = trainer(tiny(run="broken"))
+    resumed = trainer(tiny(run_dir="broken"))
     resumed.train()
     assert_equal(weights(unbroken), weights(resumed))
     assert [line["macro_batch"] for line in read_metrics(Path("broken"))] == [1, 2, 3, 4, 5, 6]
@@ -159,24 +159,24 @@ def test_a_resumed_run_does_its_lost_macro_batch_again_and_records_it_once(tiny:
 
 
 def test_a_damaged_newest_snapshot_costs_one_macro_batch(tiny: Build, trainer: Open) -> None:
-    first = trainer(tiny(run="run", training__macro_batches=6))
+    first = trainer(tiny(run_dir="run", training__macro_batches=6))
     signal_after(first, 10)
     first.train()
     newest = list_snapshots(Path("run/snapshots"))[0]
     (newest / "tensors.safetensors").write_bytes(b"")
-    resumed = trainer(tiny(run="run"))
+    resumed = trainer(tiny(run_dir="run"))
     assert resumed.position.macro_batch == 2 and resumed.position.step == 8
     assert "is damaged (tensors.safetensors has 0 bytes" in Path("run/log.txt").read_text()
     resumed.train()
-    unbroken = trainer(tiny(run="unbroken"))
+    unbroken = trainer(tiny(run_dir="unbroken"))
     unbroken.train()
     assert_equal(weights(unbroken), weights(resumed))
 
 
 def test_a_signal_during_validation_saves_and_validates_again_later(tiny: Build, trainer: Open) -> None:
-    unbroken = trainer(tiny(run="unbroken"))
+    unbroken = trainer(tiny(run_dir="unbroken"))
     unbroken.train()
-    broken = trainer(tiny(run="broken"))
+    broken = trainer(tiny(run_dir="broken"))
     validate = broken.validate
 
     def interrupted() -> float:
@@ -187,14 +187,14 @@ def test_a_signal_during_validation_saves_and_validates_again_later(tiny: Build,
     broken.validate = interrupted  # type: ignore[method-assign]
     assert broken.train() == "interrupted"
     assert list_snapshots(Path("broken/snapshots"))[0].name == "mb000002_b00004"
-    resumed = trainer(tiny(run="broken"))
+    resumed = trainer(tiny(run_dir="broken"))
     resumed.train()
     assert_equal(weights(unbroken), weights(resumed))
     assert strip_times(read_metrics(Path("broken"))) == strip_times(read_metrics(Path("unbroken")))
 
 
 def test_a_second_signal_stops_at_once(tiny: Build, trainer: Open) -> None:
-    broken = trainer(tiny(run="run"))
+    broken = trainer(tiny(run_dir="run"))
     step = broken.step
 
     def twice() -> None:
@@ -221,7 +221,7 @@ def test_each_sample_is_seen_once_an_epoch_across_a_resume(tiny: Build, trainer:
 
         each.loader.next = next_batch  # type: ignore[method-assign]
 
-    fields = {"run": "run", "data__batch_size": 9, "training__macro_batches": 5}
+    fields = {"run_dir": "run", "data__batch_size": 9, "training__macro_batches": 5}
     first = trainer(tiny(**fields))
     watch(first)
     signal_after(first, 7)
@@ -239,7 +239,7 @@ def test_each_sample_is_seen_once_an_epoch_across_a_resume(tiny: Build, trainer:
 
 def test_early_stopping_ends_the_run_also_when_resumed_in_between(tiny: Build, trainer: Open) -> None:
     losses = iter([3.0, 2.0, 2.5, 2.5, 2.5, 2.5])
-    fields = {"run": "run", "early_stopping__patience": 3}
+    fields = {"run_dir": "run", "early_stopping__patience": 3}
     first = trainer(tiny(**fields))
     signal_after(first, 13)
     first.validate = lambda: next(losses)  # type: ignore[method-assign]
@@ -254,9 +254,9 @@ def test_early_stopping_ends_the_run_also_when_resumed_in_between(tiny: Build, t
 
 
 def test_a_finished_run_started_again_changes_nothing(tiny: Build, trainer: Open) -> None:
-    trainer(tiny(run="run")).train()
+    trainer(tiny(run_dir="run")).train()
     before = {path: path.stat().st_mtime_ns for path in Path("run/snapshots").rglob("*")}
-    again = trainer(tiny(run="run"))
+    again = trainer(tiny(run_dir="run"))
     assert again.train() == "finished"
     assert {path: path.stat().st_mtime_ns for path in Path("run/snapshots").rglob("*")} == before
 
@@ -270,7 +270,7 @@ def poison(trainer: Trainer, steps: set[int]) -> None:
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny: Build, trainer: Open) -> None:
-    run = trainer(tiny(run="run", training__macro_batches=1))
+    run = trainer(tiny(run_dir="run", training__macro_batches=1))
     poison(run, {1, 2})
     run.step()
     before = weights(run)
@@ -288,7 +288,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny: Build, trainer: 
 def test_too_many_skipped_steps_in_a_row_end_the_run_and_name_the_last_good_snapshot(
     tiny: Build, trainer: Open
 ) -> None:
-    run = trainer(tiny(run="run", training__max_skipped_steps=3))
+    run = trainer(tiny(run_dir="run", training__max_skipped_steps=3))
     poison(run, {9, 10, 11})
     with pytest.raises(RunFailedError, match=r"3 steps in a row .* the last good snapshot is run.snapshots.mb000002;"):
         run.train()
@@ -299,7 +299,7 @@ def test_too_many_skipped_steps_in_a_row_end_the_run_and_name_the_last_good_snap
 
 
 def test_the_figures_of_a_macro_batch_are_right(tiny: Build, trainer: Open) -> None:
-    run = trainer(tiny(run="run", training__macro_batches=3, model__dropout=0.0, optimizer__lr=0.0))
+    run = trainer(tiny(run_dir="run", training__macro_batches=3, model__dropout=0.0, optimizer__lr=0.0))
     run.train()
     lines = read_metrics(Path("run"))
     last = lines[-1]
@@ -321,11 +321,11 @@ def test_the_figures_of_a_macro_batch_are_right(tiny: Build, trainer: Open) -> N
 
 
 def test_time_trained_goes_on_across_a_resume(tiny: Build, trainer: Open) -> None:
-    first = trainer(tiny(run="run"))
+    first = trainer(tiny(run_dir="run"))
     signal_after(first, 9)
     first.train()
     before = first.position.time_trained
-    second = trainer(tiny(run="run"))
+    second = trainer(tiny(run_dir="run"))
     second.train()
     assert read_metrics(Path("run"))[-1]["time_trained"] > before > 0
 
@@ -334,9 +334,9 @@ def test_time_trained_goes_on_across_a_resume(tiny: Build, trainer: Open) -> Non
 
 
 def test_fine_tuning_starts_from_the_best_checkpoint_and_says_what_did_not_fit(tiny: Build, trainer: Open) -> None:
-    base = trainer(tiny(run="base"))
+    base = trainer(tiny(run_dir="base"))
     base.train()
-    tuned = trainer(tiny(run="tuned", init_from="base", model__n_layers=3))
+    tuned = trainer(tiny(run_dir="tuned", init_from="base", model__n_layers=3))
     checkpoint = torch.equal(tuned.model.blocks[0].mlp.up.weight, base.model.blocks[0].mlp.up.weight)
     log = Path("tuned/log.txt").read_text()
     assert checkpoint or "starting from the weights of base" in log
@@ -350,17 +350,17 @@ def test_fine_tuning_loads_exactly_the_checkpoint(tiny: Build, trainer: Open) ->
 
     from cleangpt.training.checkpoints import best_checkpoint
 
-    trainer(tiny(run="base")).train()
-    tuned = trainer(tiny(run="tuned", init_from="base"))
+    trainer(tiny(run_dir="base")).train()
+    tuned = trainer(tiny(run_dir="tuned", init_from="base"))
     assert_equal(load_file(best_checkpoint(Path("base")) / "model.safetensors"), weights(tuned))
     tuned.loader.close()
 
 
 @pytest.mark.slow
 def test_a_compiled_model_learns_the_same_and_is_saved_under_the_same_names(tiny: Build, trainer: Open) -> None:
-    plain = trainer(tiny(run="plain", model__dropout=0.0))
+    plain = trainer(tiny(run_dir="plain", model__dropout=0.0))
     plain.train()
-    compiled = trainer(tiny(run="compiled", model__dropout=0.0, training__compile=True))
+    compiled = trainer(tiny(run_dir="compiled", model__dropout=0.0, training__compile=True))
     compiled.train()
     assert plain.model.state_dict().keys() == compiled.model.state_dict().keys()
     for one, two in zip(read_metrics(Path("plain")), read_metrics(Path("compiled")), strict=True):
@@ -368,9 +368,9 @@ def test_a_compiled_model_learns_the_same_and_is_saved_under_the_same_names(tiny
 
 
 def test_bf16_autocast_keeps_fp32_weights_and_learns_nearly_the_same(tiny: Build, trainer: Open) -> None:
-    plain = trainer(tiny(run="plain", model__dropout=0.0))
+    plain = trainer(tiny(run_dir="plain", model__dropout=0.0))
     plain.train()
-    mixed = trainer(tiny(run="mixed", model__dropout=0.0, training__precision="bf16"))
+    mixed = trainer(tiny(run_dir="mixed", model__dropout=0.0, training__precision="bf16"))
     mixed.train()
     assert {tensor.dtype for tensor in weights(mixed).values()} == {torch.float32}
     one, two = read_metrics(Path("plain"))[-1], read_metrics(Path("mixed"))[-1]
