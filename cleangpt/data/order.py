@@ -7,6 +7,7 @@ so that fewer than two evaluations are expected. Any position costs the same, an
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +39,10 @@ def mix(*numbers: int) -> int:
     """A well-mixed 64-bit number from several; used to derive keys (finaliser of splitmix64, Steele et al. 2014)."""
     state = 0
     for number in numbers:
-        state = int(_splitmix(np.array([(state + number) & WORD], dtype=np.uint64))[0])
+        state = (state + number + 0x9E3779B97F4A7C15) & WORD
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & WORD
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & WORD
+        state ^= state >> 31
     return state
 
 
@@ -69,11 +73,17 @@ def _feistel(values: NDArray[np.uint64], n: int, key: int) -> NDArray[np.uint64]
     low_bits = np.uint64(bits - bits // 2)
     low_mask, high_mask = (np.uint64((1 << width) - 1) for width in (bits - bits // 2, bits // 2))
     high, low = values >> low_bits, values & low_mask
-    for round_number in range(0, ROUNDS, 2):
-        low = low ^ (_splitmix(high + np.uint64(mix(key, round_number))) & low_mask)
-        high = high ^ (_splitmix(low + np.uint64(mix(key, round_number + 1))) & high_mask)
+    keys = _round_keys(key)
+    for even, odd in zip(keys[::2], keys[1::2], strict=True):
+        low = low ^ (_splitmix(high + even) & low_mask)
+        high = high ^ (_splitmix(low + odd) & high_mask)
     result: NDArray[np.uint64] = (high << low_bits) | low
     return result
+
+
+@lru_cache(maxsize=64)
+def _round_keys(key: int) -> tuple[np.uint64, ...]:
+    return tuple(np.uint64(mix(key, number)) for number in range(ROUNDS))
 
 
 def _splitmix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
