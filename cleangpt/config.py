@@ -122,6 +122,9 @@ class TrainingConfig:
     """bf16: autocast, weights stay fp32; auto: bf16 on a CUDA device that has it, else fp32."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    recompute_every: int | None = None
+    """Activation checkpointing: every so-many-th block keeps no activations and computes them again in the backward
+    pass (1: all blocks do); none: all are kept."""
     threads: int | None = None
     """CPU threads of PyTorch; none: PyTorch's own choice. Another number changes the last bits of results."""
     max_skipped_steps: int = 10
@@ -238,6 +241,7 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
             "training.batches_per_macro_batch",
             "training.accumulation",
             "training.micro_batch_size",
+            "training.recompute_every",
             "training.threads",
             "training.max_skipped_steps",
             "parallel.replicas",

@@ -45,7 +45,8 @@ def mean_loss(
 
 
 def loss_figures(loss: float, split: Split) -> dict[str, float | None]:
-    """Perplexity and, where the store knows how many bytes of text the split was, bits per byte."""
+    """Perplexity and, where every token is a target and the bytes of text are known, bits per byte."""
     perplexity = math.exp(loss) if loss < 700 else math.inf
-    bits = loss / math.log(2) * split.tokens / split.text_bytes if split.text_bytes else None
+    known = split.text_bytes and not split.masked
+    bits = loss / math.log(2) * split.tokens / split.text_bytes if known else None
     return {"perplexity": perplexity, "bits_per_byte": bits}

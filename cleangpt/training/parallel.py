@@ -11,6 +11,7 @@ run may go on under another strategy and on another number of devices.
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from cleangpt.config import ParallelConfig
 from cleangpt.errors import UserError
@@ -66,6 +68,16 @@ def parallelize(
         fully_shard(block, mesh=mesh, reshard_after_forward=config.reshard_after_forward)
     fully_shard(model, mesh=mesh)
     return _compiled(model) if compile_model else model
+
+
+def recompute(model: nn.Module, every: int | None) -> None:
+    """Makes every so-many-th block of `model.blocks` compute its activations again in the backward pass.
+
+    Memory for arithmetic (Chen et al. 2016, "Training deep nets with sublinear memory cost"): such a block keeps its
+    input alone. Names and results stay the same, those of dropout included.
+    """
+    for block in list(getattr(model, "blocks", []))[::every] if every else []:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def without_sync(model: nn.Module, last: bool) -> AbstractContextManager[Any]:

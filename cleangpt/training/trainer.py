@@ -30,7 +30,7 @@ from cleangpt.training.device import (
 )
 from cleangpt.training.early_stopping import EarlyStopping
 from cleangpt.training.optimizer import Optimizer
-from cleangpt.training.parallel import load_weights, parallelize, whole, without_sync
+from cleangpt.training.parallel import load_weights, parallelize, recompute, whole, without_sync
 from cleangpt.training.position import Meter, Position
 from cleangpt.training.ranks import Ranks
 from cleangpt.training.run import experiment_json, find_checkpoint
@@ -52,6 +52,7 @@ class Trainer:
         self.device = choose_device(training.device, self.ranks.local_rank)
         seed_everything(training.seed)
         self.model = build_model(experiment.model).to(self.device)
+        recompute(self.model, training.recompute_every)
         self.forward_model = parallelize(self.model, experiment.parallel, self.ranks, self.device, training.compile)
         if self.ranks.world_size > 1:
             seed_everything(training.seed + self.ranks.rank)  # every process drops out activations of its own

@@ -102,11 +102,13 @@ def test_giving_up_is_told_by_a_nan(store: TokenStore) -> None:
 
 def test_bits_per_byte_follow_from_the_bytes_of_text() -> None:
     class Facts:
-        tokens, text_bytes = 250, 1000
+        tokens, text_bytes, masked = 250, 1000, False
 
     figures = loss_figures(2.0, Facts())  # type: ignore[arg-type]
     assert figures["perplexity"] == pytest.approx(math.e**2)
     assert figures["bits_per_byte"] == pytest.approx(2.0 * 250 / 1000 / math.log(2))
-    Facts.text_bytes = 0
+    Facts.masked = True
+    assert loss_figures(2.0, Facts())["bits_per_byte"] is None  # type: ignore[arg-type]
+    Facts.text_bytes, Facts.masked = 0, False
     assert loss_figures(2.0, Facts())["bits_per_byte"] is None  # type: ignore[arg-type]
     assert loss_figures(1e6, Facts())["perplexity"] == math.inf  # type: ignore[arg-type]

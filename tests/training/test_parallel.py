@@ -131,6 +131,9 @@ STRATEGIES = [
     (4, ["fsdp"]),
     (4, ["hsdp", "--parallel.replicas", "2"]),
     (2, ["fsdp", "--parallel.no-reshard-after-forward"]),
+    (2, ["fsdp", "--training.recompute-every", "1"]),
+    (2, ["ddp", "--training.compile"]),
+    (2, ["fsdp", "--training.compile"]),
 ]
 
 

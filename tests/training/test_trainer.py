@@ -376,3 +376,28 @@ def test_bf16_autocast_keeps_fp32_weights_and_learns_nearly_the_same(tiny: Build
     one, two = read_metrics(Path("plain"))[-1], read_metrics(Path("mixed"))[-1]
     assert one["val_loss"] != two["val_loss"]
     assert one["val_loss"] == pytest.approx(two["val_loss"], rel=0.02)
+
+
+def test_recomputed_activations_change_nothing_but_the_memory(tiny: Build, trainer: Open) -> None:
+    """Bit for bit, dropout included; counts the bytes that autograd keeps for the backward pass."""
+    kept: dict[str, int] = {}
+    ends = {}
+    for name, every in (("kept", None), ("one in two", 2), ("recomputed", 1)):
+        run = trainer(tiny(run_dir=name, training__recompute_every=every, model__dropout=0.1))
+        seen: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, seen: dict[int, int] = seen) -> torch.Tensor:
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        batch = run.loader.next()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            run.objective(run.forward_model, batch.inputs, batch.targets)
+        kept[name] = sum(seen.values())
+        run.loader.close()
+        run = trainer(tiny(run_dir=f"{name} trained", training__recompute_every=every, model__dropout=0.1))
+        run.train()
+        ends[name] = weights(run)
+    assert kept["recomputed"] < kept["one in two"] < kept["kept"]
+    assert_equal(ends["kept"], ends["one in two"])
+    assert_equal(ends["kept"], ends["recomputed"])
