@@ -118,8 +118,9 @@ class TrainingConfig:
     """Of the initial weights, the order of samples and dropout."""
     device: str = "auto"
     """auto (cuda, else mps, else cpu), or cpu, cuda, cuda:1, mps."""
-    precision: Literal["auto", "fp32", "bf16"] = "fp32"
-    """bf16: autocast, weights stay fp32; auto: bf16 on a CUDA device that has it, else fp32."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    """bf16, fp16: autocast, weights stay fp32, and with fp16 the loss is scaled; auto: bf16 on a CUDA device that has
+    it, else fp32."""
     compile: bool = False
     """Compile the model with torch.compile."""
     recompute_every: int | None = None

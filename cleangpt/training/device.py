@@ -43,11 +43,13 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """The context of a forward pass: bf16 autocast where `training.precision` asks for it, else nothing."""
+    """The context of a forward pass: autocast to what `training.precision` asks for, nothing for fp32."""
     if precision == "auto":
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
         precision = "bf16" if has_bf16 else "fp32"
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
 def peak_flops(device: torch.device) -> float | None:

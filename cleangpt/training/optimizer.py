@@ -14,10 +14,11 @@ class Optimizer:
 
     A step whose gradient is not finite leaves weights and moments as they were. The decision stays on the device: the
     fused kernels take it as `found_inf`, the tensor through which GradScaler tells them the same, so the host never
-    waits for it.
+    waits for it. With `scale_loss`, for fp16, losses are multiplied by a factor that is halved at every such step and
+    doubled after 2,000 good ones (Micikevicius et al. 2018, "Mixed precision training", section 3.2).
     """
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
+    def __init__(self, model: nn.Module, config: OptimizerConfig, scale_loss: bool = False) -> None:
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         matrices = [entry for entry in named if entry[1].dim() >= 2]
         vectors = [entry for entry in named if entry[1].dim() < 2]
@@ -30,8 +31,13 @@ class Optimizer:
         ]
         self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
         device = self.parameters[0].device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=scale_loss)
         self.skipped = torch.zeros(3, device=device)
         """Steps skipped in all, in a row until now, and in a row at the most."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of a loss, scaled where that is asked for."""
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
     def step(self, lr: float, weight_decay: float) -> Tensor:
         """Updates the weights from their gradients and clears these.
@@ -42,6 +48,7 @@ class Optimizer:
         self.adamw.param_groups[0]["weight_decay"] = weight_decay
         for group in self.adamw.param_groups:
             group["lr"] = lr
+        self.scaler.unscale_(self.adamw)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norm = whole(torch.nn.utils.get_total_norm(gradients))
         if self.config.clip_norm is not None:
@@ -49,6 +56,7 @@ class Optimizer:
         bad = (~torch.isfinite(norm)).float()
         self.adamw.found_inf = bad  # type: ignore[attr-defined]
         self.adamw.step()
+        self.scaler.update()
         self.adamw.zero_grad(set_to_none=True)
         total, row, longest = self.skipped
         row = (row + 1) * bad
@@ -56,10 +64,10 @@ class Optimizer:
         return torch.where(bad > 0, torch.zeros_like(norm), norm)
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments by parameter name, whole, and the counts of skipped steps."""
+        """Moments by parameter name, whole, the counts of skipped steps, and the loss scale."""
         state = self.adamw.state_dict()["state"]
         moments = {self.names[index]: entry for index, entry in state.items()}
-        return {"moments": whole(moments), "skipped": self.skipped}
+        return {"moments": whole(moments), "skipped": self.skipped, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from `state_dict`; rates and decays come from the experiment."""
@@ -72,3 +80,5 @@ class Optimizer:
                               for key, value in entry.items()}  # fmt: skip
         self.adamw.load_state_dict({"state": moments, "param_groups": groups})
         self.skipped = state["skipped"].to(self.skipped.device)
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])

@@ -63,7 +63,7 @@ class Trainer:
         self.val_samples = Samples(store.splits["val"], data.seq_len, "val")
         self.stop, self.stopping = StopRequest(), False
         self.position, self.meter = Position(), Meter(self.device)
-        self.optimizer = Optimizer(self.model, experiment.optimizer)
+        self.optimizer = Optimizer(self.model, experiment.optimizer, scale_loss=training.precision == "fp16")
         self.early_stopping = EarlyStopping(experiment.early_stopping)
         self.checkpoints = Checkpoints(run / "checkpoints", experiment.saving, self.ranks.is_main)
         self.saved = ""
@@ -153,7 +153,7 @@ class Trainer:
             with without_sync(self.forward_model, last and part.stop >= len(inputs)):
                 with self.context:
                     loss = self.objective(self.forward_model, inputs[part], expected[part])
-                (loss * (self.ranks.world_size / max(targets, 1))).backward()  # type: ignore[no-untyped-call]
+                self.optimizer.backward(loss * (self.ranks.world_size / max(targets, 1)))
             # A loss that is not finite skips the step; kept out of the mean, it does not hide the other steps'.
             self.meter.sums[0] += loss.detach().nan_to_num(0.0, 0.0, 0.0)
 

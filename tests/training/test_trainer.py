@@ -367,10 +367,30 @@ def test_a_compiled_model_learns_the_same_and_is_saved_under_the_same_names(tiny
         assert one["val_loss"] == pytest.approx(two["val_loss"], rel=1e-3)
 
 
-def test_bf16_autocast_keeps_fp32_weights_and_learns_nearly_the_same(tiny: Build, trainer: Open) -> None:
+def test_fp16_scales_the_loss_and_resumes_with_the_scale(tiny: Build, trainer: Open) -> None:
+    fields = {"training__precision": "fp16", "training__macro_batches": 8, "training__max_skipped_steps": 100}
+    unbroken = trainer(tiny(run_dir="unbroken", **fields))
+    unbroken.optimizer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=3)
+    unbroken.train()
+    last = read_metrics(Path("unbroken"))[-1]
+    assert last["skipped_steps"] > 3, "a scale of 2**40 overflows fp16 until it has been halved often enough"
+    assert unbroken.optimizer.scaler.get_scale() < 2**40
+    broken = trainer(tiny(run_dir="broken", **fields))
+    broken.optimizer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=3)
+    signal_after(broken, 25)
+    broken.train()
+    resumed = trainer(tiny(run_dir="broken", **fields))
+    assert resumed.optimizer.scaler.get_scale() == broken.optimizer.scaler.get_scale()
+    resumed.optimizer.scaler.set_growth_interval(3)
+    resumed.train()
+    assert_equal(weights(unbroken), weights(resumed))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_autocast_keeps_fp32_weights_and_learns_nearly_the_same(tiny: Build, trainer: Open, precision: str) -> None:
     plain = trainer(tiny(run_dir="plain", model__dropout=0.0))
     plain.train()
-    mixed = trainer(tiny(run_dir="mixed", model__dropout=0.0, training__precision="bf16"))
+    mixed = trainer(tiny(run_dir="mixed", model__dropout=0.0, training__precision=precision))
     mixed.train()
     assert {tensor.dtype for tensor in weights(mixed).values()} == {torch.float32}
     one, two = read_metrics(Path("plain"))[-1], read_metrics(Path("mixed"))[-1]
