@@ -403,13 +403,16 @@ def from_json(cls: type[T], value: Any, kinds: Mapping[str, type], path: str = "
         UserError: a field, kind or type that this version does not know.
     """
     if not isinstance(value, dict):
-        raise UserError(f"{path or cls.__name__} is {value!r}; allowed: an object")
+        raise UserError(f"{path.strip('.') or cls.__name__} is {value!r}; allowed: an object")
     entries = dict(value)
     kind = entries.pop("kind", None)
     if kind is not None:
         if not isinstance(kind, str) or kind not in kinds or not issubclass(kinds[kind], cls):
             hint = nearest(str(kind), kinds)
-            raise UserError(f"{path or cls.__name__} is of kind {kind!r}, which is not registered here{hint}")
+            raise UserError(
+                f"{path.strip('.') or cls.__name__} is of kind {kind!r}, which is not registered here{hint}; "
+                "where the kind is your own, give the file that defines it with --code"
+            )
         cls = kinds[kind]
     hints, known = get_type_hints(cls), {entry.name for entry in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name in entries:

@@ -72,11 +72,11 @@ def test_every_shipped_experiment_spells_out_its_optimizer(tiny: Build) -> None:
     ("harm", "line"),
     [
         (lambda tree: tree["model"].update(n_layer=3), "model.n_layer is not a field of GPTConfig; did you mean"),
-        (lambda tree: tree["model"].update(kind="gpd"), "model. is of kind 'gpd', which is not registered here"),
+        (lambda tree: tree["model"].update(kind="gpd"), "model is of kind 'gpd', which is not registered here"),
         (lambda tree: tree["data"].pop("seq_len"), "data.seq_len is missing; allowed: a whole number"),
-        (lambda tree: tree.update(training=[1]), r"training. is \[1\]; allowed: an object"),
+        (lambda tree: tree.update(training=[1]), r"training is \[1\]; allowed: an object"),
         (lambda tree: tree["data"].update(seq_len="9"), "data.seq_len is '9'; allowed: a whole number"),
-        (lambda tree: tree["model"].update(kind="adder"), "model. is of kind 'adder', which is not registered here"),
+        (lambda tree: tree["model"].update(kind="adder"), "model is of kind 'adder', which is not registered here"),
     ],
 )
 def test_damaged_json_is_refused_in_one_line(tiny: Build, harm: Callable[[Any], None], line: str) -> None:

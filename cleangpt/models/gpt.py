@@ -82,7 +82,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Token ids to logits."""
+    """GPT-2, exact to its released weights: token ids to logits."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -124,7 +125,7 @@ def run(line: str) -> int:
         words = [sys.executable, "-m", "torch.distributed.run", *words[1 : at + 1], *shortened(words[at + 1 :])]
         return subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240, check=False).returncode
     assert words[0] == "cleangpt", f"this line is neither run nor listed in NOT_RUN: {line}"
-    registries = [MODELS, CORPORA, OBJECTIVES, SCORES]
+    registries: list[dict[str, Any]] = [MODELS, CORPORA, OBJECTIVES, SCORES]
     before = [dict(registry) for registry in registries]
     try:
         return main(shortened(words[1:]))
