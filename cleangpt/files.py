@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,12 @@ def seal(partial: Path, folder: Path) -> None:
     An older `folder` is moved aside first and removed last, so a good one exists at every moment.
     """
     files = sorted(path for path in partial.iterdir() if path.name != MANIFEST)
-    manifest = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
-    for path in files:
-        sync_file(path)
+    with ThreadPoolExecutor(2) as threads:  # the processor takes checksums while the disk writes
+        digests = threads.map(sha256, files)
+        for path in files:
+            sync_file(path)
+        manifest = {path.name: {"bytes": path.stat().st_size, "sha256": digest}
+                    for path, digest in zip(files, digests, strict=True)}  # fmt: skip
     write_json(partial / MANIFEST, manifest)
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)

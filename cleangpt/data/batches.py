@@ -15,6 +15,8 @@ from cleangpt.data.order import Order, mix, permute
 from cleangpt.data.store import Split
 from cleangpt.errors import UserError
 
+ORDERED = 4096
+"""Positions whose samples are computed at once."""
 IGNORED = -100
 """Target of a position that does not count in the loss."""
 
@@ -116,6 +118,7 @@ class BatchLoader:
         self.wait_time = 0.0
         """Seconds that `next` has waited, since the start."""
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(prefetch)
+        self._ordered = (0, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._load, args=(position,), name="batch-loader", daemon=True)
         self._thread.start()
@@ -146,10 +149,18 @@ class BatchLoader:
         except BaseException as error:
             self._queue.put(error)
 
+    def _order_from(self, start: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Epochs and samples of `count` positions; many are computed at once, which costs hardly more than a few."""
+        first, epochs, samples = self._ordered
+        if not first <= start <= start + count <= first + len(samples):
+            first, (epochs, samples) = start, self.order.at(np.arange(start, start + max(count, ORDERED)))
+            self._ordered = first, epochs, samples
+        part = slice(start - first, start - first + count)
+        return epochs[part], samples[part]
+
     def _batch(self, position: int) -> Batch:
         part = self.batch_size // self.world_size
-        start = position + self.rank * part
-        epochs, samples = self.order.at(np.arange(start, start + part))
+        epochs, samples = self._order_from(position + self.rank * part, part)
         offsets = np.zeros_like(samples)
         if self.samples.split.row_length is None:
             for epoch in np.unique(epochs):
