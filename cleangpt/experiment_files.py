@@ -7,12 +7,11 @@ import dataclasses
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from cleangpt import config
-from cleangpt.config import CorpusConfig, Experiment, ModelConfig
+from cleangpt.config import Experiment
 from cleangpt.errors import UserError, nearest
 from cleangpt.files import read_json
 
@@ -110,11 +109,13 @@ def _without_run(words: list[str]) -> list[str]:
     return kept
 
 
-def _config_classes() -> Iterator[type]:
+def _config_classes() -> list[type]:
     """Every dataclass that an experiment may be built of, the user's own included."""
-    waiting = [value for value in vars(config).values() if dataclasses.is_dataclass(value) and isinstance(value, type)]
-    waiting += [*ModelConfig.__subclasses__(), *CorpusConfig.__subclasses__()]
-    yield from waiting
+    found = [value for value in vars(config).values() if isinstance(value, type) and dataclasses.is_dataclass(value)]
+    for cls in found:
+        # The list grows while it is walked, so that subclasses of subclasses are found too.
+        found += [subclass for subclass in cls.__subclasses__() if subclass not in found]
+    return found
 
 
 def _wrong_field(message: str) -> str:

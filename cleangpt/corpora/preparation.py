@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,9 +42,6 @@ END_CHARACTER = "\0"
 @dataclass(frozen=True, kw_only=True)
 class Corpus(CorpusConfig):
     """What every corpus can do."""
-
-    task: ClassVar[str] = ""
-    """How a model of this corpus is scored: exact_match, or not at all."""
 
     def check(self) -> None:
         """Raises UserError for a field out of range; the types have been checked."""

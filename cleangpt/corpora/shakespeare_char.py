@@ -38,7 +38,7 @@ class ShakespeareChar(Corpus):
 
     def _find(self, downloads: Path, console: Console) -> Path:
         if self.file is None:
-            otherwise = "fetch it elsewhere and give --file input.txt"
+            otherwise = "fetch it elsewhere and give --file input.txt (in train: --corpus.file)"
             path = downloads / "tinyshakespeare.txt"
             return download(URL, path, size=SIZE, digest=SHA256, otherwise=otherwise, console=console)
         path = Path(self.file).expanduser()
