@@ -7,6 +7,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -214,7 +215,7 @@ def _train(experiment: Any, source: Path | None, overrides: Sequence[str]) -> Pa
     from cleangpt.corpora import prepare
     from cleangpt.tracking.progress import ProgressBar
     from cleangpt.training.ranks import join
-    from cleangpt.training.run import check_store, find_checkpoint, open_run, resolve, summary
+    from cleangpt.training.run import alone, check_store, find_checkpoint, open_run, resolve, summary
     from cleangpt.training.trainer import Trainer
 
     if experiment.init_from is not None:
@@ -228,10 +229,11 @@ def _train(experiment: Any, source: Path | None, overrides: Sequence[str]) -> Pa
     check_store(experiment, store)
     run: Path = ranks.from_main(open_run(experiment, source, overrides) if ranks.is_main else None)
     progress = ProgressBar(run if ranks.is_main else None, experiment.tracking.progress and ranks.is_main)
-    trainer = Trainer(experiment, run, store, progress, ranks)
-    for line in summary(experiment, run, store, trainer.model, trainer.device):
-        progress.say(line)
-    status = trainer.train()
+    with alone(run) if ranks.is_main else nullcontext():
+        trainer = Trainer(experiment, run, store, progress, ranks)
+        for line in summary(experiment, run, store, trainer.model, trainer.device):
+            progress.say(line)
+        status = trainer.train()
     ranks.leave()
     if status == "interrupted":
         progress.say(f"interrupted and saved; go on with: cleangpt resume {run}")

@@ -1,17 +1,19 @@
 """The run directory: where everything of a run lies, and how to find it again."""
 
+import contextlib
 import dataclasses
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 
 from cleangpt import __version__
 from cleangpt.config import Experiment, from_json, to_json, total_samples
@@ -26,6 +28,7 @@ from cleangpt.training.device import choose_device, describe_device
 
 FIXED = {"name", "data.seq_len", "data.batch_size", "training.batches_per_macro_batch", "training.seed", "objective"}
 EXPERIMENT, EXPERIMENT_FILE, ENVIRONMENT = "experiment.json", "experiment.py", "environment.json"
+LOCK = "lock"
 
 
 def kinds() -> dict[str, type]:
@@ -104,6 +107,24 @@ def find_run(text: str) -> Path:
         if inside:
             return inside[-1].parent
     raise UserError(f"{text} is not a run: neither a folder with an {EXPERIMENT}, nor a name in runs/")
+
+
+@contextlib.contextmanager
+def alone(run: Path) -> Iterator[None]:
+    """Keeps other processes from training the same run; the system frees the lock of a process that dies.
+
+    Raises:
+        UserError: another process trains it.
+    """
+    lock = FileLock(run / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{run} is being trained by another process; wait for it, or stop it first") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def find_checkpoint(text: str) -> Path:

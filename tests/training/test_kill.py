@@ -92,3 +92,21 @@ def test_a_polite_signal_saves_exits_0_and_says_how_to_go_on(workplace: Path, nu
     done = len(read_metrics(Path("run")))
     finish("resume", "run", "--training.macro-batches", str(done + 1))
     assert [line["macro_batch"] for line in read_metrics(Path("run"))] == list(range(1, done + 2))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX")
+def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(workplace: Path) -> None:
+    (workplace / "killed.py").write_text(EXPERIMENT)
+    first = start("train", "killed.py", "--run-dir", "run", "--training.macro-batches", "1000")
+    wait_for(lambda: Path("run/metrics.jsonl").exists() and len(read_metrics(Path("run"))) >= 1, first)
+    before = Path("run/metrics.jsonl").read_bytes()
+    second = start("resume", "run")
+    output, _ = second.communicate(timeout=60)
+    assert second.returncode == 2
+    assert output.decode() == "error: run is being trained by another process; wait for it, or stop it first\n"
+    assert Path("run/metrics.jsonl").read_bytes().startswith(before)
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate()
+    done = len(read_metrics(Path("run")))
+    finish("resume", "run", "--training.macro-batches", str(done + 1))
+    assert [line["macro_batch"] for line in read_metrics(Path("run"))] == list(range(1, done + 2))
