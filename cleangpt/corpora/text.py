@@ -8,10 +8,9 @@ from typing import Literal
 
 from rich.console import Console
 
-from cleangpt.corpora.preparation import Corpus, choose_tokenizer, write_texts
+from cleangpt.corpora.preparation import Corpus, check_text, choose_tokenizer, write_texts
 from cleangpt.corpora.reading import Piece, TextFile, find_files, is_plain, read_pieces, split_documents, split_tail
 from cleangpt.data.store import TokenStore
-from cleangpt.errors import UserError
 
 FEW = 100
 """Up to so many plain text files, each gives its tail to the validation split."""
@@ -40,10 +39,7 @@ class Text(Corpus):
 
     def check(self) -> None:
         """Raises UserError for a field out of range."""
-        if self.vocab_size < 257:
-            raise UserError(f"corpus.vocab_size is {self.vocab_size}; allowed: 257 or more")
-        if not 0.0001 <= self.val_fraction <= 0.5:
-            raise UserError(f"corpus.val_fraction is {self.val_fraction}; allowed: 0.0001 to 0.5")
+        check_text(self.vocab_size, self.val_fraction)
 
     def prepare(self, folder: Path, console: Console) -> TokenStore:
         """Writes both splits."""
