@@ -4,6 +4,7 @@ RANK says which part of the data a process has and whether it speaks; LOCAL_RANK
 uses. They differ as soon as there are two machines.
 """
 
+import contextlib
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -64,9 +65,10 @@ class Ranks:
         return values
 
     def leave(self) -> None:
-        """Waits for the others and ends the process group."""
+        """Waits for the others and ends the process group; a neighbour that has left before is no failure any more."""
         if self.world_size > 1:
-            dist.barrier()
+            with contextlib.suppress(RuntimeError):
+                dist.barrier()
             dist.destroy_process_group()
 
 
