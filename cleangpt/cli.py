@@ -221,10 +221,9 @@ def _train(experiment: Any, source: Path | None, overrides: Sequence[str]) -> Pa
     if experiment.init_from is not None:
         find_checkpoint(experiment.init_from)
     ranks = join()
-    if ranks.is_main:
-        prepare(experiment.corpus, Path(experiment.data.folder))
+    made = prepare(experiment.corpus, Path(experiment.data.folder)) if ranks.is_main else None
     ranks.from_main(None)  # the others wait for the token store
-    store = prepare(experiment.corpus, Path(experiment.data.folder))
+    store = made or prepare(experiment.corpus, Path(experiment.data.folder))
     experiment = resolve(experiment, store.vocab_size)
     check_store(experiment, store)
     run: Path = ranks.from_main(open_run(experiment, source, overrides) if ranks.is_main else None)
