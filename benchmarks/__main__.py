@@ -14,7 +14,7 @@ from benchmarks.runner import Row, Setup, section, write_section
 from cleangpt.errors import UserError, nearest
 from cleangpt.options import parse
 
-BENCHMARKS = ("loader", "store", "step", "snapshot", "resume")
+BENCHMARKS = ("loader", "store", "step", "snapshot", "resume", "parallel")
 RESULTS = Path(__file__).parent / "RESULTS.md"
 
 
@@ -23,7 +23,7 @@ class Options:
     """What to measure."""
 
     names: tyro.conf.Positional[tuple[str, ...]] = ()
-    """loader, store, step, snapshot, resume; none: all."""
+    """loader, store, step, snapshot, resume, parallel; none: all."""
     quick: bool = False
     """Small sizes and few repetitions, to see that everything works; nothing is written."""
     peer: Path | None = None

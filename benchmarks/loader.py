@@ -20,8 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.made import close, make_store, make_trainer, shipped, train_macro_batch
 from benchmarks.runner import Row, Setup, interleave
 from cleangpt.config import DataConfig, Experiment
-from cleangpt.data.batches import BatchLoader, Samples
-from cleangpt.data.order import Order
+from cleangpt.data.batches import BatchLoader, Samples, SplitStream
 from cleangpt.data.store import TokenStore
 
 WAIT_GOAL = 0.01
@@ -106,8 +105,7 @@ def timed(make: Callable[[], object], count: int) -> float:
 
 def batch_loader(store: TokenStore, batch_size: int, seq_len: int) -> BatchLoader:
     """Ours, as the trainer makes it."""
-    samples = Samples(store.splits["train"], seq_len)
-    return BatchLoader(samples, Order(samples.num_training, seed=1337), batch_size, position=0)
+    return BatchLoader(SplitStream(Samples(store.splits["train"], seq_len), seed=1337), batch_size, position=0)
 
 
 def random_windows(path: Path, dtype: np.dtype[np.generic], batch_size: int, seq_len: int) -> tuple[Tensor, Tensor]:

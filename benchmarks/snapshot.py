@@ -1,7 +1,9 @@
-"""Saving a snapshot of weights and AdamW's moments, against the disk's own speed and against torch.save.
+"""Saving a snapshot of weights and AdamW's moments: what training waits for, and what the whole save takes.
 
-The limit is a plain write of the same tensors and one flush to the disk. Ours also takes checksums, writes aside,
-renames, flushes folders and removes the oldest snapshot.
+The pause is the time until `Snapshots.save` returns: the copy to the host's memory. The whole save is that of
+`saving.async_snapshots` switched off: it also takes checksums, writes aside, renames, flushes folders and removes the
+oldest snapshot. The limit of the pause is a copy of the same tensors into memory that is there already, that of the
+whole save a plain write of them and one flush to the disk.
 """
 
 import itertools
@@ -16,28 +18,52 @@ import torch
 from torch import Tensor
 
 from benchmarks.runner import Row, Setup, interleave
-from cleangpt.config import OptimizerConfig
+from cleangpt.config import OptimizerConfig, SavingConfig
 from cleangpt.models import build_model
 from cleangpt.models.gpt import GPTConfig
 from cleangpt.training.optimizer import Optimizer
-from cleangpt.training.snapshots import save_snapshot, snapshot_name
+from cleangpt.training.snapshots import Snapshots, snapshot_name
 
 
 def run(setup: Setup) -> list[Row]:
     """The rows of the benchmark."""
     state = trained_state(layers=2 if setup.quick else 10, dim=64 if setup.quick else 512)
     tensors = list(tensors_of(state))
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    numbers = itertools.count(1)
-    savers: dict[str, Callable[[], None]] = {
-        "ours": lambda: save_snapshot(setup.folder / "snapshots", snapshot_name(next(numbers)), state, keep=2),
-        "write and flush": lambda: plain_write(setup.folder / "plain.bin", tensors),
-        "torch.save and flush": lambda: torch_save(setup.folder / "saved.pt", state),
+    copies = [torch.empty_like(tensor) for tensor in tensors]
+    pausing = Snapshots(setup.folder / "pausing", SavingConfig())
+    waiting = Snapshots(setup.folder / "waiting", SavingConfig(async_snapshots=False))
+    names = map(snapshot_name, itertools.count(1))
+    measures: dict[str, Callable[[], float]] = {
+        "pause": lambda: pause(pausing, next(names), state),
+        "whole": partial(seconds, lambda: waiting.save(next(names), state)),
+        "copy": partial(seconds, lambda: copy(tensors, copies)),
+        "write and flush": partial(seconds, lambda: plain_write(setup.folder / "plain.bin", tensors)),
+        "torch.save and flush": partial(seconds, lambda: torch_save(setup.folder / "saved.pt", state)),
     }
-    taken = interleave({name: partial(seconds, save) for name, save in savers.items()}, setup.repetitions)
-    ours = taken.pop("ours")
-    what = f"save {size / 1e6:,.1f} MB"
-    return [Row(what, "s", ours, name, theirs) for name, theirs in taken.items()]
+    taken = interleave(measures, setup.repetitions)
+    pausing.close()
+    waiting.close()
+    size = f"{sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6:,.1f} MB"
+    return [
+        Row(f"pause for {size}", "s", taken["pause"], "copy in memory", taken["copy"]),
+        Row(f"pause for {size}", "s", taken["pause"], "the whole save", taken["whole"]),
+        Row(f"pause for {size}", "s", taken["pause"], "write and flush", taken["write and flush"]),
+        Row(f"whole save of {size}", "s", taken["whole"], "write and flush", taken["write and flush"]),
+        Row(f"whole save of {size}", "s", taken["whole"], "torch.save and flush", taken["torch.save and flush"]),
+    ]
+
+
+def pause(snapshots: Snapshots, name: str, state: dict[str, Any]) -> float:
+    """How long training stands still for a save; the rest of the save is waited for, so that it disturbs no one."""
+    taken = seconds(lambda: snapshots.save(name, state))
+    snapshots.wait()
+    return taken
+
+
+def copy(tensors: list[Tensor], copies: list[Tensor]) -> None:
+    """Fills `copies` with the values of `tensors`."""
+    for tensor, place in zip(tensors, copies, strict=True):
+        place.copy_(tensor)
 
 
 def trained_state(layers: int, dim: int) -> dict[str, Any]:

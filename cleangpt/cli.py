@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -23,11 +23,13 @@ usage: cleangpt COMMAND [ARGUMENTS] [--help]
   demo                  train two small models from nothing and show what came out (a few minutes, no network)
   list                  name the experiments, corpora and models there are
   prepare CORPUS        turn a corpus into a token store, memory-mapped in training
+  plan EXPERIMENT       memory, time and cost on devices that you do not have yet
   train EXPERIMENT      start a run of an experiment, by name or by path to your own Python file
   resume RUN            go on from a run's newest snapshot
   evaluate RUN          loss, perplexity, bits per byte and task score of a run's best checkpoint
   sample RUN            text from a run's best checkpoint
   report RUN [RUN ...]  a page with curves, figures and samples; several runs are compared
+  export RUN            a run's best checkpoint for Hugging Face or llama.cpp
 
 RUN is a run's folder, or an experiment's name for its newest run. cleangpt COMMAND --help tells the options."""
 
@@ -138,6 +140,41 @@ def prepare_command(words: list[str]) -> None:
     print(f"token store: {store.folder}")
 
 
+def plan_command(words: list[str]) -> None:
+    """cleangpt plan EXPERIMENT"""
+    from cleangpt.experiment_files import experiments, find_experiment, load_experiment, recorded_overrides
+
+    path = find_experiment(_subject(words, "plan", "EXPERIMENT", lambda: list(experiments())))
+    experiment = load_experiment(path)
+    described = Annotated[type(experiment), tyro.conf.arg(name="")]  # type: ignore[valid-type]
+    options = dataclasses.make_dataclass(
+        "Options",
+        [
+            ("experiment", described, experiment),
+            ("devices", Annotated[tuple[int, ...], tyro.conf.arg(help="How many; several make a table.")], (1,)),
+            ("device", Annotated[str, tyro.conf.arg(help="Which: h100, a100, 4090, ...")], "h100"),
+            ("devices_per_node", Annotated[int, tyro.conf.arg(help="Devices in a machine.")], 8),
+            ("tokens", Annotated[int | None, tyro.conf.arg(help="Token budget; none: the experiment's length.")], None),
+            ("price", Annotated[float | None, tyro.conf.arg(help="Dollars per device and hour; none: assumed.")], None),
+            ("json", Annotated[str | None, tyro.conf.arg(help="Also write the plan to this JSON file.")], None),
+        ],
+    )
+    overrides = [*recorded_overrides(path), *words[1:]]
+    about = f"What training {path} takes on devices of a data sheet; options that name a field change it."
+    chosen: Any = parse(options, overrides, program=f"cleangpt plan {words[0]}", about=about)
+    from cleangpt.files import write_json
+    from cleangpt.planning.devices import find_device
+    from cleangpt.planning.plan import make_plan
+    from cleangpt.planning.tables import show
+
+    device = find_device(chosen.device, chosen.price)
+    plan = make_plan(chosen.experiment, device, chosen.devices, chosen.devices_per_node, chosen.tokens)
+    show(plan)
+    if chosen.json is not None:
+        write_json(Path(chosen.json), plan.to_json())
+        print(f"plan: {chosen.json}")
+
+
 # Training ------------------------------------------------------------------------------------------------------------
 
 
@@ -182,7 +219,7 @@ def resume_command(words: list[str]) -> None:
     experiment = dataclasses.replace(experiment, run_dir=str(run))
     check_resumable(before, experiment)
     _check(experiment)
-    if experiment != dataclasses.replace(before, run_dir=str(run)):
+    if experiment != dataclasses.replace(before, run_dir=str(run)) and os.environ.get("RANK", "0") == "0":
         write_json(run / EXPERIMENT, experiment_json(experiment))
     _train(experiment, None, [])
 
@@ -192,20 +229,22 @@ def _check(experiment: Any) -> None:
     from cleangpt.config import check_experiment
     from cleangpt.objectives import OBJECTIVES
     from cleangpt.tracking import check_tracking
-    from cleangpt.training.device import choose_device
-    from cleangpt.training.parallel import check_parallel
+    from cleangpt.training.device import check_precision, choose_device
+    from cleangpt.training.parallel import check_compilation, layout
     from cleangpt.training.ranks import world_size
     from cleangpt.training.run import check_folder, check_row_length
 
-    check_experiment(experiment, world_size())
-    check_parallel(experiment.parallel, world_size())
+    place = layout(experiment.parallel, world_size())
+    check_experiment(experiment, place.parts)
     if experiment.objective not in OBJECTIVES:
         hint = nearest(experiment.objective, OBJECTIVES)
         raise UserError(f"objective is {experiment.objective!r}; allowed: {', '.join(OBJECTIVES)}{hint}")
     experiment.corpus.check()
     check_row_length(experiment)
     check_folder(experiment)
-    choose_device(experiment.training.device)
+    device = choose_device(experiment.training.device)
+    check_precision(experiment.training.precision, device)
+    check_compilation(experiment.training.compile, place, device)
     check_tracking(experiment.tracking)
 
 
@@ -213,27 +252,25 @@ def _train(experiment: Any, source: Path | None, overrides: Sequence[str]) -> Pa
     """Prepares the corpus where needed, opens the run, trains, and says what to do next; returns the run."""
     _check(experiment)
     from cleangpt.corpora import prepare
+    from cleangpt.interchange.huggingface import find
     from cleangpt.tracking.progress import ProgressBar
     from cleangpt.training.ranks import join
-    from cleangpt.training.run import alone, check_store, find_checkpoint, open_run, resolve, summary
+    from cleangpt.training.run import alone, check_store, open_run, resolve, summary
     from cleangpt.training.trainer import Trainer
 
     if experiment.init_from is not None:
-        find_checkpoint(experiment.init_from)
-    ranks = join()
-    made = prepare(experiment.corpus, Path(experiment.data.folder)) if ranks.is_main else None
-    ranks.from_main(None)  # the others wait for the token store
-    store = made or prepare(experiment.corpus, Path(experiment.data.folder))
-    experiment = resolve(experiment, store.vocab_size)
-    check_store(experiment, store)
-    run: Path = ranks.from_main(open_run(experiment, source, overrides) if ranks.is_main else None)
-    progress = ProgressBar(run if ranks.is_main else None, experiment.tracking.progress and ranks.is_main)
-    with alone(run) if ranks.is_main else nullcontext():
-        trainer = Trainer(experiment, run, store, progress, ranks)
-        for line in summary(experiment, run, store, trainer.model, trainer.device):
-            progress.say(line)
-        status = trainer.train()
-    ranks.leave()
+        find(experiment.init_from)
+    with join(experiment.parallel.timeout) as ranks:
+        store = ranks.after_main(lambda: prepare(experiment.corpus, Path(experiment.data.folder)))
+        experiment = resolve(experiment, store.vocab_size)
+        check_store(experiment, store)
+        run: Path = ranks.from_main(open_run(experiment, source, overrides) if ranks.is_main else None)
+        progress = ProgressBar(run if ranks.is_main else None, experiment.tracking.progress and ranks.is_main)
+        with alone(run) if ranks.is_main else nullcontext():
+            trainer = Trainer(experiment, run, store, progress, ranks)
+            for line in summary(experiment, run, store, trainer.model, trainer.device, trainer.layout):
+                progress.say(line)
+            status = trainer.train()
     if status == "interrupted":
         progress.say(f"interrupted and saved; go on with: cleangpt resume {run}")
     else:
@@ -286,7 +323,7 @@ class SampleOptions:
     """What to sample."""
 
     run: tyro.conf.Positional[str]
-    """Folder of a run or of a checkpoint, or an experiment's name for its newest run."""
+    """Folder of a run or of a checkpoint, an experiment's name for its newest run, or hf:NAME_OR_FOLDER."""
     prompt: str | None = None
     """Text to go on from; none: the start of a document."""
     max_new_tokens: int = 200
@@ -311,9 +348,8 @@ def sample_command(words: list[str]) -> None:
     """cleangpt sample RUN"""
     options = parse(SampleOptions, words, program="cleangpt sample", about="Text from a run's best checkpoint.")
     from cleangpt.inference.text import stream
-    from cleangpt.training.checkpoints import load_checkpoint
+    from cleangpt.interchange.huggingface import open_checkpoint
     from cleangpt.training.device import choose_device
-    from cleangpt.training.run import find_checkpoint
 
     for name, allowed, words_ in (
         ("temperature", options.temperature >= 0, "0 or more"),
@@ -327,7 +363,7 @@ def sample_command(words: list[str]) -> None:
             raise UserError(f"--{name} is {getattr(options, name.replace('-', '_'))}; allowed: {words_}")
     _run_code(options.code)
     device = choose_device(options.device)
-    checkpoint = load_checkpoint(find_checkpoint(options.run))
+    checkpoint = open_checkpoint(options.run)
     for number in range(options.num_samples):
         if number:
             print("---")
@@ -382,6 +418,33 @@ def _plot_schedules(name: str, out: str | None) -> Path:
     return schedule_preview({key: (samples, values) for key, values in planned.items()}, path)
 
 
+@dataclasses.dataclass
+class ExportOptions:
+    """What to export."""
+
+    run: tyro.conf.Positional[str]
+    """Folder of a run or of a checkpoint, an experiment's name for its newest run, or hf:NAME_OR_FOLDER."""
+    format: Literal["hf", "gguf"] = "hf"
+    """hf: a folder for Hugging Face's transformers; gguf: a file for llama.cpp (needs cleangpt[gguf])."""
+    out: str | None = None
+    """Folder or file to write; none: RUN-hf or RUN.gguf in the current folder."""
+    force: bool = False
+    """Replace an earlier export."""
+
+
+def export_command(words: list[str]) -> None:
+    """cleangpt export RUN"""
+    about = "A run's best checkpoint in the format of another program."
+    options = parse(ExportOptions, words, program="cleangpt export", about=about)
+    from cleangpt.interchange.export import export
+    from cleangpt.interchange.huggingface import open_checkpoint
+
+    name = Path(options.run.removeprefix("hf:")).resolve().name
+    out = Path(options.out or (f"{name}-hf" if options.format == "hf" else f"{name}.gguf"))
+    export(open_checkpoint(options.run), options.format, out, options.force)
+    print(f"export: {out}")
+
+
 def _run_code(code: str | None) -> None:
     if code is not None:
         from cleangpt.experiment_files import find_experiment, run_file
@@ -416,9 +479,11 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": demo_command,
     "list": list_command,
     "prepare": prepare_command,
+    "plan": plan_command,
     "train": train_command,
     "resume": resume_command,
     "evaluate": evaluate_command,
     "sample": sample_command,
     "report": report_command,
+    "export": export_command,
 }

@@ -11,7 +11,7 @@ import re
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from cleangpt.errors import UserError, nearest
 
@@ -20,15 +20,22 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What every architecture's configuration has; `models/` holds the architectures.
-
-    An architecture whose configuration names `n_heads` and `dim` gets their fit checked.
-    """
+    """What every architecture's configuration has; `models/` holds the architectures."""
 
     vocab_size: int | None = None
     """Kinds of token; none: as many as the corpus's tokenizer knows. A larger number pads the embedding."""
     max_seq_len: int
     """The longest sequence the model can read, in tokens."""
+
+    def check_fit(self) -> None:
+        """Checks what one field demands of another: where there are `n_heads` and `dim`, that one divides the other.
+
+        Raises:
+            UserError: one line naming the field, its value and what is allowed.
+        """
+        heads, dim = getattr(self, "n_heads", 1), getattr(self, "dim", 1)
+        if dim % heads:
+            raise UserError(f"model.n_heads is {heads}; allowed: a divisor of model.dim, which is {dim}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +44,20 @@ class CorpusConfig:
 
     task: ClassVar[str] = ""
     """The score that evaluation computes on this corpus, a name in SCORES; empty: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One corpus of a mixture; see `corpora/mixture.py`."""
+
+    name: str
+    """Names its figures, as in val_loss/NAME."""
+    corpus: CorpusConfig
+    weight: float | tuple[tuple[float, float], ...] = 1.0
+    """Its share of the samples, in proportion to the other sources' weights: a number, or points (progress, weight)
+    with straight lines between them, progress being a share of the run."""
+    max_epochs: int | None = None
+    """Passes over its training samples after which the source ends; none: it repeats as long as the run does."""
 
 
 Shape = Literal["constant", "linear", "cosine", "power", "wsd"]
@@ -69,7 +90,8 @@ class DataConfig:
     batch_size: int
     """Samples in a batch, over all devices."""
     val_samples: int | None = None
-    """Samples validated after each macro-batch, always the same ones; none: the whole validation split."""
+    """Samples validated after each macro-batch (of each source of a mixture), always the same ones; none: the whole
+    validation split."""
     prefetch: int = 4
     """Batches loaded ahead of the one in use."""
     folder: str = "data"
@@ -118,11 +140,12 @@ class TrainingConfig:
     """Of the initial weights, the order of samples and dropout."""
     device: str = "auto"
     """auto (cuda, else mps, else cpu), or cpu, cuda, cuda:1, mps."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
-    """bf16, fp16: autocast, weights stay fp32, and with fp16 the loss is scaled; auto: bf16 on a CUDA device that has
-    it, else fp32."""
-    compile: bool = False
-    """Compile the model with torch.compile."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp8"] = "fp32"
+    """What matrices are multiplied in; weights, gradients and moments stay fp32. fp16: the loss is scaled; fp8: linear
+    layers of a bf16 model, needs cleangpt[fp8]; auto: bf16 on a CUDA device that has it, else fp32."""
+    compile: Literal["off", "model", "blocks"] = "off"
+    """What torch.compile compiles: nothing, the whole model, or each block (compiled once for all, so faster to start);
+    without a compiler on the machine, nothing."""
     recompute_every: int | None = None
     """Activation checkpointing: every so-many-th block keeps no activations and computes them again in the backward
     pass (1: all blocks do); none: all are kept."""
@@ -136,10 +159,17 @@ class TrainingConfig:
 class ParallelConfig:
     """How the model is spread over the processes that torchrun starts; one process ignores it."""
 
-    strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
-    """auto and ddp: a copy on each device; fsdp: one copy cut over all; hsdp: several copies, each cut over a group."""
+    strategy: Literal["auto", "ddp", "fsdp", "hsdp", "tp"] = "auto"
+    """ddp: a copy on each device; fsdp: one copy cut over all; hsdp: several copies, each cut over a group; tp: every
+    matrix and the sequence cut over all; auto: ddp, or fsdp where weights, gradients and moments take more than half of
+    a device's memory."""
     replicas: int = 1
     """Strategy hsdp: copies of the model."""
+    tensor: int = 1
+    """Strategies fsdp and hsdp: neighbouring devices over which every matrix is cut as with tp; the parts are then cut
+    over the remaining devices."""
+    timeout: int = 600
+    """Seconds that a process waits for the others before the run ends."""
     reshard_after_forward: bool = True
     """Strategies fsdp and hsdp: free a block's gathered weights between forward and backward pass."""
 
@@ -162,6 +192,8 @@ class SavingConfig:
     """Macro-batches between snapshots; one is also written at a signal and at the end."""
     keep_snapshots: int = 2
     """Newest snapshots kept."""
+    async_snapshots: bool = True
+    """Write snapshots while training goes on; takes host memory for a copy of what each process has."""
     keep_best: int = 3
     """Checkpoints kept, by lowest validation loss."""
     checkpoint_every: int | None = None
@@ -207,7 +239,8 @@ class Experiment:
     saving: SavingConfig = SavingConfig()
     tracking: TrackingConfig = TrackingConfig()
     init_from: str | None = None
-    """Start from the weights of this run (its best checkpoint) or this checkpoint; none: from random weights."""
+    """Start from the weights of this run (its best checkpoint), of this checkpoint, or of a model of Hugging Face by
+    hf:NAME or hf:FOLDER (hf:gpt2); none: from random weights."""
     run_dir: str | None = None
     """Folder of the run; one that exists is gone on with. None: runs/NAME/TIME."""
 
@@ -238,6 +271,14 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
             "model.n_layers",
             "model.n_heads",
             "model.dim",
+            "model.n_kv_heads",
+            "model.hidden_dim",
+            "model.sliding_window",
+            "model.global_every",
+            "model.rope_original_seq_len",
+            "model.n_experts",
+            "model.experts_per_token",
+            "model.expert_hidden_dim",
             "training.macro_batches",
             "training.batches_per_macro_batch",
             "training.accumulation",
@@ -246,6 +287,8 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
             "training.threads",
             "training.max_skipped_steps",
             "parallel.replicas",
+            "parallel.tensor",
+            "parallel.timeout",
             "early_stopping.patience",
             "saving.snapshot_every",
             "saving.keep_snapshots",
@@ -273,6 +316,22 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     ),
     **dict.fromkeys(["optimizer.eps", "optimizer.clip_norm"], (lambda value: value > 0, "more than 0")),
     "optimizer.betas": (lambda value: all(0 <= beta < 1 for beta in value), "two numbers from 0 to below 1"),
+    **dict.fromkeys(
+        [
+            "model.norm_eps",
+            "model.rope_theta",
+            "model.rope_low_freq_factor",
+            "model.rope_high_freq_factor",
+            "model.logit_soft_cap",
+            "model.balance_rate",
+        ],
+        (lambda value: value > 0, "more than 0"),
+    ),
+    "model.rope_factor": (lambda value: value >= 1, "1 or more"),
+    "model.head_dim": (lambda value: value >= 2 and value % 2 == 0, "an even number of 2 or more"),
+    **dict.fromkeys(
+        ["model.n_shared_experts", "model.separator"], (lambda value: value >= 0, "a whole number of 0 or more")
+    ),
     "model.dropout": (lambda value: 0 <= value < 1, "from 0 to below 1"),
     "training.device": (
         lambda value: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value) is not None,
@@ -299,6 +358,9 @@ def check(config: Any, path: str = "") -> None:
             raise UserError(f"{name} is {value!r}; allowed: {describe(hints[entry.name])}")
         if dataclasses.is_dataclass(value):
             check(value, f"{name}.")
+        for index, part in enumerate(value if isinstance(value, tuple) else ()):
+            if dataclasses.is_dataclass(part):
+                check(part, f"{name}.{index}.")
         numbers = value if isinstance(value, tuple) else (value,)
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             raise UserError(f"{name} is {value!r}; allowed: a finite number")
@@ -315,9 +377,7 @@ def check_experiment(experiment: Experiment, devices: int = 1) -> None:
     """
     check(experiment)
     data, model, training = experiment.data, experiment.model, experiment.training
-    heads, dim = getattr(model, "n_heads", 1), getattr(model, "dim", 1)
-    if dim % heads:
-        raise UserError(f"model.n_heads is {heads}; allowed: a divisor of model.dim, which is {dim}")
+    model.check_fit()
     if data.seq_len > model.max_seq_len:
         raise UserError(
             f"data.seq_len is {data.seq_len}; allowed: at most model.max_seq_len, which is {model.max_seq_len}"
@@ -390,10 +450,13 @@ def to_json(config: Any, kinds: Mapping[str, type]) -> dict[str, Any]:
     """A dataclass as a JSON object, with a `kind` for those whose class stands in the registry `kinds`."""
     names = {cls: name for name, cls in kinds.items()}
     entries: dict[str, Any] = {"kind": names[type(config)]} if type(config) in names else {}
-    for entry in dataclasses.fields(config):
-        value = getattr(config, entry.name)
-        entries[entry.name] = to_json(value, kinds) if dataclasses.is_dataclass(value) else value
-    return entries
+    return entries | {entry.name: _as_json(getattr(config, entry.name), kinds) for entry in dataclasses.fields(config)}
+
+
+def _as_json(value: Any, kinds: Mapping[str, type]) -> Any:
+    if isinstance(value, tuple):
+        return [_as_json(part, kinds) for part in value]
+    return to_json(value, kinds) if dataclasses.is_dataclass(value) else value
 
 
 def from_json(cls: type[T], value: Any, kinds: Mapping[str, type], path: str = "") -> T:
@@ -423,10 +486,17 @@ def from_json(cls: type[T], value: Any, kinds: Mapping[str, type], path: str = "
     if lacking := sorted(missing - set(entries)):
         raise UserError(f"{path}{lacking[0]} is missing; allowed: {describe(hints[lacking[0]])}")
     for name, entry in entries.items():
-        if dataclasses.is_dataclass(hints[name]):
-            entries[name] = from_json(hints[name], entry, kinds, f"{path}{name}.")
-        elif isinstance(entry, list):
-            entries[name] = tuple(entry)
+        entries[name] = _from_json(hints[name], entry, kinds, f"{path}{name}.")
     config = cls(**entries)
     check(config, path)
     return config
+
+
+def _from_json(hint: Any, value: Any, kinds: Mapping[str, type], path: str) -> Any:
+    """A field's value: lists become tuples, objects the dataclass that the annotation names."""
+    if dataclasses.is_dataclass(hint):
+        return from_json(cast(type, hint), value, kinds, path)
+    if isinstance(value, list):
+        inner = next(filter(dataclasses.is_dataclass, get_args(hint)), None)
+        return tuple(_from_json(inner, part, kinds, f"{path}{index}.") for index, part in enumerate(value))
+    return value

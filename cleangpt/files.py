@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -75,18 +76,24 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def seal(partial: Path, folder: Path) -> None:
-    """Makes the finished folder `partial` appear as `folder`: manifest of sizes and checksums, flush, rename.
-
-    An older `folder` is moved aside first and removed last, so a good one exists at every moment.
-    """
-    files = sorted(path for path in partial.iterdir() if path.name != MANIFEST)
+def flush(files: Sequence[Path]) -> dict[str, Any]:
+    """Waits until files are on the disk; returns their entries in a manifest, sizes and checksums, by name."""
     with ThreadPoolExecutor(2) as threads:  # the processor takes checksums while the disk writes
         digests = threads.map(sha256, files)
         for path in files:
             sync_file(path)
-        manifest = {path.name: {"bytes": path.stat().st_size, "sha256": digest}
-                    for path, digest in zip(files, digests, strict=True)}  # fmt: skip
+        return {path.name: {"bytes": path.stat().st_size, "sha256": digest}
+                for path, digest in zip(files, digests, strict=True)}  # fmt: skip
+
+
+def seal(partial: Path, folder: Path, flushed: Mapping[str, Any] | None = None) -> None:
+    """Makes the finished folder `partial` appear as `folder`: manifest of sizes and checksums, flush, rename.
+
+    An older `folder` is moved aside first and removed last, so a good one exists at every moment. `flushed` has the
+    entries of files that are on the disk already.
+    """
+    manifest = dict(flushed or {})
+    manifest |= flush(sorted(path for path in partial.iterdir() if path.name not in {MANIFEST, *manifest}))
     write_json(partial / MANIFEST, manifest)
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
@@ -97,11 +104,14 @@ def seal(partial: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def damage(folder: Path) -> str:
-    """Says in a few words what is wrong with a sealed folder, or returns an empty string when it is whole."""
+def damage(folder: Path, part: int = 0, parts: int = 1) -> str:
+    """Says in a few words what is wrong with a sealed folder, or returns an empty string when it is whole.
+
+    Several processes may share the work: each looks at one of so many `parts` of the files.
+    """
     try:
         manifest = read_json(folder / MANIFEST)
-        for name, entry in manifest.items():
+        for name, entry in list(manifest.items())[part::parts]:
             path = folder / name
             if Path(name).name != name or not path.is_file():
                 return f"{name} is missing"

@@ -65,7 +65,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (["train", "own.py", "--optimizer.lr", "fast"], "--optimizer.lr is 'fast'; allowed: a number"),
         (["train", "own.py", "--data.batch-size", "1.5"], "--data.batch-size is '1.5'; allowed: a whole number"),
         (["train", "own.py", "--data.val-samples", "x"], "--data.val-samples is 'x'; allowed: a whole number"),
-        (["train", "own.py", "--training.precision", "bf61"], "allowed: auto, fp32, bf16, fp16; did you mean 'bf16'?"),
+        (["train", "own.py", "--training.precision", "bf61"], "tf32, bf16, fp16, fp8; did you mean 'bf16'?"),
         (["train", "own.py", "--optimizer.lr"], "Missing value for argument '--optimizer.lr'"),
         (["train", "own.py", "surplus"], "surplus is one word too many"),
         (["train", "own.py", "--model.n-heads", "3"], "model.n_heads is 3; allowed: a divisor of model.dim"),

@@ -31,7 +31,7 @@ Build = Callable[..., Experiment]
         ({"optimizer__lr": float("nan")}, "optimizer.lr is nan; allowed: a finite number"),
         ({"optimizer__betas": (0.9, 1.0)}, "optimizer.betas is (0.9, 1.0); allowed: two numbers from 0 to below 1"),
         ({"optimizer__betas": (0.9,)}, "optimizer.betas is (0.9,); allowed: a tuple of a number, a number"),
-        ({"training__precision": "fp8"}, "training.precision is 'fp8'; allowed: auto, fp32, bf16, fp16"),
+        ({"training__precision": "fp4"}, "training.precision is 'fp4'; allowed: auto, fp32, tf32, bf16, fp16, fp8"),
         ({"training__device": "gpu"}, "training.device is 'gpu'; allowed: auto, cpu, cuda, cuda:N or mps"),
         ({"training__device": "cuda:x"}, "training.device is 'cuda:x'; allowed: auto, cpu, cuda, cuda:N or mps"),
         ({"name": "a/b"}, "name is 'a/b'; allowed: letters, digits, '-', '_' and '.' within"),

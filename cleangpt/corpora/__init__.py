@@ -8,12 +8,14 @@ from rich.console import Console
 
 from cleangpt.config import CorpusConfig, check
 from cleangpt.corpora.adder import Adder
+from cleangpt.corpora.mixture import Mixture
 from cleangpt.corpora.multiplier import Multiplier
 from cleangpt.corpora.preparation import Corpus, as_json, changed, one_line
 from cleangpt.corpora.shakespeare_char import ShakespeareChar
 from cleangpt.corpora.stdlib import Stdlib
 from cleangpt.corpora.text import Text
 from cleangpt.corpora.tinystories import TinyStories
+from cleangpt.data.mixture import Store
 from cleangpt.data.store import CARD, STORE, TokenStore
 from cleangpt.errors import UserError
 
@@ -34,8 +36,8 @@ def store_folder(corpus: CorpusConfig, data_folder: Path) -> Path:
     return data_folder / f"{entry['kind']}-{digest[:8]}"
 
 
-def prepare(corpus: CorpusConfig, data_folder: Path, again: bool = False, console: Console | None = None) -> TokenStore:
-    """Opens the token store of a corpus; prepares it first where there is none, or `again` is asked for.
+def prepare(corpus: CorpusConfig, data_folder: Path, again: bool = False, console: Console | None = None) -> Store:
+    """Opens the token store of a corpus, or those of a mixture; prepares what is not there, or all `again` if asked.
 
     Progress and the card go to `console` (none: standard error). An interrupted preparation is gone on with.
 
@@ -43,6 +45,15 @@ def prepare(corpus: CorpusConfig, data_folder: Path, again: bool = False, consol
         UserError: a field is out of range, or the text is missing or not text; nothing half-written is left.
     """
     console = console or Console(stderr=True)
+    if isinstance(corpus, Mixture):
+        check(corpus, "corpus.")
+        corpus.check()
+        return corpus.store(data_folder, lambda source: prepare_store(source, data_folder, again, console))
+    return prepare_store(corpus, data_folder, again, console)
+
+
+def prepare_store(corpus: CorpusConfig, data_folder: Path, again: bool, console: Console) -> TokenStore:
+    """`prepare` of a corpus that is no mixture."""
     if not isinstance(corpus, Corpus):
         raise UserError(f"corpus is a {type(corpus).__name__}; allowed: a subclass of cleangpt.corpora.Corpus")
     check(corpus, "corpus.")

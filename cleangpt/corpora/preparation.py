@@ -136,18 +136,26 @@ def write_texts(
     files: list[TextFile],
     tokenizer: Tokenizer,
     console: Console,
+    row_length: int | None = None,
     **source: Any,
 ) -> TokenStore:
-    """`write_store` of files of text."""
+    """`write_store` of files of text; with a row length, of their documents packed into rows."""
+    from cleangpt.corpora.packing import packed  # here, because packing imports this file
+
+    def groups(start: int) -> Groups:
+        encoded = encode_files(files, tokenizer, start)
+        return encoded if row_length is None else packed(encoded, row_length)
+
     stamps = [[str(file.path), file.bytes, file.path.stat().st_mtime_ns] for file in files]
     return write_store(
         corpus,
         folder,
         tokenizer,
-        lambda start: encode_files(files, tokenizer, start),
+        groups,
         sum(file.bytes for file in files),
         console,
         source={**source, "files": stamps},
+        row_length=row_length,
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 
@@ -10,7 +11,7 @@ from cleangpt.corpora.download import download
 from cleangpt.corpora.preparation import Corpus, characters, write_texts
 from cleangpt.corpora.reading import Piece, TextFile, read_text
 from cleangpt.data.store import TokenStore
-from cleangpt.data.tokenizers import CharTokenizer
+from cleangpt.data.tokenizers import ByteTokenizer, CharTokenizer
 from cleangpt.errors import UserError
 from cleangpt.files import sha256
 
@@ -25,6 +26,8 @@ class ShakespeareChar(Corpus):
 
     file: str | None = None
     """Take this text file; none: download input.txt (1.1 MB)."""
+    tokenizer: Literal["char", "byte"] = "char"
+    """One token per character of the text, or per byte of any, for a mixture with other corpora."""
 
     def prepare(self, folder: Path, console: Console) -> TokenStore:
         """Writes both splits; the text is not loaded whole."""
@@ -34,7 +37,8 @@ class ShakespeareChar(Corpus):
             raise UserError(f"{path} is empty; give --file another text")
         length = sum(len(piece.text) for piece in whole.pieces())
         halves = TextFile(path, whole.bytes, lambda: _split(whole.pieces(), length * 9 // 10))
-        return write_texts(self, folder, [halves], CharTokenizer(characters([whole])), console)
+        tokenizer = ByteTokenizer() if self.tokenizer == "byte" else CharTokenizer(characters([whole]))
+        return write_texts(self, folder, [halves], tokenizer, console)
 
     def _find(self, downloads: Path, console: Console) -> Path:
         if self.file is None:

@@ -11,6 +11,7 @@ from rich.console import Console
 from cleangpt.corpora.preparation import Corpus, check_text, choose_tokenizer, write_texts
 from cleangpt.corpora.reading import Piece, TextFile, find_files, is_plain, read_pieces, split_documents, split_tail
 from cleangpt.data.store import TokenStore
+from cleangpt.errors import UserError
 
 FEW = 100
 """Up to so many plain text files, each gives its tail to the validation split."""
@@ -36,10 +37,20 @@ class Text(Corpus):
     """Use this tokenizer.json instead."""
     val_fraction: float = 0.05
     """Share of the text to validate with."""
+    pack: int | None = None
+    """Pack whole documents into samples of so many tokens, which data.seq_len must then be, and leave what remains
+    empty; none: samples are windows that ignore where documents end."""
+
+    @property
+    def row_length(self) -> int | None:
+        """Tokens in every row of packed documents; a sample has one less."""
+        return None if self.pack is None else self.pack + 1
 
     def check(self) -> None:
         """Raises UserError for a field out of range."""
         check_text(self.vocab_size, self.val_fraction)
+        if self.pack is not None and self.pack < 1:
+            raise UserError(f"corpus.pack is {self.pack}; allowed: a whole number of 1 or more")
 
     def prepare(self, folder: Path, console: Console) -> TokenStore:
         """Writes both splits."""
@@ -50,7 +61,7 @@ class Text(Corpus):
             for number, path in enumerate(paths)
         ]
         tokenizer = choose_tokenizer(self.tokenizer, self.vocab_size, self.tokenizer_file, files, console)
-        return write_texts(self, folder, files, tokenizer, console)
+        return write_texts(self, folder, files, tokenizer, console, row_length=self.row_length)
 
     def _pieces(self, path: Path, name: str, few: bool) -> Iterator[Piece]:
         pieces = read_pieces(path, self.text_field)

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -40,14 +41,19 @@ class Samples:
     of the one before it. For training, the windows start after an offset that changes with the epoch, and the tokens
     left over at both ends (fewer than 2 x seq_len) wait for another epoch. For validation the windows start at 0
     and the last is padded, so that every token but the first is a target exactly once.
+
+    Raises:
+        UserError: the split is too short, or its rows do not fit; with `pad_rows`, shorter rows do.
     """
 
-    def __init__(self, split: Split, seq_len: int, name: str = "split") -> None:
+    def __init__(self, split: Split, seq_len: int, name: str = "split", *, pad_rows: bool = False) -> None:
         self.split, self.seq_len = split, seq_len
+        self._window = min(seq_len + 1, split.row_length or seq_len + 1)
         if split.row_length is not None:
-            if seq_len != split.row_length - 1:
+            if seq_len < split.row_length - 1 or (seq_len > split.row_length - 1 and not pad_rows):
                 raise UserError(
-                    f"data.seq_len is {seq_len}; allowed: {split.row_length - 1}, the corpus's row length - 1"
+                    f"data.seq_len is {seq_len}; allowed: {split.row_length - 1}{' or more' * pad_rows}, "
+                    "the corpus's row length - 1"
                 )
             self.num_training = self.num_validation = split.documents
         else:
@@ -63,7 +69,7 @@ class Samples:
         tokens = np.zeros((len(samples), self.seq_len + 1), dtype=np.int64)
         counts = np.zeros((len(samples), self.seq_len + 1), dtype=bool)
         for row, start in enumerate((samples * stride + offsets).tolist()):
-            length = min(self.seq_len + 1, self.split.tokens - start)
+            length = min(self._window, self.split.tokens - start)
             tokens[row, :length] = self.split.read(start, length)
             counts[row, :length] = self.split.read_mask(start, length) if self.split.masked else True
         targets = np.where(counts[:, 1:], tokens[:, 1:], IGNORED)
@@ -94,6 +100,47 @@ def validation_batches(
         yield batch
 
 
+class Stream(Protocol):
+    """An endless row of training samples: a position in it is the number of samples before it."""
+
+    def batch(self, start: int, count: int) -> Batch:
+        """The samples at `count` positions from `start` on."""
+
+    def visits(self, position: int) -> dict[str, float]:
+        """The figures visited_share and times_visited before a position."""
+
+
+class SplitStream:
+    """The samples of a split, in their order, epoch after epoch."""
+
+    def __init__(self, samples: Samples, seed: int) -> None:
+        self.samples, self.order = samples, Order(samples.num_training, seed)
+        self._ordered = (0, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
+
+    def batch(self, start: int, count: int) -> Batch:
+        """The samples at `count` positions from `start` on."""
+        epochs, samples = self._order_from(start, count)
+        offsets = np.zeros_like(samples)
+        if self.samples.split.row_length is None:
+            for epoch in np.unique(epochs):
+                offsets[epochs == epoch] = self.order.offset(int(epoch), self.samples.seq_len)
+        return self.samples.batch(samples, offsets)
+
+    def visits(self, position: int) -> dict[str, float]:
+        """The figures visited_share and times_visited before a position."""
+        times = position / self.samples.num_training
+        return {"visited_share": min(1.0, times), "times_visited": times}
+
+    def _order_from(self, start: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Epochs and samples of `count` positions; many are computed at once, which costs hardly more than a few."""
+        first, epochs, samples = self._ordered
+        if not first <= start <= start + count <= first + len(samples):
+            first, (epochs, samples) = start, self.order.at(np.arange(start, start + max(count, ORDERED)))
+            self._ordered = first, epochs, samples
+        part = slice(start - first, start - first + count)
+        return epochs[part], samples[part]
+
+
 class BatchLoader:
     """Training batches from a position on, in order; a thread loads up to `prefetch` of them ahead.
 
@@ -103,8 +150,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        samples: Samples,
-        order: Order,
+        stream: Stream,
         batch_size: int,
         position: int,
         *,
@@ -113,12 +159,11 @@ class BatchLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.samples, self.order, self.batch_size, self.position = samples, order, batch_size, position
+        self.stream, self.batch_size, self.position = stream, batch_size, position
         self.pin_memory, self.rank, self.world_size = pin_memory, rank, world_size
         self.wait_time = 0.0
         """Seconds that `next` has waited, since the start."""
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(prefetch)
-        self._ordered = (0, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._load, args=(position,), name="batch-loader", daemon=True)
         self._thread.start()
@@ -149,23 +194,9 @@ class BatchLoader:
         except BaseException as error:
             self._queue.put(error)
 
-    def _order_from(self, start: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Epochs and samples of `count` positions; many are computed at once, which costs hardly more than a few."""
-        first, epochs, samples = self._ordered
-        if not first <= start <= start + count <= first + len(samples):
-            first, (epochs, samples) = start, self.order.at(np.arange(start, start + max(count, ORDERED)))
-            self._ordered = first, epochs, samples
-        part = slice(start - first, start - first + count)
-        return epochs[part], samples[part]
-
     def _batch(self, position: int) -> Batch:
         part = self.batch_size // self.world_size
-        epochs, samples = self._order_from(position + self.rank * part, part)
-        offsets = np.zeros_like(samples)
-        if self.samples.split.row_length is None:
-            for epoch in np.unique(epochs):
-                offsets[epochs == epoch] = self.order.offset(int(epoch), self.samples.seq_len)
-        batch = self.samples.batch(samples, offsets)
+        batch = self.stream.batch(position + self.rank * part, part)
         if self.pin_memory:
             batch.inputs, batch.targets = batch.inputs.pin_memory(), batch.targets.pin_memory()
         return batch

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cleangpt.errors import UserError, require
+from cleangpt.interchange.hub import fetch, is_huggingface
 
 END_OF_TEXT = "<|endoftext|>"
 ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
@@ -119,11 +120,17 @@ class BPETokenizer:
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        self.end_of_text = next((vocabulary[name] for name in ENDS_OF_TEXT if name in vocabulary), None)
-        if self.decode(self.encode(LOSSLESS_PROBE).tolist()) != LOSSLESS_PROBE:
+        self.vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(self.vocabulary.values(), default=-1) + 1
+        self.end_of_text = next((self.vocabulary[name] for name in ENDS_OF_TEXT if name in self.vocabulary), None)
+        if not self._is_lossless():
             raise UserError("this tokenizer loses text when it encodes; allowed: lossless ones, such as byte-level BPE")
+
+    def _is_lossless(self) -> bool:
+        try:
+            return self.decode(self.encode(LOSSLESS_PROBE).tolist()) == LOSSLESS_PROBE
+        except Exception:  # the library raises bare Exception, here at a character that it does not know
+            return False
 
     def encode(self, text: str) -> NDArray[np.int64]:
         """Token ids by the learned merges."""
@@ -221,18 +228,46 @@ def from_json(text: str) -> Tokenizer:
     raise UserError(f"the tokenizer is of kind {kind!r}, or lacks a field; allowed: char, byte, or one of tokenizers")
 
 
+def same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether the ids of one tokenizer mean the same texts as those of the other."""
+    if isinstance(one, BPETokenizer) and isinstance(other, BPETokenizer):
+        return one.vocabulary == other.vocabulary
+    return one.to_json() == other.to_json()
+
+
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a JSON file.
+    """The tokenizer in a JSON file, or in a folder in Hugging Face's layout, which ``hf:NAME`` means too.
 
     Raises:
         UserError: the file is missing, no UTF-8, or not a tokenizer; names the file.
     """
+    if is_huggingface(path.as_posix()):
+        path = fetch(path.as_posix())
+    if path.is_dir():
+        if not (path / "tokenizer.json").is_file() and (path / "merges.txt").is_file():
+            return _read_merges(path)
+        path = path / "tokenizer.json"
     try:
         return from_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (UserError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def _read_merges(folder: Path) -> BPETokenizer:
+    """The byte-level BPE of GPT-2's released files, `vocab.json` and `merges.txt`."""
+    library = require("tokenizers", "bpe")
+    try:
+        model = library.models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{folder}: vocab.json and merges.txt are no byte-pair encoding: {error}") from None
+    tokenizer = library.Tokenizer(model)
+    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = library.decoders.ByteLevel()
+    if tokenizer.token_to_id(END_OF_TEXT) is not None:
+        tokenizer.add_special_tokens([END_OF_TEXT])
+    return BPETokenizer(tokenizer.to_str())
 
 
 def _utf8(text: str) -> bytes:

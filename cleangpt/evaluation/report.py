@@ -8,14 +8,17 @@ from rich.console import Console
 from rich.table import Table
 
 from cleangpt.corpora import prepare
-from cleangpt.data.batches import Samples, validation_batches
+from cleangpt.corpora.mixture import tasks
+from cleangpt.data.batches import validation_batches
+from cleangpt.data.mixture import Store, mean_shares, split_samples, stores
 from cleangpt.errors import UserError, nearest
 from cleangpt.evaluation import SCORES
-from cleangpt.evaluation.validate import loss_figures, mean_loss
+from cleangpt.evaluation.validate import loss_figures, mean_loss, source_figures
 from cleangpt.files import write_json
 from cleangpt.objectives import OBJECTIVES
+from cleangpt.tracking.metrics import of_source
 from cleangpt.training.checkpoints import best_checkpoint, load_checkpoint
-from cleangpt.training.device import autocast
+from cleangpt.training.device import autocast, compute_dtype
 from cleangpt.training.run import read_experiment
 
 
@@ -29,24 +32,26 @@ def evaluate_run(run: Path, checkpoint: str | None, split: str | None, device: t
     folder = best_checkpoint(run) if checkpoint is None else _named(run, checkpoint)
     loaded = load_checkpoint(folder)
     store = prepare(experiment.corpus, Path(experiment.data.folder))
-    name = split or ("test" if "test" in store.splits else "val")
-    if name not in store.splits:
-        raise UserError(f"--split is {name!r}; allowed: {', '.join(store.splits)}")
-    model, part = loaded.model(device), store.splits[name]
-    samples = Samples(part, experiment.data.seq_len, name)
-    batches = validation_batches(samples, experiment.training.micro_batch_size or experiment.data.batch_size)
-    context = autocast(device, experiment.training.precision)
-    loss = mean_loss(model, OBJECTIVES[experiment.objective], batches, device, context)
+    name = _split(store, split)
+    model, splits = loaded.model(device), {source: part.splits[name] for source, part in stores(store).items()}
+    samples = split_samples(store, name, experiment.data.seq_len)
+    context = autocast(device, compute_dtype(device, experiment.training.precision))
+    losses = {}
+    for source, part in samples.items():
+        batches = validation_batches(part, experiment.training.micro_batch_size or experiment.data.batch_size)
+        losses[source] = mean_loss(model, OBJECTIVES[experiment.objective], batches, device, context)
+    loss = sum(share * losses[source] for source, share in mean_shares(store).items())
     figures: dict[str, Any] = {
         "run": str(run),
         "checkpoint": folder.name,
         "split": name,
-        "samples": samples.num_validation,
+        "samples": sum(part.num_validation for part in samples.values()),
         "loss": loss,
-        **loss_figures(loss, part),
+        **loss_figures(loss, splits.get("")),
+        **source_figures("loss", losses, splits),
     }
-    if task := experiment.corpus.task:
-        figures[task] = SCORES[task](model, part, None, device)
+    for source, task in tasks(experiment.corpus).items():
+        figures[of_source(task, source)] = SCORES[task](model, splits[source], None, device)
     write_json(run / "evaluation.json", figures)
     return figures
 
@@ -58,6 +63,16 @@ def table(figures: dict[str, Any]) -> None:
         if value is not None:
             rows.add_row(name.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else str(value))
     Console().print(rows)
+
+
+def _split(store: Store, wanted: str | None) -> str:
+    """The split to evaluate: every source must have it."""
+    first, *others = (part.splits for part in stores(store).values())
+    known = [name for name in first if all(name in splits for splits in others)]
+    name = wanted or ("test" if "test" in known else "val")
+    if name not in known:
+        raise UserError(f"--split is {name!r}; allowed: {', '.join(known)}")
+    return name
 
 
 def _named(run: Path, name: str) -> Path:

@@ -1,7 +1,7 @@
 """The mean loss of a model over validation batches, and what follows from it."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cleangpt.data.batches import Batch
 from cleangpt.data.store import Split
 from cleangpt.objectives import Objective
+from cleangpt.tracking.metrics import of_source
 
 
 @torch.no_grad()
@@ -44,9 +45,22 @@ def mean_loss(
     return total / targets if targets else math.nan
 
 
-def loss_figures(loss: float, split: Split) -> dict[str, float | None]:
-    """Perplexity and, where every token is a target and the bytes of text are known, bits per byte."""
+def loss_figures(loss: float, split: Split | None) -> dict[str, float | None]:
+    """Perplexity and, where every token is a target and the bytes of text are known, bits per byte.
+
+    The loss of a mixture is of no one split (None).
+    """
     perplexity = math.exp(loss) if loss < 700 else math.inf
-    known = split.text_bytes and not split.masked
-    bits = loss / math.log(2) * split.tokens / split.text_bytes if known else None
+    known = split is not None and split.text_bytes and not split.masked
+    bits = loss / math.log(2) * split.tokens / split.text_bytes if split is not None and known else None
     return {"perplexity": perplexity, "bits_per_byte": bits}
+
+
+def source_figures(name: str, losses: Mapping[str, float], splits: Mapping[str, Split]) -> dict[str, float | None]:
+    """The loss, under `name`, and bits per byte of each source of a mixture; of a single corpus, nothing."""
+    figures: dict[str, float | None] = {}
+    for source, loss in losses.items():
+        if source:
+            bits = loss_figures(loss, splits[source])["bits_per_byte"]
+            figures |= {of_source(name, source): loss, of_source("bits_per_byte", source): bits}
+    return figures

@@ -11,9 +11,11 @@ from torch import nn
 
 from cleangpt.config import ModelConfig
 from cleangpt.models.gpt import GPT, GPTConfig
+from cleangpt.models.llama import Llama, LlamaConfig
 
 MODELS: dict[str, tuple[type[ModelConfig], type[nn.Module]]] = {
     "gpt": (GPTConfig, GPT),
+    "llama": (LlamaConfig, Llama),
 }
 
 

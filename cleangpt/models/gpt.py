@@ -6,12 +6,14 @@ Learned positions, LayerNorm before attention and MLP, GELU in its tanh form, on
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cleangpt.config import ModelConfig
+from cleangpt.config import ModelConfig, check
+from cleangpt.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,22 +33,26 @@ class GPTConfig(ModelConfig):
 
 
 class Attention(nn.Module):
-    """Causal self-attention over all heads at once."""
+    """Causal self-attention over all heads at once.
+
+    Query, key and value come from one matrix; a head's rows of all three stand together, so that a cut between heads
+    is a cut of the matrix. How many heads there are here follows from its rows.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.n_heads, self.dropout = config.n_heads, config.dropout
+        self.head_dim, self.dropout = config.dim // config.n_heads, config.dropout
         self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=config.bias)
         self.out = nn.Linear(config.dim, config.dim, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(batch, seq, dim)` to the same shape; a position sees itself and those before it."""
-        batch, seq, dim = x.shape
-        heads = self.qkv(x).view(batch, seq, 3, self.n_heads, dim // self.n_heads)
-        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        batch, seq, _ = x.shape
+        heads = self.qkv(x).view(batch, seq, -1, 3, self.head_dim)
+        query, key, value = heads.permute(3, 0, 2, 1, 4)
         dropout = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
-        projected: Tensor = self.out(attended.transpose(1, 2).reshape(batch, seq, dim))
+        projected: Tensor = self.out(attended.transpose(1, 2).flatten(2))
         return F.dropout(projected, self.dropout, self.training)
 
 
@@ -84,6 +90,19 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2, exact to its released weights: token ids to logits."""
 
+    tensor_plan: ClassVar[dict[str, str]] = {
+        "token_embedding": "vocabulary",
+        "position_embedding": "positions",
+        "blocks.*.attention_norm": "sequence",
+        "blocks.*.attention.qkv": "column",
+        "blocks.*.attention.out": "row",
+        "blocks.*.mlp_norm": "sequence",
+        "blocks.*.mlp.up": "column",
+        "blocks.*.mlp.down": "row",
+        "final_norm": "sequence",
+    }
+    """How each module is cut for tensor parallelism; the words are explained in `training/parallel.py`."""
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         assert config.vocab_size is not None
@@ -95,13 +114,17 @@ class GPT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws initial weights: normal with deviation 0.02, less into the residual stream (GPT-2, section 2.3)."""
+        """Draws initial weights, in the order of the parameters."""
         for name, parameter in self.named_parameters():
-            if parameter.dim() < 2:
-                nn.init.constant_(parameter, 1.0 if name.endswith("norm.weight") else 0.0)
-            else:
-                into_residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layers) if into_residual else 0.02)
+            self.init_parameter(name, parameter)
+
+    def init_parameter(self, name: str, parameter: Tensor) -> None:
+        """Draws the parameter `name`: normal with deviation 0.02, less into the residual stream (GPT-2, sec. 2.3)."""
+        if parameter.dim() < 2:
+            nn.init.constant_(parameter, 1.0 if name.endswith("norm.weight") else 0.0)
+        else:
+            into_residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layers) if into_residual else 0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids `(batch, seq)` to logits `(batch, seq, vocab)`; seq is at most `max_seq_len`."""
@@ -134,6 +157,57 @@ class GPT(nn.Module):
         return 4 * batch * seq_len * (config.n_layers * per_layer + 2 * config.dim + 2 + config.vocab_size)
 
 
+# Hugging Face --------------------------------------------------------------------------------------------------------
+
+FIELDS = {
+    "vocab_size": "vocab_size",
+    "max_seq_len": "n_positions",
+    "n_layers": "n_layer",
+    "n_heads": "n_head",
+    "dim": "n_embd",
+}
+"""Our fields to those of `config.json` there."""
+
+FIXED = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "reorder_and_upcast_attn": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
+"""Entries there that are the same in every model of ours, and what they may be; the first is what it is by default."""
+
+
+def config_to_huggingface(config: GPTConfig) -> dict[str, Any]:
+    """The content of Hugging Face's `config.json`; of special tokens it says that there are none."""
+    fields = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
+    fixed = {name: allowed[0] for name, allowed in FIXED.items()}
+    dropouts = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
+    ends = {"bos_token_id": None, "eos_token_id": None}
+    return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **fields, **fixed, **dropouts, **ends}
+
+
+def config_from_huggingface(entries: Mapping[str, Any]) -> GPTConfig:
+    """Our configuration from the content of Hugging Face's `config.json`.
+
+    Raises:
+        UserError: one line naming an entry that is missing or that asks for what is not here.
+    """
+    for name, allowed in FIXED.items():
+        if entries.get(name, allowed[0]) not in allowed:
+            raise UserError(f"{name} is {entries[name]!r}; allowed: {' or '.join(map(repr, allowed))}")
+    if missing := [name for name in FIELDS.values() if name not in entries]:
+        raise UserError(f"config.json has no {missing[0]!r}, which a model of type gpt2 needs")
+    if entries.get("n_inner") not in (None, 4 * entries["n_embd"]):
+        raise UserError(f"n_inner is {entries['n_inner']!r}; allowed: 4 x n_embd, which is {4 * entries['n_embd']}")
+    fields = {ours: entries[theirs] for ours, theirs in FIELDS.items()}
+    config = GPTConfig(**fields, dropout=entries.get("resid_pdrop", 0.1))
+    check(config, "model.")
+    return config
+
+
 def names_in_huggingface(config: GPTConfig) -> dict[str, str]:
     """Our parameter names to those of Hugging Face's `GPT2LMHeadModel`."""
     names = {
@@ -162,18 +236,37 @@ def _is_transposed(name: str) -> bool:
 
 
 def from_huggingface(config: GPTConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict from that of a `GPT2LMHeadModel`, whose linear layers are stored transposed."""
-    names = names_in_huggingface(config)
-    return {ours: weights[name].t().contiguous() if _is_transposed(ours) else weights[name]
-            for ours, name in names.items()}  # fmt: skip
+    """Our state dict from that of a `GPT2LMHeadModel`.
+
+    There, linear layers are stored transposed, and the rows of all queries come before those of all keys and values.
+    The files of the released weights leave out the prefix ``transformer.``.
+
+    Raises:
+        UserError: a tensor is missing.
+    """
+    converted = {}
+    for ours, name in names_in_huggingface(config).items():
+        found = weights.get(name, weights.get(name.removeprefix("transformer.")))
+        if found is None:
+            raise UserError(f"the weights have no {name!r}, which a model of type gpt2 needs")
+        tensor = found.t() if _is_transposed(ours) else found
+        if ".qkv." in ours:
+            tensor = tensor.view(3, config.n_heads, -1, *tensor.shape[1:]).transpose(0, 1).flatten(0, 2)
+        converted[ours] = tensor.contiguous()
+    return converted
 
 
 def to_huggingface(config: GPTConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a `GPT2LMHeadModel` from ours; biases that we left out are zeros there."""
+    """The tensors of Hugging Face's files from our state dict; biases that we left out are zeros there.
+
+    The head, which is the embedding, is left out, as it is there.
+    """
     converted = {}
     for ours, name in names_in_huggingface(config).items():
-        if ours in weights:
-            converted[name] = weights[ours].t().contiguous() if _is_transposed(ours) else weights[ours]
-        else:
-            converted[name] = torch.zeros(len(weights[ours.replace(".bias", ".weight")]))
-    return converted | {"lm_head.weight": converted["transformer.wte.weight"]}
+        tensor = weights.get(ours)
+        if tensor is None:
+            tensor = torch.zeros(len(weights[ours.replace(".bias", ".weight")]))
+        if ".qkv." in ours:
+            tensor = tensor.view(config.n_heads, 3, -1, *tensor.shape[1:]).transpose(0, 1).flatten(0, 2)
+        converted[name] = (tensor.t() if _is_transposed(ours) else tensor).contiguous()
+    return converted

@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from cleangpt.objectives.next_token import next_token
+from cleangpt.objectives.next_token import next_token, next_token_z
 
 Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 OBJECTIVES: dict[str, Objective] = {
     "next_token": next_token,
+    "next_token_z": next_token_z,
 }

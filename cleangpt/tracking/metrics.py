@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,26 +58,41 @@ FIGURES: dict[str, Figure] = {
     "skipped_steps": Figure("skipped steps", "steps", "steps skipped for a loss or gradient that is not finite"),
     "exact_match": Figure("exact match", "share", "share of scored samples whose generated answer is right"),
 }
-"""Every figure of metrics.jsonl, by key; any other key is the score of a task."""
+"""Every figure of metrics.jsonl, by key; any other key is the score of a task.
+
+Behind a slash stands the source of a mixture, of which alone the figure is: ``val_loss/code``.
+"""
 
 NO_SCORES = frozenset(FIGURES) - {"exact_match"}
 
 
+def of_source(name: str, source: str) -> str:
+    """The key of the figure `name` of one source of a mixture; `name` itself for the empty source, which is all."""
+    return f"{name}/{source}" if source else name
+
+
+def figure(name: str) -> Figure:
+    """What is known of the figure `name`; the unit of a score that is not in FIGURES is ``score``."""
+    kind, _, source = name.partition("/")
+    known = FIGURES.get(kind, Figure(kind.replace("_", " "), "score", ""))
+    return replace(known, label=f"{known.label}, {source}") if source else known
+
+
 def scores(names: Mapping[str, Any]) -> list[str]:
     """The keys among `names` that are scores of a task."""
-    return [name for name in names if name not in NO_SCORES]
+    return [name for name in names if name.partition("/")[0] not in NO_SCORES]
 
 
 def label(name: str) -> str:
     """What the figure `name` is called."""
-    return FIGURES[name].label if name in FIGURES else name.replace("_", " ")
+    return figure(name).label
 
 
 def show(name: str, value: Value) -> str:
     """The figure `name` for a reader, in its unit: ``23.1 %``, ``1:02:03``, ``1.21M``."""
     if value is None or not math.isfinite(value):
         return UNKNOWN if value is None else str(value)
-    unit = FIGURES[name].unit if name in FIGURES else "score"
+    unit = figure(name).unit
     if unit in ("samples", "tokens", "tokens/s", "steps"):
         return show_count(value)
     if unit == "bytes":

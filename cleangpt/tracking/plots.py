@@ -64,6 +64,13 @@ def score_plot(runs: Runs, path: Path) -> Path | None:
     return panels(runs, list(names), "tokens", "Scores", path)
 
 
+def source_plot(runs: Runs, path: Path) -> Path | None:
+    """The validation loss of each source of a mixture over tokens seen."""
+    names = dict.fromkeys(name for rows in runs.values() for row in rows for name in row)
+    losses = [name for name in names if name.startswith("val_loss/")]
+    return panels(runs, losses, "tokens", "Validation loss by source", path)
+
+
 def panels(runs: Runs, names: Sequence[str], x: str, title: str, path: Path) -> Path | None:
     """One panel for each of the figures `names` that any run knows, one below the other, over the figure `x`.
 
@@ -154,20 +161,20 @@ def _dress(axis: Axes, y: str) -> None:
     axis.set_ylabel(_axis_label(y))
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.margins(x=0.02, y=0.08)
-    unit = metrics.FIGURES[y].unit if y in metrics.FIGURES else ""
+    unit = metrics.figure(y).unit
     if unit == "share":
         axis.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     elif unit in ("samples", "tokens", "tokens/s", "steps"):
         axis.yaxis.set_major_formatter(EngFormatter(sep=""))
     else:
         axis.yaxis.set_major_formatter("{x:.4g}")
-    if y not in ("val_loss", "grad_norm") and axis.dataLim.ymin >= 0:
+    if y.partition("/")[0] not in ("val_loss", "grad_norm") and axis.dataLim.ymin >= 0:
         axis.set_ylim(0, 1.08 * axis.dataLim.ymax or 1)
 
 
 def _axis_label(name: str) -> str:
-    unit = metrics.FIGURES[name].unit if name in metrics.FIGURES else ""
-    said = unit in metrics.label(name) or unit in ("share", "tokens/s")
+    unit = metrics.figure(name).unit
+    said = unit in metrics.label(name) or unit in ("share", "tokens/s", "score")
     return metrics.label(name) if said else f"{metrics.label(name)} ({unit})"
 
 

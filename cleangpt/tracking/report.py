@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+import re
 import statistics
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ NEWEST_SAMPLES, LONGEST_SAMPLE = 12, 4000
 
 PLOTS: Mapping[str, tuple[str, Callable[[plots.Runs, Path], Path | None]]] = {
     "loss": ("Loss", plots.loss_plot),
+    "sources": ("Validation loss by source", plots.source_plot),
     "scores": ("Scores", plots.score_plot),
     "schedules": ("Schedules as run", plots.schedule_plot),
     "throughput": ("Throughput", plots.throughput_plot),
@@ -140,6 +142,8 @@ def summary(run: Run) -> dict[str, str]:
         facts["parameters"] = f"{facts['parameters']:,}"
     for name in ("perplexity", "bits_per_byte", *scores(last)):
         facts[label(name)] = _known(name, first_best.get(name, last.get(name) if name in scores(last) else None))
+    for name in (key for key in last if key.startswith(("val_loss/", "visited_share/", "times_visited/"))):
+        facts[label(name)] = _known(name, last[name])
     for name in ("samples", "tokens", "visited_share", "times_visited", "time_trained", "peak_memory", "skipped_steps"):
         facts[label(name)] = _known(name, last.get(name))
     for name in ("tokens_per_second", "mfu"):
@@ -207,7 +211,7 @@ def _plain(_: str, value: Any) -> str:
 
 
 def _figure(name: str, value: Any) -> str:
-    name = {"loss": "val_loss"}.get(name, name)
+    name = re.sub(r"^loss(?=/|$)", "val_loss", name)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return show(name, value) if number else _plain(name, value)
 

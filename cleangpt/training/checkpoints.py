@@ -8,7 +8,7 @@ checkpoints/val1.4697_mb000012/        validation loss and macro-batch
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from cleangpt.data.tokenizers import Tokenizer, load_tokenizer
 from cleangpt.errors import UserError
 from cleangpt.files import PARTIAL, damage, read_json, seal, write_json, write_text
 from cleangpt.models import build_model, model_kinds
-from cleangpt.training.parallel import load_weights
+from cleangpt.training.parallel import load_weights, whole
 
 FORMAT = 1
 WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "index.json"
@@ -170,15 +170,46 @@ def best_checkpoint(run: Path) -> Path:
     return run / "checkpoints" / min(entries, key=_rank).name
 
 
-def fill(model: nn.Module, weights: dict[str, Tensor]) -> list[str]:
-    """Copies into `model` every weight whose name and shape match; returns a line about each that did not."""
+POSITION_ROWS = ("position_embedding.weight",)
+TOKEN_ROWS = ("token_embedding.weight", "head.weight")
+"""Matrices with one row per position or per token, of which there may be more or fewer in a model than in another."""
+
+
+def fill(model: nn.Module, weights: Mapping[str, Tensor], same_tokens: bool = False) -> list[str]:
+    """Copies into `model` every weight whose name and shape match; returns a line about each that did not.
+
+    Of the rows that stand for positions, and for tokens where they are the `same_tokens`, those that both have are
+    copied. A model that is cut over several processes is filled by all of them together.
+    """
+    rows = POSITION_ROWS + TOKEN_ROWS * same_tokens
     target = model.state_dict()
-    matching = {name: tensor for name, tensor in weights.items()
-                if name in target and tensor.shape == target[name].shape}  # fmt: skip
-    load_weights(model, matching, strict=False)
+    fitting: dict[str, Tensor] = {}
     lines = []
-    for name in sorted(target.keys() - matching.keys()):
-        found = f"has shape {tuple(weights[name].shape)}" if name in weights else "is not in the checkpoint"
-        lines.append(f"{name} {found}; it keeps its initial values, shape {tuple(target[name].shape)}")
+    for name in sorted(target):
+        ours, theirs = target[name], weights.get(name)
+        if theirs is not None and theirs.shape == ours.shape:
+            fitting[name] = theirs
+        elif theirs is not None and theirs.shape[1:] == ours.shape[1:] and name in rows:
+            fitting[name] = torch.cat([theirs[: len(ours)], whole(ours)[len(theirs) :].to(theirs.device, theirs.dtype)])
+            rest = (
+                "the model's others keep their initial values" if len(ours) > len(theirs) else "the others are left out"
+            )
+            lines.append(f"{name} takes {min(len(ours), len(theirs)):,} of {len(theirs):,} rows; {rest}")
+        else:
+            found = "is not in the checkpoint" if theirs is None else f"has shape {tuple(theirs.shape)}"
+            lines.append(f"{name} {found}; it keeps its initial values, shape {tuple(ours.shape)}")
+    load_weights(model, fitting, strict=False)
     lines += [f"{name} is in the checkpoint but not in the model" for name in sorted(weights.keys() - target.keys())]
     return lines
+
+
+def differing_fields(theirs: ModelConfig, ours: ModelConfig) -> list[str]:
+    """A line about each field of a model that the shapes of its weights may not tell, such as the number of heads."""
+    if type(theirs) is not type(ours):
+        return [f"the checkpoint is of {type(theirs).__name__}, the model of {type(ours).__name__}"]
+    names = [entry.name for entry in fields(ours) if entry.name not in ("vocab_size", "max_seq_len", "dropout")]
+    return [
+        f"model.{name} is {getattr(ours, name)!r}; in the checkpoint it is {getattr(theirs, name)!r}"
+        for name in names
+        if getattr(ours, name) != getattr(theirs, name)
+    ]

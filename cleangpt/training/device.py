@@ -1,16 +1,19 @@
 """Where and in which numbers a model computes: device, precision, compilation; applied from outside the model."""
 
 import contextlib
+import importlib.util
 import os
 import random
+import shutil
 import sys
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import nn
 
-from cleangpt.errors import UserError
+from cleangpt.errors import UserError, require
 
 PEAK_FLOPS = {
     "H200": 989e12,
@@ -42,14 +45,78 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """The context of a forward pass: autocast to what `training.precision` asks for, nothing for fp32."""
+def compute_dtype(device: torch.device, precision: str) -> torch.dtype:
+    """What `training.precision` multiplies matrices in; fp8 stands on bf16, and tf32 is a way to multiply fp32."""
     if precision == "auto":
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        precision = "bf16" if has_bf16 else "fp32"
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """The context of a forward pass that multiplies in `dtype`; nothing for fp32."""
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def set_fp32_precision(precision: str) -> None:
+    """How matrices of fp32 are multiplied: exactly with fp32, else in TF32 where a device has it."""
+    exact = precision == "fp32"
+    if hasattr(torch.backends, "fp32_precision"):
+        # What a library has set for matrices alone would count for more than the setting for all operations.
+        backends = cast(Any, torch.backends)
+        for settings in (backends, backends.cuda.matmul, backends.mkldnn.matmul):
+            settings.fp32_precision = "ieee" if exact else "tf32"
+    else:
+        torch.set_float32_matmul_precision("highest" if exact else "high")
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Refuses a precision that the device has no units for, or whose library is missing.
+
+    Raises:
+        UserError: one line naming what is missing.
+    """
+    if precision != "fp8":
+        return
+    require("torchao", "fp8")
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        raise UserError(
+            f"training.precision is 'fp8', but {describe_device(device)} has no fp8 units; "
+            "allowed: GPUs of compute capability 8.9 or more, such as H100; try bf16"
+        )
+
+
+def use_fp8(model: nn.Module, emulate: bool = False) -> None:
+    """Makes the linear layers of the blocks multiply in fp8.
+
+    Micikevicius et al. 2022, "FP8 formats for deep learning"; torchao scales every tensor as it comes. Layers
+    with a side that 16 does not divide stay as they are: the units cannot take them. Weights and their names do not
+    change; `emulate` computes the same without such units.
+    """
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    def fits(module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.Linear) and module.in_features % 16 == 0 and module.out_features % 16 == 0
+
+    for block in getattr(model, "blocks", []):
+        convert_to_float8_training(block, config=Float8LinearConfig(emulate=emulate), module_filter_fn=fits)
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile finds what it needs: Triton for CUDA, a C++ compiler for a CPU."""
+    if device.type == "cuda":
+        return importlib.util.find_spec("triton") is not None
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Puts torch.compile into each element of `model.blocks`; they share what is compiled. Names do not change."""
+    for block in getattr(model, "blocks", []):
+        block.compile()
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """A context in which compiled modules run as plain ones, for inputs whose shape changes with every call."""
+    return cast("AbstractContextManager[Any]", torch.compiler.set_stance("force_eager"))
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -58,6 +125,16 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of memory for this process: the device's with CUDA, its share of the machine's on a CPU; None: unknown."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if device.type == "mps" or not hasattr(os, "sysconf"):
+        return None
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return host // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cleangpt.config import OptimizerConfig
-from cleangpt.training.parallel import like, whole
+from cleangpt.training.parallel import whole
 
 
 class Optimizer:
@@ -64,21 +64,25 @@ class Optimizer:
         return torch.where(bad > 0, torch.zeros_like(norm), norm)
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments by parameter name, whole, the counts of skipped steps, and the loss scale."""
-        state = self.adamw.state_dict()["state"]
-        moments = {self.names[index]: entry for index, entry in state.items()}
-        return {"moments": whole(moments), "skipped": self.skipped, "scaler": self.scaler.state_dict()}
+        """Moments by parameter name, cut as the parameter is, the counts of skipped steps, and the loss scale."""
+        moments = {name: self._moments(parameter) for name, parameter in zip(self.names, self.parameters, strict=True)}
+        return {"moments": moments, "skipped": self.skipped, "scaler": self.scaler.state_dict()}
+
+    def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """AdamW's state of a parameter; before the first step, that with which it will begin."""
+        if not self.adamw.state[parameter]:
+            step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            first, second = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            self.adamw.state[parameter] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
+        moments: dict[str, Tensor] = self.adamw.state[parameter]
+        return moments
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state_dict`; rates and decays come from the experiment."""
-        groups = self.adamw.state_dict()["param_groups"]
-        moments = {}
+        """Goes on from `state_dict`, filled in place or not; rates and decays come from the experiment."""
+        own = self.state_dict()["moments"]
         for name, entry in state["moments"].items():
-            index = self.names.index(name)
-            parameter = self.parameters[index]
-            moments[index] = {key: like(value, parameter) if value.shape == parameter.shape else value
-                              for key, value in entry.items()}  # fmt: skip
-        self.adamw.load_state_dict({"state": moments, "param_groups": groups})
+            for key, value in entry.items():
+                own[name][key].copy_(value)
         self.skipped = state["skipped"].to(self.skipped.device)
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])

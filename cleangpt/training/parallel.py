@@ -4,70 +4,263 @@ ddp   every device has the whole model; gradients are averaged (Li et al. 2020, 
 fsdp  weights, gradients and moments are cut into one part per device, gathered block by block while they are used
       (Zhao et al. 2023, "PyTorch FSDP"; PyTorch's `fully_shard`)
 hsdp  fsdp within groups of devices, copies of it across the groups
+tp    every matrix is cut, and so is the work with it (Shoeybi et al. 2019, "Megatron-LM"); between the matrices, the
+      sequence is cut (Korthikanti et al. 2022, "Reducing activation recomputation in large transformer models")
 
-Whatever the strategy, what leaves a run (snapshots, checkpoints) has whole tensors under the model's own names, so a
-run may go on under another strategy and on another number of devices.
+With `parallel.tensor`, neighbouring devices share a part of fsdp or hsdp as in tp. Whatever the strategy, tensors keep
+the model's own names and whole shapes in all that leaves a run, so that a run may go on under another strategy and on
+another number of devices.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from cleangpt.config import ParallelConfig
+from cleangpt.config import ModelConfig, ParallelConfig
 from cleangpt.errors import UserError
+from cleangpt.models import build_model
+from cleangpt.training.device import device_memory
 from cleangpt.training.ranks import Ranks
 
+# A part of a matrix that is cut twice takes two collectives to put together, and gloo has no all-to-all; PyTorch would
+# warn of each.
+for name in ("torch.distributed.tensor._redistribute", "torch.distributed.tensor._collective_utils"):
+    logging.getLogger(name).setLevel(logging.ERROR)
 
-def check_parallel(config: ParallelConfig, world_size: int) -> None:
-    """Refuses a strategy that does not fit the number of processes.
+BYTES_PER_PARAMETER = 16
+"""Weight, gradient and two moments, each in fp32."""
+
+
+# Which device does what ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The processes as a box: copies of the model x parts of a copy x parts of each matrix; the last are neighbours."""
+
+    replicas: int = 1
+    shards: int = 1
+    tensor: int = 1
+
+    @property
+    def parts(self) -> int:
+        """Parts that a batch is cut into; those who share a matrix see the same part."""
+        return self.replicas * self.shards
+
+    def part(self, rank: int) -> int:
+        """The part of each batch that a process sees."""
+        return rank // self.tensor
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a process holds parts of tensors."""
+        return self.shards * self.tensor > 1
+
+    def mesh(self, device: torch.device) -> DeviceMesh:
+        """The box in PyTorch's terms."""
+        names = ("replicate", "shard", "tensor")
+        return init_device_mesh(device.type, (self.replicas, self.shards, self.tensor), mesh_dim_names=names)
+
+
+def layout(config: ParallelConfig, world_size: int) -> Layout:
+    """How a strategy uses so many processes; `auto` counts as ddp.
 
     Raises:
-        UserError: names the field, its value and what is allowed.
+        UserError: the strategy does not fit the number of processes.
     """
-    if config.strategy != "hsdp":
-        return
-    if config.replicas < 2 or world_size % config.replicas or world_size == config.replicas:
-        raise UserError(
-            f"parallel.replicas is {config.replicas}; allowed with strategy hsdp: a divisor of the {world_size} "
-            "processes, neither 1 nor all of them"
-        )
+    strategy, tensor = config.strategy, config.tensor
+    if tensor > 1 and strategy not in ("fsdp", "hsdp"):
+        raise UserError(f"parallel.tensor is {tensor}; allowed with strategy {strategy}: 1 (fsdp and hsdp take more)")
+    if world_size == 1:
+        return Layout()
+    if world_size % tensor:
+        raise UserError(f"parallel.tensor is {tensor}; allowed: a divisor of the {world_size} processes")
+    parts = world_size // tensor
+    if strategy == "hsdp":
+        if config.replicas < 2 or parts % config.replicas or parts == config.replicas:
+            among = f"{world_size} processes" if tensor == 1 else f"{parts} groups of {tensor} processes"
+            raise UserError(
+                f"parallel.replicas is {config.replicas}; allowed with strategy hsdp: a divisor of the {among}, "
+                "neither 1 nor all of them"
+            )
+        return Layout(config.replicas, parts // config.replicas, tensor)
+    if strategy == "fsdp":
+        return Layout(1, parts, tensor)
+    return Layout(1, 1, world_size) if strategy == "tp" else Layout(world_size)
+
+
+def check_compilation(compiled: str, place: Layout, device: torch.device) -> None:
+    """Refuses to compile over gloo where matrices are cut: one run in some thirty has ended in a corrupted heap there.
+
+    Raises:
+        UserError: names the field and what is allowed.
+    """
+    if compiled != "off" and place.tensor > 1 and device.type == "cpu":
+        raise UserError(f"training.compile is {compiled!r}; allowed on CPUs with matrices cut: off; it is not reliable")
+
+
+def choose_layout(config: ParallelConfig, model: ModelConfig, ranks: Ranks, device: torch.device) -> Layout:
+    """`layout`, where `auto` becomes fsdp if weights, gradients and moments take more than half of the memory."""
+    if config.strategy == "auto" and ranks.world_size > 1:
+        with torch.device("meta"):
+            needed = BYTES_PER_PARAMETER * sum(parameter.numel() for parameter in build_model(model).parameters())
+        memory = device_memory(device)
+        fits = memory is None or needed <= memory / 2
+        # Processes may see different amounts of memory; the main one decides for all.
+        config = replace(config, strategy=ranks.from_main("ddp" if fits else "fsdp"))
+    return layout(config, ranks.world_size)
+
+
+# From a plain model to one spread over devices ------------------------------------------------------------------------
 
 
 def parallelize(
-    model: nn.Module, config: ParallelConfig, ranks: Ranks, device: torch.device, compile_model: bool
+    build: Callable[[], nn.Module],
+    place: Layout,
+    device: torch.device,
+    prepare: Callable[[nn.Module], None] = lambda model: None,
+    *,
+    gather_dtype: torch.dtype | None = None,
+    reshard_after_forward: bool = True,
 ) -> nn.Module:
-    """The model to call in training; `model` itself keeps the parameters, their names and the state dict.
+    """The model, with this process's part of its parameters on `device`, holding the same values whatever the layout.
+
+    A model whose class has an `init_parameter` is built on the meta device, cut, and only then given memory and values,
+    one parameter at a time: it never exists whole. A class that inherits this method from another may set values of its
+    own elsewhere, so its models are built whole and then cut.
 
     Args:
-        model: on `device`, with the same weights on every process. Sharding cuts its parameters in place, a block
-            (an element of `model.blocks`, where it has them) at a time.
-        config: the strategy.
-        ranks: the processes.
+        build: makes the plain model; the global generators must stand alike on all processes.
+        place: from `choose_layout`.
         device: this process's device.
-        compile_model: whether to put torch.compile around the model, inside the strategy where it needs that.
+        prepare: changes the model in place before it is cut.
+        gather_dtype: what blocks are gathered and computed in where they are cut; None: as they are stored.
+        reshard_after_forward: whether a block's gathered weights are freed between forward and backward pass.
+
+    Raises:
+        UserError: the architecture cannot be cut into `place.tensor` parts.
     """
-    if ranks.world_size == 1:
-        return _compiled(model) if compile_model else model
-    if config.strategy in ("auto", "ddp"):
-        inner = _compiled(model) if compile_model else model
-        devices = [device] if device.type == "cuda" else None
-        return DistributedDataParallel(inner, device_ids=devices, gradient_as_bucket_view=True)
-    shape = (ranks.world_size,) if config.strategy == "fsdp" else (config.replicas, ranks.world_size // config.replicas)
-    names = ("shard",) if config.strategy == "fsdp" else ("replicate", "shard")
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    for block in getattr(model, "blocks", []):
-        fully_shard(block, mesh=mesh, reshard_after_forward=config.reshard_after_forward)
-    fully_shard(model, mesh=mesh)
-    return _compiled(model) if compile_model else model
+    with torch.device("meta"):
+        model = build()
+    deferred = "init_parameter" in vars(type(model))
+    if not deferred:
+        with device:
+            model = build()
+    prepare(model)
+    if place.sharded:
+        mesh = place.mesh(device)
+        if place.tensor > 1:
+            _cut_matrices(model, mesh["tensor"])
+        if place.shards > 1:
+            # Activations have that dtype already; what a model keeps in fp32 for exactness stays so.
+            policy = MixedPrecisionPolicy(
+                param_dtype=gather_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+            inner = mesh["replicate", "shard"] if place.replicas > 1 else mesh["shard"]
+            for block in getattr(model, "blocks", []):
+                fully_shard(block, mesh=inner, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+            fully_shard(model, mesh=inner, mp_policy=policy)
+        if place.tensor > 1:
+            model.register_forward_hook(lambda module, inputs, logits: whole(logits))
+    if deferred:
+        model.to_empty(device=device)
+        _initialise(model, device)
+    return model
+
+
+@torch.no_grad()
+def _initialise(model: nn.Module, device: torch.device) -> None:
+    """Draws every parameter whole, one after the other, and keeps this process's part of it."""
+    for name, parameter in model.named_parameters():
+        values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        cast(Any, model).init_parameter(name, values)
+        parameter.copy_(like(values, parameter))
+
+
+# The words of an architecture's `tensor_plan`: between the modules, activations `(batch, seq, dim)` are cut along seq.
+STYLES: dict[str, Callable[[], ParallelStyle]] = {
+    # An embedding, cut by its entries; a device looks up those that it has.
+    "vocabulary": lambda: RowwiseParallel(
+        input_layouts=Replicate(), output_layouts=Shard(1), use_local_output=False
+    ),
+    # One cut by its features, so that there may be fewer entries than devices.
+    "positions": lambda: ColwiseParallel(input_layouts=Replicate(), output_layouts=Shard(0), use_local_output=False),
+    # A norm over features, whole on every device, each of which has a part of the sequence.
+    "sequence": lambda: SequenceParallel(),
+    # A linear layer cut by its outputs: gathers the sequence, and leaves each device its own features.
+    "column": lambda: ColwiseParallel(input_layouts=Shard(1)),
+    # One cut by its inputs: adds up the parts, and leaves each device its part of the sequence.
+    "row": lambda: RowwiseParallel(output_layouts=Shard(1), use_local_output=False),
+    # A norm within each head `(batch, seq, heads, head_dim)`, whole on every device, each of which has its own heads.
+    "heads": lambda: SequenceParallel(sequence_dim=2, use_local_output=True),
+    # The last linear layer, cut by its outputs, the vocabulary.
+    "logits": lambda: ColwiseParallel(input_layouts=Shard(1), use_local_output=False),
+}  # fmt: skip
+
+
+def _cut_matrices(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Tensor and sequence parallelism by the architecture's own plan."""
+    plan: dict[str, str] = getattr(model, "tensor_plan", {})
+    if not plan:
+        raise UserError(f"{type(model).__name__} has no tensor_plan, so its matrices cannot be cut; use strategy fsdp")
+    _check_divisible(model, plan, mesh.size())
+    for name, _ in model.named_parameters():
+        if _pattern(name.rpartition(".")[0]) not in plan:
+            raise UserError(
+                f"{name} has no entry in the tensor_plan of {type(model).__name__}, so its matrices cannot be cut; "
+                "use strategy fsdp, or add one"
+            )
+    present = {_pattern(name) for name, _ in model.named_modules()}
+    parallelize_module(model, mesh, {name: STYLES[word]() for name, word in plan.items() if name in present})
+
+
+def _pattern(name: str) -> str:
+    """A module's name with ``*`` for every number, as it stands in a plan."""
+    return ".".join("*" if word.isdigit() else word for word in name.split("."))
+
+
+def _check_divisible(model: nn.Module, plan: Mapping[str, str], parts: int) -> None:
+    """Refuses a number of parts that would cut through a head, or cut features unevenly."""
+    config: Any = model.config
+    for field in ("n_heads", "n_kv_heads"):
+        if (count := getattr(config, field, None)) is not None and count % parts:
+            raise UserError(f"model.{field} is {count}; allowed with matrices cut in {parts}: a multiple of that")
+    for name, module in model.named_modules():
+        pattern = _pattern(name)
+        if isinstance(module, nn.Embedding) and plan.get(pattern) == "vocabulary":
+            entries = module.num_embeddings
+            if -(-entries // parts) * (parts - 1) >= entries:
+                raise UserError(f"{name} has {entries} entries, too few to cut in {parts}")
+        if isinstance(module, nn.Linear) and plan.get(pattern) in ("column", "row"):
+            size = module.out_features if plan[pattern] == "column" else module.in_features
+            if size % parts:
+                raise UserError(f"{name} has {size} features; allowed with matrices cut in {parts}: a multiple of that")
+
+
+def with_gradient_exchange(model: nn.Module, place: Layout, device: torch.device) -> nn.Module:
+    """The model to call in training: behind DDP where it has copies that are not cut, else `model` itself."""
+    if place.sharded or place.replicas == 1:
+        return model
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
 
 def recompute(model: nn.Module, every: int | None) -> None:
@@ -89,6 +282,9 @@ def without_sync(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+# Tensors, whole and cut ----------------------------------------------------------------------------------------------
+
+
 def whole(tree: Any) -> Any:
     """A state dict with every sharded tensor put together again; all processes must call it together."""
     if isinstance(tree, DTensor):
@@ -98,11 +294,22 @@ def whole(tree: Any) -> Any:
     return tree
 
 
+def gather_to_host(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Whole tensors in host memory on the processes that `keep` them, one at a time on a device; all must call it."""
+    gathered = {}
+    for name, tensor in tensors.items():
+        put_together: Tensor = whole(tensor)
+        if keep:
+            gathered[name] = put_together.detach().cpu()
+    return gathered
+
+
 def like(tensor: Tensor, reference: Tensor) -> Tensor:
-    """A whole tensor, cut and placed as `reference` is."""
+    """A whole tensor that every process has, cut and placed as `reference` is."""
     if not isinstance(reference, DTensor):
         return tensor.to(reference.device)
-    return distribute_tensor(tensor.to(reference.to_local().device), reference.device_mesh, reference.placements)
+    placed = tensor.to(reference.to_local().device)
+    return distribute_tensor(placed, reference.device_mesh, reference.placements, src_data_rank=None)
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], strict: bool = True) -> None:
@@ -110,8 +317,3 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], strict: bool =
     current = model.state_dict()
     placed = {name: like(tensor, current[name]) if name in current else tensor for name, tensor in weights.items()}
     model.load_state_dict(placed, strict=strict)
-
-
-def _compiled(model: nn.Module) -> nn.Module:
-    """The model behind `torch.compile`, with the same parameters."""
-    return cast(nn.Module, torch.compile(model))

@@ -6,18 +6,26 @@ uses. They differ as soon as there are two machines.
 
 import contextlib
 import os
-from dataclasses import dataclass
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from types import TracebackType
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-TIMEOUT = timedelta(minutes=10)
-"""How long a process waits for the others before it gives up."""
+from cleangpt.errors import RunFailedError
+from cleangpt.training.signals import without_sigterm
+
+T = TypeVar("T")
+PATIENCE = timedelta(seconds=3)
+"""How long a process that has lost another waits for the word of the rest, before it says who is silent."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,12 @@ class Ranks:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    notes: Store | None = field(default=None, repr=False, compare=False)
+    """Where the processes leave word of themselves: their steps and errors. None: a process alone."""
+    timeout: timedelta = timedelta(minutes=10)
+    """How long a process waits for the others."""
+    owns_group: bool = True
+    """Whether the process group ends with the run; not where Ray Train has made it."""
 
     @property
     def is_main(self) -> bool:
@@ -64,30 +78,121 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
+    def after_main(self, work: Callable[[], T]) -> T:
+        """What `work` returns, once the main process has done it; the others wait for that as long as it takes."""
+        while self.notes is not None and not self.is_main and not self.notes.check(["main_done"]):
+            time.sleep(0.05)
+        result = work()
+        if self.notes is not None and self.is_main:
+            self.notes.set("main_done", "")
+        return result
+
+    def note_step(self, step: int) -> None:
+        """Leaves word of the step that this process has reached, for the others to find should it fall silent."""
+        if self.notes is not None:
+            self.notes.set(f"step_{self.rank}", f"{step} {platform.node()}")
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leaves; after an error, tells the others why, or says which of them is missing.
+
+        Raises:
+            RunFailedError: another process failed, ended or fell silent; names it, its machine and its step.
+        """
+        if error is None:
+            self.leave()
+        elif self.notes is not None and _is_of_the_connection(error):
+            with without_sigterm():
+                reason = _explain(self, self.notes, "timed out" in str(error).lower())
+            raise RunFailedError(reason) from error
+        elif self.notes is not None:
+            _tell_failure(self.rank, self.notes, error)
+
     def leave(self) -> None:
         """Waits for the others and ends the process group; a neighbour that has left before is no failure any more."""
         if self.world_size > 1:
             with contextlib.suppress(RuntimeError):
                 dist.barrier()
-            dist.destroy_process_group()
+            if self.owns_group:
+                dist.destroy_process_group()
 
 
-def join() -> Ranks:
-    """Joins the process group that torchrun's environment describes; without one, this process is alone."""
+def join(timeout: int = 600) -> Ranks:
+    """Joins the process group that the environment describes; without one, this process is alone.
+
+    Args:
+        timeout: seconds that a process waits for the others before it gives up.
+    """
     if world_size() == 1:
         return Ranks()
-    ranks = Ranks(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), world_size())
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    limit = timedelta(seconds=timeout)
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
-        torch.cuda.set_device(ranks.local_rank)
-    store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
-    # torchrun keeps its store when it starts processes again; without a prefix of their own, the new ones would find
-    # the addresses of the dead ones there.
-    store = PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        torch.cuda.set_device(local_rank)
+    made = dist.is_initialized()
+    if made:  # by Ray Train, which also sets the variables that torchrun sets
+        store = dist.distributed_c10d._get_default_store()
+    else:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        store, _, _ = next(rendezvous("env://", timeout=limit))
+        # torchrun keeps its store when it starts processes again; without a prefix of their own, the new ones would
+        # find the addresses of the dead ones there.
+        store = PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size(), timeout=limit)
+    ranks = Ranks(rank, local_rank, world_size(), PrefixStore("notes", store), limit, owns_group=not made)
+    ranks.note_step(0)
     return ranks
 
 
 def world_size() -> int:
     """Processes in the run, before any of them has joined."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+# When one is missing -------------------------------------------------------------------------------------------------
+
+
+def _is_of_the_connection(error: BaseException) -> bool:
+    """Whether an error only says that another process could not be reached: gloo raises a plain RuntimeError."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
+def _tell_failure(rank: int, notes: Store, error: BaseException) -> None:
+    """Leaves word of this process's own error, for those that will miss it."""
+    reason = str(error) or type(error).__name__
+    with contextlib.suppress(RuntimeError):
+        step, machine = _last_note(rank, notes)
+        notes.set("error", f"process {rank} (machine {machine}) failed at step {step}: {reason}")
+
+
+def _explain(ranks: Ranks, notes: Store, timed_out: bool) -> str:
+    """Why a message to or from another process failed: the error that one left word of, or who is silent, where."""
+    try:
+        notes.set(f"lost_{ranks.rank}", "")
+        with contextlib.suppress(dist.DistStoreError):
+            notes.wait(["error"], PATIENCE)
+            return str(notes.get("error").decode())
+        silent = [rank for rank in range(ranks.world_size) if not notes.check([f"lost_{rank}"])]
+        here, _ = _last_note(ranks.rank, notes)
+        known = [(*_last_note(rank, notes), rank) for rank in silent]
+    except RuntimeError:
+        return "the machine that holds the rendezvous cannot be reached any more"
+    # Among the silent may be some that wait for the one in question, and so have come further than it.
+    who = " and ".join(
+        f"process {rank} (machine {machine}), last heard of at step {step}"
+        for step, machine, rank in known
+        if step == min(known)[0]
+    )
+    if timed_out:
+        return f"no answer within {ranks.timeout.total_seconds():.0f} s at step {here} from {who or 'any process'}"
+    return f"lost the connection at step {here}; no more was heard of {who or 'the others'}"
+
+
+def _last_note(rank: int, notes: Store) -> tuple[int, str]:
+    """The step and the machine that a process last left word of."""
+    step, machine = notes.get(f"step_{rank}").decode().split(" ", 1)
+    return int(step), machine

@@ -18,13 +18,16 @@ from filelock import FileLock, Timeout
 from cleangpt import __version__
 from cleangpt.config import Experiment, from_json, to_json, total_samples
 from cleangpt.corpora import CORPORA
-from cleangpt.data.batches import Samples
-from cleangpt.data.store import TokenStore
+from cleangpt.corpora.mixture import Mixture
+from cleangpt.data.batches import Stream
+from cleangpt.data.mixture import MixedStore, Store, split_samples, stores, training_stream
 from cleangpt.errors import UserError
 from cleangpt.files import read_json, write_bytes, write_json
 from cleangpt.models import build_model, flops_per_token, model_kinds
+from cleangpt.tracking.metrics import of_source
 from cleangpt.training.checkpoints import CONFIG, best_checkpoint
 from cleangpt.training.device import choose_device, describe_device
+from cleangpt.training.parallel import BYTES_PER_PARAMETER, Layout
 
 FIXED = {"name", "data.seq_len", "data.batch_size", "training.batches_per_macro_batch", "training.seed", "objective"}
 EXPERIMENT, EXPERIMENT_FILE, ENVIRONMENT = "experiment.json", "experiment.py", "environment.json"
@@ -33,7 +36,7 @@ LOCK = "lock"
 
 def kinds() -> dict[str, type]:
     """Every registered class that stands in an experiment's JSON under its name."""
-    return {**model_kinds(), **CORPORA}
+    return {**model_kinds(), **CORPORA, "mixture": Mixture}
 
 
 def experiment_json(experiment: Experiment) -> dict[str, Any]:
@@ -154,14 +157,19 @@ def resolve(experiment: Experiment, vocab_size: int) -> Experiment:
     return dataclasses.replace(experiment, model=model)
 
 
-def check_store(experiment: Experiment, store: TokenStore) -> None:
-    """Refuses a store that cannot be cut into samples of the experiment.
+def open_stream(experiment: Experiment, store: Store) -> Stream:
+    """The training samples of the experiment's run; see `training_stream`."""
+    return training_stream(store, experiment.data.seq_len, experiment.training.seed, total_samples(experiment))
+
+
+def check_store(experiment: Experiment, store: Store) -> None:
+    """Refuses a store that cannot be cut into the samples of the experiment.
 
     Raises:
-        UserError: a split is too short, or its rows have another length.
+        UserError: a split is too short, or its rows have another length; or a source of a mixture ends too soon.
     """
-    for name in ("train", "val"):
-        Samples(store.splits[name], experiment.data.seq_len, name)
+    open_stream(experiment, store)
+    split_samples(store, "val", experiment.data.seq_len)
 
 
 def check_resumable(before: Experiment, now: Experiment) -> None:
@@ -177,27 +185,50 @@ def check_resumable(before: Experiment, now: Experiment) -> None:
                 f"{name} is {old.get(name)!r} in this run and cannot become {new.get(name)!r}: the position in the "
                 "data or the weights depend on it; start another run, with init_from for its weights"
             )
+    if getattr(now.corpus, "changes", False) and old["training.macro_batches"] != new["training.macro_batches"]:
+        raise UserError(
+            f"training.macro_batches is {old['training.macro_batches']} in this run and cannot change: the weights of "
+            "its mixture change with progress; start another run, with init_from for its weights"
+        )
 
 
-def summary(experiment: Experiment, run: Path, store: TokenStore, model: Any, device: torch.device) -> list[str]:
-    """What is about to be trained, on what, how much of it and in how much memory, as lines."""
+def summary(
+    experiment: Experiment, run: Path, store: Store, model: Any, device: torch.device, place: Layout
+) -> list[str]:
+    """What is about to be trained, on what, how much of it and in how much memory of each device, as lines."""
     data, training = experiment.data, experiment.training
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    micro_batch = training.micro_batch_size or data.batch_size
-    kept = 16 * parameters
+    micro_batch = training.micro_batch_size or data.batch_size // place.parts
+    kept = BYTES_PER_PARAMETER * parameters / (place.shards * place.tensor)
     activations = model.activation_bytes(micro_batch, data.seq_len) if hasattr(model, "activation_bytes") else 0
-    tokens, train = total_samples(experiment) * data.seq_len, store.splits["train"]
-    visited = total_samples(experiment) / Samples(train, data.seq_len).num_training
+    activations /= place.tensor
+    tokens = total_samples(experiment) * data.seq_len
     return [
         f"run      {run}",
         f"model    {parameters:,} parameters, {flops_per_token(model, data.seq_len):,} FLOPs per token",
         f"memory   about {(kept + activations) / 2**30:.2f} GiB: weights, gradients and moments "
         f"{kept / 2**30:.2f}, activations {activations / 2**30:.2f}",
-        f"data     {train.tokens:,} training tokens in {store.folder}, {visited:.2f} times visited at the end",
+        *_data_lines(experiment, store),
         f"length   {training.macro_batches} macro-batches of {training.batches_per_macro_batch} batches "
         f"of {data.batch_size} x {data.seq_len} tokens: {tokens:,} tokens",
         f"device   {describe_device(device)}",
     ]
+
+
+def _data_lines(experiment: Experiment, store: Store) -> list[str]:
+    """A line for each source: its share of the run where there are several, its tokens, and how often it is visited."""
+    visits = open_stream(experiment, store).visits(total_samples(experiment))
+    samples = split_samples(store, "train", experiment.data.seq_len)
+    lines = []
+    for name, part in stores(store).items():
+        times = visits[of_source("times_visited", name)]
+        share = times * samples[name].num_training / total_samples(experiment)
+        words = f"{name}: {100 * share:.2f} % of the samples, " if isinstance(store, MixedStore) else ""
+        tokens = part.splits["train"].tokens
+        lines.append(
+            f"data     {words}{tokens:,} training tokens in {part.folder}, {times:.2f} times visited at the end"
+        )
+    return lines
 
 
 def environment(experiment: Experiment, overrides: Sequence[str]) -> dict[str, Any]:
@@ -242,10 +273,12 @@ def _check_same(run: Path, there: Mapping[str, Any], here: Mapping[str, Any]) ->
 def _flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
+        if isinstance(value, list) and any(isinstance(part, Mapping) for part in value):
+            value = {str(index): part for index, part in enumerate(value)}
         if isinstance(value, Mapping):
             flat |= _flatten(value, f"{path}{key}.")
         else:
-            flat[path + key] = list(value) if isinstance(value, tuple) else value
+            flat[path + key] = value
     return flat
 
 

@@ -1,8 +1,10 @@
 """A polite end: the first signal asks the loop to finish its step and save, the second stops at once."""
 
+import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -37,3 +39,16 @@ class StopRequest:
         self.requested = signal.Signals(number).name
         # print() may not be re-entered from a handler; a plain write may.
         os.write(2, f"\n{self.requested}: finishing the step and saving; once more stops at once\n".encode())
+
+
+@contextlib.contextmanager
+def without_sigterm() -> Iterator[None]:
+    """While entered, SIGTERM is ignored: torchrun sends it when one process has died, before the others can say so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,25 +1,49 @@
 """Snapshots: everything needed to go on as if nothing had happened.
 
-    snapshots/mb000012/            after 12 macro-batches; mb000012_b00034 is 34 batches into the next one
-        tensors.safetensors        every tensor of the state, by its path in the tree
-        state.json                 the rest of the tree; a tensor's place holds {"tensor": path}
-        manifest.json              sizes and checksums of both
+    snapshots/mb000012/              after 12 macro-batches; mb000012_b00034 is 34 batches into the next one
+        shard_00000.safetensors …    the tensors that one process wrote, or its parts of them
+        index.json                   every tensor by its path in the tree: dtype, shape, and which file has which part
+        state.json                   the rest of the tree; a tensor's place holds {"tensor": path}
+        manifest.json                sizes and checksums of all of these
 
-The tree is what the trainer's parts return from `state_dict`. Nothing is unpickled.
+The tree is what the trainer's parts return from `state_dict`. Paths and whole shapes are the same under every strategy,
+so a snapshot may be loaded under another one and on another number of processes. Nothing is unpickled.
 """
 
+import contextlib
+import io
+import secrets
 import shutil
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
 
+from cleangpt.config import SavingConfig
 from cleangpt.errors import UserError
-from cleangpt.files import PARTIAL, damage, read_json, seal, write_json
+from cleangpt.files import MANIFEST, PARTIAL, damage, read_json, seal, write_json
+from cleangpt.training.ranks import Ranks
+from cleangpt.training.shards import ShardReader, ShardWriter, read_index
 
-FORMAT = 1
-TENSORS, STATE = "tensors.safetensors", "state.json"
+FORMAT = 2
+STATE = "state.json"
+FLAT = (False, False)
+"""For PyTorch's planners: the tensors come in one dict already."""
 
 
 def snapshot_name(macro_batch: int, batches: int = 0) -> str:
@@ -27,18 +51,145 @@ def snapshot_name(macro_batch: int, batches: int = 0) -> str:
     return f"mb{macro_batch:06d}" + (f"_b{batches:05d}" if batches else "")
 
 
-def save_snapshot(folder: Path, name: str, state: dict[str, Any], keep: int) -> None:
-    """Writes `state` as the snapshot `name`, whole or not at all, then removes all but the newest `keep`."""
-    partial = folder / (name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    tensors: dict[str, Tensor] = {}
-    tree = _split(state, "", tensors)
-    save_file(tensors, partial / TENSORS)
-    write_json(partial / STATE, {"format": FORMAT, "state": tree})
-    seal(partial, folder / name)
-    for old in list_snapshots(folder)[keep:]:
-        shutil.rmtree(old)
+# Saving --------------------------------------------------------------------------------------------------------------
+
+
+class Snapshots:
+    """Saves the snapshots of a run; all its processes do so together.
+
+    With `saving.async_snapshots`, training pauses only while the tensors are copied to the host's memory. A thread
+    writes the copy, over a process group of its own, so that its messages do not meet those of training. A process
+    waits `timeout` seconds for the others to write theirs.
+    """
+
+    def __init__(self, folder: Path, config: SavingConfig, ranks: Ranks | None = None, timeout: float = 600.0) -> None:
+        self.folder, self.config, self.ranks = folder, config, ranks or Ranks()
+        several, limit = self.ranks.world_size > 1, timedelta(seconds=timeout)
+        self.group = dist.new_group(backend="gloo", timeout=limit) if several else None
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
+        self.under_way: Future[Metadata] | None = None
+        self.host: dict[MetadataIndex, Tensor] = {}
+        """The copy, kept for the next save: memory that is in use already is quicker to fill."""
+        self.attempt = self.ranks.from_main(secrets.token_hex(4))
+        """Stands in the names of unfinished folders: a process of a dead run may still be writing to its own."""
+
+    def save(self, name: str, state: dict[str, Any]) -> None:
+        """Saves `state` as it is now as the snapshot `name`, whole or not at all; then removes the oldest.
+
+        Args:
+            name: from `snapshot_name`.
+            state: a tree of dicts, lists, numbers, texts and tensors, the same on every process but for the parts of
+                sharded tensors; numbers and texts are taken from the main process.
+
+        Raises:
+            UserError: this snapshot, or the one that was under way, could not be written.
+        """
+        self.wait()
+        tensors: dict[str, Tensor] = {}
+        tree = _split(state, "", tensors)
+        planner = Parts(_to_write(tensors, self.ranks), self.host if self.config.async_snapshots else None)
+        unfinished = self.folder / f"{name}.{self.attempt}{PARTIAL}"
+        writer = ShardWriter(unfinished, self.ranks.rank, partial(self._complete, unfinished, name, tree))
+        _accept_one_process()
+        self.under_way = self.thread.submit(save, {}, storage_writer=writer, planner=planner, process_group=self.group)
+        if not self.config.async_snapshots:
+            self.wait()
+
+    def _complete(self, unfinished: Path, name: str, tree: Any, shards: Mapping[str, Any]) -> None:
+        """The main process's part, when the shards are on the disk."""
+        write_json(unfinished / STATE, {"format": FORMAT, "state": tree})
+        seal(unfinished, self.folder / name, shards)
+        for old in list_snapshots(self.folder)[self.config.keep_snapshots :]:
+            shutil.rmtree(old)
+
+    def wait(self) -> None:
+        """Waits until the save under way is done.
+
+        Raises:
+            UserError: it failed for what the system said, such as a full disk.
+        """
+        task, self.under_way = self.under_way, None
+        if task is None:
+            return
+        try:
+            task.result()
+        except CheckpointException as error:
+            raise _failure("the snapshot could not be saved", error) from error
+
+    def close(self) -> None:
+        """Lets the save under way finish, if it can: for the end of a run that has failed for another reason."""
+        with contextlib.suppress(Exception):
+            self.wait()
+        self.thread.shutdown()
+
+
+class Parts(DefaultSavePlanner):
+    """Plans what this process writes of the tensors that it is made of.
+
+    With `host`, it copies that to the host at once, into the tensors there or new ones, and the copy is written.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], host: dict[MetadataIndex, Tensor] | None) -> None:
+        super().__init__(*FLAT)
+        super().set_up_planner(tensors)
+        super().create_local_plan()
+        self.host = host
+        if host is None:
+            return
+        for item in self.plan.items:
+            part = super().resolve_data(item)
+            assert isinstance(part, Tensor)
+            if item.index not in host or host[item.index].shape != part.shape:
+                host[item.index] = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
+            host[item.index].copy_(part, non_blocking=part.is_cuda)
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            torch.cuda.synchronize()
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
+    ) -> None:
+        """Learns whether this is the process that puts the plans together; the tensors are known."""
+        self.is_coordinator = is_coordinator
+
+    def create_local_plan(self) -> SavePlan:
+        """What this process writes."""
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        """The tensor that is to be written for an item of the plan."""
+        return super().resolve_data(write_item) if self.host is None else self.host[write_item.index]
+
+
+def _to_write(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """The tensors of which this process writes its part.
+
+    Of equal copies one is written, by whoever has least to write so far. All processes come to the same result without
+    asking each other, so that what another one writes need not be copied to the host here.
+    """
+    mine: dict[str, Tensor] = {}
+    loads: dict[int, list[int]] = {}
+    for name, tensor in tensors.items():
+        copy, copies = _copy(tensor, ranks)
+        load = loads.setdefault(copies, [0] * copies)
+        chosen = load.index(min(load))
+        load[chosen] += tensor.numel() * tensor.element_size()
+        if chosen == copy:
+            mine[name] = tensor
+    return mine
+
+
+def _copy(tensor: Tensor, ranks: Ranks) -> tuple[int, int]:
+    """Which copy is here, of how many equal ones, of a tensor or of a part of it."""
+    if not isinstance(tensor, DTensor):
+        return ranks.rank, ranks.world_size
+    mesh, copy, copies = tensor.device_mesh, 0, 1
+    for place, size, placement in zip(mesh.get_coordinate() or (), mesh.shape, tensor.placements, strict=True):
+        if placement.is_replicate():
+            copy, copies = copy * size + place, copies * size
+    return copy, copies
+
+
+# Loading -------------------------------------------------------------------------------------------------------------
 
 
 def list_snapshots(folder: Path) -> list[Path]:
@@ -47,48 +198,88 @@ def list_snapshots(folder: Path) -> list[Path]:
     return sorted(names, key=lambda path: path.name, reverse=True)
 
 
-def newest_snapshot(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest snapshot that is whole, and a line about each newer one that is not."""
+def newest_snapshot(folder: Path, ranks: Ranks | None = None) -> tuple[Path | None, list[str]]:
+    """The newest snapshot that is whole, and a line about each newer one that is not.
+
+    All `ranks` call this together and get the same answer; each reads some of the files.
+    """
+    ranks = ranks or Ranks()
     complaints: list[str] = []
-    for path in list_snapshots(folder):
-        if not (wrong := damage(path)):
+    for path in ranks.from_main(list_snapshots(folder)):
+        wrong = next(filter(None, ranks.gather(_damage(path, ranks))), "")
+        if not wrong:
             return path, complaints
         complaints.append(f"snapshot {path} is damaged ({wrong}); using the one before it")
     return None, complaints
 
 
-def load_snapshot(path: Path) -> dict[str, Any]:
-    """The state that `save_snapshot` wrote, with its tensors on the host.
+def _damage(path: Path, ranks: Ranks) -> str:
+    """`damage` of this process's part of a snapshot; a shard that does not belong to it counts as well."""
+    if wrong := damage(path, ranks.rank, ranks.world_size):
+        return wrong
+    strange = {shard.name for shard in path.glob("shard_*")} - read_json(path / MANIFEST).keys()
+    return f"{min(strange)} is not in {MANIFEST}" if strange else ""
+
+
+def load_snapshot(
+    path: Path, into: Mapping[str, Any] | None = None, group: dist.ProcessGroup | None = None
+) -> dict[str, Any]:
+    """The state that `Snapshots.save` saved.
+
+    Args:
+        path: the snapshot's folder.
+        into: a tree like the saved one, or a part of it. Its tensors are filled in place, however they are sharded, and
+            stand in the result; of those, a process reads only its parts. All other tensors are on the host, whole.
+        group: the process group in which all call this together.
 
     Raises:
-        UserError: the snapshot has a format that this version does not read.
+        UserError: the snapshot has a format that this version does not read, or tensors that do not fit `into`.
     """
     content = read_json(path / STATE)
     if content.get("format") != FORMAT:
         raise UserError(f"{path} has snapshot format {content.get('format')}; this version reads {FORMAT}")
-    state: dict[str, Any] = _join(content["state"], load_file(path / TENSORS))
+    metadata = read_index(path)
+    tensors: dict[str, Any] = {}
+    _split(into or {}, "", tensors)
+    if missing := tensors.keys() - metadata.state_dict_metadata.keys():
+        raise UserError(f"{path} cannot be loaded: it has no {min(missing)}")
+    for name, entry in metadata.state_dict_metadata.items():
+        assert isinstance(entry, TensorStorageMetadata)
+        if name not in tensors:
+            tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    _accept_one_process()
+    try:
+        load(
+            tensors, storage_reader=ShardReader(path, metadata), planner=DefaultLoadPlanner(*FLAT), process_group=group
+        )
+    except CheckpointException as error:
+        raise _failure(f"{path} cannot be loaded", error) from error
+    state: dict[str, Any] = _join(content["state"], tensors)
     return state
 
 
 def clean(folder: Path) -> None:
-    """Removes what an interrupted `save_snapshot` left behind."""
+    """Removes what interrupted saves left behind; what a dying process is still writing goes the next time."""
     for path in [*folder.glob("*" + PARTIAL), *folder.glob("*.old")]:
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+# The tree ------------------------------------------------------------------------------------------------------------
 
 
 def _split(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """Moves the tensors of a tree of dicts, lists and numbers into `tensors`, and says where they were."""
+    """Puts the tensors of a tree of dicts, lists and numbers into `tensors`; returns the tree with paths for them."""
     if isinstance(tree, Tensor):
-        tensors[path] = tree.detach().cpu().contiguous()
+        tensors[path] = tree.detach()
         return {"tensor": path}
-    if isinstance(tree, dict):
+    if isinstance(tree, Mapping):
         return {key: _split(value, f"{path}/{key}" if path else str(key), tensors) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
         return [_split(value, f"{path}/{index}", tensors) for index, value in enumerate(tree)]
     return tree
 
 
-def _join(tree: Any, tensors: dict[str, Tensor]) -> Any:
+def _join(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     """Puts the tensors back."""
     if isinstance(tree, dict):
         if set(tree) == {"tensor"}:
@@ -97,3 +288,16 @@ def _join(tree: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(tree, list):
         return [_join(value, tensors) for value in tree]
     return tree
+
+
+def _accept_one_process() -> None:
+    """Keeps PyTorch from warning, at every save, that there is one process only."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+
+def _failure(what: str, error: CheckpointException) -> Exception:
+    """One line for what the system or a file is to blame for; the cause itself where the program is."""
+    rank, (cause, _) = min(error.failures.items())
+    if isinstance(cause, (OSError, SafetensorError, ValueError)):
+        return UserError(f"{what}: {cause} (process {rank})")
+    return RuntimeError(f"{what}: {cause!r} (process {rank})")

@@ -2,47 +2,65 @@
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from cleangpt.config import Experiment, samples_per_macro_batch
-from cleangpt.data.batches import Batch, BatchLoader, Samples, validation_batches
-from cleangpt.data.order import Order
-from cleangpt.data.store import TokenStore
+from cleangpt.corpora.mixture import tasks
+from cleangpt.data.batches import Batch, BatchLoader, validation_batches
+from cleangpt.data.mixture import Store, mean_shares, split_samples, stores
+from cleangpt.data.tokenizers import same_tokens
 from cleangpt.errors import RunFailedError
 from cleangpt.evaluation import SCORES
-from cleangpt.evaluation.validate import loss_figures, mean_loss
+from cleangpt.evaluation.validate import loss_figures, mean_loss, source_figures
 from cleangpt.inference.text import sample_text
+from cleangpt.interchange.huggingface import open_checkpoint
 from cleangpt.models import build_model, flops_per_token
 from cleangpt.objectives import OBJECTIVES
 from cleangpt.tracking import Silence, open_trackers
+from cleangpt.tracking.metrics import of_source
 from cleangpt.tracking.progress import ProgressBar
 from cleangpt.training import schedules
-from cleangpt.training.checkpoints import Checkpoints, fill, load_checkpoint
+from cleangpt.training.balancing import Balancing
+from cleangpt.training.checkpoints import Checkpoints, differing_fields, fill
 from cleangpt.training.device import (
     RandomState,
     autocast,
+    can_compile,
     choose_device,
+    compile_blocks,
+    compute_dtype,
     peak_flops,
     peak_memory,
     seed_everything,
+    set_fp32_precision,
+    uncompiled,
+    use_fp8,
 )
 from cleangpt.training.early_stopping import EarlyStopping
 from cleangpt.training.optimizer import Optimizer
-from cleangpt.training.parallel import load_weights, parallelize, recompute, whole, without_sync
+from cleangpt.training.parallel import (
+    choose_layout,
+    gather_to_host,
+    parallelize,
+    recompute,
+    with_gradient_exchange,
+    without_sync,
+)
 from cleangpt.training.position import Meter, Position
 from cleangpt.training.ranks import Ranks
-from cleangpt.training.run import experiment_json, find_checkpoint
+from cleangpt.training.run import experiment_json, open_stream
 from cleangpt.training.signals import StopRequest
-from cleangpt.training.snapshots import clean, load_snapshot, newest_snapshot, save_snapshot, snapshot_name
+from cleangpt.training.snapshots import Snapshots, clean, load_snapshot, newest_snapshot, snapshot_name
 
 
 class Trainer:
     """Trains the experiment of a run, from its newest snapshot where there is one."""
 
     def __init__(
-        self, experiment: Experiment, run: Path, store: TokenStore, progress: ProgressBar, ranks: Ranks | None = None
+        self, experiment: Experiment, run: Path, store: Store, progress: ProgressBar, ranks: Ranks | None = None
     ) -> None:
         self.experiment, self.run, self.store, self.progress = experiment, run, store, progress
         self.ranks = ranks or Ranks()
@@ -51,21 +69,21 @@ class Trainer:
             torch.set_num_threads(training.threads)
         self.device = choose_device(training.device, self.ranks.local_rank)
         seed_everything(training.seed)
-        self.model = build_model(experiment.model).to(self.device)
-        recompute(self.model, training.recompute_every)
-        self.forward_model = parallelize(self.model, experiment.parallel, self.ranks, self.device, training.compile)
+        self.layout = choose_layout(experiment.parallel, experiment.model, self.ranks, self.device)
+        self._build_model()
         if self.ranks.world_size > 1:
             seed_everything(training.seed + self.ranks.rank)  # every process drops out activations of its own
         self.objective = OBJECTIVES[experiment.objective]
-        self.context = autocast(self.device, training.precision)
-        self.micro_batch_size = training.micro_batch_size or data.batch_size // self.ranks.world_size
-        self.samples = Samples(store.splits["train"], data.seq_len, "train")
-        self.val_samples = Samples(store.splits["val"], data.seq_len, "val")
-        self.stop, self.stopping = StopRequest(), False
+        self.micro_batch_size = training.micro_batch_size or data.batch_size // self.layout.parts
+        self.stream = open_stream(experiment, store)
+        self.val_samples, self.val_losses = split_samples(store, "val", data.seq_len), dict[str, float]()
+        self.stop, self.stopping, self.failing = StopRequest(), False, False
         self.position, self.meter = Position(), Meter(self.device)
         self.optimizer = Optimizer(self.model, experiment.optimizer, scale_loss=training.precision == "fp16")
+        self.balancing = Balancing(self.model, self.ranks.sum_tensor)
         self.early_stopping = EarlyStopping(experiment.early_stopping)
         self.checkpoints = Checkpoints(run / "checkpoints", experiment.saving, self.ranks.is_main)
+        self.snapshots = Snapshots(run / "snapshots", experiment.saving, self.ranks, experiment.parallel.timeout)
         self.saved = ""
         snapshot = self._restore()
         told_until = self.position.macro_batch if snapshot else None
@@ -73,15 +91,39 @@ class Trainer:
             experiment, experiment_json(experiment), run, snapshot.get("trackers"), told_until, progress.say
         )  # fmt: skip
         self.loader = BatchLoader(
-            self.samples,
-            Order(self.samples.num_training, training.seed),
+            self.stream,
             data.batch_size,
             self.position.samples,
             prefetch=data.prefetch,
             pin_memory=self.device.type == "cuda",
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
+            rank=self.layout.part(self.ranks.rank),
+            world_size=self.layout.parts,
         )
+
+    def _build_model(self) -> None:
+        """The model spread over the devices, and the way to call it: compiled, and in the precision asked for."""
+        training, parallel = self.experiment.training, self.experiment.parallel
+        compiled = training.compile if can_compile(self.device) else "off"
+        if compiled != training.compile:
+            self.progress.say(f"training.compile is {training.compile}, but no compiler was found; going on without")
+
+        def prepare(model: nn.Module) -> None:
+            if training.precision == "fp8":
+                use_fp8(model)
+            recompute(model, training.recompute_every)
+            if compiled == "blocks":
+                compile_blocks(model)
+
+        set_fp32_precision(training.precision)
+        dtype = compute_dtype(self.device, training.precision)
+        gathered = self.layout.shards > 1 and dtype == torch.bfloat16
+        self.model = parallelize(
+            lambda: build_model(self.experiment.model), self.layout, self.device, prepare,
+            gather_dtype=dtype if gathered else None, reshard_after_forward=parallel.reshard_after_forward,
+        )  # fmt: skip
+        self.context = autocast(self.device, torch.float32 if gathered else dtype)
+        called = cast(nn.Module, torch.compile(self.model)) if compiled == "model" else self.model
+        self.forward_model = with_gradient_exchange(called, self.layout, self.device)
 
     # The run ------------------------------------------------------------------------------------------------------
 
@@ -126,14 +168,16 @@ class Trainer:
 
     def step(self) -> None:
         """One update: the gradient of the mean loss per target over all batches of the step (design rule 3)."""
+        self.ranks.note_step(self.position.step)
         count = schedules.accumulation(self.experiment, self.position.samples)
         lr = schedules.learning_rate(self.experiment, self.position.samples, count)
         weight_decay = schedules.weight_decay(self.experiment, self.position.samples, count)
         batches = [self.loader.next() for _ in range(count)]
-        (targets,) = self.ranks.sum(sum(batch.num_targets for batch in batches))
+        (targets,) = self.ranks.sum(sum(batch.num_targets for batch in batches) / self.layout.tensor)
         for number, batch in enumerate(batches, start=1):
             self._backward(batch, targets, last=number == count)
         self.meter.sums[1] += self.optimizer.step(lr, weight_decay)
+        self.balancing.step()
         self.meter.lr, self.meter.weight_decay = lr, weight_decay
         self.meter.targets += targets
         self.meter.steps += 1
@@ -144,7 +188,7 @@ class Trainer:
     def _backward(self, batch: Batch, targets: float, last: bool = True) -> None:
         """Adds a batch's share to the gradient, a micro-batch at a time; the `last` one exchanges it with the others.
 
-        The exchange takes the mean over the devices of sums that each is a part, hence the factor `world_size`.
+        The exchange takes the mean over the parts of the batch, of which the sum is wanted, hence the factor `parts`.
         """
         inputs = batch.inputs.to(self.device, non_blocking=True)
         expected = batch.targets.to(self.device, non_blocking=True)
@@ -153,20 +197,25 @@ class Trainer:
             with without_sync(self.forward_model, last and part.stop >= len(inputs)):
                 with self.context:
                     loss = self.objective(self.forward_model, inputs[part], expected[part])
-                self.optimizer.backward(loss * (self.ranks.world_size / max(targets, 1)))
+                self.optimizer.backward(loss * (self.layout.parts / max(targets, 1)))
             # A loss that is not finite skips the step; kept out of the mean, it does not hide the other steps'.
-            self.meter.sums[0] += loss.detach().nan_to_num(0.0, 0.0, 0.0)
+            self.meter.sums[0] += loss.detach().nan_to_num(0.0, 0.0, 0.0) / self.layout.tensor
 
     def validate(self) -> float:
-        """The loss per target on the validation split, in nats; NaN when a signal cut it short."""
-        batches = validation_batches(
-            self.val_samples, self.micro_batch_size, self.experiment.data.val_samples,
-            rank=self.ranks.rank, world_size=self.ranks.world_size,
-        )  # fmt: skip
-        return mean_loss(
-            self.forward_model, self.objective, batches, self.device, self.context,
-            self._agree_to_stop, self.ranks.sum_tensor,
-        )  # fmt: skip
+        """The loss per target on the validation split, in nats; NaN when a signal cut it short.
+
+        Of a mixture: the mean of the sources' losses, by their shares of the run.
+        """
+        for name, samples in self.val_samples.items():
+            batches = validation_batches(
+                samples, self.micro_batch_size, self.experiment.data.val_samples,
+                rank=self.layout.part(self.ranks.rank), world_size=self.layout.parts,
+            )  # fmt: skip
+            self.val_losses[name] = mean_loss(
+                self.forward_model, self.objective, batches, self.device, self.context,
+                self._agree_to_stop, self.ranks.sum_tensor,
+            )  # fmt: skip
+        return sum(share * self.val_losses[name] for name, share in mean_shares(self.store).items())
 
     # What it leaves behind ----------------------------------------------------------------------------------------
 
@@ -183,46 +232,52 @@ class Trainer:
         macro_batch, tracking = self.position.macro_batch, self.experiment.tracking
         if not self.checkpoints.wanted(macro_batch, val_loss):
             return
-        weights = whole(self.model.state_dict())
+        weights = gather_to_host(self.model.state_dict(), keep=self.ranks.is_main)
         self.checkpoints.save(macro_batch, val_loss, weights, self.experiment.model, self.store.tokenizer)
         if tracking.sample_tokens:
-            text = sample_text(
-                self.model, self.store, tracking.sample_prompt, tracking.sample_tokens, self.device, seed=macro_batch
-            )
+            first, *_ = stores(self.store).values()
+            with uncompiled():
+                text = sample_text(
+                    self.model, first, tracking.sample_prompt, tracking.sample_tokens, self.device, macro_batch
+                )
             self.trackers.sample(macro_batch, text)
 
     def save_snapshot(self) -> None:
-        """Saves everything that a resumed run needs; this is the one list of it (design rule 5)."""
+        """Saves everything that a resumed run needs; this is the one list of it (design rule 5).
+
+        It is written while training goes on; the last one of a run is waited for.
+        """
         self._read_clock()
         size = samples_per_macro_batch(self.experiment)
         batches = (self.position.samples - self.position.macro_batch * size) // self.experiment.data.batch_size
         name = snapshot_name(self.position.macro_batch, batches)
-        if name == self.saved:
-            return
-        state = {
-            "position": self.position.state_dict(),
-            "meter": self.meter.state_dict(self.ranks),
-            "model": whole(self.model.state_dict()),
-            "optimizer": self.optimizer.state_dict(),
-            "early_stopping": self.early_stopping.state_dict(),
-            "checkpoints": self.checkpoints.state_dict(),
-            "trackers": self.trackers.state_dict(),
-            "random": self.ranks.gather(RandomState(self.device).state_dict()),
-        }
-        if self.ranks.is_main:
-            save_snapshot(self.run / "snapshots", name, state, self.experiment.saving.keep_snapshots)
-        self.saved = name
+        if name != self.saved:
+            state = {
+                "position": self.position.state_dict(),
+                "meter": self.meter.state_dict(self.ranks),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "early_stopping": self.early_stopping.state_dict(),
+                "checkpoints": self.checkpoints.state_dict(),
+                "trackers": self.trackers.state_dict(),
+                "random": self.ranks.gather(RandomState(self.device).state_dict()),
+            }
+            self.snapshots.save(name, state)
+            self.saved = name
+        if self._ended():
+            self.snapshots.wait()
 
     def _restore(self) -> dict[str, Any]:
         """Puts every part where the newest good snapshot left it; without one, loads `init_from`."""
-        path = self.ranks.from_main(self._newest_snapshot() if self.ranks.is_main else None)
+        path = self._newest_snapshot()
         if path is None:
             self._initialise()
             return {}
-        state = load_snapshot(path)
+        live = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state = load_snapshot(path, live, self.snapshots.group)
         self.position.load_state_dict(state["position"])
         self.meter.load_state_dict(state["meter"], self.ranks)
-        load_weights(self.model, state["model"])
+        self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.early_stopping.load_state_dict(state["early_stopping"])
         self.checkpoints.load_state_dict(state["checkpoints"])
@@ -234,8 +289,9 @@ class Trainer:
 
     def _newest_snapshot(self) -> Path | None:
         """The newest good snapshot; removes what an interrupted one left, and complains of a damaged one."""
-        clean(self.run / "snapshots")
-        path, complaints = newest_snapshot(self.run / "snapshots")
+        if self.ranks.is_main:
+            clean(self.run / "snapshots")
+        path, complaints = newest_snapshot(self.run / "snapshots", self.ranks)
         for line in complaints:
             self.progress.say(line)
         return path
@@ -244,9 +300,11 @@ class Trainer:
         """Fine-tuning: takes the weights of `init_from` that fit, and says which do not."""
         if self.experiment.init_from is None:
             return
-        checkpoint = load_checkpoint(find_checkpoint(self.experiment.init_from))
-        differing = fill(self.model, checkpoint.weights)
-        if checkpoint.tokenizer.to_json() != self.store.tokenizer.to_json():
+        checkpoint = open_checkpoint(self.experiment.init_from)
+        same = same_tokens(checkpoint.tokenizer, self.store.tokenizer)
+        differing = differing_fields(checkpoint.config, self.experiment.model)
+        differing += fill(self.model, checkpoint.weights, same)
+        if not same:
             differing.append("its tokenizer is not the corpus's, so token ids may mean other texts")
         self.progress.say(f"starting from the weights of {checkpoint.folder}")
         for line in differing:
@@ -257,6 +315,7 @@ class Trainer:
     def _figures(self, val_loss: float) -> dict[str, float | int | None]:
         experiment, meter, position = self.experiment, self.meter, self.position
         (train_loss,) = self.ranks.sum(meter.sums[0].item() / max(meter.targets, 1))
+        splits = {name: store.splits["val"] for name, store in stores(self.store).items()}
         return {
             "macro_batch": position.macro_batch,
             "step": position.step,
@@ -264,14 +323,14 @@ class Trainer:
             "tokens": position.samples * experiment.data.seq_len,
             "train_loss": train_loss,
             "val_loss": val_loss,
-            **loss_figures(val_loss, self.store.splits["val"]),
+            **loss_figures(val_loss, splits.get("")),
+            **source_figures("val_loss", self.val_losses, splits),
             **self._score(),
             "lr": meter.lr,
             "weight_decay": meter.weight_decay,
             "training_batch_size": meter.samples / meter.steps,
             "grad_norm": meter.sums[1].item() / meter.steps,
-            "visited_share": min(1.0, position.samples / self.samples.num_training),
-            "times_visited": position.samples / self.samples.num_training,
+            **self.stream.visits(position.samples),
             **self._throughput(meter.seconds),
             "step_time": meter.seconds / meter.steps,
             "data_wait_share": meter.waited / meter.seconds,
@@ -281,16 +340,21 @@ class Trainer:
         }
 
     def _score(self) -> dict[str, float]:
-        """The corpus's task score, on the same few validation samples every time."""
-        task, count = self.experiment.corpus.task, self.experiment.tracking.score_samples
-        if not task or not count:
+        """The corpus's task score (those of a mixture's sources), on the same few validation samples every time."""
+        wanted, count = tasks(self.experiment.corpus), self.experiment.tracking.score_samples
+        if not wanted or not count:
             return {}
         self.model.eval()
-        return {task: SCORES[task](self.model, self.store.splits["val"], count, self.device)}
+        with uncompiled():
+            return {
+                of_source(task, name): SCORES[task](self.model, store.splits["val"], count, self.device)
+                for name, store in stores(self.store).items()
+                if (task := wanted.get(name))
+            }
 
     def _tell(self, seconds: float) -> None:
         """Shows the macro-batch so far; reading the loss waits for the device, so this is done a few times a second."""
-        self._check_skipped()
+        self.failing = self._skipped_too_many()
         batches = self.position.samples // self.experiment.data.batch_size
         self.progress.update(
             batches,
@@ -298,7 +362,7 @@ class Trainer:
                 # Of this process's part of the targets, which stands for all.
                 "train_loss": self.meter.sums[0].item() * self.ranks.world_size / max(self.meter.targets, 1),
                 "lr": self.meter.lr,
-                "visited_share": min(1.0, self.position.samples / self.samples.num_training),
+                "visited_share": self.stream.visits(self.position.samples)["visited_share"],
                 **self._throughput(seconds),
             },
         )
@@ -311,15 +375,19 @@ class Trainer:
 
     def _check_skipped(self) -> None:
         """Ends the run when too many steps in a row had a loss or gradient that was not finite."""
-        limit = self.experiment.training.max_skipped_steps
-        if int(self.optimizer.skipped[2].item()) < limit:
+        if not self._skipped_too_many():
             return
-        path, _ = newest_snapshot(self.run / "snapshots")
+        limit = self.experiment.training.max_skipped_steps
+        self.snapshots.wait()
+        path, _ = newest_snapshot(self.run / "snapshots", self.ranks)
         where = f"the last good snapshot is {path}" if path else "there is no snapshot yet"
         raise RunFailedError(
             f"{limit} steps in a row up to step {self.position.step:,} had a loss or gradient that is not finite; "
             f"{where}; a lower optimizer.lr or longer schedule.lr.warmup may help"
         )
+
+    def _skipped_too_many(self) -> bool:
+        return int(self.optimizer.skipped[2].item()) >= self.experiment.training.max_skipped_steps
 
     # Start and end ------------------------------------------------------------------------------------------------
 
@@ -338,12 +406,15 @@ class Trainer:
         return "stopped early" if self.early_stopping.should_stop else ""
 
     def _agree_to_stop(self) -> bool:
-        """Whether any process has been asked to stop; all get the same answer."""
-        (asked,) = self.ranks.sum(self.stop.requested is not None)
+        """Whether any process has been asked to stop; all get the same answer, and fail together where one must."""
+        asked, failing = self.ranks.sum(self.stop.requested is not None, self.failing)
+        if failing:
+            self._check_skipped()
         self.stopping = asked > 0
         return self.stopping
 
     def _end(self, status: str) -> None:
+        self.snapshots.close()
         self.progress.close()
         self.trackers.close(status)
         self.loader.close()

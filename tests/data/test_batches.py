@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cleangpt.data.batches import IGNORED, BatchLoader, Samples, validation_batches
+from cleangpt.data.batches import IGNORED, BatchLoader, Samples, SplitStream, validation_batches
 from cleangpt.data.order import Order
 from cleangpt.errors import UserError
 
@@ -34,7 +34,7 @@ def counting(tokens: int, seq_len: int) -> Samples:
 
 
 def loader(samples: Samples, batch_size: int, position: int = 0, **options: int) -> BatchLoader:
-    return BatchLoader(samples, Order(samples.num_training, 7), batch_size, position, **options)
+    return BatchLoader(SplitStream(samples, 7), batch_size, position, **options)
 
 
 @given(seq_len=st.integers(1, 20), extra=st.integers(0, 100), epoch=st.integers(0, 3))

@@ -37,6 +37,7 @@ SHORT = shlex.split(
 )
 SHORT_RESUMED = ["--training.macro-batches", "2"]
 LOCAL_TEXT = {
+    "mixture_code_shakespeare": ["sources.1.corpus.file", "input.txt"],
     "shakespeare_char": ["file", "input.txt"],
     "shakespeare_char_cpu": ["file", "input.txt"],
     "stdlib_code": ["max-bytes", "200000"],

@@ -20,7 +20,7 @@ PROJECT = Path(__file__).parents[2]
 DOCUMENTS = [PROJECT / name for name in ("README.md", "README_zh.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 DOCUMENTS += sorted((PROJECT / "docs").glob("*.md"))
 SECTIONS = "corpus|data|model|optimizer|schedule|training|parallel|early_stopping|saving|tracking"
-VOCABULARY = {"Adder": 13, "Multiplier": 13, "ShakespeareChar": 65, "Stdlib": 257, "TinyStories": 4096}
+VOCABULARY = {"Adder": 13, "Multiplier": 13, "ShakespeareChar": 65, "Stdlib": 257, "TinyStories": 4096, "Mixture": 257}
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
 

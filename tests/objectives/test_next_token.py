@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from cleangpt.data.batches import IGNORED
-from cleangpt.objectives import OBJECTIVES
-from cleangpt.objectives.next_token import next_token
+from cleangpt.objectives import OBJECTIVES, Objective
+from cleangpt.objectives.next_token import next_token, next_token_z
 
 
 class Says(nn.Module):
@@ -52,5 +52,38 @@ def test_half_precision_logits_are_summed_in_float32() -> None:
     assert loss.item() == pytest.approx(-4096 * logits.float().log_softmax(0)[0].item(), rel=1e-5)
 
 
-def test_it_is_the_objective_of_its_name() -> None:
-    assert OBJECTIVES["next_token"] is next_token
+def test_a_z_loss_adds_the_square_of_log_z_at_every_target_that_counts() -> None:
+    """Logits of 2 for each of 10 tokens: log Z is 2 + log 10, whatever the target."""
+    targets = torch.zeros(3, 5, dtype=torch.int64)
+    targets[0] = IGNORED
+    model = Says(torch.full((10,), 2.0))
+    added = next_token_z(model, TOKENS, targets, coefficient=0.01) - next_token(model, TOKENS, targets)
+    assert added.item() == pytest.approx(10 * 0.01 * (2 + math.log(10)) ** 2, rel=1e-4)
+
+
+def test_a_z_loss_draws_log_z_to_zero() -> None:
+    """Each of 10 tokens is as often a target, so the cross-entropy alone would leave log Z where it is."""
+    model, targets = nn.Embedding(1, 10), torch.arange(10).view(2, 5)
+    nn.init.constant_(model.weight, 3.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for _ in range(100):
+        next_token_z(model, TOKENS[:2], targets, coefficient=0.1).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert abs(model.weight.logsumexp(-1).item()) < 0.01
+
+
+@torch.no_grad()
+def test_validation_has_no_z_loss() -> None:
+    model, targets = Says(torch.randn(10)), torch.randint(10, (3, 5))
+    assert torch.equal(next_token_z(model, TOKENS, targets), next_token(model, TOKENS, targets))
+
+
+def test_half_precision_logits_have_a_z_loss_in_float32() -> None:
+    model, targets = Says(torch.randn(10, dtype=torch.bfloat16)), torch.randint(10, (3, 5))
+    assert next_token_z(model, TOKENS, targets).dtype == torch.float32
+
+
+@pytest.mark.parametrize("objective", [next_token, next_token_z])
+def test_it_is_the_objective_of_its_name(objective: Objective) -> None:
+    assert OBJECTIVES[objective.__name__] is objective

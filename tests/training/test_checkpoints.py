@@ -115,6 +115,7 @@ def test_filling_takes_what_fits_and_names_what_does_not() -> None:
     longer = GPT(GPTConfig(vocab_size=5, max_seq_len=8, n_layers=2, n_heads=1, dim=4))
     lines = fill(longer, MODEL.state_dict() | {"extra": torch.ones(1)})
     assert torch.equal(longer.blocks[0].mlp.up.weight, MODEL.blocks[0].mlp.up.weight)
-    assert any(line.startswith("position_embedding.weight has shape (4, 4); it keeps") for line in lines)
+    assert torch.equal(longer.position_embedding.weight[:4], MODEL.position_embedding.weight)
+    assert any(line.startswith("position_embedding.weight takes 4 of 4 rows") for line in lines)
     assert any(line.startswith("blocks.1.mlp.up.weight is not in the checkpoint") for line in lines)
     assert "extra is in the checkpoint but not in the model" in lines

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from cleangpt.tracking.metrics import read_metrics
-from cleangpt.training.snapshots import list_snapshots
+from cleangpt.training.snapshots import list_snapshots, newest_snapshot
 
 EXPERIMENT = """
 from cleangpt.config import *
@@ -71,11 +71,46 @@ def test_a_run_killed_at_several_points_ends_with_the_same_bits(workplace: Path)
         assert process.returncode == -signal.SIGKILL
     finish("resume", "broken")
     assert [line["macro_batch"] for line in read_metrics(Path("broken"))] == list(range(1, 31))
-    one, two = (load_file(list_snapshots(Path(run) / "snapshots")[0] / "tensors.safetensors")
+    one, two = (load_file(list_snapshots(Path(run) / "snapshots")[0] / "shard_00000.safetensors")
                 for run in ("unbroken", "broken"))  # fmt: skip
     assert one.keys() == two.keys() and any(name.startswith("model/") for name in one)
     assert all((one[name].numpy().tobytes() == two[name].numpy().tobytes()) for name in one)
     assert not list(Path("broken").rglob("*.partial")) and not list(Path("broken").rglob("*.old"))
+
+
+KILLED_WHILE_WRITING = """
+import os
+import signal
+from cleangpt.training import shards
+
+save_file = shards.save_file
+
+def write_half(tensors, path):
+    save_file(tensors, path)
+    if "mb000004." in str(path) and os.environ.get("DYING") == os.environ.get("RANK", "none"):
+        os.truncate(path, path.stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+shards.save_file = write_half
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX")
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_process_killed_while_it_writes_its_shard_leaves_the_snapshot_before(workplace: Path, rank: str) -> None:
+    (workplace / "killed.py").write_text(EXPERIMENT + KILLED_WHILE_WRITING)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, "-m", "cleangpt", "train", "killed.py", "--run-dir", "run"]
+    process = subprocess.run(command, capture_output=True, timeout=120, env=os.environ | {"DYING": rank})
+    assert process.returncode != 0
+    assert list(Path("run/snapshots").glob("mb000004.*.partial"))
+    newest, complaints = newest_snapshot(Path("run/snapshots"))
+    assert newest is not None and newest.name == "mb000003" and not complaints
+    finish("resume", "run", "--training.macro-batches", "6")
+    assert "going on from run/snapshots/mb000003" in Path("run/log.txt").read_text()
+    assert [line["macro_batch"] for line in read_metrics(Path("run"))] == list(range(1, 7))
+    assert not list(Path("run").rglob("*.partial"))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the process is asked to stop by SIGTERM")

@@ -5,18 +5,19 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from cleangpt.config import ParallelConfig
 from cleangpt.errors import UserError
 from cleangpt.files import damage
 from cleangpt.tracking.metrics import read_metrics
-from cleangpt.training.parallel import check_parallel
-from cleangpt.training.snapshots import list_snapshots
+from cleangpt.training.parallel import Layout, check_compilation, layout
+from cleangpt.training.snapshots import list_snapshots, load_snapshot
 
 EXPERIMENT = '''
 import os
@@ -28,6 +29,7 @@ from cleangpt.corpora.preparation import Corpus
 from cleangpt.data.store import StoreWriter
 from cleangpt.data.tokenizers import ByteTokenizer
 from cleangpt.models.gpt import GPTConfig
+from cleangpt.models.llama import LlamaConfig
 from cleangpt.training.trainer import Trainer
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +64,17 @@ if path := os.environ.get("LOG_SAMPLES"):
                 os.kill(os.getpid(), 9)
     Trainer.step = logged
 
+size = {"max_seq_len": 9, "n_layers": 2, "n_heads": 4, "dim": 16}
+MODELS = {
+    "gpt": GPTConfig(**size),
+    "llama": LlamaConfig(**size, n_kv_heads=2, hidden_dim=24, qk_norm=True, sliding_window=5),
+}
+
 experiment = Experiment(
     name="uneven",
     corpus=Uneven(),
     data=DataConfig(seq_len=9, batch_size=8),
-    model=GPTConfig(max_seq_len=9, n_layers=2, n_heads=2, dim=16),
+    model=MODELS[os.environ.get("MODEL", "gpt")],
     optimizer=OptimizerConfig(lr=1e-2, clip_norm=0.5),
     schedule=ScheduleConfig(
         lr=Schedule(shape="cosine", warmup=0.2), batch_size=Schedule(shape="linear", initial=0.25, final=1.0)
@@ -96,7 +104,15 @@ def train(run: str, processes: int, *words: str, **environment: str) -> None:
 
 
 def final(run: str) -> dict[str, torch.Tensor]:
-    return load_file(list_snapshots(Path(run) / "snapshots")[0] / "tensors.safetensors")
+    """Every tensor of the newest snapshot, by its path."""
+    return dict(tensors_of(load_snapshot(list_snapshots(Path(run) / "snapshots")[0]), ""))
+
+
+def tensors_of(tree: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(tree, torch.Tensor):
+        yield path, tree
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
+        yield from tensors_of(value, f"{path}/{key}".strip("/"))
 
 
 def assert_same_run(one: str, two: str) -> None:
@@ -132,8 +148,13 @@ STRATEGIES = [
     (4, ["hsdp", "--parallel.replicas", "2"]),
     (2, ["fsdp", "--parallel.no-reshard-after-forward"]),
     (2, ["fsdp", "--training.recompute-every", "1"]),
-    (2, ["ddp", "--training.compile"]),
-    (2, ["fsdp", "--training.compile"]),
+    (2, ["ddp", "--training.compile", "model"]),
+    (2, ["fsdp", "--training.compile", "model"]),
+    (2, ["fsdp", "--training.compile", "blocks"]),
+    (2, ["tp"]),
+    (4, ["tp"]),
+    (4, ["fsdp", "--parallel.tensor", "2"]),
+    (4, ["fsdp", "--parallel.tensor", "2", "--training.recompute-every", "2"]),
 ]
 
 
@@ -155,6 +176,30 @@ def test_several_processes_learn_what_one_does(single: str, processes: int, stra
 def test_two_processes_sharing_the_data_learn_what_one_does(single: str) -> None:
     train("several", 2)
     assert_same_run(single, "several")
+
+
+@pytest.mark.slow
+def test_a_llama_with_shared_keys_norms_in_heads_and_windows_is_cut_as_well(workplace: Path) -> None:
+    (workplace / "uneven.py").write_text(EXPERIMENT)
+    train("single", 1, MODEL="llama")
+    for run, processes, words in (
+        ("tp", 2, ["tp"]),
+        ("fsdp", 2, ["fsdp"]),
+        ("both", 4, ["fsdp", "--parallel.tensor", "2", "--training.micro-batch-size", "1"]),
+    ):
+        train(run, processes, "--parallel.strategy", *words, MODEL="llama")
+        assert_same_run("single", run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [["ddp"], ["fsdp"], ["tp"]], ids=lambda words: words[0])
+def test_bf16_learns_nearly_the_same_under_every_strategy(single: str, strategy: list[str]) -> None:
+    """Under fsdp by gathering bf16, else by autocast; weights and moments stay fp32."""
+    train("mixed", 2, "--parallel.strategy", *strategy, "--training.precision", "bf16")
+    for ours, theirs in zip(read_metrics(Path("mixed")), read_metrics(Path(single)), strict=True):
+        assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=0.03)
+    weights = {name: tensor for name, tensor in final("mixed").items() if name.startswith(("model", "optimizer/mom"))}
+    assert weights and all(tensor.dtype == torch.float32 for tensor in weights.values())
 
 
 def samples_logged() -> dict[int, set[str]]:
@@ -245,7 +290,36 @@ if os.environ.get("RANK") == "1" and "RESUMED" not in os.environ:
 @pytest.mark.parametrize(("replicas", "processes"), [(1, 4), (4, 4), (3, 4)])
 def test_copies_that_do_not_fit_the_processes_are_refused(replicas: int, processes: int) -> None:
     with pytest.raises(UserError, match=f"parallel.replicas is {replicas}; allowed with strategy hsdp: a divisor"):
-        check_parallel(ParallelConfig(strategy="hsdp", replicas=replicas), processes)
+        layout(ParallelConfig(strategy="hsdp", replicas=replicas), processes)
+
+
+@pytest.mark.parametrize(
+    ("config", "processes", "message"),
+    [
+        (ParallelConfig(strategy="ddp", tensor=2), 4, "parallel.tensor is 2; allowed with strategy ddp: 1"),
+        (ParallelConfig(strategy="fsdp", tensor=3), 4, "parallel.tensor is 3; allowed: a divisor of the 4 processes"),
+        (ParallelConfig(strategy="hsdp", replicas=2, tensor=2), 4, "a divisor of the 2 groups of 2 processes"),
+    ],
+    ids=["ddp", "remainder", "one group each"],
+)
+def test_matrices_cut_in_a_way_that_does_not_fit_are_refused(
+    config: ParallelConfig, processes: int, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        layout(config, processes)
+
+
+def test_compiling_over_gloo_where_matrices_are_cut_is_refused() -> None:
+    with pytest.raises(UserError, match=r"training\.compile is 'blocks'; allowed on CPUs with matrices cut: off"):
+        check_compilation("blocks", Layout(tensor=2), torch.device("cpu"))
+    check_compilation("blocks", Layout(replicas=2), torch.device("cpu"))
+    check_compilation("blocks", Layout(tensor=2), torch.device("cuda"))
+
+
+def test_the_processes_that_share_a_matrix_are_neighbours_and_see_the_same_part_of_a_batch() -> None:
+    place = layout(ParallelConfig(strategy="hsdp", replicas=2, tensor=2), 8)
+    assert place == Layout(replicas=2, shards=2, tensor=2)
+    assert [place.part(rank) for rank in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3] and place.parts == 4
 
 
 def test_a_batch_that_the_processes_do_not_divide_is_refused_before_anything_is_made(workplace: Path) -> None:

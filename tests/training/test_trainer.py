@@ -163,10 +163,10 @@ def test_a_damaged_newest_snapshot_costs_one_macro_batch(tiny: Build, trainer: O
     signal_after(first, 10)
     first.train()
     newest = list_snapshots(Path("run/snapshots"))[0]
-    (newest / "tensors.safetensors").write_bytes(b"")
+    (newest / "shard_00000.safetensors").write_bytes(b"")
     resumed = trainer(tiny(run_dir="run"))
     assert resumed.position.macro_batch == 2 and resumed.position.step == 8
-    assert "is damaged (tensors.safetensors has 0 bytes" in Path("run/log.txt").read_text()
+    assert "is damaged (shard_00000.safetensors has 0 bytes" in Path("run/log.txt").read_text()
     resumed.train()
     unbroken = trainer(tiny(run_dir="unbroken"))
     unbroken.train()
@@ -360,7 +360,7 @@ def test_fine_tuning_loads_exactly_the_checkpoint(tiny: Build, trainer: Open) ->
 def test_a_compiled_model_learns_the_same_and_is_saved_under_the_same_names(tiny: Build, trainer: Open) -> None:
     plain = trainer(tiny(run_dir="plain", model__dropout=0.0))
     plain.train()
-    compiled = trainer(tiny(run_dir="compiled", model__dropout=0.0, training__compile=True))
+    compiled = trainer(tiny(run_dir="compiled", model__dropout=0.0, training__compile="model"))
     compiled.train()
     assert plain.model.state_dict().keys() == compiled.model.state_dict().keys()
     for one, two in zip(read_metrics(Path("plain")), read_metrics(Path("compiled")), strict=True):

@@ -1,0 +1,92 @@
+"""A mixture: the samples of several corpora, interleaved by their weights; see `data/interleaving.py`."""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cleangpt.config import CorpusConfig, Source
+from cleangpt.data.interleaving import Weight
+from cleangpt.data.mixture import MixedStore, Part
+from cleangpt.data.store import TokenStore
+from cleangpt.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture(CorpusConfig):
+    """Several corpora of one tokenizer, each with its share of the samples in every part of the run."""
+
+    sources: tuple[Source, ...]
+    """What is mixed."""
+    temperature: float | None = None
+    """Multiplies every weight by the source's training tokens to the power of 1 / temperature: 1 is in proportion to
+    size, more is flatter; none: weights are taken as they are."""
+    when_source_ends: Literal["share", "refuse"] = "share"
+    """After a source's max_epochs, the others share out its part; or a run in which that would happen is refused."""
+
+    @property
+    def changes(self) -> bool:
+        """Whether a weight changes over the run's progress."""
+        return any(isinstance(source.weight, tuple) for source in self.sources)
+
+    def check(self) -> None:
+        """Raises UserError for a field out of range, in the sources' corpora as well."""
+        names = [source.name for source in self.sources]
+        if not names or len(set(names)) != len(names):
+            raise UserError(f"corpus.sources are {', '.join(names) or 'none'}; allowed: one or more, each name once")
+        if self.temperature is not None and not self.temperature > 0:
+            raise UserError(f"corpus.temperature is {self.temperature}; allowed: more than 0")
+        for number, source in enumerate(self.sources):
+            _check_source(source, f"corpus.sources.{number}.")
+
+    def store(self, folder: Path, prepare: Callable[[CorpusConfig], TokenStore]) -> MixedStore:
+        """The sources' token stores, each prepared where there is none.
+
+        Raises:
+            UserError: a source cannot be prepared, or two have different tokenizers.
+        """
+        parts = {}
+        for source in self.sources:
+            store = prepare(source.corpus)
+            tokens = store.splits["train"].tokens
+            factor = 1.0 if self.temperature is None else float(tokens) ** (1 / self.temperature)
+            parts[source.name] = Part(store, _scaled(source.weight, factor), source.max_epochs)
+        return MixedStore(folder, parts, self.when_source_ends == "refuse")
+
+
+def tasks(corpus: CorpusConfig) -> dict[str, str]:
+    """The task score of each source of a mixture that has one; of a single corpus, without a name."""
+    sources = {source.name: source.corpus for source in corpus.sources} if isinstance(corpus, Mixture) else {"": corpus}
+    return {name: source.task for name, source in sources.items() if source.task}
+
+
+def _check_source(source: Source, path: str) -> None:
+    if not re.fullmatch(r"[\w.-]{1,40}", source.name):
+        raise UserError(f"{path}name is {source.name!r}; allowed: up to 40 letters, digits, '_', '-' and '.'")
+    if source.max_epochs is not None and source.max_epochs < 1:
+        raise UserError(f"{path}max_epochs is {source.max_epochs}; allowed: a whole number of 1 or more")
+    points = source.weight if isinstance(source.weight, tuple) else ((0.0, source.weight), (1.0, source.weight))
+    progress, weights = [point[0] for point in points], [point[1] for point in points]
+    ordered = bool(points) and progress == sorted(set(progress)) and 0 <= progress[0] <= progress[-1] <= 1
+    if not ordered or not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+        raise UserError(
+            f"{path}weight is {source.weight!r}; allowed: a number above 0, or points (progress, weight) with progress "
+            "rising from 0 to 1, no weight below 0 and one above"
+        )
+    if isinstance(source.corpus, Mixture):
+        raise UserError(f"{path}corpus is a Mixture; allowed: any other corpus")
+    check = getattr(source.corpus, "check", None)
+    if check is None:
+        raise UserError(f"{path}corpus is a {type(source.corpus).__name__}; allowed: a subclass of Corpus")
+    try:
+        check()
+    except UserError as error:
+        raise UserError(f"source {source.name}: {error}") from None
+
+
+def _scaled(weight: Weight, factor: float) -> Weight:
+    if isinstance(weight, tuple):
+        return tuple((progress, value * factor) for progress, value in weight)
+    return weight * factor

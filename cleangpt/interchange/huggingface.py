@@ -1,0 +1,146 @@
+"""A folder in Hugging Face's layout to a checkpoint, and back: `config.json`, safetensors, `tokenizer.json`."""
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cleangpt.config import ModelConfig
+from cleangpt.data.store import TOKENIZER
+from cleangpt.errors import UserError
+from cleangpt.files import read_json, write_json
+from cleangpt.interchange.hub import fetch, is_huggingface
+from cleangpt.interchange.vocabularies import ends, name_of, read_tokenizer, to_tokenizers, word_split
+from cleangpt.models import gpt, llama
+from cleangpt.training.checkpoints import CONFIG, WEIGHTS, Checkpoint, load_checkpoint
+from cleangpt.training.run import find_checkpoint
+
+SHARDS = "model.safetensors.index.json"
+GENERATION_CONFIG, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
+MAPPINGS: dict[type[ModelConfig], ModuleType] = {gpt.GPTConfig: gpt, llama.LlamaConfig: llama}
+"""The file of each architecture that has a mapping to and from Hugging Face."""
+MODEL_TYPES: dict[str, ModuleType] = {"gpt2": gpt, **dict.fromkeys(llama.KIN, llama)}
+"""The same, by Hugging Face's `model_type`."""
+
+
+# In ------------------------------------------------------------------------------------------------------------------
+
+
+def find(text: str) -> Path:
+    """The folder that a user means: ``hf:NAME_OR_FOLDER``, or what `find_checkpoint` finds.
+
+    Raises:
+        UserError: nothing of the kind is there.
+    """
+    return fetch(text) if is_huggingface(text) else find_checkpoint(text)
+
+
+def open_checkpoint(text: str) -> Checkpoint:
+    """The checkpoint that a user means by ``hf:NAME_OR_FOLDER``, a run or a folder; nothing in it is executed.
+
+    Raises:
+        UserError: it is not there, is damaged, or is of a kind that is not known here.
+    """
+    folder = find(text)
+    content = read_json(folder / CONFIG)
+    theirs = isinstance(content, dict) and "model_type" in content
+    return read_huggingface(folder) if theirs else load_checkpoint(folder)
+
+
+def read_huggingface(folder: Path) -> Checkpoint:
+    """Reads a folder that `save_pretrained` wrote, or a model's files as they are on Hugging Face.
+
+    Raises:
+        UserError: one line naming the file that is missing, or the entry that asks for what is not here.
+    """
+    entries = read_json(folder / CONFIG)
+    kind = entries.get("model_type") if isinstance(entries, dict) else None
+    if kind not in MODEL_TYPES:
+        raise UserError(f"{folder / CONFIG}: model_type is {kind!r}; allowed: {', '.join(MODEL_TYPES)}")
+    mapping = MODEL_TYPES[kind]
+    try:
+        config: ModelConfig = mapping.config_from_huggingface(entries)
+        weights: dict[str, Tensor] = mapping.from_huggingface(config, _read_weights(folder))
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    return Checkpoint(folder, config, read_tokenizer(folder), weights, {"model_type": kind})
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file, or of several with an index."""
+    names = [WEIGHTS]
+    if not (folder / WEIGHTS).is_file() and (folder / SHARDS).is_file():
+        names = sorted(set(read_json(folder / SHARDS)["weight_map"].values()))
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise UserError(
+                f"there is no {name}; only safetensors are read, since other files of weights can run code: "
+                "save_pretrained writes them"
+            )
+        try:
+            weights |= load_file(folder / name)
+        except SafetensorError as error:
+            raise UserError(f"{name} is not a safetensors file: {error}") from None
+    return weights
+
+
+# Out -----------------------------------------------------------------------------------------------------------------
+
+
+def mapping_of(config: ModelConfig) -> ModuleType:
+    """The file that has an architecture's mapping to Hugging Face.
+
+    Raises:
+        UserError: it has none.
+    """
+    if type(config) not in MAPPINGS:
+        known = ", ".join(cls.__name__ for cls in MAPPINGS)
+        raise UserError(f"a model of {type(config).__name__} cannot be exported; allowed: {known}")
+    return MAPPINGS[type(config)]
+
+
+def write_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
+    """Writes a checkpoint's files into an empty `folder`, for `AutoModelForCausalLM` and `AutoTokenizer`.
+
+    Raises:
+        UserError: Hugging Face has no such model or tokenizer.
+    """
+    mapping = mapping_of(checkpoint.config)
+    special = {f"{name}_id": token for name, token in ends(checkpoint.tokenizer).items()}
+    dtype = str(next(iter(checkpoint.weights.values())).dtype).removeprefix("torch.")
+    entries = mapping.config_to_huggingface(checkpoint.config) | special | {"torch_dtype": dtype}
+    tokenizer = to_tokenizers(checkpoint.tokenizer)
+    _check_kept(entries["model_type"], tokenizer)
+    write_json(folder / CONFIG, entries)
+    write_json(folder / GENERATION_CONFIG, special)
+    write_json(folder / TOKENIZER, tokenizer)
+    write_json(folder / TOKENIZER_CONFIG, _tokenizer_config(checkpoint))
+    tensors = mapping.to_huggingface(checkpoint.config, checkpoint.weights)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def _check_kept(kind: str, tokenizer: dict[str, Any]) -> None:
+    """Whatever the files say, transformers splits the words of every Qwen 2 as the released ones do.
+
+    Raises:
+        UserError: the model is a Qwen 2, and its tokenizer is another.
+    """
+    unmerged = tokenizer["model"]["type"] == "BPE" and not tokenizer["model"]["merges"]
+    if kind == "qwen2" and not unmerged and word_split(tokenizer) != "qwen2":
+        raise UserError(
+            "transformers would read this tokenizer as Qwen's own, since model.qkv_bias makes the model a Qwen 2; "
+            "allowed with it: a byte tokenizer or Qwen's, or --format gguf"
+        )
+
+
+def _tokenizer_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    tokenizer = checkpoint.tokenizer
+    return {name: name_of(tokenizer, token) for name, token in ends(tokenizer).items()} | {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": checkpoint.config.max_seq_len,
+        "clean_up_tokenization_spaces": False,
+    }

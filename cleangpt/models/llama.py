@@ -1,0 +1,685 @@
+"""Llama 3 (Dubey et al. 2024, "The Llama 3 herd of models") and its kin, exact to their released weights.
+
+Rotary positions (Su et al. 2021), RMSNorm (Zhang and Sennrich 2019), SwiGLU (Shazeer 2020), query heads that share keys
+and values (Ainslie et al. 2023, "GQA"). Fields that are off by default make it Mistral, Mixtral, Qwen 2 or Qwen 3, or
+add parts of other models.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cleangpt.config import ModelConfig, check
+from cleangpt.errors import UserError
+from cleangpt.models.moe import MixtureOfExperts, hidden_features
+from cleangpt.models.parts import Seen, attend, both, document_blocks, document_mask, documents_of, window_mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig(ModelConfig):
+    """Llama 3 8B has n_layers 32, n_heads 32, n_kv_heads 8, dim 4096, hidden_dim 14336, vocab_size 128256."""
+
+    n_layers: int
+    """Blocks, each of attention and MLP."""
+    n_heads: int
+    """Heads of queries; a divisor of dim."""
+    n_kv_heads: int | None = None
+    """Heads of keys and values, a divisor of n_heads; none: n_heads."""
+    head_dim: int | None = None
+    """Features of a head, an even number; none: dim / n_heads."""
+    dim: int
+    """Width of the residual stream, in features."""
+    hidden_dim: int
+    """Width within the MLP, in features."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+    tied: bool = False
+    """One matrix for embedding and head."""
+    qkv_bias: bool = False
+    """Biases of query, key and value; Qwen 2 has them."""
+    qk_norm: bool = False
+    """RMSNorm of each query and key over its head (Henry et al. 2020); Qwen 3 has it."""
+    sliding_window: int | None = None
+    """Tokens that a position sees, itself among them (Beltagy et al. 2020); none: all before it."""
+    global_every: int | None = None
+    """With a sliding window: every so-many-th block sees all tokens nevertheless; none: no block does."""
+    rope_theta: float = 500_000.0
+    """Base of the rotary wavelengths; the longest is nearly 2 pi rope_theta tokens."""
+    rope_factor: float | None = None
+    """Stretches long wavelengths for a longer context, as Llama 3.1 does (8); none: not at all."""
+    rope_low_freq_factor: float = 1.0
+    """Wavelengths over rope_original_seq_len / rope_low_freq_factor are stretched in full."""
+    rope_high_freq_factor: float = 4.0
+    """Wavelengths under rope_original_seq_len / rope_high_freq_factor stay; those between are stretched in part."""
+    rope_original_seq_len: int = 8192
+    """Tokens in the context before it was made longer."""
+    n_experts: int | None = None
+    """Experts in the place of each MLP; none: an MLP."""
+    experts_per_token: int = 2
+    """Experts that a token goes through."""
+    expert_hidden_dim: int | None = None
+    """Width within an expert, in features; none: hidden_dim."""
+    n_shared_experts: int = 0
+    """Experts that every token goes through besides; they make one MLP so many times as wide."""
+    normalize_shares: bool = True
+    """The shares of a token's chosen experts add up to 1."""
+    balance_rate: float | None = None
+    """What a step adds to or takes from the bias by which an expert is chosen, so that all get as many tokens (Wang et
+    al. 2024, "Auxiliary-loss-free load balancing strategy for mixture-of-experts", algorithm 1, there 0.001); none: no
+    biases."""
+    activation: Literal["swiglu", "relu2"] = "swiglu"
+    """Of MLP and experts: gated, by three matrices, or the square of ReLU (So et al. 2021, "Primer"), by two."""
+    value_residual: bool = False
+    """Every block but the first attends to the mean of its own values and those of the first (Zhou et al. 2024, "Value
+    residual learning", ResFormer with both factors 1/2, not learned)."""
+    logit_soft_cap: float | None = None
+    """Logits become logit_soft_cap x tanh(logits / logit_soft_cap) (Gemma Team 2024, "Gemma 2", section 2, there 30);
+    none: they stay."""
+    separator: int | None = None
+    """Id of the token that ends a document, at which attention ends as well (Dubey et al. 2024, section 3.2); none:
+    attention goes on. Positions are counted on, for only their distances matter."""
+
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.n_kv_heads or self.n_heads
+
+    def features_per_head(self) -> int:
+        """Features of a head."""
+        return self.head_dim or self.dim // self.n_heads
+
+    def expert_features(self) -> int:
+        """Width within an expert, in features."""
+        return self.expert_hidden_dim or self.hidden_dim
+
+    @property
+    def gated(self) -> bool:
+        """Whether MLP and experts have a gate."""
+        return self.activation == "swiglu"
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that a position sees in a block, counted from 0; none: all before it."""
+        sees_all = self.global_every is not None and (layer + 1) % self.global_every == 0
+        return None if sees_all else self.sliding_window
+
+    def check_fit(self) -> None:
+        """Checks what one field demands of another.
+
+        Raises:
+            UserError: one line naming the field, its value and what is allowed.
+        """
+        if self.n_heads % self.kv_heads():
+            raise UserError(
+                f"model.n_kv_heads is {self.n_kv_heads}; allowed: a divisor of model.n_heads, which is {self.n_heads}"
+            )
+        if self.head_dim is None and self.dim % (2 * self.n_heads):
+            raise UserError(
+                f"model.dim is {self.dim}; allowed without model.head_dim: an even multiple of model.n_heads, which "
+                f"is {self.n_heads}"
+            )
+        if self.n_experts is not None and self.experts_per_token > self.n_experts:
+            raise UserError(
+                f"model.experts_per_token is {self.experts_per_token}; allowed: at most model.n_experts, which is "
+                f"{self.n_experts}"
+            )
+        if self.n_experts is None and self.balance_rate is not None:
+            raise UserError(f"model.balance_rate is {self.balance_rate}; allowed without model.n_experts: None")
+        if self.separator is not None and self.vocab_size is not None and self.separator >= self.vocab_size:
+            raise UserError(
+                f"model.separator is {self.separator}; allowed: less than model.vocab_size, which is {self.vocab_size}"
+            )
+        if self.rope_low_freq_factor >= self.rope_high_freq_factor:
+            raise UserError(
+                f"model.rope_low_freq_factor is {self.rope_low_freq_factor}; allowed: less than "
+                f"model.rope_high_freq_factor, which is {self.rope_high_freq_factor}"
+            )
+
+
+def rope_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
+    """Radians per token `(head_dim / 2,)`, float32, of each pair of features (Su et al. 2021, section 3.2.2).
+
+    With `rope_factor`, long wavelengths are stretched as in Llama 3.1.
+    """
+    head_dim = config.features_per_head()
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    frequencies = 1 / config.rope_theta**exponents
+    if config.rope_factor is None:
+        return frequencies
+    turns = config.rope_original_seq_len * frequencies / (2 * math.pi)
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / config.rope_factor
+
+
+def rotation_of(config: LlamaConfig, positions: Tensor) -> Tensor:
+    """Cosine and sine `(2, seq, 1, head_dim / 2)`, float32, of the angles at `positions` `(seq,)`."""
+    angles = positions.float().outer(rope_frequencies(config, positions.device))
+    return torch.stack([angles.cos(), angles.sin()])[:, :, None]
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turns feature i with feature i + head_dim / 2 of `x` `(batch, seq, heads, head_dim)`; the shape stays.
+
+    Computed in float32, returned in the dtype of `x`. The pairs are those of Hugging Face's weights; Su et al. 2021,
+    equation 34, pairs neighbours, which is the same up to the order of a head's features.
+    """
+    cos, sin = rotation.float()
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).type_as(x)
+
+
+def seen_by_window(config: LlamaConfig, tokens: Tensor) -> dict[int | None, Seen]:
+    """What each of `tokens` `(batch, seq)` sees in a block, by that block's window."""
+    windows = {config.window(layer) for layer in range(config.n_layers)}
+    seq = tokens.shape[1]
+    documents = None if config.separator is None else documents_of(tokens, config.separator)
+    if documents is not None and tokens.is_cuda:
+        return {window: document_blocks(documents, window) for window in windows}
+    seen = None if documents is None else document_mask(documents)
+    positions = torch.arange(seq, device=tokens.device)
+    limits = {window: window_mask(positions, window) if window and seq > window else None for window in windows}
+    return {window: both(seen, limit) for window, limit in limits.items()}
+
+
+class Attention(nn.Module):
+    """Causal self-attention over rotated queries and keys; a group of query heads shares one head of keys and values.
+
+    How many heads there are here follows from the rows of the matrices, so that a cut between heads is allowed.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.head_dim = head_dim = config.features_per_head()
+        self.query = nn.Linear(config.dim, config.n_heads * head_dim, bias=config.qkv_bias)
+        self.key = nn.Linear(config.dim, config.kv_heads() * head_dim, bias=config.qkv_bias)
+        self.value = nn.Linear(config.dim, config.kv_heads() * head_dim, bias=config.qkv_bias)
+        self.out = nn.Linear(config.n_heads * head_dim, config.dim, bias=False)
+        self.query_norm = nn.RMSNorm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.key_norm = nn.RMSNorm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self, x: Tensor, rotation: Tensor, seen: Seen = None, first_value: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`(batch, seq, dim)` to the same shape, and the values of all heads `(batch, seq, features)`.
+
+        Args:
+            x: the normalised residual stream.
+            rotation: of the positions, from `rotation_of`.
+            seen: which positions each may see, `(seq, seq)` or `(batch, 1, seq, seq)`; none: itself and all before.
+            first_value: the values of the first block, to be mixed into these; none: nothing is.
+        """
+        heads = (-1, self.head_dim)
+        query = rotate(self.query_norm(self.query(x).unflatten(-1, heads)), rotation).transpose(1, 2)
+        key = rotate(self.key_norm(self.key(x).unflatten(-1, heads)), rotation).transpose(1, 2)
+        own = self.value(x)
+        mixed = own if first_value is None else (own + first_value) / 2
+        value = mixed.unflatten(-1, heads).transpose(1, 2)
+        attended = attend(query, key, value, seen)
+        return self.out(attended.transpose(1, 2).flatten(2)), own
+
+
+class MLP(nn.Module):
+    """SwiGLU: one linear layer gates another, a third leads back (Shazeer 2020, equation 6). Without a gate: ReLU²."""
+
+    def __init__(self, dim: int, hidden_dim: int, gated: bool = True) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dim, hidden_dim, bias=False) if gated else None
+        self.up = nn.Linear(dim, hidden_dim, bias=False)
+        self.down = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(batch, seq, dim)` to the same shape, each position for itself."""
+        gate = None if self.gate is None else self.gate(x)
+        return self.down(hidden_features(gate, self.up(x)))  # type: ignore[no-any-return]
+
+
+def mlp_of(config: LlamaConfig) -> nn.Module:
+    """The MLP of a block, or the experts in its place."""
+    if config.n_experts is None:
+        return MLP(config.dim, config.hidden_dim, config.gated)
+    width = config.n_shared_experts * config.expert_features()
+    return MixtureOfExperts(
+        dim=config.dim,
+        hidden_dim=config.expert_features(),
+        n_experts=config.n_experts,
+        experts_per_token=config.experts_per_token,
+        normalize_shares=config.normalize_shares,
+        shared=MLP(config.dim, width, config.gated) if width else None,
+        gated=config.gated,
+        balanced=config.balance_rate is not None,
+    )
+
+
+class Block(nn.Module):
+    """Attention and MLP, each normalised before and added to the residual stream after."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.value_residual = config.value_residual
+        self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.mlp = mlp_of(config)
+
+    def forward(
+        self, x: Tensor, rotation: Tensor, seen: Seen = None, first_value: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`(batch, seq, dim)` to the same shape, and with value residuals its values; the rest as in `Attention`."""
+        attended, value = self.attention(self.attention_norm(x), rotation, seen, first_value)
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), value if self.value_residual else None
+
+
+class Llama(nn.Module):
+    """Llama 3 and its kin (Mistral, Mixtral, Qwen 2 and 3), exact to their released weights: token ids to logits."""
+
+    tensor_plan: ClassVar[dict[str, str]] = {
+        "token_embedding": "vocabulary",
+        "blocks.*.attention_norm": "sequence",
+        "blocks.*.attention.query": "column",
+        "blocks.*.attention.key": "column",
+        "blocks.*.attention.value": "column",
+        "blocks.*.attention.query_norm": "heads",
+        "blocks.*.attention.key_norm": "heads",
+        "blocks.*.attention.out": "row",
+        "blocks.*.mlp_norm": "sequence",
+        "blocks.*.mlp.gate": "column",
+        "blocks.*.mlp.up": "column",
+        "blocks.*.mlp.down": "row",
+        "final_norm": "sequence",
+        "head": "logits",
+    }
+    """How each module is cut for tensor parallelism; the words are explained in `training/parallel.py`. A mixture of
+    experts is not in it."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        assert config.vocab_size is not None
+        config.check_fit()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.final_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.head = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws initial weights, in the order of the parameters."""
+        for name, parameter in self.named_parameters():
+            self.init_parameter(name, parameter)
+
+    def init_parameter(self, name: str, parameter: Tensor) -> None:
+        """Draws the parameter `name`: normal with deviation 0.02, less into the residual stream, as in GPT-2."""
+        if parameter.dim() < 2:
+            nn.init.constant_(parameter, 1.0 if name.endswith("norm.weight") else 0.0)
+        else:
+            into_residual = name.removesuffix(".weight").endswith((".out", ".down"))
+            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layers) if into_residual else 0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Token ids `(batch, seq)` to logits `(batch, seq, vocab)`.
+
+        Raises:
+            ValueError: seq is more than `max_seq_len`.
+        """
+        seq, config = tokens.shape[1], self.config
+        if seq > config.max_seq_len:
+            raise ValueError(f"a sequence of {seq} tokens; this model reads at most {config.max_seq_len}")
+        rotation = rotation_of(config, torch.arange(seq, device=tokens.device))
+        seen = seen_by_window(config, tokens)
+        first_value = None
+        x = self.token_embedding(tokens)
+        for layer, block in enumerate(self.blocks):
+            x, value = block(x, rotation, seen[config.window(layer)], first_value)
+            first_value = value if first_value is None else first_value
+        x = self.final_norm(x)
+        logits = F.linear(x, self.token_embedding.weight) if self.head is None else self.head(x)
+        if config.logit_soft_cap is None:
+            return logits
+        return config.logit_soft_cap * torch.tanh(logits / config.logit_soft_cap)
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """FLOPs to train on one token: 6 per weight of a matrix and 12 x heads x head_dim x tokens seen per layer.
+
+        Chowdhery et al. 2022 (PaLM), appendix B. An embedding of its own is looked up, not multiplied, and does not
+        count; of experts, those count that a token goes through; a layer with a window sees no more than that.
+        """
+        config = self.config
+        weights = sum(parameter.numel() for parameter in self.parameters() if parameter.dim() >= 2)
+        if not config.tied:
+            weights -= self.token_embedding.weight.numel()
+        if config.n_experts is not None:
+            idle = config.n_experts - config.experts_per_token
+            matrices = 3 if config.gated else 2
+            weights -= config.n_layers * idle * matrices * config.dim * config.expert_features()
+        seen = sum(min(seq_len, config.window(layer) or seq_len) for layer in range(config.n_layers))
+        return 6 * weights + 12 * config.n_heads * config.features_per_head() * seen
+
+    def activation_bytes(self, batch: int, seq_len: int) -> int:
+        """Bytes that one fp32 forward pass keeps for the backward pass, logits included.
+
+        Per token and layer: of each of two norms its input, its output and that without the gain (6 x dim, and one
+        number each); query, key, value, the output of attention and one number a query head; what the MLP or
+        the experts keep. At the end the final norm's three, the log-probabilities and what the soft cap keeps (vocab
+        each). A layer with a window keeps its mask, once for the batch; with documents, every layer keeps one for each
+        sample, which it does not on CUDA. A fused RMSNorm, as on CUDA, keeps dim less.
+        """
+        config = self.config
+        assert config.vocab_size is not None
+        heads, kv_heads, head_dim = config.n_heads, config.kv_heads(), config.features_per_head()
+        per_layer = 6 * config.dim + 2 + 2 * (heads + kv_heads) * head_dim + heads
+        if config.qk_norm:
+            per_layer += (heads + kv_heads) * (2 * head_dim + 1)
+        per_layer += _mlp_numbers_kept(config)
+        capped = config.logit_soft_cap is not None
+        per_token = config.n_layers * per_layer + 3 * config.dim + 1 + (1 + capped) * config.vocab_size
+        windows = [config.window(layer) for layer in range(config.n_layers)]
+        masks = sum(seq_len > window for window in windows if window is not None)
+        if config.separator is not None:
+            masks = config.n_layers * batch
+        return 4 * (batch * seq_len * per_token + masks * seq_len**2)
+
+
+def _mlp_numbers_kept(config: LlamaConfig) -> int:
+    """Numbers that an MLP or its experts keep for the backward pass, per token.
+
+    Four times the width: of the gate before and after SiLU, of what it gates, and of their product; or twice, of ReLU
+    and its square. Experts keep also a token's features before and after each of them, the probabilities, and where the
+    token went (8 bytes each).
+    """
+    within = 4 if config.gated else 2
+    if config.n_experts is None:
+        return within * config.hidden_dim
+    per_expert = 2 * config.dim + within * config.expert_features() + 8
+    return (
+        config.experts_per_token * per_expert
+        + config.n_experts
+        + within * config.n_shared_experts * config.expert_features()
+    )
+
+
+# Hugging Face --------------------------------------------------------------------------------------------------------
+
+
+class Kin(NamedTuple):
+    """An architecture of Hugging Face, and those of our optional fields that it has."""
+
+    architecture: str
+    always: frozenset[str] = frozenset()
+    """Optional fields that are set in every model of this kind."""
+    perhaps: frozenset[str] = frozenset()
+    """Optional fields that may be set."""
+
+
+KIN: dict[str, Kin] = {
+    "llama": Kin("LlamaForCausalLM"),
+    "mistral": Kin("MistralForCausalLM", frozenset({"sliding_window"})),
+    "qwen2": Kin("Qwen2ForCausalLM", frozenset({"qkv_bias"}), frozenset({"sliding_window", "global_every"})),
+    "qwen3": Kin("Qwen3ForCausalLM", frozenset({"qk_norm"}), frozenset({"sliding_window", "global_every"})),
+    "mixtral": Kin("MixtralForCausalLM", frozenset({"n_experts"}), frozenset({"sliding_window"})),
+    "qwen3_moe": Kin(
+        "Qwen3MoeForCausalLM",
+        frozenset({"n_experts", "qk_norm"}),
+        frozenset({"sliding_window", "expert_hidden_dim", "normalize_shares"}),
+    ),
+}
+"""The models of Hugging Face that are Llamas, by their `model_type`."""
+
+OPTIONAL = {
+    "qkv_bias": False,
+    "qk_norm": False,
+    "sliding_window": None,
+    "global_every": None,
+    "n_experts": None,
+    "expert_hidden_dim": None,
+    "n_shared_experts": 0,
+    "normalize_shares": True,
+    "balance_rate": None,
+    "activation": "swiglu",
+    "value_residual": False,
+    "logit_soft_cap": None,
+    "separator": None,
+}
+"""Our optional fields, and their values where they are not set."""
+
+FIELDS = {
+    "vocab_size": "vocab_size",
+    "max_seq_len": "max_position_embeddings",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "dim": "hidden_size",
+    "hidden_dim": "intermediate_size",
+}
+"""Our fields to those of every `config.json` there."""
+
+ROPE_FIELDS = {
+    "rope_factor": "factor",
+    "rope_low_freq_factor": "low_freq_factor",
+    "rope_high_freq_factor": "high_freq_factor",
+    "rope_original_seq_len": "original_max_position_embeddings",
+}
+"""Our fields to those of rotary scaling of type llama3 there."""
+
+
+def model_type(config: LlamaConfig) -> str:
+    """Hugging Face's name of the kind of model that a configuration describes: a key of KIN.
+
+    Raises:
+        UserError: no kind has these optional fields together.
+    """
+    used = {name for name, unset in OPTIONAL.items() if getattr(config, name) != unset}
+    for kind, kin in KIN.items():
+        if kin.always <= used <= kin.always | kin.perhaps:
+            return kind
+    raise UserError(
+        f"Hugging Face has no model with {' and '.join('model.' + name for name in sorted(used))}; allowed: what "
+        f"{', '.join(KIN)} have"
+    )
+
+
+def config_to_huggingface(config: LlamaConfig) -> dict[str, Any]:
+    """The content of Hugging Face's `config.json`; of special tokens it says that there are none.
+
+    Raises:
+        UserError: no kind of model there has these fields.
+    """
+    kind = model_type(config)
+    entries = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()} | {
+        "model_type": kind,
+        "architectures": [KIN[kind].architecture],
+        "num_key_value_heads": config.kv_heads(),
+        "head_dim": config.features_per_head(),
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied,
+        "rope_theta": config.rope_theta,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    if config.rope_factor is not None:
+        scaling = {theirs: getattr(config, ours) for ours, theirs in ROPE_FIELDS.items()}
+        entries["rope_scaling"] = {"rope_type": "llama3", **scaling}
+    return entries | _window_entries(config, kind) | _expert_entries(config, kind)
+
+
+def _window_entries(config: LlamaConfig, kind: str) -> dict[str, Any]:
+    """What says there how far a position sees."""
+    if kind == "llama":
+        return {}
+    entries: dict[str, Any] = {"sliding_window": config.sliding_window}
+    if kind.startswith("qwen"):
+        windows = [config.window(layer) for layer in range(config.n_layers)]
+        types = ["full_attention" if window is None else "sliding_attention" for window in windows]
+        entries |= {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
+        entries |= {} if kind == "qwen3_moe" else {"layer_types": types}
+    return entries
+
+
+def _expert_entries(config: LlamaConfig, kind: str) -> dict[str, Any]:
+    """What says there how experts are chosen."""
+    if config.n_experts is None:
+        return {}
+    chosen = {"num_experts_per_tok": config.experts_per_token}
+    if kind == "mixtral":
+        return chosen | {"num_local_experts": config.n_experts}
+    return chosen | {
+        "num_experts": config.n_experts,
+        "moe_intermediate_size": config.expert_features(),
+        "norm_topk_prob": config.normalize_shares,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
+def config_from_huggingface(entries: Mapping[str, Any]) -> LlamaConfig:
+    """Our configuration from the content of Hugging Face's `config.json`.
+
+    Raises:
+        UserError: one line naming an entry that is missing or that asks for what is not here.
+    """
+    if (kind := entries.get("model_type")) not in KIN:
+        raise UserError(f"model_type is {kind!r}; allowed: {', '.join(KIN)}")
+    refused = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "decoder_sparse_step": 1}
+    for name, allowed in refused.items():
+        if entries.get(name, allowed) != allowed:
+            raise UserError(f"{name} is {entries[name]!r}; allowed: {allowed!r}")
+    if entries.get("mlp_only_layers"):
+        raise UserError(f"mlp_only_layers is {entries['mlp_only_layers']!r}; allowed: an empty list")
+    config = LlamaConfig(
+        **{ours: _entry(entries, theirs) for ours, theirs in FIELDS.items()},
+        n_kv_heads=entries.get("num_key_value_heads"),
+        head_dim=_head_dim(entries),
+        norm_eps=entries.get("rms_norm_eps", 1e-6),
+        tied=entries.get("tie_word_embeddings", False),
+        qkv_bias=kind == "qwen2",
+        qk_norm=kind in ("qwen3", "qwen3_moe"),
+        **_rope_fields(entries),
+        **_window_fields(entries),
+        **_expert_fields(entries),
+    )
+    check(config, "model.")
+    config.check_fit()
+    return config
+
+
+def _entry(entries: Mapping[str, Any], name: str) -> Any:
+    if name not in entries:
+        raise UserError(f"config.json has no {name!r}, which a model of type {entries.get('model_type')} needs")
+    return entries[name]
+
+
+def _head_dim(entries: Mapping[str, Any]) -> int | None:
+    """None where it is dim / n_heads; a Qwen 3 that does not name it has 128."""
+    head_dim: int | None = entries.get("head_dim") or (128 if entries["model_type"] == "qwen3" else None)
+    implied = head_dim is not None and head_dim * entries["num_attention_heads"] == entries["hidden_size"]
+    return None if implied else head_dim
+
+
+def _rope_fields(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary positions stand there in `rope_parameters`, or, before Transformers 5, in two entries."""
+    rope = {"rope_theta": entries.get("rope_theta", 10_000.0)}
+    rope |= (entries.get("rope_scaling") or {}) | (entries.get("rope_parameters") or {})
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise UserError(f"rope_type is {kind!r}; allowed: default, llama3")
+    scaling = {ours: _entry(rope, theirs) for ours, theirs in ROPE_FIELDS.items()} if kind == "llama3" else {}
+    return {"rope_theta": rope["rope_theta"], **scaling}
+
+
+def _window_fields(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Which layers there have a window must be all, or all but every so-many-th."""
+    has_window = entries.get("use_sliding_window", entries["model_type"] in ("mistral", "mixtral"))
+    if not has_window or entries.get("sliding_window") is None:
+        return {}
+    n_layers = _entry(entries, "num_hidden_layers")
+    first = entries.get("max_window_layers", 0) if entries["model_type"] in ("qwen2", "qwen3") else 0
+    types = entries.get("layer_types") or ["full_attention"] * first + ["sliding_attention"] * (n_layers - first)
+    sees_all = [layer + 1 for layer in range(n_layers) if types[layer] == "full_attention"]
+    every = sees_all[0] if sees_all else None
+    if every is not None and sees_all != list(range(every, n_layers + 1, every)):
+        raise UserError(f"layers {sees_all} have full attention; allowed: none, or every so-many-th")
+    return {"sliding_window": entries["sliding_window"], "global_every": every}
+
+
+def _expert_fields(entries: Mapping[str, Any]) -> dict[str, Any]:
+    kind = entries["model_type"]
+    if kind == "mixtral":
+        n_experts, width, normalize = _entry(entries, "num_local_experts"), None, True
+    elif kind == "qwen3_moe":
+        n_experts = entries.get("num_experts") or _entry(entries, "num_local_experts")
+        width, normalize = _entry(entries, "moe_intermediate_size"), entries.get("norm_topk_prob", False)
+    else:
+        return {}
+    chosen = {"n_experts": n_experts, "experts_per_token": _entry(entries, "num_experts_per_tok")}
+    return chosen | {"expert_hidden_dim": width, "normalize_shares": normalize}
+
+
+def names_in_huggingface(config: LlamaConfig) -> dict[str, str]:
+    """Our parameter names to those in Hugging Face's files.
+
+    Experts' matrices are stacked here and apart there: such a name has ``{}`` in the place of the expert's number.
+
+    Raises:
+        UserError: no kind of model there has these fields.
+    """
+    parts = {
+        "attention_norm.weight": "input_layernorm.weight",
+        "mlp_norm.weight": "post_attention_layernorm.weight",
+        "attention.out.weight": "self_attn.o_proj.weight",
+        **_mlp_names(model_type(config)),
+    }
+    for ours in ("query", "key", "value"):
+        for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
+            parts[f"attention.{ours}.{kind}"] = f"self_attn.{ours[0]}_proj.{kind}"
+    if config.qk_norm:
+        parts |= {f"attention.{ours}_norm.weight": f"self_attn.{ours[0]}_norm.weight" for ours in ("query", "key")}
+    names = {"token_embedding.weight": "model.embed_tokens.weight", "final_norm.weight": "model.norm.weight"}
+    for layer in range(config.n_layers):
+        names |= {f"blocks.{layer}.{ours}": f"model.layers.{layer}.{theirs}" for ours, theirs in parts.items()}
+    return names if config.tied else names | {"head.weight": "lm_head.weight"}
+
+
+def _mlp_names(kind: str) -> dict[str, str]:
+    """The parameters of a block's MLP or experts, in a model of this kind."""
+    if kind == "mixtral":
+        experts = {"gate": "w1", "up": "w3", "down": "w2"}
+        names = {f"mlp.{ours}": f"block_sparse_moe.experts.{{}}.{theirs}.weight" for ours, theirs in experts.items()}
+        return names | {"mlp.router.weight": "block_sparse_moe.gate.weight"}
+    if kind == "qwen3_moe":
+        names = {f"mlp.{part}": f"mlp.experts.{{}}.{part}_proj.weight" for part in ("gate", "up", "down")}
+        return names | {"mlp.router.weight": "mlp.gate.weight"}
+    return {f"mlp.{part}.weight": f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
+
+
+def from_huggingface(config: LlamaConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our state dict from the tensors in Hugging Face's files.
+
+    Raises:
+        UserError: a tensor is missing, or no kind of model there has these fields.
+    """
+    converted = {}
+    for ours, theirs in names_in_huggingface(config).items():
+        apart = [theirs.format(expert) for expert in range(config.n_experts or 1)] if "{}" in theirs else [theirs]
+        if missing := [name for name in apart if name not in weights]:
+            raise UserError(f"the weights have no {missing[0]!r}, which a model of type {model_type(config)} needs")
+        tensors = [weights[name] for name in apart]
+        converted[ours] = torch.stack(tensors) if "{}" in theirs else tensors[0]
+    return converted
+
+
+def to_huggingface(config: LlamaConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of Hugging Face's files from our state dict; a tied head is left out, as it is there.
+
+    Raises:
+        UserError: no kind of model there has these fields.
+    """
+    converted = {}
+    for ours, theirs in names_in_huggingface(config).items():
+        stacked = "{}" in theirs
+        for expert, tensor in enumerate(weights[ours] if stacked else [weights[ours]]):
+            converted[theirs.format(expert)] = tensor.contiguous()
+    return converted

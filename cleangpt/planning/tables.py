@@ -1,0 +1,68 @@
+"""A plan as text."""
+
+from rich.console import Console
+from rich.table import Table
+
+from cleangpt.planning.devices import GIB
+from cleangpt.planning.plan import Estimate, Plan
+
+
+def show(plan: Plan) -> None:
+    """Prints a plan: a table over strategies and what the best is made of, or a table over numbers of devices."""
+    console = Console(width=max(Console().width, 112))  # a table is not worth reading when its cells are cut
+    device, counts = plan.device, list(dict.fromkeys(entry.devices for entry in plan.estimates))
+    console.print(f"model    {plan.parameters:,} parameters, {plan.flops_per_token:,} FLOPs per token", highlight=False)
+    console.print(f"length   {plan.tokens:,} tokens", highlight=False)
+    console.print(
+        f"device   {device.name}, {device.memory / GIB:.0f} GiB, {device.flops(plan.precision) / 1e12:,.4g} TFLOP/s in "
+        f"{plan.precision}, ${device.price:.2f} an hour (assumed)",
+        highlight=False,
+    )
+    single = len(counts) == 1
+    console.print(_estimates(plan.estimates if single else [plan.best(count) for count in counts]))
+    if single:
+        console.print(_parts(plan.best(counts[0])))
+    for line in [*plan.refused, *plan.advice]:
+        console.print(line, highlight=False, soft_wrap=True)
+    if fitting := plan.fitting():
+        best = fitting[0]
+        console.print(
+            f"cheapest that fits: {best.devices} x {device.name}, {best.strategy}: {best.options}",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+
+
+def _estimates(estimates: list[Estimate]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("devices", justify="right")
+    table.add_column("strategy")
+    for name in ("micro-batch", "GiB", "fits", "step", "exposed", "tokens/s", "MFU", "hours", "cost"):
+        table.add_column(name, justify="right")
+    for entry in estimates:
+        table.add_row(
+            f"{entry.devices}", entry.strategy + (" *" if entry.chosen else ""), f"{entry.micro_batch}",
+            f"{entry.memory.total / GIB:,.1f}", "yes" if entry.fits else "no", f"{entry.time.total:.3g} s",
+            f"{entry.time.exposed / entry.time.total:.0%}", f"{entry.tokens_per_second:,.0f}", f"{entry.mfu:.0%}",
+            f"{entry.hours:,.{2 if entry.hours < 1000 else 0}f}", f"${entry.cost:,.{2 if entry.cost < 1000 else 0}f}",
+        )  # fmt: skip
+    return table
+
+
+def _parts(entry: Estimate) -> Table:
+    """What the memory and the step of one strategy are made of."""
+    memory, time = entry.memory, entry.time
+    table = Table(box=None, pad_edge=False, title=f"{entry.strategy}, a device", title_justify="left")
+    table.add_column("memory")
+    table.add_column("GiB", justify="right")
+    table.add_column("  step")
+    table.add_column("", justify="right")
+    step = [
+        ("arithmetic", f"{time.compute:.3g} s"),
+        ("exposed exchange", f"{time.exposed:.3g} s"),
+        ("optimizer", f"{time.optimizer:.3g} s"),
+        ("sent", f"{entry.exchanged / GIB:,.3g} GiB"),
+    ]
+    for index, (name, size) in enumerate(vars(memory).items()):
+        what, value = step[index] if index < len(step) else ("", "")
+        table.add_row(name, f"{size / GIB:,.2f}", f"  {what}", value)
+    return table

@@ -1,0 +1,49 @@
+"""Keeps the experts of a mixture evenly loaded without a loss of its own, applied from outside the model.
+
+Wang et al. 2024, "Auxiliary-loss-free load balancing strategy for mixture-of-experts", section 3 and algorithm 1: after
+each step, the bias of every expert that got fewer tokens than the mean rises by a fixed rate, and of every one that got
+more it falls. The biases are among the model's weights, so snapshots and checkpoints have them.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from cleangpt.models.moe import MixtureOfExperts
+from cleangpt.training.parallel import like
+
+
+class Balancing:
+    """Counts the tokens of every expert that has a bias, and moves the biases; of a model without, nothing.
+
+    Args:
+        model: on its device, and cut where it is to be.
+        reduce: sums a tensor over the processes.
+    """
+
+    def __init__(self, model: nn.Module, reduce: Callable[[Tensor], Tensor]) -> None:
+        self.rate: float = getattr(getattr(model, "config", None), "balance_rate", None) or 0.0
+        mixtures = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
+        self._mixtures = [mixture for mixture in mixtures if mixture.router_bias is not None]
+        self._reduce = reduce
+        if self._mixtures:
+            sizes = (len(self._mixtures), len(self._mixtures[0].up))
+            self._counts = torch.zeros(sizes, dtype=torch.int64, device=self._mixtures[0].up.device)
+            for mixture, counts in zip(self._mixtures, self._counts, strict=True):
+                mixture.tokens_per_expert = counts
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Moves the biases by what the experts got in this step, over all micro-batches and processes.
+
+        Activation checkpointing counts a token twice, in every expert of a layer alike, which changes no sign.
+        """
+        if not self._mixtures:
+            return
+        counts = self._reduce(self._counts)
+        above = counts * counts.shape[1] - counts.sum(dim=1, keepdim=True)
+        for mixture, excess in zip(self._mixtures, above, strict=True):
+            assert mixture.router_bias is not None
+            mixture.router_bias.sub_(like(self.rate * excess.sign(), mixture.router_bias))
+        self._counts.zero_()

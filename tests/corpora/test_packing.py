@@ -1,0 +1,68 @@
+"""Packing keeps every document whole that fits into a row, every token once, and no padding among the targets."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from cleangpt.corpora import prepare
+from cleangpt.corpora.packing import pack
+from cleangpt.corpora.text import Text
+from cleangpt.data.batches import IGNORED, Samples, validation_batches
+from cleangpt.errors import UserError
+
+lengths = st.lists(st.integers(0, 40), max_size=60)
+
+
+def numbered(sizes: list[int]) -> list[np.ndarray]:
+    """Documents whose tokens are all different, from 1 on."""
+    return np.split(np.arange(1, sum(sizes) + 1), np.cumsum(sizes)[:-1]) if sizes else []
+
+
+@given(sizes=lengths, row_length=st.integers(2, 20))
+def test_every_token_is_packed_once_and_documents_that_fit_stay_whole(sizes: list[int], row_length: int) -> None:
+    documents = numbered(sizes)
+    tokens, mask = pack(documents, row_length)
+    assert sorted(tokens[tokens > 0].tolist()) == list(range(1, sum(sizes) + 1))
+    rows = [row.tolist() for row in tokens]
+    for document in map(np.ndarray.tolist, documents):
+        if 0 < len(document) <= row_length:
+            (row,) = [row for row in rows if document[0] in row]
+            at = row.index(document[0])
+            assert row[at : at + len(document)] == document
+    assert (mask[:, 1:] == (tokens[:, 1:] > 0)).all() and not mask[:, :1].any()
+
+
+@given(sizes=lengths, row_length=st.integers(2, 20))
+def test_few_rows_are_needed(sizes: list[int], row_length: int) -> None:
+    """Against the bound on what any packing needs: the tokens, and the pieces longer than half a row."""
+    tokens, _ = pack(numbered(sizes), row_length)
+    pieces = [row_length] * sum(size // row_length for size in sizes) + [size % row_length for size in sizes]
+    fewest = max(-(-sum(pieces) // row_length), sum(2 * piece > row_length for piece in pieces))
+    assert len(tokens) <= 1.5 * fewest + 1
+
+
+def test_a_packed_corpus_has_a_sample_per_row_and_no_padding_as_target(tmp_path: Path) -> None:
+    texts = [f"{'ab' * (number % 9)}{number}" for number in range(300)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
+    corpus = Text(files=(str(tmp_path / "a.jsonl"),), pack=31, val_fraction=0.3)
+    store = prepare(corpus, tmp_path / "data", console=Console(quiet=True))
+    found: list[str] = []
+    for name in ("train", "val"):
+        samples = Samples(store.splits[name], 31)
+        (batch,) = validation_batches(samples, samples.num_validation)
+        for inputs, targets in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True):
+            tokens = inputs[:1] + [target for target in targets if target != IGNORED]
+            assert tokens[-1] == store.tokenizer.end_of_text
+            ends = [at for at, token in enumerate(tokens) if token == store.tokenizer.end_of_text]
+            found += [store.tokenizer.decode(tokens[a + 1 : b]) for a, b in zip([-1, *ends], ends, strict=False)]
+    assert sorted(found) == sorted(texts)
+
+
+def test_a_row_of_no_token_is_refused() -> None:
+    with pytest.raises(UserError, match=r"corpus.pack is 0; allowed: a whole number of 1 or more"):
+        Text(files=("a",), pack=0).check()

@@ -1,0 +1,76 @@
+"""`cleangpt export`: where it writes, what it replaces, and what it leaves behind when it fails."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from cleangpt.cli import main
+from cleangpt.config import Experiment
+from cleangpt.data.tokenizers import ByteTokenizer
+from cleangpt.interchange import huggingface
+from cleangpt.interchange.export import export
+from cleangpt.models import build_model
+from cleangpt.models.gpt import GPTConfig
+from cleangpt.training.checkpoints import Checkpoint
+from cleangpt.training.trainer import Trainer
+
+CONFIG = GPTConfig(vocab_size=257, max_seq_len=8, n_layers=1, n_heads=1, dim=4)
+
+
+@pytest.fixture
+def checkpoint(workplace: Path) -> Checkpoint:
+    return Checkpoint(workplace / "mine", CONFIG, ByteTokenizer(), dict(build_model(CONFIG).state_dict()), {})
+
+
+def test_the_best_checkpoint_of_a_run_is_exported_under_its_name(
+    tiny: Callable[..., Experiment],
+    trainer: Callable[[Experiment], Trainer],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    trainer(tiny(run_dir="runs/small", training__macro_batches=1)).train()
+    assert main(["export", "runs/small"]) == 0
+    assert capsys.readouterr().out == "export: small-hf\n"
+    assert AutoModelForCausalLM.from_pretrained("small-hf").config.n_layer == 2
+
+
+def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["export", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def test_what_is_there_is_not_replaced_unless_an_export_wrote_it_and_force_says_so(
+    checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(checkpoint, "hf", Path("first"))
+    assert "--force" in refused(["hf:first", "--out", "first"], capsys)
+    assert main(["export", "hf:first", "--out", "first", "--force"]) == 0
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("years of work")
+    assert "does not replace" in refused(["hf:first", "--out", "mine", "--force"], capsys)
+    assert Path("mine/thesis.txt").read_text() == "years of work"
+    assert sorted(path.name for path in Path().iterdir()) == ["first", "mine"]
+
+
+def test_an_empty_folder_is_filled(checkpoint: Checkpoint) -> None:
+    Path("deep/empty").mkdir(parents=True)
+    export(checkpoint, "hf", Path("deep/empty"))
+    assert Path("deep/empty/model.safetensors").is_file()
+
+
+def test_nothing_is_left_of_an_export_that_failed(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(huggingface, "save_file", fail)
+    with pytest.raises(OSError, match="no space"):
+        export(checkpoint, "hf", Path("out"))
+    assert not any(Path().iterdir())
+
+
+def test_a_run_that_is_not_there_is_refused(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nothing is not a run" in refused(["nothing"], capsys)
+    assert "hf" in refused(["nothing", "--format", "onnx"], capsys)

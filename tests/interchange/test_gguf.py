@@ -1,0 +1,144 @@
+"""GGUF files hold what llama.cpp needs, and it computes from them what we compute."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cleangpt.config import ModelConfig
+from cleangpt.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, train_bpe
+from cleangpt.errors import UserError
+from cleangpt.inference.generate import greedy
+from cleangpt.interchange.export import export
+from cleangpt.interchange.gguf import vocabulary_of
+from cleangpt.models import build_model
+from cleangpt.models.gpt import GPTConfig
+from cleangpt.models.llama import LlamaConfig
+from cleangpt.training.checkpoints import Checkpoint
+
+TEXT = "To be, or  not to be:\n\nthat's the question — déjà vu 漢字 🙂 12 + 345 = 357\n"
+BPE = train_bpe([TEXT * 20], 400)
+CHARACTERS = CharTokenizer("".join(sorted({*TEXT, "\0"})), "\0")
+SIZES = {"max_seq_len": 256, "n_layers": 2, "n_heads": 4, "dim": 64, "vocab_size": 448}
+GPT_SMALL = GPTConfig(**SIZES)  # type: ignore[arg-type]
+LLAMA_SMALL = LlamaConfig(**SIZES, n_kv_heads=2, hidden_dim=96)  # type: ignore[arg-type]
+KINDS = {
+    "gpt2": GPT_SMALL,
+    "gpt2 without biases": replace(GPT_SMALL, bias=False),
+    "llama": LLAMA_SMALL,
+    "llama 3.1, tied": replace(LLAMA_SMALL, tied=True, rope_factor=8.0, rope_original_seq_len=32),
+    "mistral": replace(LLAMA_SMALL, sliding_window=256),
+    "mixtral": replace(LLAMA_SMALL, n_experts=4),
+    "qwen2": replace(LLAMA_SMALL, qkv_bias=True),
+    "qwen3": replace(LLAMA_SMALL, qk_norm=True, head_dim=32),
+    "qwen3_moe": replace(LLAMA_SMALL, qk_norm=True, n_experts=4, expert_hidden_dim=32),
+}
+CASES = [(kind, BPE) for kind in KINDS] + [("gpt2", ByteTokenizer()), ("gpt2", CHARACTERS)]
+
+
+def checkpoint_of(config: ModelConfig, tokenizer: Tokenizer) -> Checkpoint:
+    """Weights that make the likeliest token clear, so that rounding does not choose it."""
+    torch.manual_seed(0)
+    model = build_model(config)
+    for name, parameter in model.named_parameters():
+        gain = name.endswith("norm.weight")
+        torch.nn.init.normal_(parameter, mean=float(gain), std=1.0 if "embedding" in name else 0.2)
+    return Checkpoint(Path("somewhere"), config, tokenizer, dict(model.state_dict()), {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "tokenizer"), CASES, ids=lambda value: value if isinstance(value, str) else type(value).__name__
+)
+def test_llama_cpp_encodes_and_goes_on_as_we_do(kind: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    checkpoint = checkpoint_of(KINDS[kind], tokenizer)
+    export(checkpoint, "gguf", tmp_path / "model.gguf")
+    theirs = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=256, n_threads=1, type_k=0, type_v=0, verbose=False)
+    ids = tokenizer.encode(TEXT).tolist()
+    assert theirs.tokenize(TEXT.encode(), add_bos=False, special=False) == ids
+    assert theirs.detokenize(ids).decode() == TEXT
+    assert theirs.token_eos() == tokenizer.end_of_text
+    stream = theirs.generate(ids, temp=0.0)
+    ours = greedy(checkpoint.model(torch.device("cpu")), torch.tensor([ids]), 50)[0].tolist()
+    assert [next(stream) for _ in range(50)] == ours
+
+
+def test_a_file_names_its_model_and_its_tensors(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    checkpoint = checkpoint_of(replace(LLAMA_SMALL, n_experts=4), BPE)
+    export(checkpoint, "gguf", tmp_path / "model.gguf")
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    entries: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
+    assert entries["general.architecture"] == "llama" and entries["llama.expert_count"] == 4
+    assert entries["tokenizer.ggml.tokens"][BPE.vocab_size] == f"[PAD{BPE.vocab_size}]"
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    assert len(tensors) == len(checkpoint.weights)
+    stacked = torch.from_numpy(tensors["blk.1.ffn_down_exps.weight"].copy())
+    assert torch.equal(stacked, checkpoint.weights["blocks.1.mlp.down"])
+
+
+def test_only_an_earlier_export_is_replaced(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    path, checkpoint = tmp_path / "model.gguf", checkpoint_of(GPT_SMALL, BPE)
+    export(checkpoint, "gguf", path)
+    with pytest.raises(UserError, match="--force"):
+        export(checkpoint, "gguf", path)
+    export(checkpoint, "gguf", path, force=True)
+    path.write_text("mine")
+    with pytest.raises(UserError, match="was not written by an export"):
+        export(checkpoint, "gguf", path, force=True)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (replace(LLAMA_SMALL, sliding_window=8), r"model\.sliding_window is 8; allowed in GGUF: None, or .* 256"),
+        (
+            replace(LLAMA_SMALL, qk_norm=True, n_experts=4, normalize_shares=False),
+            r"model\.normalize_shares is False; allowed in GGUF: True",
+        ),
+        (ModelConfig(vocab_size=448, max_seq_len=8), "a model of ModelConfig cannot be exported"),
+    ],
+)
+def test_what_llama_cpp_does_not_compute_is_refused(config: ModelConfig, message: str, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    with pytest.raises(UserError, match=message):
+        export(Checkpoint(tmp_path, config, BPE, {}, {}), "gguf", tmp_path / "model.gguf")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_vocabulary_is_filled_up_to_that_of_the_model() -> None:
+    vocabulary = vocabulary_of(ByteTokenizer(), 260)
+    assert vocabulary.tokens[65:67] == ["A", "B"] and vocabulary.tokens[256:] == [
+        "<|endoftext|>", "[PAD257]", "[PAD258]", "[PAD259]",
+    ]  # fmt: skip
+    assert vocabulary.types[255:] == [1, 3, 5, 5, 5]
+    assert not vocabulary.begins
+
+
+def test_a_character_of_several_bytes_is_merged_from_its_bytes() -> None:
+    vocabulary = vocabulary_of(CharTokenizer("aé漢\n", "\n"), 4)
+    assert vocabulary.tokens == ["a", "Ã©", "æ¼¢", "Ċ"]
+    assert vocabulary.merges == ["Ã ©", "æ ¼", "æ¼ ¢"]
+
+
+def test_a_tokenizer_that_llama_cpp_cannot_have_is_refused() -> None:
+    with pytest.raises(UserError, match="no end-of-text token"):
+        vocabulary_of(CharTokenizer("ab"), 2)
+    content = json.loads(BPE.to_json())
+    content["pre_tokenizer"]["add_prefix_space"] = True
+    content["decoder"] = {"type": "Sequence", "decoders": [content["decoder"], {
+        "type": "Strip", "content": " ", "start": 1, "stop": 0}]}  # fmt: skip
+    with pytest.raises(UserError, match="allowed: char, byte, and byte-level BPE that splits words as GPT-2"):
+        vocabulary_of(BPETokenizer(json.dumps(content)), 448)
+
+
+def test_without_the_package_one_line_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    with pytest.raises(UserError, match=r"cleangpt\[gguf\]"):
+        export(checkpoint_of(GPT_SMALL, BPE), "gguf", tmp_path / "model.gguf")

@@ -1,0 +1,379 @@
+"""Models of Hugging Face come in with the same logits, and ours go out so that its own classes give the same."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers import LlamaConfig as TheirLlamaConfig
+
+from cleangpt.cli import main
+from cleangpt.config import Experiment, ModelConfig
+from cleangpt.corpora.text import Text
+from cleangpt.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer, train_bpe
+from cleangpt.errors import UserError
+from cleangpt.interchange import hub
+from cleangpt.interchange.export import export
+from cleangpt.interchange.huggingface import open_checkpoint
+from cleangpt.models import build_model
+from cleangpt.models.gpt import GPTConfig, config_from_huggingface, config_to_huggingface
+from cleangpt.models.llama import LlamaConfig
+from cleangpt.tracking.metrics import read_metrics
+from cleangpt.training.checkpoints import Checkpoint, differing_fields, fill
+from cleangpt.training.trainer import Trainer
+
+TEXT = "To be, or not to be: that is the question. 12 + 34 = 46\n"
+BPE = train_bpe([TEXT * 20], 300)
+CPU = torch.device("cpu")
+SIZES = {"max_seq_len": 64, "n_layers": 2, "n_heads": 4, "dim": 32, "vocab_size": 320}
+GPT_SMALL = GPTConfig(**SIZES)  # type: ignore[arg-type]
+LLAMA_SMALL = LlamaConfig(**SIZES, n_kv_heads=2, hidden_dim=48)  # type: ignore[arg-type]
+
+
+def random_weights(model: torch.nn.Module) -> torch.nn.Module:
+    """Large enough that a mistake anywhere changes the logits."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=0.1, std=0.3)
+    return model.eval()
+
+
+def checkpoint_of(config: ModelConfig, tokenizer: Tokenizer = BPE) -> Checkpoint:
+    model = random_weights(build_model(config))
+    return Checkpoint(Path("somewhere"), config, tokenizer, dict(model.state_dict()), {})
+
+
+def their_gpt2() -> PreTrainedModel:
+    config = GPT2Config(vocab_size=BPE.vocab_size, n_positions=64, n_layer=2, n_head=4, n_embd=32)
+    return random_weights(GPT2LMHeadModel(config))
+
+
+def their_llama() -> PreTrainedModel:
+    config = TheirLlamaConfig(
+        vocab_size=BPE.vocab_size, max_position_embeddings=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, hidden_size=32, intermediate_size=48,
+    )  # fmt: skip
+    return random_weights(LlamaForCausalLM(config))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[[PreTrainedModel], Path]:
+    """Saves a model and the tokenizer as Hugging Face does."""
+
+    def save(model: PreTrainedModel, **options: str) -> Path:
+        model.save_pretrained(tmp_path / "theirs", **options)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=BPE._tokenizer, eos_token="<|endoftext|>")
+        tokenizer.save_pretrained(tmp_path / "theirs")
+        return tmp_path / "theirs"
+
+    return save
+
+
+# In ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [their_gpt2, their_llama])
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "20kB"}], ids=["one file", "shards"])
+def test_a_saved_model_has_the_same_logits_here(
+    saved: Callable[..., Path], make: Callable[[], PreTrainedModel], options: dict[str, str]
+) -> None:
+    model = make()
+    folder = saved(model, **options)
+    assert (folder / "model.safetensors.index.json").exists() == bool(options)
+    checkpoint = open_checkpoint(f"hf:{folder}")
+    tokens = torch.from_numpy(checkpoint.tokenizer.encode(TEXT))[None]
+    torch.testing.assert_close(checkpoint.model(CPU)(tokens), model(tokens).logits, atol=1e-4, rtol=1e-4)
+    assert checkpoint.tokenizer.decode(tokens[0].tolist()) == TEXT
+
+
+def test_weights_without_the_prefix_and_with_buffers_are_read_as_gpt2_was_released(saved: Callable[..., Path]) -> None:
+    folder = saved(their_gpt2())
+    expected = open_checkpoint(f"hf:{folder}").weights
+    weights = load_file(folder / "model.safetensors")
+    released = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+    save_file(released | {"h.0.attn.bias": torch.ones(1, 1, 64, 64)}, folder / "model.safetensors")
+    found = open_checkpoint(f"hf:{folder}").weights
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"model_type": "bert"}, "model_type is 'bert'; allowed: gpt2, llama, mistral"),
+        ({"activation_function": "relu"}, "activation_function is 'relu'; allowed: 'gelu_new'"),
+        ({"n_inner": 7}, "n_inner is 7; allowed: 4 x n_embd, which is 128"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings is False; allowed: True"),
+        ({"n_layer": 3}, "the weights have no 'transformer.h.2.ln_1.weight'"),
+        ({"n_layer": "many"}, "n_layers is 'many'"),
+    ],
+)
+def test_what_is_not_here_is_refused_with_the_entry_named(
+    saved: Callable[..., Path], entries: dict[str, object], message: str
+) -> None:
+    folder = saved(their_gpt2())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | entries))
+    with pytest.raises(UserError) as refused:
+        open_checkpoint(f"hf:{folder}")
+    assert message in str(refused.value) and str(folder) in str(refused.value)
+
+
+def test_a_missing_entry_is_named(saved: Callable[..., Path]) -> None:
+    entries = config_to_huggingface(GPT_SMALL)
+    del entries["n_head"]
+    with pytest.raises(UserError, match=r"config\.json has no 'n_head'"):
+        config_from_huggingface(entries)
+
+
+def test_pickled_weights_are_never_read(saved: Callable[..., Path]) -> None:
+    folder = saved(their_gpt2())
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"there is no model\.safetensors; only safetensors are read"):
+        open_checkpoint(f"hf:{folder}")
+
+
+def test_an_index_that_points_out_of_the_folder_is_refused(saved: Callable[..., Path]) -> None:
+    folder = saved(their_gpt2())
+    shutil.move(folder / "model.safetensors", folder.parent / "stolen.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../stolen.safetensors"}}))
+    with pytest.raises(UserError, match=r"there is no \.\./stolen"):
+        open_checkpoint(f"hf:{folder}")
+
+
+def test_damaged_weights_are_refused(saved: Callable[..., Path]) -> None:
+    folder = saved(their_gpt2())
+    (folder / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"model\.safetensors is not a safetensors file"):
+        open_checkpoint(f"hf:{folder}")
+
+
+# Downloads -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_name_is_downloaded_without_any_file_that_could_run_code(
+    saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    folder, asked = saved(their_gpt2()), {}
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked[name] = allow_patterns
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert open_checkpoint("hf:gpt2").config.max_seq_len == 64
+    (patterns,) = asked.values()
+    assert all(pattern.endswith((".json", ".safetensors", "merges.txt")) for pattern in patterns)
+    assert load_tokenizer(Path("hf:owner/name")).vocab_size == BPE.vocab_size and "owner/name" in asked
+
+
+def test_without_a_network_one_line_says_which_files_to_put_where(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import huggingface_hub
+
+    def fail(name: str, allow_patterns: list[str]) -> str:
+        raise ConnectionError("no route to host\nand much more")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    assert main(["sample", "hf:gpt2"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "no route to host" in error and "much more" not in error
+    assert "config.json, model.safetensors and tokenizer.json" in error and "hf:FOLDER" in error
+
+
+@pytest.mark.parametrize("text", ["hf:", "hf:/nowhere/at/all", "hf:./nothing", "hf:a/b/c"])
+def test_what_can_be_no_name_is_not_asked_for(text: str, workplace: Path) -> None:
+    with pytest.raises(UserError, match="is not a folder"):
+        hub.fetch(text)
+
+
+# Starting a run ------------------------------------------------------------------------------------------------------
+
+
+def experiment_of(folder: Path, tiny: Callable[..., Experiment], **fields: object) -> Experiment:
+    """A run on a text, with the tokenizer of a folder."""
+    Path("text.txt").write_text(TEXT * 100, encoding="utf-8")
+    corpus = Text(files=("text.txt",), tokenizer_file=f"hf:{folder}", val_fraction=0.2)
+    model = GPTConfig(max_seq_len=64, n_layers=2, n_heads=4, dim=32)
+    return tiny(corpus=corpus, model=model, data__seq_len=32, init_from=f"hf:{folder}", **fields)
+
+
+def said(run: Path) -> str:
+    return (run / "log.txt").read_text(encoding="utf-8")
+
+
+def test_a_run_starts_from_the_weights_and_with_the_tokenizer(
+    saved: Callable[..., Path], tiny: Callable[..., Experiment], trainer: Callable[[Experiment], Trainer]
+) -> None:
+    theirs = their_gpt2()
+    folder = saved(theirs)
+    started = trainer(experiment_of(folder, tiny))
+    tokens = torch.from_numpy(started.store.tokenizer.encode(TEXT))[None, :20]
+    torch.testing.assert_close(started.model.eval()(tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
+    assert "starting from the weights" in said(started.run)
+    assert "rows" not in said(started.run) and "tokenizer" not in said(started.run)
+
+
+@pytest.mark.parametrize("length", [48, 96])
+def test_padding_of_the_vocabulary_and_other_lengths_are_filled_and_said(
+    saved: Callable[..., Path], tiny: Callable[..., Experiment], trainer: Callable[[Experiment], Trainer], length: int
+) -> None:
+    theirs = their_gpt2()
+    folder = saved(theirs)
+    started = trainer(experiment_of(folder, tiny, model__vocab_size=512, model__max_seq_len=length))
+    tokens = torch.from_numpy(started.store.tokenizer.encode(TEXT))[None, :20]
+    logits = started.model.eval()(tokens)[..., : BPE.vocab_size]
+    torch.testing.assert_close(logits, theirs(tokens).logits, atol=1e-4, rtol=1e-4)
+    assert f"token_embedding.weight takes {BPE.vocab_size} of {BPE.vocab_size} rows" in said(started.run)
+    assert f"position_embedding.weight takes {min(length, 64)} of 64 rows" in said(started.run)
+
+
+PADDED = """
+from cleangpt.config import *
+from cleangpt.corpora.text import Text
+from cleangpt.models.gpt import GPTConfig
+
+experiment = Experiment(
+    name="padded",
+    corpus=Text(files=("text.txt",), tokenizer_file="hf:theirs", val_fraction=0.2),
+    data=DataConfig(seq_len=32, batch_size=8),
+    model=GPTConfig(vocab_size=512, max_seq_len=96, n_layers=2, n_heads=4, dim=32),
+    optimizer=OptimizerConfig(lr=1e-3),
+    training=TrainingConfig(macro_batches=1, batches_per_macro_batch=2, device="cpu", threads=1),
+    tracking=TrackingConfig(progress=False, sample_tokens=0),
+    init_from="hf:theirs",
+)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp", "tp"])
+def test_a_model_that_is_cut_over_processes_starts_as_a_whole_one_does(
+    strategy: str, saved: Callable[..., Path], workplace: Path
+) -> None:
+    saved(their_gpt2())
+    Path("padded.py").write_text(PADDED, encoding="utf-8")
+    Path("text.txt").write_text(TEXT * 100, encoding="utf-8")
+    assert main(["train", "padded.py", "--run-dir", "single"]) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "cleangpt",
+               "train", "padded.py", "--run-dir", "cut", "--parallel.strategy", strategy]  # fmt: skip
+    subprocess.run(command, check=True, timeout=240, capture_output=True)
+    (single,), (cut,) = read_metrics(Path("single")), read_metrics(Path("cut"))
+    for name in ("train_loss", "val_loss", "grad_norm"):
+        assert cut[name] == pytest.approx(single[name], rel=1e-4), name
+    assert "token_embedding.weight takes" in said(Path("cut"))
+
+
+def test_rows_of_tokens_are_taken_only_where_the_tokens_are_the_same() -> None:
+    small, large = build_model(GPT_SMALL), build_model(replace(GPT_SMALL, vocab_size=330))
+    before = large.state_dict()["token_embedding.weight"].clone()
+    lines = fill(large, small.state_dict(), same_tokens=False)
+    assert torch.equal(large.state_dict()["token_embedding.weight"], before)
+    assert lines == ["token_embedding.weight has shape (320, 32); it keeps its initial values, shape (330, 32)"]
+    fill(large, small.state_dict(), same_tokens=True)
+    assert torch.equal(large.state_dict()["token_embedding.weight"][:320], small.state_dict()["token_embedding.weight"])
+    assert torch.equal(large.state_dict()["token_embedding.weight"][320:], before[320:])
+
+
+def test_fields_that_shapes_do_not_tell_are_compared() -> None:
+    assert differing_fields(GPT_SMALL, replace(GPT_SMALL, vocab_size=9, max_seq_len=9, dropout=0.1)) == []
+    assert differing_fields(GPT_SMALL, replace(GPT_SMALL, n_heads=2)) == [
+        "model.n_heads is 2; in the checkpoint it is 4"
+    ]
+    assert differing_fields(LLAMA_SMALL, GPT_SMALL) == ["the checkpoint is of LlamaConfig, the model of GPTConfig"]
+
+
+def test_a_model_of_hugging_face_is_sampled_from(
+    saved: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = their_gpt2()
+    folder = saved(theirs)
+    assert main(["sample", f"hf:{folder}", "--prompt", "To be", "--temperature", "0", "--max-new-tokens", "5"]) == 0
+    ours = capsys.readouterr().out
+    tokens = torch.from_numpy(BPE.encode("To be"))[None]
+    for _ in range(5):
+        tokens = torch.cat([tokens, theirs(tokens).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    assert ours == BPE.decode(tokens[0].tolist()) + "\n"
+
+
+# Out -----------------------------------------------------------------------------------------------------------------
+
+KINDS = {
+    "gpt2": GPT_SMALL,
+    "gpt2 without biases": replace(GPT_SMALL, bias=False),
+    "llama": LLAMA_SMALL,
+    "llama 3.1, tied": replace(LLAMA_SMALL, tied=True, rope_factor=8.0, rope_original_seq_len=16),
+    "mistral": replace(LLAMA_SMALL, sliding_window=8),
+    "mixtral": replace(LLAMA_SMALL, n_experts=4),
+    "qwen3": replace(LLAMA_SMALL, qk_norm=True),
+    "qwen3_moe": replace(LLAMA_SMALL, qk_norm=True, n_experts=4, expert_hidden_dim=16, normalize_shares=False),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_exported_model_has_the_same_logits_and_ids_there(kind: str, tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(KINDS[kind])
+    export(checkpoint, "hf", tmp_path / "out")
+    model, tokenizer = (cls.from_pretrained(tmp_path / "out") for cls in (AutoModelForCausalLM, AutoTokenizer))
+    ids = tokenizer.encode(TEXT)
+    assert ids == BPE.encode(TEXT).tolist() and tokenizer.decode(ids) == TEXT
+    tokens = torch.tensor([ids])
+    torch.testing.assert_close(model(tokens).logits, checkpoint.model(CPU)(tokens), atol=1e-4, rtol=1e-4)
+    assert model.config.eos_token_id == model.config.bos_token_id == tokenizer.eos_token_id == BPE.end_of_text
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "biases" not in kind])
+def test_an_exported_model_comes_back_as_it_was(kind: str, tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(KINDS[kind])
+    export(checkpoint, "hf", tmp_path / "out")
+    back = open_checkpoint(str(tmp_path / "out"))
+    assert back.config == KINDS[kind]
+    assert all(torch.equal(back.weights[name], tensor) for name, tensor in checkpoint.weights.items())
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), CharTokenizer("".join(sorted({*TEXT, "\0"})), "\0")])
+def test_the_other_tokenizers_have_the_same_ids_and_text_there(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    export(checkpoint_of(GPT_SMALL, tokenizer), "hf", tmp_path / "out")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs.encode(TEXT) == tokenizer.encode(TEXT).tolist()
+    assert theirs.decode(theirs.encode(TEXT)) == TEXT
+    assert theirs.eos_token_id == tokenizer.end_of_text
+
+
+@pytest.mark.parametrize(
+    ("config", "tokenizer", "message"),
+    [
+        (replace(LLAMA_SMALL, qkv_bias=True), BPE, "Qwen's own"),
+        (replace(LLAMA_SMALL, n_experts=4, n_shared_experts=1), BPE, "Hugging Face has no model with"),
+        (ModelConfig(vocab_size=9, max_seq_len=9), BPE, "a model of ModelConfig cannot be exported; allowed: GPT"),
+    ],
+)
+def test_what_transformers_does_not_have_is_refused(
+    config: ModelConfig, tokenizer: Tokenizer, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        export(Checkpoint(tmp_path, config, tokenizer, {"a": torch.ones(1)}, {}), "hf", tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_qwen_2_with_bytes_is_exported(tmp_path: Path) -> None:
+    export(checkpoint_of(replace(LLAMA_SMALL, qkv_bias=True), ByteTokenizer()), "hf", tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").encode(TEXT) == list(TEXT.encode())

@@ -1,0 +1,127 @@
+"""Plans of whole experiments: what fits, what it costs, what is refused."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cleangpt.cli import main
+from cleangpt.config import Experiment
+from cleangpt.errors import UserError
+from cleangpt.models.llama import LlamaConfig
+from cleangpt.planning.devices import DEVICES, GIB, Group, find_device
+from cleangpt.planning.plan import make_plan
+
+LARGE = LlamaConfig(
+    vocab_size=128256, max_seq_len=8192, n_layers=126, n_heads=128, n_kv_heads=8, dim=16384, hidden_dim=53248
+)
+
+
+@pytest.fixture
+def small(tiny: Callable[..., Experiment]) -> Experiment:
+    return tiny(model__vocab_size=16, data__batch_size=32)
+
+
+def test_a_model_of_405_billion_parameters_is_planned_at_once(tiny: Callable[..., Experiment]) -> None:
+    experiment = tiny(
+        model=LARGE, data__seq_len=8192, data__batch_size=512, training__recompute_every=1, training__precision="bf16"
+    )
+    plan = make_plan(experiment, find_device("h100"), [512, 1024])
+    assert plan.parameters == 405_853_388_800
+    state = 16 * plan.parameters / 1024
+    for entry in plan.estimates:
+        if entry.strategy == "fsdp" and entry.devices == 1024:
+            assert entry.memory.weights * 4 == pytest.approx(state)
+    assert not next(entry for entry in plan.estimates if entry.strategy == "ddp").fits
+
+
+def test_the_budget_is_the_length_of_the_run_and_sets_hours_and_cost(small: Experiment) -> None:
+    device = find_device("a100", price=2.0)
+    plan, twice = make_plan(small, device, [4]), make_plan(small, device, [4], tokens=2 * 6 * 4 * 32 * 9)
+    assert plan.tokens == 6 * 4 * 32 * small.data.seq_len
+    for one, two in zip(plan.estimates, twice.estimates, strict=True):
+        assert one.hours == pytest.approx(plan.tokens / one.tokens_per_second / 3600)
+        assert one.cost == pytest.approx(one.hours * 4 * 2.0)
+        assert two.hours / one.hours == pytest.approx(twice.tokens / plan.tokens)
+
+
+def test_what_does_not_fit_is_marked_and_a_way_is_advised(tiny: Callable[..., Experiment]) -> None:
+    model = LlamaConfig(vocab_size=32000, max_seq_len=4096, n_layers=22, n_heads=32, dim=2048, hidden_dim=5632)
+    experiment = tiny(model=model, data__seq_len=4096, data__batch_size=64, training__precision="bf16")
+    plan = make_plan(experiment, find_device("h100"), [1])
+    assert [entry.fits for entry in plan.estimates] == [False] and not plan.fitting()
+    (advice,) = plan.advice
+    size = int(re.findall(r"--training.micro-batch-size (\d+)", advice)[0])
+    every = 1 if "--training.recompute-every 1" in advice else None
+    smaller = tiny(
+        model=model, data__seq_len=4096, data__batch_size=64, training__precision="bf16",
+        training__micro_batch_size=size, training__recompute_every=every,
+    )  # fmt: skip
+    assert make_plan(smaller, find_device("h100"), [1]).fitting()
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_its_reason(small: Experiment) -> None:
+    plan = make_plan(small, find_device("h100"), [32, 48])
+    assert {entry.devices for entry in plan.estimates} == {32}
+    assert any(line.startswith("48 devices, fsdp: data.batch_size 32") for line in plan.refused)
+    with pytest.raises(UserError, match="no strategy can run"):
+        make_plan(small, find_device("h100"), [48])
+
+
+def test_the_experiments_own_strategy_is_among_those_planned(tiny: Callable[..., Experiment]) -> None:
+    experiment = tiny(
+        model__vocab_size=16, data__batch_size=32, parallel__strategy="hsdp", parallel__replicas=4
+    )  # fmt: skip
+    own = [entry for entry in make_plan(experiment, find_device("h100"), [8]).estimates if entry.chosen]
+    assert [(entry.place.replicas, entry.place.shards) for entry in own] == [(4, 2)]
+
+
+@given(st.sampled_from(sorted(DEVICES)), st.integers(2, 64), st.floats(1, 1e11))
+def test_exchange_takes_at_least_what_the_link_needs_and_grows_with_the_size(name: str, size: int, much: float) -> None:
+    group = Group(DEVICES[name], size, 1, 8)
+    assert group.exchange(much) >= much * (size - 1) / size / max(DEVICES[name].link, 8 * DEVICES[name].network)
+    assert group.exchange(2 * much) > group.exchange(much)
+    assert Group(DEVICES[name], 1, 1, 8).exchange(much) == 0
+
+
+def test_devices_far_apart_share_no_network_adapters() -> None:
+    near, far = (Group(DEVICES["h100"], 16, stride, 8).exchange(GIB) for stride in (1, 8))
+    assert far > 5 * near
+
+
+def test_the_command_prints_a_table_and_writes_json(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "adder", "--model.vocab-size", "16", "--devices", "1", "2", "--device", "4090", "--price", "0.5"]
+    assert main([*words, "--training.micro-batch-size", "2", "--json", "plan.json"]) == 0
+    printed = capsys.readouterr().out
+    assert "cheapest that fits: " in printed and "$0.50 an hour" in printed
+    plan = json.loads(Path("plan.json").read_text(encoding="utf-8"))
+    assert {entry["micro_batch"] for entry in plan["estimates"]} == {2}
+    assert not Path("runs").exists() and not Path("data").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--device", "h10"], "did you mean 'h100'"),
+        (["--devices", "0"], "--devices is 0"),
+        (["--tokens", "0"], "--tokens is 0"),
+        (["--price", "-1"], "--price is -1.0"),
+        (["--training.precision", "fp8", "--device", "a100"], "allowed with --device a100: auto, fp32"),
+        (["--model.vocab-size", "None"], "give --model.vocab-size"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(
+    words: list[str], told: str, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "adder", "--model.vocab-size", "16", *words]) == 2
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1
+
+
+def test_the_vocabulary_comes_from_the_corpus_where_it_is_prepared(workplace: Path) -> None:
+    assert main(["prepare", "adder"]) == 0
+    assert main(["plan", "adder"]) == 0

@@ -1,0 +1,226 @@
+"""Runs of several processes, on one machine and on two: who hangs or dies is named, the others end and start again."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cleangpt.tracking.metrics import read_metrics
+from cleangpt.training.checkpoints import WEIGHTS, best_checkpoint
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
+
+EXPERIMENT = '''
+import math, os, signal, time
+from cleangpt.config import *
+from cleangpt.corpora import CORPORA
+from cleangpt.models.gpt import GPTConfig
+from cleangpt.training.trainer import Trainer
+
+RANK, RESTART = os.environ.get("RANK", "0"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+plain_step = Trainer.step
+
+def step(self):
+    """Logs what it trains on and, where told to, breaks."""
+    fault, at, rank = os.environ.get("FAULT", "none 0 0").split()
+    here = self.position.step == int(at) and rank == RANK and RESTART == "0"
+    if here and fault == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if here and fault == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if here and fault == "raise":
+        raise RuntimeError("the disk is on fire")
+    time.sleep(float(os.environ.get("PAUSE", "0")))
+    if fault == "nan" and rank == RANK and self.position.step >= int(at) and self.position.step % 100 != 5:
+        objective = self.objective
+        self.objective = lambda *given: objective(*given) * math.nan
+        plain_step(self)
+        self.objective = objective
+    else:
+        take = self.loader.next
+        def logged():
+            batch = take()
+            with open(f"seen_{RANK}.txt", "a") as file:
+                file.writelines(f"{self.position.step} {row}\\n" for row in batch.inputs.tolist())
+            return batch
+        self.loader.next = logged
+        plain_step(self)
+        self.loader.next = take
+    with open(f"weights_{RANK}.txt", "a") as file:
+        total = sum(p.detach().double().abs().sum() for p in self.model.parameters())
+        total = total.full_tensor() if hasattr(total, "full_tensor") else total
+        file.write(f"{self.position.step} {total.item()!r} {int(self.optimizer.skipped[0])}\\n")
+
+Trainer.step = step
+corpus = CORPORA["adder"](digits=2, train_samples=96, val_samples=40, test_samples=30)
+experiment = Experiment(
+    name="launched",
+    corpus=corpus,
+    data=DataConfig(seq_len=corpus.row_length - 1, batch_size=8),
+    model=GPTConfig(max_seq_len=corpus.row_length - 1, n_layers=2, n_heads=2, dim=16),
+    optimizer=OptimizerConfig(lr=1e-2),
+    training=TrainingConfig(macro_batches=3, batches_per_macro_batch=4, device="cpu", threads=1),
+    tracking=TrackingConfig(progress=False, sample_tokens=0, score_samples=0),
+)
+'''
+TRAIN = ["-m", "cleangpt", "train", "launched.py", "--run-dir", "run"]
+
+
+@pytest.fixture(autouse=True)
+def experiment(workplace: Path) -> None:
+    (workplace / "launched.py").write_text(EXPERIMENT)
+
+
+def torchrun(*options: str, words: tuple[str, ...] = (), **environment: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "torch.distributed.run", *options, *TRAIN, *words]
+    return subprocess.Popen(command, text=True, stderr=subprocess.PIPE, env=os.environ | environment)
+
+
+def one_machine(processes: int, *words: str, **environment: str) -> tuple[int, str, float]:
+    """Runs it to its end; returns exit code, errors and seconds."""
+    began = time.monotonic()
+    process = torchrun("--standalone", f"--nproc_per_node={processes}", words=words, **environment)
+    _, errors = process.communicate(timeout=120)
+    return process.returncode, errors, time.monotonic() - began
+
+
+def stopped_lines(errors: str) -> dict[int, str]:
+    """What each process said when it gave up, by rank."""
+    lines = [line for line in errors.splitlines() if line.startswith("rank ") and ": stopped: " in line]
+    return {int(line.split(":")[0][5:]): line.partition(": stopped: ")[2] for line in lines}
+
+
+def children() -> str:
+    """The command lines of the processes that train in this folder."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if (entry / "cwd").resolve() == Path.cwd() and int(entry.name) != os.getpid():
+                found.append((entry / "cmdline").read_text())
+        except OSError:
+            continue
+    return "\n".join(found)
+
+
+# One machine ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "strategy"), [(2, "ddp"), (2, "fsdp"), (4, "ddp")])
+def test_a_process_that_hangs_is_named_with_its_machine_and_its_step(processes: int, strategy: str) -> None:
+    words = ("--parallel.timeout", "4", "--parallel.strategy", strategy)
+    code, errors, seconds = one_machine(processes, *words, FAULT=f"stop 5 {processes - 1}")
+    assert code == 1 and seconds < 90
+    said = stopped_lines(errors)
+    line = (
+        f"no answer within 4 s at step 5 from process {processes - 1} (machine {socket.gethostname()}), "
+        "last heard of at step 4"
+    )
+    assert line in said.values(), errors[-3000:]
+    assert processes - 1 not in said and "cli.py" not in errors
+    assert children() == "" or not Path("/proc").exists()
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_named_too() -> None:
+    code, errors, seconds = one_machine(2, FAULT="kill 5 1")
+    assert code == 1 and seconds < 60
+    assert stopped_lines(errors)[0].startswith(
+        "lost the connection at step 5; no more was heard of process 1 (machine "
+    )
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_is_told_by_all() -> None:
+    code, errors, seconds = one_machine(2, FAULT="raise 5 1")
+    assert code == 1 and seconds < 60
+    machine = socket.gethostname()
+    assert stopped_lines(errors) == {0: f"process 1 (machine {machine}) failed at step 4: the disk is on fire"}
+
+
+@pytest.mark.slow
+def test_the_others_wait_for_the_corpus_longer_than_the_timeout() -> None:
+    slow = EXPERIMENT + (
+        "\nfrom cleangpt.corpora.adder import Adder\nprepare = Adder.prepare\n"
+        "def slowly(self, *given):\n    time.sleep(6)\n    return prepare(self, *given)\nAdder.prepare = slowly\n"
+    )
+    Path("launched.py").write_text(slow)
+    code, errors, seconds = one_machine(2, "--parallel.timeout", "2")
+    assert code == 0, errors[-3000:]
+    assert seconds > 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_nan_on_one_process_makes_all_skip_the_step(strategy: str) -> None:
+    """Process 1 has a NaN in every step from the third on but the sixth, and six may be skipped in a row."""
+    words = ("--parallel.strategy", strategy, "--training.max-skipped-steps", "6")
+    code, errors, _ = one_machine(2, *words, FAULT="nan 2 1")
+    assert code == 1
+    said = set(stopped_lines(errors).values())
+    assert len(said) == 1, "torchrun may end one of them before it has spoken, but they cannot disagree"
+    assert said.pop().startswith("6 steps in a row up to step 12 had a loss or gradient that is not")
+    first, second = (Path(f"weights_{rank}.txt").read_text().splitlines() for rank in (0, 1))
+    assert first == second
+    steps = [line.split() for line in first]
+    assert [int(skipped) for _, _, skipped in steps] == [0, 0, 1, 2, 3, 3, *range(4, 10)]
+    assert len({weights for _, weights, _ in steps[1:5]}) == 1 and steps[5][1] != steps[4][1]
+
+
+@pytest.mark.slow
+def test_all_stop_after_the_same_step_when_one_sees_that_too_many_were_skipped() -> None:
+    """Within a macro-batch, where each process looks at the count only now and then."""
+    code, errors, _ = one_machine(2, "--training.max-skipped-steps", "3", FAULT="nan 0 1", PAUSE="0.15")
+    said = set(stopped_lines(errors).values())
+    assert code == 1 and len(said) == 1 and said.pop().startswith("3 steps in a row up to step 4 had a loss")
+    assert [len(Path(f"weights_{rank}.txt").read_text().splitlines()) for rank in (0, 1)] == [4, 4]
+
+
+# Two machines --------------------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def machine(port: int, nodes: str = "2", **environment: str) -> "subprocess.Popen[str]":
+    """The agent of one machine, with two processes."""
+    return torchrun(
+        f"--nnodes={nodes}", "--nproc_per_node=2", "--max-restarts=3", "--rdzv-id=test", "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=localhost:{port}", "--rdzv-conf=join_timeout=60,last_call_timeout=2", **environment,
+    )  # fmt: skip
+
+
+def assert_like_one_process() -> None:
+    """The run in `run` has the losses and weights of the same experiment on one process."""
+    command = [sys.executable, *TRAIN[:-1], "single"]
+    subprocess.run(command, check=True, timeout=120, capture_output=True, env=os.environ | {"RANK": "9"})
+    ours, theirs = read_metrics(Path("run")), read_metrics(Path("single"))
+    assert [line["samples"] for line in ours] == [line["samples"] for line in theirs] == [32, 64, 96]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["val_loss"] == pytest.approx(other["val_loss"], rel=1e-4)
+    one, other = (load_file(best_checkpoint(Path(run)) / WEIGHTS) for run in ("run", "single"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], atol=2e-4, rtol=2e-3)
+
+
+@pytest.mark.slow
+def test_two_machines_share_the_data_by_rank_and_learn_what_one_process_does() -> None:
+    port = free_port()
+    machines = [machine(port) for _ in range(2)]
+    outcomes = [process.communicate(timeout=200)[1] for process in machines]
+    assert [process.returncode for process in machines] == [0, 0], outcomes[0][-2000:] + outcomes[1][-2000:]
+    seen = [Path(f"seen_{rank}.txt").read_text().splitlines() for rank in range(4)]
+    assert [len(rows) for rows in seen] == [24] * 4
+    assert len({row.split(" ", 1)[1] for rows in seen for row in rows}) == 96
+    assert len(read_metrics(Path("run"))) == 3
+    assert_like_one_process()

@@ -1,0 +1,61 @@
+"""What a process says of another that it waited for in vain, from the words that all have left of themselves."""
+
+from datetime import timedelta
+
+import pytest
+from torch.distributed import HashStore
+
+from cleangpt.errors import RunFailedError, UserError
+from cleangpt.training import ranks as room
+from cleangpt.training.ranks import Ranks, join
+
+TIMED_OUT = RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 600000ms for recv operation")
+CLOSED = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+
+
+@pytest.fixture
+def three(monkeypatch: pytest.MonkeyPatch) -> list[Ranks]:
+    """Processes 0, 1 and 2 of machines m0, m1 and m2, in steps 120, 120 and 118."""
+    monkeypatch.setattr(room, "PATIENCE", timedelta(seconds=0.2))
+    store = HashStore()
+    processes = [Ranks(rank, 0, 3, store, timedelta(seconds=600)) for rank in range(3)]
+    for process, step in zip(processes, (120, 120, 118), strict=True):
+        monkeypatch.setattr(room.platform, "node", lambda name=f"m{process.rank}": name)
+        process.note_step(step)
+    return processes
+
+
+def said(process: Ranks, error: BaseException) -> str:
+    with pytest.raises(RunFailedError) as failure:
+        process.__exit__(type(error), error, None)
+    return str(failure.value)
+
+
+def test_a_silent_process_is_named_with_its_machine_and_its_step(three: list[Ranks]) -> None:
+    line = "no answer within 600 s at step 120 from process 2 (machine m2), last heard of at step 118"
+    assert [said(process, TIMED_OUT) for process in three[:2]] == [line, line]
+
+
+def test_a_process_that_has_lost_the_same_one_is_not_named(three: list[Ranks]) -> None:
+    three[1].note_step(118)
+    said(three[1], CLOSED)
+    line = "lost the connection at step 120; no more was heard of process 2 (machine m2), last heard of at step 118"
+    assert said(three[0], CLOSED) == line
+
+
+def test_the_error_of_a_process_is_told_by_those_that_lose_it(three: list[Ranks]) -> None:
+    three[2].__exit__(UserError, UserError("the disk is full"), None)
+    for process in three[:2]:
+        assert said(process, CLOSED) == "process 2 (machine m2) failed at step 118: the disk is full"
+
+
+def test_an_error_of_its_own_is_left_as_it_is(three: list[Ranks]) -> None:
+    with pytest.raises(ValueError, match="mine"), three[0]:
+        raise ValueError("mine")
+
+
+def test_a_process_alone_needs_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with join(5) as alone:
+        alone.note_step(1)
+        assert alone == Ranks() and alone.after_main(lambda: 7) == 7
