@@ -14,7 +14,7 @@ from benchmarks.runner import Row, Setup, section, write_section
 from cleangpt.errors import UserError, nearest
 from cleangpt.options import parse
 
-BENCHMARKS = ("loader", "store", "step", "snapshot", "resume", "parallel")
+BENCHMARKS = ("loader", "store", "step", "snapshot", "resume", "parallel", "generation")
 RESULTS = Path(__file__).parent / "RESULTS.md"
 
 
@@ -23,11 +23,11 @@ class Options:
     """What to measure."""
 
     names: tyro.conf.Positional[tuple[str, ...]] = ()
-    """loader, store, step, snapshot, resume, parallel; none: all."""
+    """loader, store, step, snapshot, resume, parallel, generation; none: all."""
     quick: bool = False
     """Small sizes and few repetitions, to see that everything works; nothing is written."""
     peer: Path | None = None
-    """A checkout of nanoGPT, to compare steps with."""
+    """A checkout of nanoGPT, to compare steps and generation with."""
     folder: Path = Path("runs")
     """Where temporary files go, 4 GB at the most: a folder on the disk to be measured."""
 

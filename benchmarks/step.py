@@ -80,7 +80,23 @@ def bare_loop(
 def nanogpt_loop(
     checkout: Path, experiment: Experiment, batches: Sequence[tuple[Tensor, Tensor]]
 ) -> Callable[[int], float]:
-    """The same loop over the model and the optimizer of a nanoGPT checkout.
+    """The same loop over the model and the optimizer of a nanoGPT checkout."""
+    module = nanogpt_module(checkout)
+    config, settings = experiment.model, experiment.optimizer
+    assert isinstance(config, GPTConfig)
+    with contextlib.redirect_stdout(io.StringIO()):
+        model = module.GPT(
+            module.GPTConfig(
+                block_size=config.max_seq_len, vocab_size=config.vocab_size, n_layer=config.n_layers,
+                n_head=config.n_heads, n_embd=config.dim, dropout=config.dropout, bias=config.bias,
+            )
+        )  # fmt: skip
+        adamw = model.configure_optimizers(settings.weight_decay, settings.lr, settings.betas, "cpu")
+    return _loop(lambda inputs, targets: model(inputs, targets)[1], model, adamw, settings.clip_norm, batches)
+
+
+def nanogpt_module(checkout: Path) -> Any:
+    """The module model.py of a nanoGPT checkout.
 
     Raises:
         UserError: the checkout has no model.py.
@@ -92,18 +108,8 @@ def nanogpt_loop(
     assert spec is not None and spec.loader is not None
     module: Any = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    config, settings = experiment.model, experiment.optimizer
-    assert isinstance(config, GPTConfig)
-    with contextlib.redirect_stdout(io.StringIO()):
-        spec.loader.exec_module(module)
-        model = module.GPT(
-            module.GPTConfig(
-                block_size=config.max_seq_len, vocab_size=config.vocab_size, n_layer=config.n_layers,
-                n_head=config.n_heads, n_embd=config.dim, dropout=config.dropout, bias=config.bias,
-            )
-        )  # fmt: skip
-        adamw = model.configure_optimizers(settings.weight_decay, settings.lr, settings.betas, "cpu")
-    return _loop(lambda inputs, targets: model(inputs, targets)[1], model, adamw, settings.clip_norm, batches)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _loop(

@@ -4,18 +4,27 @@ Everything heavy is imported where it is used, so that --help and --version answ
 """
 
 import dataclasses
+import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from cleangpt import __version__
 from cleangpt.errors import RunFailedError, UserError, nearest
 from cleangpt.options import parse
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from cleangpt.data.tokenizers import Tokenizer
+    from cleangpt.inference.sampling import Sampling
+    from cleangpt.inference.text import Piece
 
 USAGE = """\
 usage: cleangpt COMMAND [ARGUMENTS] [--help]
@@ -320,7 +329,7 @@ def evaluate_command(words: list[str]) -> None:
 
 @dataclasses.dataclass
 class SampleOptions:
-    """What to sample."""
+    """What to sample, and how."""
 
     run: tyro.conf.Positional[str]
     """Folder of a run or of a checkpoint, an experiment's name for its newest run, or hf:NAME_OR_FOLDER."""
@@ -334,10 +343,26 @@ class SampleOptions:
     """Draw among so many likeliest tokens only."""
     top_p: float | None = None
     """Draw among the likeliest tokens that together reach this probability only."""
+    min_p: float | None = None
+    """Draw among tokens that are at least so many times as likely as the likeliest only."""
+    repetition_penalty: float = 1.0
+    """More than 1: tokens of the context become less likely."""
+    stop: tuple[str, ...] = ()
+    """Texts before which to stop."""
     seed: int = 1337
     """Of the draws."""
     num_samples: int = 1
-    """How many texts."""
+    """How many texts; several are drawn side by side, with seeds one after the other, and shown at the end."""
+    logprobs: bool = False
+    """Show each token on a line, after its log-probability in nats."""
+    draft: str | None = None
+    """A smaller model of the same tokenizer, named as the run is, which guesses tokens ahead (speculative decoding)."""
+    draft_tokens: int = 4
+    """How many it guesses at a time."""
+    cache: bool = True
+    """Keep keys and values of tokens that were read."""
+    compile: bool = False
+    """Compile the model first: slow to start, then faster by token."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     code: str | None = None
@@ -347,33 +372,82 @@ class SampleOptions:
 def sample_command(words: list[str]) -> None:
     """cleangpt sample RUN"""
     options = parse(SampleOptions, words, program="cleangpt sample", about="Text from a run's best checkpoint.")
-    from cleangpt.inference.text import stream
+    from cleangpt.inference.text import complete, stream
     from cleangpt.interchange.huggingface import open_checkpoint
-    from cleangpt.training.device import choose_device
+    from cleangpt.training.device import can_compile, choose_device
 
-    for name, allowed, words_ in (
-        ("temperature", options.temperature >= 0, "0 or more"),
-        ("top-k", options.top_k is None or options.top_k >= 1, "1 or more"),
-        ("top-p", options.top_p is None or 0 < options.top_p <= 1, "more than 0, at most 1"),
-        ("max-new-tokens", options.max_new_tokens >= 0, "0 or more"),
-        ("num-samples", options.num_samples >= 1, "1 or more"),
-        ("seed", 0 <= options.seed < 2**63, "a whole number of 0 or more"),
-    ):
-        if not allowed:
-            raise UserError(f"--{name} is {getattr(options, name.replace('-', '_'))}; allowed: {words_}")
+    sampling = _sampling(options)
     _run_code(options.code)
     device = choose_device(options.device)
     checkpoint = open_checkpoint(options.run)
-    for number in range(options.num_samples):
+    model, tokenizer, count = checkpoint.model(device), checkpoint.tokenizer, options.num_samples
+    compiled = options.compile and can_compile(device)
+    if compiled != options.compile:
+        print("--compile: no compiler was found; going on without", file=sys.stderr)
+    given: dict[str, Any] = {
+        "max_new_tokens": options.max_new_tokens, "stop": options.stop, "cached": options.cache, "compiled": compiled,
+    }  # fmt: skip
+    rows: Iterable[Iterable[Piece]]
+    if options.draft is None and count > 1:
+        rows = complete(model, tokenizer, [options.prompt] * count, device, sampling=sampling, **given)
+    else:
+        draft = None if options.draft is None else _draft_model(options.draft, tokenizer, device)
+        given |= {"draft": draft, "draft_tokens": options.draft_tokens}
+        each = [dataclasses.replace(sampling, seed=sampling.seed + number) for number in range(count)]
+        rows = (stream(model, tokenizer, options.prompt, device, sampling=one, **given) for one in each)
+    for number, row in enumerate(rows):
         if number:
             print("---")
-        for piece in stream(
-            checkpoint.model(device), checkpoint.tokenizer, options.prompt, device,
-            max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_k=options.top_k,
-            top_p=options.top_p, seed=options.seed + number,
-        ):  # fmt: skip
-            print(piece, end="", flush=True)
+        _show(row, options.prompt, options.logprobs)
+
+
+def _show(row: Iterable["Piece"], prompt: str | None, logprobs: bool) -> None:
+    """Prints a text as it comes, or each of its tokens on a line."""
+    if prompt and not logprobs:
+        print(prompt, end="", flush=True)
+    for text, token in row:
+        if not logprobs:
+            print(text, end="", flush=True)
+        elif token is not None or text:
+            print(f"{'' if token is None else f'{token.logprob:.4f}':>9}  {text!r}")
+    if not logprobs:
         print()
+
+
+def _sampling(options: SampleOptions) -> "Sampling":
+    """How to draw, checked."""
+    from cleangpt.inference.sampling import Sampling
+
+    for name, allowed, words in (
+        ("temperature", options.temperature >= 0, "0 or more"),
+        ("top-k", options.top_k is None or options.top_k >= 1, "1 or more"),
+        ("top-p", options.top_p is None or 0 < options.top_p <= 1, "more than 0, at most 1"),
+        ("min-p", options.min_p is None or 0 < options.min_p <= 1, "more than 0, at most 1"),
+        ("repetition-penalty", options.repetition_penalty > 0, "more than 0"),
+        ("max-new-tokens", options.max_new_tokens >= 0, "0 or more"),
+        ("num-samples", options.num_samples >= 1, "1 or more"),
+        ("draft-tokens", options.draft_tokens >= 1, "1 or more"),
+        ("stop", all(options.stop), "texts of one character or more"),
+        ("seed", 0 <= options.seed < 2**63, "a whole number of 0 or more"),
+    ):
+        value = getattr(options, name.replace("-", "_"))
+        if not allowed or value == math.inf:
+            raise UserError(f"--{name} is {value}; allowed: {words}")
+    return Sampling(
+        temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty, seed=options.seed,
+    )  # fmt: skip
+
+
+def _draft_model(text: str, tokenizer: "Tokenizer", device: "torch.device") -> "nn.Module":
+    """The model that guesses for another one with this tokenizer."""
+    from cleangpt.data.tokenizers import same_tokens
+    from cleangpt.interchange.huggingface import open_checkpoint
+
+    draft = open_checkpoint(text)
+    if not same_tokens(draft.tokenizer, tokenizer):
+        raise UserError(f"--draft is {text!r}, whose tokenizer is another one; allowed: a model of the same tokenizer")
+    return draft.model(device)
 
 
 @dataclasses.dataclass

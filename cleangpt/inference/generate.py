@@ -1,10 +1,26 @@
-"""Token by token: greedy generation of many rows, and sampling of one."""
+"""Token by token: what follows each of several prompts, with a KV cache where the model has one.
 
-from collections.abc import Iterator
-from typing import Any, cast
+A model reads at most `max_seq_len` tokens. A text that grows longer goes on after its last half, read anew; so the cost
+of a token stays the same on the average, with a cache.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+
+from cleangpt.inference.sampling import GREEDY, Draws, Sampling, distribution
+from cleangpt.models.cache import KVCache
+from cleangpt.models.parts import take
+
+
+class Token(NamedTuple):
+    """A token that was drawn."""
+
+    id: int
+    logprob: float
+    """Of the model's own distribution, without temperature and restrictions, in nats."""
 
 
 def max_seq_len(model: nn.Module) -> int:
@@ -12,64 +28,212 @@ def max_seq_len(model: nn.Module) -> int:
     return cast(Any, model).config.max_seq_len  # type: ignore[no-any-return]
 
 
-@torch.no_grad()
-def greedy(model: nn.Module, prompts: Tensor, count: int) -> Tensor:
-    """The likeliest next tokens, `count` of them `(batch, count)`, after `prompts` `(batch, seq)`."""
-    tokens, window = prompts, max_seq_len(model)
-    for _ in range(count):
-        logits = model(tokens[:, -window:])[:, -1]
-        tokens = torch.cat([tokens, logits.argmax(dim=-1, keepdim=True)], dim=1)
-    return tokens[:, prompts.shape[1] :]
-
-
-def sample(
-    model: nn.Module,
-    prompt: Tensor,
-    *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    vocab_size: int | None = None,
-    end_of_text: int | None = None,
-    generator: torch.Generator | None = None,
-) -> Iterator[int]:
-    """Draws tokens after `prompt` `(seq,)`, one at a time, until `end_of_text` (not given out) or `max_new_tokens`.
+class Context:
+    """What a model reads before it says what comes next: the tokens of each row of a batch.
 
     Args:
         model: in evaluation mode.
-        prompt: at least one token id, int64, on the model's device.
-        max_new_tokens: the most tokens to draw.
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: draw only among so many likeliest tokens.
-        top_p: draw only among the likeliest tokens that together reach this probability (Holtzman et al. 2020).
-        vocab_size: ids from here on are padding of the embedding and are never drawn.
-        end_of_text: the token to stop at.
-        generator: of the draws, on the host; the global generators are left alone.
+        rows: token ids, at least one in each row.
+        device: where the model is.
+        vocab_size: ids from here on are padding of the embedding.
+        cached: whether to use a KV cache, where the model has one.
+        compiled: whether to compile the reading of single tokens, with a cache.
+        spare: by how many tokens rows may be taken back.
     """
-    tokens, window = prompt[None], max_seq_len(model)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: Sequence[Sequence[int]],
+        device: torch.device,
+        *,
+        vocab_size: int | None = None,
+        cached: bool = True,
+        compiled: bool = False,
+        spare: int = 0,
+    ) -> None:
+        self.model, self.rows, self.device, self.vocab_size = model, [list(row) for row in rows], device, vocab_size
+        self.cached, self.spare = cached and getattr(model, "new_cache", None) is not None, spare
+        self.limit = max_seq_len(model)
+        self._cache: KVCache | None = None
+        self._reads_new = cast(nn.Module, torch.compile(model)) if compiled and self.cached else model
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Puts one more token behind each row."""
+        for row, token in zip(self.rows, tokens, strict=True):
+            row.append(token)
+
+    def take_back(self, count: int) -> None:
+        """Takes the last tokens of each row away."""
+        if self._cache is not None and (read := count - self._unread(self._cache)) > 0:
+            self._cache.rewind(self._cache.lengths - read)
+        for row in self.rows:
+            del row[len(row) - count :]
+
+    def logits(self, last: int = 1) -> Tensor:
+        """The logits after each of the `last` tokens of each row `(batch, last, vocab)`, float32."""
+        if max(map(len, self.rows)) > self.limit:
+            kept = max(last, self.limit // 2)
+            self.rows = [row[-kept:] if len(row) > self.limit else row for row in self.rows]
+            self._cache = None
+        logits = self._read_all(last) if self._cache is None else self._read_new(self._cache, last)
+        return logits[..., : self.vocab_size].float()
+
+    def in_context(self, vocab_size: int, without: int = 0) -> Tensor:
+        """Which tokens are in each row `(batch, vocab_size)`, bool; `without` the last so many."""
+        found = torch.zeros(len(self.rows), vocab_size, dtype=torch.bool)
+        for row, tokens in zip(found, self.rows, strict=True):
+            row[tokens[: len(tokens) - without]] = True
+        return found.to(self.device)
+
+    def _read_all(self, last: int) -> Tensor:
+        lengths = [len(row) for row in self.rows]
+        longest = max(lengths)
+        # Padding stands behind a row, where no token of the row can see it.
+        tokens = torch.tensor([row + [0] * (longest - len(row)) for row in self.rows], device=self.device)
+        wanted = torch.tensor([range(length - last, length) for length in lengths], device=self.device)
+        if not self.cached:
+            return take(self.model(tokens), wanted)
+        self._cache = cache = cast(Any, self.model).new_cache(self.spare + longest - min(lengths))
+        logits: Tensor = self.model(tokens, cache, wanted)
+        cache.rewind(lengths)
+        return logits
+
+    def _read_new(self, cache: KVCache, last: int) -> Tensor:
+        unread = self._unread(cache)
+        tokens = torch.tensor([row[-unread:] for row in self.rows], device=self.device)
+        places = torch.arange(unread - last, unread, device=self.device).expand(len(tokens), -1)
+        logits: Tensor = self._reads_new(tokens, cache, places if last < unread else None)
+        return logits
+
+    def _unread(self, cache: KVCache) -> int:
+        """Tokens at the end of each row that are not in the cache."""
+        return max(map(len, self.rows)) - cache.end
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    device: torch.device,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    vocab_size: int | None = None,
+    end_of_text: int | None = None,
+    cached: bool = True,
+    compiled: bool = False,
+) -> Iterator[list[Token | None]]:
+    """The next token of each prompt, again and again; None for a row that has ended, until all have.
+
+    Each row gets what it would get alone, whatever stands beside it.
+
+    Args:
+        model: in evaluation mode, on `device`.
+        prompts: token ids, at least one in each.
+        device: where the model is.
+        max_new_tokens: the most tokens to draw for each row.
+        sampling: how to draw.
+        vocab_size: ids from here on are padding of the embedding, and are never drawn.
+        end_of_text: the token that ends a row; it is not given out.
+        cached: whether to use a KV cache, where the model has one.
+        compiled: whether to compile the reading of single tokens, with a cache.
+    """
+    context = Context(model, prompts, device, vocab_size=vocab_size, cached=cached, compiled=compiled)
+    draws = Draws(sampling.seed + row for row in range(len(prompts)))
+    ended = [False] * len(prompts)
     for _ in range(max_new_tokens):
-        with torch.no_grad():
-            logits = model(tokens[:, -window:])[0, -1].float().cpu()[:vocab_size]
-        token = draw(logits, temperature, top_k, top_p, generator)
-        if token == end_of_text:
+        logits = context.logits()[:, -1]
+        drawn = draws.tokens(_next(context, logits, sampling))
+        logprobs = logits.log_softmax(dim=-1).gather(1, drawn[:, None])[:, 0].tolist()
+        tokens = drawn.tolist()
+        ended = [before or token == end_of_text for before, token in zip(ended, tokens, strict=True)]
+        if all(ended):
             return
-        yield token
-        tokens = torch.cat([tokens, torch.tensor([[token]], device=tokens.device)], dim=1)
+        yield [None if over else Token(*pair) for over, *pair in zip(ended, tokens, logprobs, strict=True)]
+        context.add(tokens)
 
 
-def draw(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
-) -> int:
-    """One token id from logits `(vocab,)`, float32 on the host."""
-    if temperature == 0:
-        return int(logits.argmax())
-    logits = logits / temperature
-    if top_k is not None and top_k < len(logits):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
-    probabilities = logits.softmax(dim=-1)
-    if top_p is not None:
-        ordered, ids = probabilities.sort(descending=True)
-        # A token stays while those before it have not reached top_p, so the likeliest always stays.
-        probabilities[ids[ordered.cumsum(0) - ordered >= top_p]] = 0
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+def _next(context: Context, logits: Tensor, sampling: Sampling, without: int = 0) -> Tensor:
+    """The probabilities `(batch, vocab)` of what follows a context `without` its last tokens, from its logits."""
+    penalised = sampling.repetition_penalty != 1
+    return distribution(logits, sampling, context.in_context(logits.shape[-1], without) if penalised else None)
+
+
+def greedy(model: nn.Module, prompts: Tensor, count: int, cached: bool = True) -> Tensor:
+    """The likeliest next tokens, `count` of them `(batch, count)`, after `prompts` `(batch, seq)`."""
+    drawn = generate(model, prompts.tolist(), prompts.device, max_new_tokens=count, cached=cached)
+    return torch.tensor([[cast(Token, token).id for token in row] for row in drawn], device=prompts.device).T
+
+
+@torch.no_grad()
+def speculate(
+    model: nn.Module,
+    draft: nn.Module,
+    prompt: Sequence[int],
+    device: torch.device,
+    *,
+    max_new_tokens: int,
+    draft_tokens: int = 4,
+    sampling: Sampling = GREEDY,
+    vocab_size: int | None = None,
+    end_of_text: int | None = None,
+    compiled: bool = False,
+) -> Iterator[Token]:
+    """`generate` for one prompt, where a smaller model drafts tokens that the larger one checks several at a time.
+
+    Tokens are distributed as those of the larger model alone; with temperature 0 they are the same (Leviathan et al.
+    2023, "Fast inference from transformers via speculative decoding", algorithm 1).
+
+    Args:
+        model: the larger model, in evaluation mode, on `device`.
+        draft: the smaller one, of the same tokenizer, likewise.
+        prompt: token ids, at least one.
+        device: where the models are.
+        max_new_tokens: the most tokens to draw.
+        draft_tokens: how many are drafted at a time.
+        sampling: how to draw.
+        vocab_size: ids from here on are padding of the embeddings, and are never drawn.
+        end_of_text: the token to stop at; it is not given out.
+        compiled: whether to compile the reading of new tokens.
+    """
+    given: dict[str, Any] = {"vocab_size": vocab_size, "spare": draft_tokens + 1, "compiled": compiled}
+    large, small = (Context(one, [prompt], device, **given) for one in (model, draft))
+    draws, left = Draws([sampling.seed]), max_new_tokens
+    while left > 0:
+        guesses = [_draft(small, draws, sampling) for _ in range(min(draft_tokens, left - 1, large.limit - 1))]
+        tokens = _check(large, guesses, draws, sampling)
+        small.take_back(max(0, len(guesses) - len(tokens) + 1))
+        small.add([tokens[-1].id])
+        for token in tokens:
+            if token.id == end_of_text:
+                return
+            yield token
+        left -= len(tokens)
+
+
+def _draft(context: Context, draws: Draws, sampling: Sampling) -> tuple[int, Tensor]:
+    """A token, which is put behind the context, and the probabilities `(vocab,)` that it was drawn from."""
+    probabilities = _next(context, context.logits()[:, -1], sampling)
+    token = int(draws.tokens(probabilities))
+    context.add([token])
+    return token, probabilities[0]
+
+
+def _check(context: Context, guesses: Sequence[tuple[int, Tensor]], draws: Draws, sampling: Sampling) -> list[Token]:
+    """The guesses up to the first that is rejected, and one more token; all are put behind the context."""
+    for guess, _ in guesses:
+        context.add([guess])
+    logits = context.logits(len(guesses) + 1)[0]
+    for place, (guess, guessed) in enumerate([*guesses, (-1, torch.zeros_like(logits[0]))]):
+        left = len(guesses) - place
+        wanted = _next(context, logits[place : place + 1], sampling, without=left)[0]
+        if left == 0 or float(draws.uniform()) * float(guessed[guess]) >= float(wanted[guess]):
+            # What the larger model gives each token beyond what the smaller one gave it.
+            beyond = (wanted - guessed).clamp(min=0)
+            context.take_back(left)
+            context.add([int(draws.tokens((beyond if beyond.any() else wanted)[None]))])
+            break
+    chosen = context.rows[0][len(context.rows[0]) - place - 1 :]
+    logprobs = logits.log_softmax(dim=-1)
+    return [Token(token, float(logprobs[number, token])) for number, token in enumerate(chosen)]

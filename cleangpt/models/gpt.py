@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from cleangpt.config import ModelConfig, check
 from cleangpt.errors import UserError
+from cleangpt.models.cache import BlockCache, KVCache
+from cleangpt.models.parts import attend, take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +47,16 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=config.bias)
         self.out = nn.Linear(config.dim, config.dim, bias=config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`(batch, seq, dim)` to the same shape; a position sees itself and those before it."""
+    def forward(self, x: Tensor, past: BlockCache | None = None) -> Tensor:
+        """`(batch, seq, dim)` to the same shape; a position sees itself and those before it, in `past` too."""
         batch, seq, _ = x.shape
         heads = self.qkv(x).view(batch, seq, -1, 3, self.head_dim)
         query, key, value = heads.permute(3, 0, 2, 1, 4)
-        dropout = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
+        if past is not None:
+            attended = attend(query, *past.extend(key, value))
+        else:
+            dropout = self.dropout if self.training else 0.0
+            attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
         projected: Tensor = self.out(attended.transpose(1, 2).flatten(2))
         return F.dropout(projected, self.dropout, self.training)
 
@@ -81,9 +86,9 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(config.dim, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: BlockCache | None = None) -> Tensor:
         """`(batch, seq, dim)` to the same shape."""
-        x = x + self.attention(self.attention_norm(x))
+        x = x + self.attention(self.attention_norm(x), past)
         return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
 
 
@@ -126,14 +131,24 @@ class GPT(nn.Module):
             into_residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
             nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layers) if into_residual else 0.02)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Token ids `(batch, seq)` to logits `(batch, seq, vocab)`; seq is at most `max_seq_len`."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
+    def forward(self, tokens: Tensor, cache: KVCache | None = None, wanted: Tensor | None = None) -> Tensor:
+        """Token ids `(batch, seq)` to logits `(batch, seq, vocab)`; seq is at most `max_seq_len`.
+
+        With a cache, the tokens come after those that it has, and are kept in it. `wanted` `(batch, count)` says after
+        which of the tokens logits `(batch, count, vocab)` are wanted; none: after all.
+        """
+        past = [None] * len(self.blocks) if cache is None else cache.blocks
+        positions = torch.arange(tokens.shape[1], device=tokens.device) if cache is None else cache.begin(tokens)
         x = self.token_embedding(tokens) + self.position_embedding(positions)
         x = F.dropout(x, self.config.dropout, self.training)
-        for block in self.blocks:
-            x = block(x)
+        for block, kept in zip(self.blocks, past, strict=True):
+            x = block(x, kept)
+        x = x if wanted is None else take(x, wanted)
         return F.linear(self.final_norm(x), self.token_embedding.weight)
+
+    def new_cache(self, spare: int = 0) -> KVCache:
+        """An empty cache for generation, which can go back by `spare` tokens."""
+        return KVCache([None] * self.config.n_layers, self.config.max_seq_len, spare)
 
     def flops_per_token(self, seq_len: int) -> int:
         """FLOPs to train on one token: 6 per weight and 12 x layers x dim x seq for attention.

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from cleangpt.config import ModelConfig, check
 from cleangpt.errors import UserError
+from cleangpt.models.cache import BlockCache, KVCache
 from cleangpt.models.moe import MixtureOfExperts, hidden_features
-from cleangpt.models.parts import Seen, attend, both, document_blocks, document_mask, documents_of, window_mask
+from cleangpt.models.parts import Seen, attend, both, document_blocks, document_mask, documents_of, take, window_mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,9 +157,9 @@ def rope_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
 
 
 def rotation_of(config: LlamaConfig, positions: Tensor) -> Tensor:
-    """Cosine and sine `(2, seq, 1, head_dim / 2)`, float32, of the angles at `positions` `(seq,)`."""
-    angles = positions.float().outer(rope_frequencies(config, positions.device))
-    return torch.stack([angles.cos(), angles.sin()])[:, :, None]
+    """Cosine and sine `(2, ..., seq, 1, head_dim / 2)`, float32, of the angles at `positions` `(..., seq)`."""
+    angles = positions.float()[..., None] * rope_frequencies(config, positions.device)
+    return torch.stack([angles.cos(), angles.sin()])[..., None, :]
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
@@ -202,7 +203,12 @@ class Attention(nn.Module):
         self.key_norm = nn.RMSNorm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
-        self, x: Tensor, rotation: Tensor, seen: Seen = None, first_value: Tensor | None = None
+        self,
+        x: Tensor,
+        rotation: Tensor,
+        seen: Seen = None,
+        first_value: Tensor | None = None,
+        past: BlockCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`(batch, seq, dim)` to the same shape, and the values of all heads `(batch, seq, features)`.
 
@@ -211,6 +217,7 @@ class Attention(nn.Module):
             rotation: of the positions, from `rotation_of`.
             seen: which positions each may see, `(seq, seq)` or `(batch, 1, seq, seq)`; none: itself and all before.
             first_value: the values of the first block, to be mixed into these; none: nothing is.
+            past: what the block has kept of the tokens before; it says what is seen.
         """
         heads = (-1, self.head_dim)
         query = rotate(self.query_norm(self.query(x).unflatten(-1, heads)), rotation).transpose(1, 2)
@@ -218,6 +225,8 @@ class Attention(nn.Module):
         own = self.value(x)
         mixed = own if first_value is None else (own + first_value) / 2
         value = mixed.unflatten(-1, heads).transpose(1, 2)
+        if past is not None:
+            key, value, seen = past.extend(key, value)
         attended = attend(query, key, value, seen)
         return self.out(attended.transpose(1, 2).flatten(2)), own
 
@@ -266,10 +275,15 @@ class Block(nn.Module):
         self.mlp = mlp_of(config)
 
     def forward(
-        self, x: Tensor, rotation: Tensor, seen: Seen = None, first_value: Tensor | None = None
+        self,
+        x: Tensor,
+        rotation: Tensor,
+        seen: Seen = None,
+        first_value: Tensor | None = None,
+        past: BlockCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """`(batch, seq, dim)` to the same shape, and with value residuals its values; the rest as in `Attention`."""
-        attended, value = self.attention(self.attention_norm(x), rotation, seen, first_value)
+        attended, value = self.attention(self.attention_norm(x), rotation, seen, first_value, past)
         x = x + attended
         return x + self.mlp(self.mlp_norm(x)), value if self.value_residual else None
 
@@ -320,27 +334,37 @@ class Llama(nn.Module):
             into_residual = name.removesuffix(".weight").endswith((".out", ".down"))
             nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layers) if into_residual else 0.02)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, cache: KVCache | None = None, wanted: Tensor | None = None) -> Tensor:
         """Token ids `(batch, seq)` to logits `(batch, seq, vocab)`.
 
+        With a cache, the tokens come after those that it has, and are kept in it. `wanted` `(batch, count)` says after
+        which of the tokens logits `(batch, count, vocab)` are wanted; none: after all.
+
         Raises:
-            ValueError: seq is more than `max_seq_len`.
+            ValueError: seq is more than `max_seq_len`, or than the cache has room for.
         """
         seq, config = tokens.shape[1], self.config
         if seq > config.max_seq_len:
             raise ValueError(f"a sequence of {seq} tokens; this model reads at most {config.max_seq_len}")
-        rotation = rotation_of(config, torch.arange(seq, device=tokens.device))
-        seen = seen_by_window(config, tokens)
+        positions = torch.arange(seq, device=tokens.device) if cache is None else cache.begin(tokens, config.separator)
+        past = [None] * len(self.blocks) if cache is None else cache.blocks
+        seen = seen_by_window(config, tokens) if cache is None else {}
+        rotation = rotation_of(config, positions)
         first_value = None
         x = self.token_embedding(tokens)
         for layer, block in enumerate(self.blocks):
-            x, value = block(x, rotation, seen[config.window(layer)], first_value)
+            x, value = block(x, rotation, seen.get(config.window(layer)), first_value, past[layer])
             first_value = value if first_value is None else first_value
-        x = self.final_norm(x)
+        x = self.final_norm(x if wanted is None else take(x, wanted))
         logits = F.linear(x, self.token_embedding.weight) if self.head is None else self.head(x)
         if config.logit_soft_cap is None:
             return logits
         return config.logit_soft_cap * torch.tanh(logits / config.logit_soft_cap)
+
+    def new_cache(self, spare: int = 0) -> KVCache:
+        """An empty cache for generation, which can go back by `spare` tokens."""
+        windows = [self.config.window(layer) for layer in range(self.config.n_layers)]
+        return KVCache(windows, self.config.max_seq_len, spare)
 
     def flops_per_token(self, seq_len: int) -> int:
         """FLOPs to train on one token: 6 per weight of a matrix and 12 x heads x head_dim x tokens seen per layer.

@@ -60,8 +60,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, seen: Seen) -> Tensor:
     """Attention of queries `(batch, heads, seq, head_dim)`; of keys and values, a divisor of as many heads.
 
     Args:
-        query: of all tokens.
-        key: likewise `(batch, kv_heads, seq, head_dim)`.
+        query: of all tokens, or of the last one alone.
+        key: of all tokens `(batch, kv_heads, seen, head_dim)`.
         value: likewise.
         seen: what each query sees; none: itself and all before it.
 
@@ -72,4 +72,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, seen: Seen) -> Tensor:
         # Where it is not compiled, it computes all pairs; so the tests compare it on a CPU.
         flex = fused_flex_attention if query.is_cuda else flex_attention
         return flex(query, key, value, block_mask=seen, enable_gqa=True)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, is_causal=seen is None, enable_gqa=True)
+    if query.shape[2] > 1:
+        causal = seen is None
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, is_causal=causal, enable_gqa=True)
+    # One query for each head: those that share a key stand in a row as if they were tokens, so that no key is copied.
+    grouped = query.reshape(len(query), key.shape[1], -1, query.shape[3])
+    return F.scaled_dot_product_attention(grouped, key, value, attn_mask=seen).reshape_as(query)
+
+
+def take(x: Tensor, places: Tensor) -> Tensor:
+    """The features of `x` `(batch, seq, dim)` at places `(batch, count)` of its sequence: `(batch, count, dim)`."""
+    return x.gather(1, places[..., None].expand(*places.shape, x.shape[-1]))

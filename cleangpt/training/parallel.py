@@ -230,6 +230,8 @@ def _cut_matrices(model: nn.Module, mesh: DeviceMesh) -> None:
             )
     present = {_pattern(name) for name, _ in model.named_modules()}
     parallelize_module(model, mesh, {name: STYLES[word]() for name, word in plan.items() if name in present})
+    # Generation then reads whole sequences: a token alone cannot be cut along the sequence.
+    cast(Any, model).new_cache = None
 
 
 def _pattern(name: str) -> str:

@@ -1,122 +1,223 @@
-"""Generation draws from the distribution it is told to, and greedy generation is Hugging Face's."""
+"""Greedy generation is Hugging Face's, with and without a cache; rows and drafts change nothing."""
 
-import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from transformers import GPT2Config, GPT2LMHeadModel
+from torch import Tensor, nn
+from transformers import (
+    GPT2LMHeadModel,
+    MistralForCausalLM,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    Qwen3ForCausalLM,
+)
+from transformers import LlamaForCausalLM as TheirLlama
 
-from cleangpt.data.tokenizers import ByteTokenizer, CharTokenizer
-from cleangpt.errors import UserError
-from cleangpt.inference.generate import draw, greedy, sample
-from cleangpt.inference.text import stream
-from cleangpt.models.gpt import GPT, GPTConfig, to_huggingface
+from cleangpt.inference.generate import Token, generate, greedy, speculate
+from cleangpt.inference.sampling import GREEDY, Draws, Sampling, distribution
+from cleangpt.interchange.huggingface import mapping_of
+from cleangpt.models import build_model
+from cleangpt.models.gpt import GPTConfig
+from cleangpt.models.llama import LlamaConfig
 
 CPU = torch.device("cpu")
 CONFIG = GPTConfig(vocab_size=50, max_seq_len=24, n_layers=2, n_heads=2, dim=32)
+LLAMA: dict[str, Any] = {
+    "vocab_size": 50, "max_seq_len": 24, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "dim": 32, "hidden_dim": 48
+}  # fmt: skip
+KINDS = {
+    "gpt2": (CONFIG, GPT2LMHeadModel),
+    "llama": (LlamaConfig(**LLAMA), TheirLlama),
+    "mistral": (LlamaConfig(**LLAMA, sliding_window=4), MistralForCausalLM),
+    "qwen3": (LlamaConfig(**LLAMA, qk_norm=True), Qwen3ForCausalLM),
+    "mixtral": (LlamaConfig(**LLAMA, n_experts=4), MixtralForCausalLM),
+}
 
 
-def model(config: GPTConfig = CONFIG) -> GPT:
-    torch.manual_seed(0)
-    built = GPT(config)
+def model(config: Any = CONFIG, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    built = build_model(config)
     for parameter in built.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.3)
     return built.eval()
 
 
-def test_greedy_generation_is_that_of_hugging_face() -> None:
-    ours = model()
-    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=24, n_layer=2, n_head=2, n_embd=32)).eval()
-    theirs.load_state_dict(to_huggingface(CONFIG, ours.state_dict()), strict=False)
-    prompts = torch.randint(50, (3, 5))
-    expected = theirs.generate(
-        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=15, do_sample=False, pad_token_id=0,
-        eos_token_id=None,
-    )  # fmt: skip
-    assert torch.equal(greedy(ours, prompts, 15), expected[:, 5:])
-    one = list(sample(ours, prompts[0], max_new_tokens=15, temperature=0))
-    assert one == expected[0, 5:].tolist()
+def theirs_of(ours: nn.Module, config: Any, kind: type[PreTrainedModel]) -> PreTrainedModel:
+    """Hugging Face's model with the same weights."""
+    mapping = mapping_of(config)
+    entries = mapping.config_to_huggingface(config)
+    built = kind(kind.config_class(**{name: value for name, value in entries.items() if name != "architectures"}))
+    missing, strange = built.load_state_dict(mapping.to_huggingface(config, ours.state_dict()), strict=False)
+    assert not strange and set(missing) <= {"lm_head.weight"}
+    built.tie_weights()
+    return built.eval()
 
 
-def test_generation_goes_on_past_the_longest_sequence() -> None:
-    """The window slides: each token is drawn after the last max_seq_len."""
-    ours, tokens = model(), list(range(20))
-    drawn = list(sample(ours, torch.tensor(tokens), max_new_tokens=20, temperature=0))
-    for token in drawn:
-        assert token == int(ours(torch.tensor([tokens[-24:]]))[0, -1].argmax())
-        tokens.append(token)
+def expected_tokens(theirs: PreTrainedModel, prompts: Tensor, count: int) -> Tensor:
+    return theirs.generate(
+        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=count, min_new_tokens=count, do_sample=False,
+        pad_token_id=0, eos_token_id=None,
+    )[:, prompts.shape[1] :]  # fmt: skip
 
 
-def test_the_end_of_text_ends_it_and_is_not_given_out() -> None:
-    drawn = list(sample(model(), torch.tensor([1]), max_new_tokens=30, temperature=0))
-    end = drawn[4]
-    shorter = list(sample(model(), torch.tensor([1]), max_new_tokens=30, temperature=0, end_of_text=end))
-    assert shorter == drawn[: drawn.index(end)]
+def ids(drawn: Any, row: int = 0) -> list[int]:
+    return [tokens[row].id for tokens in drawn if tokens[row] is not None]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_generation_is_that_of_hugging_face_with_and_without_a_cache(kind: str) -> None:
+    config, their_kind = KINDS[kind]
+    ours, prompts = model(config), torch.randint(50, (3, 5), generator=torch.Generator().manual_seed(1))
+    if kind == "mixtral":  # Hugging Face keeps experts stacked in memory, and apart in files only
+        expected = greedy(ours, prompts, 15, cached=False)
+    else:
+        expected = expected_tokens(theirs_of(ours, config, their_kind), prompts, 15)
+    assert torch.equal(greedy(ours, prompts, 15), expected)
+    assert torch.equal(greedy(ours, prompts, 15, cached=False), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.5, seed=3, repetition_penalty=1.3)])
+def test_each_of_several_uneven_rows_is_what_it_would_be_alone(kind: str, sampling: Sampling) -> None:
+    """Past the longest sequence too, which the rows reach one after the other."""
+    ours, prompts = model(KINDS[kind][0]), [[1], list(range(20)), [4, 2, 9, 9, 1, 3]]
+    for cached in (True, False):
+        together = list(generate(ours, prompts, CPU, max_new_tokens=40, sampling=sampling, cached=cached))
+        for row, prompt in enumerate(prompts):
+            one = Sampling(**{**vars(sampling), "seed": sampling.seed + row})
+            alone = ids(generate(ours, [prompt], CPU, max_new_tokens=40, sampling=one, cached=not cached))
+            assert ids(together, row) == alone
+
+
+def test_a_text_that_is_too_long_goes_on_after_its_last_half() -> None:
+    ours, tokens, window = model(), list(range(20)), list(range(20))
+    for token in ids(generate(ours, [tokens], CPU, max_new_tokens=40)):
+        if len(window) > 24:
+            window = window[-12:]
+        assert token == int(ours(torch.tensor([window]))[0, -1].argmax())
+        window.append(token)
+
+
+def test_the_end_of_text_ends_its_row_alone_and_is_not_given_out() -> None:
+    ours, prompts = model(), [[1], [2]]
+    whole = list(generate(ours, prompts, CPU, max_new_tokens=30))
+    end = ids(whole, 0)[4]
+    ended = list(generate(ours, prompts, CPU, max_new_tokens=30, end_of_text=end))
+    lengths = [[*ids(whole, row), end].index(end) for row in (0, 1)]
+    assert lengths[0] != lengths[1]
+    for row, length in enumerate(lengths):
+        assert ids(ended, row) == ids(whole, row)[:length]
 
 
 def test_padding_of_the_vocabulary_is_never_drawn() -> None:
-    drawn = list(sample(model(), torch.tensor([1]), max_new_tokens=200, temperature=5.0, vocab_size=10))
-    assert max(drawn) < 10
+    drawn = generate(model(), [[1]], CPU, max_new_tokens=200, vocab_size=10, sampling=Sampling(temperature=5.0))
+    assert max(ids(drawn)) < 10
 
 
-logits_lists = st.lists(st.floats(-5, 5), min_size=2, max_size=8)
+def test_log_probabilities_are_those_of_the_model_itself() -> None:
+    """Whatever the temperature and the restrictions with which the token was drawn."""
+    ours, prompt = model(), [3, 1, 4]
+    sampling = Sampling(temperature=2.0, top_k=5)
+    drawn = [row[0] for row in generate(ours, [prompt], CPU, max_new_tokens=15, sampling=sampling)]
+    tokens = prompt + [token.id for token in drawn if token]
+    expected = ours(torch.tensor([tokens]))[0].log_softmax(-1).detach()
+    for place, token in enumerate(drawn, start=2):
+        assert token is not None
+        assert token.logprob == pytest.approx(float(expected[place, token.id]), abs=1e-4)
 
 
-@given(logits=logits_lists, top_k=st.integers(1, 9), seed=st.integers(0, 1000))
-def test_top_k_draws_among_the_k_likeliest(logits: list[float], top_k: int, seed: int) -> None:
-    token = draw(torch.tensor(logits), 1.0, top_k, None, torch.Generator().manual_seed(seed))
-    kth = sorted(torch.tensor(logits).tolist(), reverse=True)[min(top_k, len(logits)) - 1]
-    assert torch.tensor(logits)[token] >= kth
+class Table(nn.Module):
+    """Logits that depend on the last token alone; it has no cache."""
+
+    config = GPTConfig(vocab_size=4, max_seq_len=16, n_layers=1, n_heads=1, dim=1)
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.table = 1.5 * torch.randn(4, 4, generator=torch.Generator().manual_seed(seed))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.table[tokens]
 
 
-@given(logits=logits_lists, top_p=st.floats(0.01, 1), seed=st.integers(0, 1000))
-def test_top_p_draws_among_the_likeliest_that_reach_p(logits: list[float], top_p: float, seed: int) -> None:
-    token = draw(torch.tensor(logits), 1.0, None, top_p, torch.Generator().manual_seed(seed))
-    probabilities = torch.tensor(logits).softmax(-1)
-    likelier = probabilities[probabilities > probabilities[token]].sum()
-    assert likelier < top_p + 1e-6
+def test_a_model_without_a_cache_is_read_anew_each_time() -> None:
+    tokens = ids(generate(Table(1), [[0]], CPU, max_new_tokens=40))
+    for before, after in zip([0, *tokens], tokens, strict=False):
+        assert after == int(Table(1).table[before].argmax())
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_draws_follow_the_tempered_distribution(temperature: float) -> None:
-    logits = torch.tensor([1.0, 0.0, -1.0])
-    generator = torch.Generator().manual_seed(0)
-    counts = torch.bincount(torch.tensor([draw(logits, temperature, None, None, generator) for _ in range(4000)]))
-    expected = (logits / temperature).softmax(-1)
-    assert torch.allclose(counts / 4000, expected, atol=3 * math.sqrt(0.25 / 4000))
+def spoken(large: nn.Module, small: nn.Module, prompt: Sequence[int], **options: Any) -> list[Token]:
+    return list(speculate(large, small, prompt, CPU, **options))
 
 
-def test_drawing_leaves_the_global_generator_alone() -> None:
-    ours = model()
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    list(sample(ours, torch.tensor([1]), max_new_tokens=5, generator=torch.Generator().manual_seed(1)))
-    assert torch.equal(torch.rand(3), expected)
+@pytest.mark.parametrize("draft_tokens", [1, 3, 7])
+@pytest.mark.parametrize("same", [True, False], ids=["perfect draft", "bad draft"])
+@pytest.mark.parametrize("kind", ["gpt2", "mistral"])
+def test_a_draft_does_not_change_greedy_tokens(kind: str, same: bool, draft_tokens: int) -> None:
+    """Nor their log-probabilities, nor past the longest sequence of either model."""
+    large = model(KINDS[kind][0])
+    small = large if same else model(GPTConfig(vocab_size=50, max_seq_len=16, n_layers=1, n_heads=2, dim=16), seed=9)
+    expected = [row[0] for row in generate(large, [[7, 8]], CPU, max_new_tokens=20)]
+    drawn = spoken(large, small, [7, 8], max_new_tokens=20, draft_tokens=draft_tokens)
+    assert [token.id for token in drawn] == [token.id for token in expected if token]
+    for ours, theirs in zip(drawn, expected, strict=True):
+        assert theirs is not None and ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+    assert len(spoken(large, small, [7, 8], max_new_tokens=60, draft_tokens=draft_tokens)) == 60
 
 
-def test_a_stream_gives_the_prompt_and_then_whole_characters() -> None:
-    class Writes(torch.nn.Module):
-        """Writes one text, byte by byte."""
+def test_a_perfect_draft_saves_passes() -> None:
+    large, passes = model(), Counter[str]()
+    large.register_forward_hook(lambda *_: passes.update(["passes"]))
+    spoken(large, model(), [7, 8], max_new_tokens=20, draft_tokens=4)
+    assert passes["passes"] == 4
 
-        config = GPTConfig(vocab_size=257, max_seq_len=64, n_layers=1, n_heads=1, dim=1)
 
-        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-            text = [*"né 日 ok".encode(), 256]
-            logits = torch.zeros(1, tokens.shape[1], 257)
-            logits[0, -1, text[tokens.shape[1] - 2]] = 1
-            return logits
+def test_drafted_tokens_are_distributed_as_those_of_the_larger_model() -> None:
+    """Two tokens after token 0, from tables of which the exact distribution is known."""
+    large, small = Table(1), Table(2)
+    for sampling in (Sampling(temperature=1.3, top_k=3), Sampling(repetition_penalty=1.7)):
+        penalised = sampling.repetition_penalty != 1
+        counts: Counter[tuple[int, ...]] = Counter()
+        for seed in range(3000):
+            one = Sampling(**{**vars(sampling), "seed": seed})
+            counts[tuple(token.id for token in spoken(large, small, [0], max_new_tokens=2, sampling=one))] += 1
+        first = distribution(large.table[:1], sampling, torch.tensor([[True, False, False, False]]) & penalised)
+        for token in range(4):
+            context = torch.zeros(1, 4, dtype=torch.bool)
+            context[0, [0, token]] = penalised
+            second = distribution(large.table[token : token + 1], sampling, context)
+            for after in range(4):
+                expected = float(first[0, token] * second[0, after])
+                spread = (expected * (1 - expected) / 3000) ** 0.5
+                assert counts[token, after] / 3000 == pytest.approx(expected, abs=4 * spread + 1e-9)
 
-    pieces = list(
-        stream(Writes(), ByteTokenizer(), ">>", CPU, max_new_tokens=50, temperature=0, top_k=None, top_p=None, seed=0)
+
+def test_a_drafted_text_ends_at_its_end() -> None:
+    large = model()
+    whole = [token.id for token in spoken(large, large, [1], max_new_tokens=30)]
+    ended = spoken(large, large, [1], max_new_tokens=30, end_of_text=whole[4])
+    assert [token.id for token in ended] == whole[: whole.index(whole[4])]
+
+
+@pytest.mark.slow
+def test_a_compiled_model_gives_the_same_tokens() -> None:
+    ours, prompts = model(KINDS["mistral"][0]), [[1, 2, 3], [4]]
+    plain, compiled = (
+        [
+            [token.id if token else None for token in row]
+            for row in generate(ours, prompts, CPU, max_new_tokens=40, compiled=compiled)
+        ]
+        for compiled in (False, True)
     )
-    assert pieces[0] == ">>" and "".join(pieces) == ">>né 日 ok"
-    assert "�" not in "".join(pieces) and "日" in pieces
+    assert plain == compiled
 
 
-def test_an_unknown_character_in_a_prompt_is_one_clear_line() -> None:
-    with pytest.raises(UserError, match="does not know the character 'ü'"):
-        list(stream(model(), CharTokenizer("abc"), "aü", CPU, max_new_tokens=1, temperature=1, top_k=None, top_p=None,
-                    seed=0))  # fmt: skip
+def test_draws_of_a_row_follow_its_seed() -> None:
+    sampling = Sampling(seed=11)
+    one = ids(generate(model(), [[1]], CPU, max_new_tokens=10, sampling=sampling))
+    assert one == ids(generate(model(), [[1]], CPU, max_new_tokens=10, sampling=sampling))
+    assert one != ids(generate(model(), [[1]], CPU, max_new_tokens=10, sampling=Sampling(seed=12)))
+    assert Draws([11]).uniform() == Draws([11]).uniform()

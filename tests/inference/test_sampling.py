@@ -1,0 +1,74 @@
+"""Distributions are those of Hugging Face's processors, and draws follow them."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from cleangpt.inference.sampling import Draws, Sampling, distribution
+
+THEIRS = {
+    "temperature": TemperatureLogitsWarper,
+    "top_k": TopKLogitsWarper,
+    "top_p": TopPLogitsWarper,
+    "min_p": MinPLogitsWarper,
+}
+fields = st.fixed_dictionaries(
+    {"temperature": st.floats(0.2, 3.0)},
+    optional={"top_k": st.integers(1, 12), "top_p": st.floats(0.05, 0.99), "min_p": st.floats(0.01, 0.99)},
+)
+
+
+@given(fields=fields, penalty=st.sampled_from([1.0, 0.7, 1.5]), seed=st.integers(0, 1000))
+def test_the_distribution_is_that_of_hugging_face(fields: dict[str, Any], penalty: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(3, 10, generator=generator)
+    tokens = torch.randint(10, (3, 4), generator=generator)
+    processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty)])
+    processors += [THEIRS[name](fields[name]) for name in THEIRS if name in fields]
+    expected = processors(tokens, logits.clone()).softmax(dim=-1)
+    context = torch.zeros(3, 10, dtype=torch.bool).scatter_(1, tokens, True)
+    ours = distribution(logits, Sampling(**fields, repetition_penalty=penalty), context if penalty != 1 else None)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_temperature_0_leaves_the_likeliest_token_alone() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, -1.0, 0.0]])
+    assert distribution(logits, Sampling(temperature=0)).tolist() == [[0, 1, 0], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_draws_follow_the_distribution(temperature: float) -> None:
+    expected = distribution(torch.tensor([[1.0, 0.0, -1.0]]), Sampling(temperature=temperature))
+    counts = Draws(range(4000)).tokens(expected.expand(4000, -1)).bincount(minlength=3)
+    assert torch.allclose(counts / 4000, expected[0], atol=3 * math.sqrt(0.25 / 4000))
+
+
+@given(seed=st.integers(0, 10**6), possible=st.sets(st.integers(0, 9), min_size=1))
+def test_a_token_of_probability_0_is_never_drawn(seed: int, possible: set[int]) -> None:
+    probabilities = torch.zeros(1, 10)
+    probabilities[0, list(possible)] = 0.1
+    assert int(Draws([seed]).tokens(probabilities)) in possible
+
+
+def test_rows_draw_what_they_would_alone_and_the_global_generator_stays() -> None:
+    probabilities = torch.rand(5, 100)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    together, alone = Draws(range(5)), [Draws([seed]) for seed in range(5)]
+    for _ in range(3):
+        drawn = together.tokens(probabilities).tolist()
+        assert drawn == [int(one.tokens(row[None])) for one, row in zip(alone, probabilities, strict=True)]
+    assert torch.equal(torch.rand(3), expected)

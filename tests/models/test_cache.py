@@ -1,0 +1,136 @@
+"""Reading with a cache gives the logits of reading the whole at once, however the tokens come."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from cleangpt.models.cache import KVCache
+from cleangpt.models.gpt import GPT, GPTConfig
+from cleangpt.models.llama import Llama, LlamaConfig
+
+LENGTH, VOCABULARY = 24, 17
+SIZE = {"vocab_size": VOCABULARY, "max_seq_len": LENGTH, "n_layers": 3, "n_heads": 4, "dim": 32}
+KINDS = {
+    "gpt": GPTConfig(**SIZE),
+    "llama": LlamaConfig(**SIZE, hidden_dim=48),
+    "shared keys": LlamaConfig(**SIZE, hidden_dim=48, n_kv_heads=2, qk_norm=True),
+    "window": LlamaConfig(**SIZE, hidden_dim=48, n_kv_heads=1, sliding_window=4),
+    "window in some blocks": LlamaConfig(**SIZE, hidden_dim=48, sliding_window=4, global_every=2),
+    "documents": LlamaConfig(**SIZE, hidden_dim=48, separator=3),
+    "documents in a window": LlamaConfig(**SIZE, hidden_dim=48, separator=3, sliding_window=5),
+    "value residual": LlamaConfig(**SIZE, hidden_dim=48, value_residual=True, logit_soft_cap=5.0),
+    "experts": LlamaConfig(**SIZE, hidden_dim=48, n_experts=4),
+}
+
+
+def sharp(kind: str) -> nn.Module:
+    """A model that depends much on what it sees."""
+    torch.manual_seed(0)
+    config = KINDS[kind]
+    model = GPT(config) if isinstance(config, GPTConfig) else Llama(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+MODELS = {kind: sharp(kind) for kind in KINDS}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def assert_close(ours: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+@every_kind
+@torch.no_grad()
+def test_the_models_look_far_enough_back_for_the_tests_to_mean_something(kind: str) -> None:
+    """Another token three places back changes the logits by more than the tolerance."""
+    model, tokens = MODELS[kind], torch.full((1, 8), 5)
+    other = tokens.clone()
+    other[0, 4] = 6
+    assert (model(tokens)[0, -1] - model(other)[0, -1]).abs().max() > 1e-2
+
+
+@every_kind
+@settings(max_examples=10)
+@given(seed=st.integers(0, 1000), cuts=st.sets(st.integers(1, LENGTH - 1)))
+@torch.no_grad()
+def test_tokens_may_come_in_pieces_of_any_size(kind: str, seed: int, cuts: set[int]) -> None:
+    model = MODELS[kind]
+    tokens = torch.randint(VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(seed))
+    cache = model.new_cache()
+    pieces = torch.tensor_split(tokens, sorted(cuts), dim=1)
+    assert_close(torch.cat([model(piece, cache) for piece in pieces], dim=1), model(tokens))
+
+
+@every_kind
+@settings(max_examples=10)
+@given(
+    seed=st.integers(0, 1000),
+    lengths=st.lists(st.integers(1, 14), min_size=3, max_size=3),
+    steps=st.lists(st.integers(1, 4), max_size=4),
+)
+@torch.no_grad()
+def test_rows_of_different_lengths_do_not_meet(kind: str, seed: int, lengths: list[int], steps: list[int]) -> None:
+    """Shorter rows are padded and taken back to their own lengths; then all grow alike, several tokens at a time."""
+    model = MODELS[kind]
+    tokens = torch.randint(VOCABULARY, (3, LENGTH + 8), generator=torch.Generator().manual_seed(seed))
+    longest, cache = max(lengths), model.new_cache(spare=max(lengths) - min(lengths))
+    read = model(tokens[:, :longest], cache)
+    cache.rewind(lengths)
+    alone = [model(row[None, :LENGTH])[0] for row in tokens]
+    for row, length in enumerate(lengths):
+        assert_close(read[row, :length], alone[row][:length])
+    for step in steps:
+        if max(lengths) + step > LENGTH:
+            break
+        new = torch.stack([row[length : length + step] for row, length in zip(tokens, lengths, strict=True)])
+        read = model(new, cache)
+        for row, length in enumerate(lengths):
+            assert_close(read[row], alone[row][length : length + step])
+        lengths = [length + step for length in lengths]
+
+
+@every_kind
+@settings(max_examples=10)
+@given(seed=st.integers(0, 1000), back=st.integers(1, 5), length=st.integers(6, 16))
+@torch.no_grad()
+def test_what_is_taken_back_is_as_if_never_read(kind: str, seed: int, back: int, length: int) -> None:
+    model = MODELS[kind]
+    tokens, others = torch.randint(VOCABULARY, (2, 2, LENGTH), generator=torch.Generator().manual_seed(seed))
+    cache = model.new_cache(spare=5)
+    model(tokens[:, :length], cache)
+    cache.rewind([length - back] * 2)
+    whole = torch.cat([tokens[:, : length - back], others[:, : back + 2]], dim=1)
+    assert_close(model(others[:, : back + 2], cache), model(whole)[:, length - back :])
+
+
+@every_kind
+@torch.no_grad()
+def test_logits_may_be_had_after_some_tokens_only(kind: str) -> None:
+    model, tokens = MODELS[kind], torch.randint(VOCABULARY, (2, 9))
+    wanted = torch.tensor([[3, 8], [0, 5]])
+    expected = model(tokens)[torch.arange(2)[:, None], wanted]
+    assert_close(model(tokens, wanted=wanted), expected)
+
+
+def test_a_window_bounds_what_is_kept() -> None:
+    cache = MODELS["window in some blocks"].new_cache(spare=2)
+    MODELS["window in some blocks"](torch.zeros(1, 20, dtype=torch.long), cache)
+    assert [block.keys.shape[2] for block in cache.blocks] == [6, LENGTH, 6]
+
+
+def test_heads_that_share_keys_keep_them_once() -> None:
+    cache = MODELS["shared keys"].new_cache()
+    MODELS["shared keys"](torch.zeros(1, 2, dtype=torch.long), cache)
+    assert [block.keys.shape for block in cache.blocks] == [(1, 2, LENGTH, 8)] * 3
+
+
+def test_a_full_cache_says_so() -> None:
+    cache = KVCache([None], max_len=4)
+    cache.begin(torch.zeros(1, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match="3 tokens and 2 more; this cache holds at most 4"):
+        cache.begin(torch.zeros(1, 2, dtype=torch.long))
