@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 endif
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test slow lint types benchmarks clean
+.PHONY: demo test slow llama lint types benchmarks clean
 
 demo: $(INSTALLED)
 	$(BIN)/cleangpt demo
@@ -19,6 +19,10 @@ test: $(INSTALLED)
 
 slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# llama.cpp, compiled here in some minutes: exported files are tested with it where it is installed
+llama: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt llama-cpp-python
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

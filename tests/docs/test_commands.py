@@ -58,6 +58,7 @@ NOT_RUN = {
     "make test": "would run this test",
     "make lint": "installs; run by .ci/run",
     "make types": "installs; run by .ci/run",
+    "make llama": "compiles for minutes; run by .ci/run",
     "make slow": "installs; run by .ci/run",
     "make benchmarks": "takes minutes",
     "python -m pytest": "would run this test",
