@@ -201,7 +201,9 @@ def speculate(
     large, small = (Context(one, [prompt], device, **given) for one in (model, draft))
     draws, left = Draws([sampling.seed]), max_new_tokens
     while left > 0:
-        guesses = [_draft(small, draws, sampling) for _ in range(min(draft_tokens, left - 1, large.limit - 1))]
+        # Guesses must not be what makes the text outgrow the model.
+        count = min(draft_tokens, left - 1, large.limit - len(large.rows[0]))
+        guesses = [_draft(small, draws, sampling) for _ in range(count)]
         tokens = _check(large, guesses, draws, sampling)
         small.take_back(max(0, len(guesses) - len(tokens) + 1))
         small.add([tokens[-1].id])
