@@ -16,12 +16,14 @@ import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
@@ -74,10 +76,13 @@ class Layout:
         """Whether a process holds parts of tensors."""
         return self.shards * self.tensor > 1
 
-    def mesh(self, device: torch.device) -> DeviceMesh:
-        """The box in PyTorch's terms."""
+    def mesh(self, device: torch.device, timeout: timedelta | None = None) -> DeviceMesh:
+        """The box in PyTorch's terms; its groups wait for each other as long as `timeout` (None: PyTorch's own)."""
         names = ("replicate", "shard", "tensor")
-        return init_device_mesh(device.type, (self.replicas, self.shards, self.tensor), mesh_dim_names=names)
+        mesh = init_device_mesh(device.type, (self.replicas, self.shards, self.tensor), mesh_dim_names=names)
+        for group in mesh.get_all_groups() if timeout is not None else ():
+            _set_pg_timeout(timeout, group)  # PyTorch's groups do not take over that of the group of all
+        return mesh
 
 
 def layout(config: ParallelConfig, world_size: int) -> Layout:
@@ -140,6 +145,7 @@ def parallelize(
     *,
     gather_dtype: torch.dtype | None = None,
     reshard_after_forward: bool = True,
+    timeout: timedelta | None = None,
 ) -> nn.Module:
     """The model, with this process's part of its parameters on `device`, holding the same values whatever the layout.
 
@@ -154,6 +160,7 @@ def parallelize(
         prepare: changes the model in place before it is cut.
         gather_dtype: what blocks are gathered and computed in where they are cut; None: as they are stored.
         reshard_after_forward: whether a block's gathered weights are freed between forward and backward pass.
+        timeout: how long a process waits for those with which it shares the model; None: PyTorch's default.
 
     Raises:
         UserError: the architecture cannot be cut into `place.tensor` parts.
@@ -166,7 +173,7 @@ def parallelize(
             model = build()
     prepare(model)
     if place.sharded:
-        mesh = place.mesh(device)
+        mesh = place.mesh(device, timeout)
         if place.tensor > 1:
             _cut_matrices(model, mesh["tensor"])
         if place.shards > 1:

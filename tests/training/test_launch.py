@@ -32,6 +32,8 @@ def step(self):
     here = self.position.step == int(at) and rank == RANK and RESTART == "0"
     if here and fault == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
+    if here and fault == "freeze":
+        self.model.blocks[1].register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGSTOP))
     if here and fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if here and fault == "raise":
@@ -125,6 +127,17 @@ def test_a_process_that_hangs_is_named_with_its_machine_and_its_step(processes: 
     assert line in said.values(), errors[-3000:]
     assert processes - 1 not in said and "cli.py" not in errors
     assert children() == "" or not Path("/proc").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["hsdp --parallel.replicas 2", "fsdp --parallel.tensor 2"])
+def test_a_process_that_hangs_between_two_blocks_is_named_by_those_that_share_the_model(strategy: str) -> None:
+    """They wait for it in groups of their own, whose time-outs are not those of the group of all."""
+    words = ("--parallel.timeout", "4", "--parallel.strategy", *strategy.split())
+    code, errors, seconds = one_machine(4, *words, FAULT="freeze 5 3")
+    assert code == 1 and seconds < 110
+    line = f"no answer within 4 s at step 5 from process 3 (machine {socket.gethostname()}), last heard of at step 5"
+    assert line in stopped_lines(errors).values(), errors[-3000:]
 
 
 @pytest.mark.slow

@@ -30,7 +30,10 @@ from cleangpt.data.store import StoreWriter
 from cleangpt.data.tokenizers import ByteTokenizer
 from cleangpt.models.gpt import GPTConfig
 from cleangpt.models.llama import LlamaConfig
+from cleangpt.training import trainer
 from cleangpt.training.trainer import Trainer
+
+trainer.peak_flops = lambda device: 1e9  # of a CPU it is not known, and MFU would not be told
 
 @dataclass(frozen=True, kw_only=True)
 class Uneven(Corpus):
@@ -176,6 +179,10 @@ def test_several_processes_learn_what_one_does(single: str, processes: int, stra
 def test_two_processes_sharing_the_data_learn_what_one_does(single: str) -> None:
     train("several", 2)
     assert_same_run(single, "several")
+    alone, shared = (read_metrics(Path(run))[0] for run in (single, "several"))
+    for line, devices in ((alone, 1), (shared, 2)):
+        flops = alone["mfu"] / alone["tokens_per_second"]
+        assert line["mfu"] == pytest.approx(line["tokens_per_second"] * flops / devices), "of the peak of all devices"
 
 
 @pytest.mark.slow
