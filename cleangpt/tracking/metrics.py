@@ -51,7 +51,7 @@ FIGURES: dict[str, Figure] = {
     "times_visited": Figure("times visited", "epochs", "passes over the training split"),
     "tokens_per_second": Figure("tokens per second", "tokens/s", "tokens trained on per second, without validation"),
     "step_time": Figure("step time", "s", "mean time of a step"),
-    "data_wait_share": Figure("data wait", "share", "share of the training time that one process waits for batches, at the most"),
+    "data_wait_share": Figure("data wait", "share", "share of the training time the slowest process waits for batches"),
     "mfu": Figure("MFU", "share", "model FLOPs utilisation: useful FLOPs against the peak of all devices"),
     "time_trained": Figure("time trained", "s", "time in this run, over all its resumptions"),
     "peak_memory": Figure("peak memory", "bytes", "largest memory in use so far by one process"),
