@@ -80,8 +80,9 @@ class Layout:
         """The box in PyTorch's terms; its groups wait for each other as long as `timeout` (None: PyTorch's own)."""
         names = ("replicate", "shard", "tensor")
         mesh = init_device_mesh(device.type, (self.replicas, self.shards, self.tensor), mesh_dim_names=names)
-        for group in mesh.get_all_groups() if timeout is not None else ():
-            _set_pg_timeout(timeout, group)  # PyTorch's groups do not take over that of the group of all
+        if timeout is not None:
+            for group in mesh.get_all_groups():
+                _set_pg_timeout(timeout, group)  # they do not take over that of the group of all
         return mesh
 
 
