@@ -167,6 +167,8 @@ def plan_command(words: list[str]) -> None:
     from cleangpt.planning.plan import make_plan
     from cleangpt.planning.tables import show
 
+    if chosen.json is not None and (not Path(chosen.json).parent.is_dir() or Path(chosen.json).is_dir()):
+        raise UserError(f"--json is {chosen.json!r}; allowed: a file in a folder that exists")
     device = find_device(chosen.device, chosen.price)
     plan = make_plan(chosen.experiment, device, chosen.devices, chosen.devices_per_node, chosen.tokens)
     show(plan)

@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -278,7 +277,16 @@ def recompute(model: nn.Module, every: int | None) -> None:
     input alone. Names and results stay the same, those of dropout included.
     """
     for block in list(getattr(model, "blocks", []))[::every] if every else []:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = _again(block.forward)
+
+
+def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A function and no `partial`: torch.compile leaves a block whose `forward` is one uncompiled, and says nothing."""
+
+    def forward_and_again(*inputs: Any) -> Any:
+        return checkpoint(forward, *inputs, use_reentrant=False)
+
+    return forward_and_again
 
 
 def without_sync(model: nn.Module, last: bool) -> AbstractContextManager[Any]:

@@ -92,7 +92,8 @@ experiment = Experiment(
 
 def launch(processes: int, *words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "cleangpt", *words]
-    if processes > 1:
+    if processes > 1 or "torchrun" in environment:
+        environment.pop("torchrun", None)
         restarts = environment.pop("restarts", "0")
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
@@ -154,6 +155,9 @@ STRATEGIES = [
     (2, ["ddp", "--training.compile", "model"]),
     (2, ["fsdp", "--training.compile", "model"]),
     (2, ["fsdp", "--training.compile", "blocks"]),
+    (2, ["fsdp", "--training.compile", "blocks", "--training.recompute-every", "1"]),
+    (1, ["fsdp", "--parallel.tensor", "2"]),
+    (1, ["hsdp", "--parallel.replicas", "2"]),
     (2, ["tp"]),
     (4, ["tp"]),
     (4, ["fsdp", "--parallel.tensor", "2"]),
@@ -166,7 +170,7 @@ STRATEGIES = [
 def test_several_processes_learn_what_one_does(single: str, processes: int, strategy: list[str]) -> None:
     """With uneven loss masks, clipping, an accumulation ramp, micro-batches and a validation set of an odd size."""
     words = [] if processes < 4 else ["--training.micro-batch-size", "1"]
-    train("several", processes, "--parallel.strategy", *strategy, *words)
+    train("several", processes, "--parallel.strategy", *strategy, *words, torchrun="also for one")
     assert_same_run(single, "several")
     one, several = (json.loads(Path(run, "checkpoints/index.json").read_text()) for run in (single, "several"))
     assert [entry["macro_batch"] for entry in one["checkpoints"]] == [
