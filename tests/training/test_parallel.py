@@ -11,12 +11,23 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cleangpt.config import ParallelConfig
 from cleangpt.errors import UserError
 from cleangpt.files import damage
+from cleangpt.models.gpt import GPT, GPTConfig
 from cleangpt.tracking.metrics import read_metrics
-from cleangpt.training.parallel import Layout, check_compilation, layout
+from cleangpt.training.parallel import (
+    Layout,
+    check_compilation,
+    layout,
+    parallelize,
+    with_gradient_exchange,
+    without_sync,
+)
 from cleangpt.training.snapshots import list_snapshots, load_snapshot
 
 EXPERIMENT = '''
@@ -340,3 +351,45 @@ def test_a_batch_that_the_processes_do_not_divide_is_refused_before_anything_is_
     assert outcome.returncode == 2
     assert outcome.stderr == "rank 0: error: data.batch_size is 8; allowed: a multiple of the 3 devices\n"
     assert not Path("runs").exists() and not Path("data").exists()
+
+
+@pytest.fixture
+def one_of_two() -> Iterator[None]:
+    """The first of two processes, of which the other is pretended."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    dist.destroy_process_group()
+
+
+MODEL = GPTConfig(vocab_size=32, max_seq_len=16, n_layers=2, n_heads=2, dim=16)
+TOKENS = torch.zeros(2, 16, dtype=torch.long)
+CPU = torch.device("cpu")
+
+
+def test_ddp_exchanges_gradients_after_the_last_micro_batch_of_a_step_only(one_of_two: None) -> None:
+    exchanges: list[int] = []
+    place = Layout(replicas=2)
+    called = with_gradient_exchange(parallelize(lambda: GPT(MODEL), place, CPU), place, CPU)
+    assert isinstance(called, DistributedDataParallel)
+
+    def count(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        exchanges[-1] += 1
+        done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    called.register_comm_hook(None, count)
+    for last in (False, False, True, False, True):
+        exchanges.append(0)
+        with without_sync(called, last):
+            called(TOKENS).sum().backward()
+    assert [number > 0 for number in exchanges] == [False, False, True, False, True]
+
+
+def test_fsdp_reduces_gradients_after_the_last_micro_batch_of_a_step_only(one_of_two: None) -> None:
+    model = parallelize(lambda: GPT(MODEL), Layout(shards=2), CPU)
+    for last in (False, False, True, False, True):
+        with without_sync(model, last):
+            model(TOKENS).sum().backward()
+        assert {parameter.grad is not None for parameter in model.parameters()} == {last}
+        model.zero_grad()
