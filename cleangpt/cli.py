@@ -232,8 +232,8 @@ def _check(experiment: Any) -> None:
     from cleangpt.objectives import OBJECTIVES
     from cleangpt.tracking import check_tracking
     from cleangpt.training.device import check_precision, choose_device
-    from cleangpt.training.parallel import check_compilation, layout
-    from cleangpt.training.ranks import world_size
+    from cleangpt.training.parallel import check_compilation, check_devices, layout
+    from cleangpt.training.ranks import local_rank, world_size
     from cleangpt.training.run import check_folder, check_row_length
 
     place = layout(experiment.parallel, world_size())
@@ -244,7 +244,8 @@ def _check(experiment: Any) -> None:
     experiment.corpus.check()
     check_row_length(experiment)
     check_folder(experiment)
-    device = choose_device(experiment.training.device)
+    check_devices(choose_device(experiment.training.device), world_size())
+    device = choose_device(experiment.training.device, local_rank())
     check_precision(experiment.training.precision, device)
     check_compilation(experiment.training.compile, place, device)
     check_tracking(experiment.tracking)

@@ -122,6 +122,17 @@ def check_compilation(compiled: str, place: Layout, device: torch.device) -> Non
         raise UserError(f"training.compile is {compiled!r}; allowed on CPUs with matrices cut: off; it is not reliable")
 
 
+def check_devices(device: torch.device, processes: int) -> None:
+    """Refuses a device that several processes would have to share, or that has no means to exchange.
+
+    Raises:
+        UserError: names the field and what is allowed.
+    """
+    if processes > 1 and (device.type == "mps" or device.index is not None):
+        allowed = "cpu, or cuda, of which each takes its own"
+        raise UserError(f"training.device is {str(device)!r}; allowed with {processes} processes: {allowed}")
+
+
 def choose_layout(config: ParallelConfig, model: ModelConfig, ranks: Ranks, device: torch.device) -> Layout:
     """`layout`, where `auto` becomes fsdp if weights, gradients and moments take more than half of the memory."""
     if config.strategy == "auto" and ranks.world_size > 1:

@@ -23,6 +23,7 @@ from cleangpt.tracking.metrics import read_metrics
 from cleangpt.training.parallel import (
     Layout,
     check_compilation,
+    check_devices,
     layout,
     parallelize,
     with_gradient_exchange,
@@ -336,6 +337,21 @@ def test_compiling_over_gloo_where_matrices_are_cut_is_refused() -> None:
         check_compilation("blocks", Layout(tensor=2), torch.device("cpu"))
     check_compilation("blocks", Layout(replicas=2), torch.device("cpu"))
     check_compilation("blocks", Layout(tensor=2), torch.device("cuda"))
+
+
+@pytest.mark.parametrize("device", ["cuda:1", "mps"])
+def test_a_device_that_several_processes_cannot_have_each_is_refused(device: str) -> None:
+    message = f"training.device is '{device}'; allowed with 2 processes: cpu, or cuda, of which each takes its own"
+    with pytest.raises(UserError, match=message):
+        check_devices(torch.device(device), 2)
+    check_devices(torch.device(device), 1)
+    check_devices(torch.device("cuda"), 2)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp", "fsdp", "hsdp", "tp"])
+def test_one_process_has_the_whole_model_whatever_the_strategy(strategy: str) -> None:
+    tensor = 2 if strategy in ("fsdp", "hsdp") else 1
+    assert layout(ParallelConfig(strategy=strategy, replicas=2, tensor=tensor), 1) == Layout()
 
 
 def test_the_processes_that_share_a_matrix_are_neighbours_and_see_the_same_part_of_a_batch() -> None:
