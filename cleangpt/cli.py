@@ -176,6 +176,8 @@ def plan_command(words: list[str]) -> None:
     from cleangpt.planning.plan import make_plan
     from cleangpt.planning.tables import show
 
+    if chosen.json is not None and (not Path(chosen.json).parent.is_dir() or Path(chosen.json).is_dir()):
+        raise UserError(f"--json is {chosen.json!r}; allowed: a file in a folder that exists")
     device = find_device(chosen.device, chosen.price)
     plan = make_plan(chosen.experiment, device, chosen.devices, chosen.devices_per_node, chosen.tokens)
     show(plan)
@@ -239,8 +241,8 @@ def _check(experiment: Any) -> None:
     from cleangpt.objectives import OBJECTIVES
     from cleangpt.tracking import check_tracking
     from cleangpt.training.device import check_precision, choose_device
-    from cleangpt.training.parallel import check_compilation, layout
-    from cleangpt.training.ranks import world_size
+    from cleangpt.training.parallel import check_compilation, check_devices, layout
+    from cleangpt.training.ranks import local_rank, world_size
     from cleangpt.training.run import check_folder, check_row_length
 
     place = layout(experiment.parallel, world_size())
@@ -251,7 +253,8 @@ def _check(experiment: Any) -> None:
     experiment.corpus.check()
     check_row_length(experiment)
     check_folder(experiment)
-    device = choose_device(experiment.training.device)
+    check_devices(choose_device(experiment.training.device), world_size())
+    device = choose_device(experiment.training.device, local_rank())
     check_precision(experiment.training.precision, device)
     check_compilation(experiment.training.compile, place, device)
     check_tracking(experiment.tracking)

@@ -147,8 +147,10 @@ class Group:
     stride: int
     per_node: int
 
-    def exchange(self, size: float) -> float:
+    def exchange(self, size: float, times: float = 1.0) -> float:
         """Seconds to gather `size` bytes from all, or to reduce and scatter as many; half of an all-reduce.
+
+        `times` is over how many such exchanges they are spread, each of which has its latency.
 
         A ring sends (n - 1) / n of them in n - 1 steps (Thakur et al. 2005, section 4). Across machines, a group has
         the network adapters of those of its devices that share a machine.
@@ -162,4 +164,4 @@ class Group:
         rate = min(network, within) * BANDWIDTH_SHARE
         between = nodes - 1
         latency = between * NETWORK + (self.size - 1 - between) * self.device.hop
-        return size * (self.size - 1) / self.size / rate + latency
+        return size * (self.size - 1) / self.size / rate + times * latency

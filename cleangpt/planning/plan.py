@@ -163,8 +163,11 @@ class _Planner:
         device.flops(precision)
         self.machine = Machine(device, precision, training.compile != "off", per_node)
         self.tokens = tokens or total_samples(experiment) * experiment.data.seq_len
-        with torch.device("meta"):
-            self.model = build_model(experiment.model)
+        try:
+            with torch.device("meta"):
+                self.model = build_model(experiment.model)
+        except RuntimeError as error:
+            raise UserError(f"the model cannot be built: {str(error).splitlines()[0]}") from None
         self.measured: dict[tuple[int, bool], Workload] = {}
 
     def ways(self, count: int) -> list[Way]:

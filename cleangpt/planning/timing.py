@@ -1,6 +1,6 @@
 """Seconds of one step: arithmetic and memory traffic, and the exchange between devices that they do not hide."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cleangpt.planning.devices import ATTENTION_SHARE, BANDWIDTH_SHARE, LAUNCH, MATMUL_SHARE, Device, Group
 from cleangpt.planning.memory import Blocks, Pace
@@ -70,8 +70,8 @@ def step_time(workload: Workload, blocks: Blocks, place: Layout, pace: Pace, mac
     cut = place.tensor
     rest = workload.rest
     outside = machine.seconds(_cut(rest.forward + rest.backward, cut, pace.logits_parts), block=False)
-    forward = [(count, machine.seconds(part.forward * (1 / cut), True)) for count, part in blocks]
-    backward = [(count, machine.seconds((part.backward + part.again) * (1 / cut), True)) for count, part in blocks]
+    forward = [(count, machine.seconds(_share(part.forward, cut), True)) for count, part in blocks]
+    backward = [(count, machine.seconds(_share(part.backward + part.again, cut), True)) for count, part in blocks]
     compute = outside + sum(count * seconds for count, seconds in forward + backward)
     within = _within_matrices(workload, blocks, place, machine, whole_logits=pace.logits_parts == 1)
     # All micro-batches gather weights; the last one exchanges gradients too.
@@ -87,6 +87,11 @@ def step_time(workload: Workload, blocks: Blocks, place: Layout, pace: Pace, mac
     )
 
 
+def _share(work: Work, parts: int) -> Work:
+    """A device's share of a block's work. Each of its kernels is smaller; there are as many of them."""
+    return replace(work * (1 / parts), operations=work.operations, products=work.products)
+
+
 def _cut(work: Work, parts: int, logits_parts: int) -> Work:
     """A device's share: of products, one of `parts`; of what is done with logits, one of `logits_parts`."""
     return Work(matmul_flops=work.matmul_flops / parts, moved=work.moved / logits_parts, operations=work.operations)
@@ -94,9 +99,14 @@ def _cut(work: Work, parts: int, logits_parts: int) -> Work:
 
 def _within_matrices(workload: Workload, blocks: Blocks, place: Layout, machine: Machine, whole_logits: bool) -> float:
     """Exchange of activations between devices that share matrices, which wait for it."""
-    rest = (workload.rest.forward + workload.rest.backward).exchanged if whole_logits else 0.0
-    inside = sum(count * (part.forward + part.backward + part.again).exchanged for count, part in blocks)
-    return Group(machine.device, place.tensor, 1, machine.per_node).exchange(rest + inside)
+    rest = workload.rest.forward + workload.rest.backward if whole_logits else Work()
+    work = sum((entry * count for count, entry in _passes(blocks)), rest)
+    return Group(machine.device, place.tensor, 1, machine.per_node).exchange(work.exchanged, work.exchanges)
+
+
+def _passes(blocks: Blocks) -> list[tuple[int, Work]]:
+    """Number and work of the blocks of each kind, over all passes."""
+    return [(count, part.forward + part.backward + part.again) for count, part in blocks]
 
 
 def _around_blocks(
@@ -133,8 +143,7 @@ def exchanged_bytes(workload: Workload, blocks: Blocks, place: Layout, pace: Pac
     gathers = pace.micro_batches * (1 + pace.reshard_after_forward)
     weights = _ring(place.shards) * parameters * (gathers * machine.weight_bytes + 4)
     copies = 2 * _ring(place.replicas) * 4 * parameters / place.shards
-    parts = [(1, workload.rest), *blocks]
-    activations = sum(count * (part.forward + part.backward + part.again).exchanged for count, part in parts)
+    activations = sum(count * work.exchanged for count, work in _passes([(1, workload.rest), *blocks]))
     return weights + copies + pace.micro_batches * _ring(place.tensor) * activations
 
 

@@ -51,6 +51,8 @@ class Work:
     """Numbers that enter products of matrices."""
     exchanged: float = 0.0
     """Bytes between devices that share matrices, if these are cut."""
+    exchanges: float = 0.0
+    """Over how many exchanges they are spread."""
     operations: float = 0.0
     """Kernels started, those of the products among them."""
     products: float = 0.0
@@ -133,8 +135,9 @@ def measure(
         model.blocks = blocks
     block = Part(two.forward - one.forward, two.backward - one.backward, two.kept - one.kept)
     rest = Part(one.forward - block.forward, one.backward - block.backward, one.kept - block.kept)
-    within = one.sizes["gathered"] + one.sizes["scattered"]
-    outside = 2 * one.sizes["block_input"] + one.sizes["logits"]
+    within = Work(exchanged=one.sizes["gathered"] + one.sizes["scattered"], exchanges=one.sizes["layers"])
+    # Embeddings, the head's input and the logits.
+    outside = Work(exchanged=2 * one.sizes["block_input"] + one.sizes["logits"], exchanges=3)
     return Workload(
         block=_exchanging(block, within),
         rest=_exchanging(rest, outside),
@@ -147,9 +150,8 @@ def measure(
     )
 
 
-def _exchanging(part: Part, size: float) -> Part:
-    """With `size` bytes exchanged in each pass: what is gathered in one is reduced and scattered in the other."""
-    exchange = Work(exchanged=size)
+def _exchanging(part: Part, exchange: Work) -> Part:
+    """With an exchange in each pass: what is gathered in one is reduced and scattered in the other."""
     return replace(part, forward=part.forward + exchange, backward=part.backward + exchange)
 
 
@@ -170,7 +172,7 @@ def _trace(
 ) -> _Trace:  # fmt: skip
     """One forward and backward pass of the first `depth` blocks (a copy of the first, where there is one)."""
     model.blocks = nn.ModuleList([*blocks, copy.deepcopy(blocks[0])][:depth])
-    counter, sizes = _Counter(), dict.fromkeys(("block_input", "gathered", "scattered", "logits"), 0.0)
+    counter, sizes = _Counter(), dict.fromkeys(("block_input", "gathered", "scattered", "layers", "logits"), 0.0)
     with FakeTensorMode(), _sizes_seen(model, sizes):
         stand_in = _StandIn(model, dtype if gathered else torch.float32)
         counter.know(stand_in.weights.values())
@@ -205,7 +207,8 @@ class _StandIn(nn.Module):
 
 @contextmanager
 def _sizes_seen(model: nn.Module, sizes: dict[str, float]) -> Iterator[None]:
-    """Fills in the bytes that enter the first block, that its layers exchange if cut, and that leave the model."""
+    """Fills in the bytes that enter the first block, that its layers exchange if cut and how many of these there are,
+    and that leave the model."""
 
     def note(name: str, of_input: bool) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_: nn.Module, inputs: Any, output: Any) -> None:
@@ -223,6 +226,7 @@ def _sizes_seen(model: nn.Module, sizes: dict[str, float]) -> Iterator[None]:
         kind = plan.get(f"blocks.*.{path}")
         if kind in ("column", "row"):
             name = "gathered" if kind == "column" else "scattered"
+            sizes["layers"] += 1
             hooks.append(module.register_forward_hook(note(name, of_input=kind == "column")))
     try:
         yield

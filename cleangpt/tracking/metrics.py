@@ -51,10 +51,10 @@ FIGURES: dict[str, Figure] = {
     "times_visited": Figure("times visited", "epochs", "passes over the training split"),
     "tokens_per_second": Figure("tokens per second", "tokens/s", "tokens trained on per second, without validation"),
     "step_time": Figure("step time", "s", "mean time of a step"),
-    "data_wait_share": Figure("data wait", "share", "share of the training time spent waiting for batches"),
-    "mfu": Figure("MFU", "share", "model FLOPs utilisation: useful FLOPs against the device's peak"),
+    "data_wait_share": Figure("data wait", "share", "share of the training time the slowest process waits for batches"),
+    "mfu": Figure("MFU", "share", "model FLOPs utilisation: useful FLOPs against the peak of all devices"),
     "time_trained": Figure("time trained", "s", "time in this run, over all its resumptions"),
-    "peak_memory": Figure("peak memory", "bytes", "largest memory in use so far"),
+    "peak_memory": Figure("peak memory", "bytes", "largest memory in use so far by one process"),
     "skipped_steps": Figure("skipped steps", "steps", "steps skipped for a loss or gradient that is not finite"),
     "exact_match": Figure("exact match", "share", "share of scored samples whose generated answer is right"),
 }

@@ -40,6 +40,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = torch.device("cuda", local_rank) if name == "cuda" and local_rank else torch.device(name)
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[device.type]
+    if name == "cuda" and 0 < count <= local_rank:
+        raise UserError(f"this machine has {count} cuda devices, and a process needs its own; start {count} processes")
     if (device.index or 0) >= count:
         raise UserError(f"training.device is {name!r}, but this machine has {count} {device.type} devices; try auto")
     return device

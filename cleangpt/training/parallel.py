@@ -16,12 +16,13 @@ import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
@@ -74,10 +75,14 @@ class Layout:
         """Whether a process holds parts of tensors."""
         return self.shards * self.tensor > 1
 
-    def mesh(self, device: torch.device) -> DeviceMesh:
-        """The box in PyTorch's terms."""
+    def mesh(self, device: torch.device, timeout: timedelta | None = None) -> DeviceMesh:
+        """The box in PyTorch's terms; its groups wait for each other as long as `timeout` (None: PyTorch's own)."""
         names = ("replicate", "shard", "tensor")
-        return init_device_mesh(device.type, (self.replicas, self.shards, self.tensor), mesh_dim_names=names)
+        mesh = init_device_mesh(device.type, (self.replicas, self.shards, self.tensor), mesh_dim_names=names)
+        if timeout is not None:
+            for group in mesh.get_all_groups():
+                _set_pg_timeout(timeout, group)  # they do not take over that of the group of all
+        return mesh
 
 
 def layout(config: ParallelConfig, world_size: int) -> Layout:
@@ -117,6 +122,17 @@ def check_compilation(compiled: str, place: Layout, device: torch.device) -> Non
         raise UserError(f"training.compile is {compiled!r}; allowed on CPUs with matrices cut: off; it is not reliable")
 
 
+def check_devices(device: torch.device, processes: int) -> None:
+    """Refuses a device that several processes would have to share, or that has no means to exchange.
+
+    Raises:
+        UserError: names the field and what is allowed.
+    """
+    if processes > 1 and (device.type == "mps" or device.index is not None):
+        allowed = "cpu, or cuda, of which each takes its own"
+        raise UserError(f"training.device is {str(device)!r}; allowed with {processes} processes: {allowed}")
+
+
 def choose_layout(config: ParallelConfig, model: ModelConfig, ranks: Ranks, device: torch.device) -> Layout:
     """`layout`, where `auto` becomes fsdp if weights, gradients and moments take more than half of the memory."""
     if config.strategy == "auto" and ranks.world_size > 1:
@@ -140,6 +156,7 @@ def parallelize(
     *,
     gather_dtype: torch.dtype | None = None,
     reshard_after_forward: bool = True,
+    timeout: timedelta | None = None,
 ) -> nn.Module:
     """The model, with this process's part of its parameters on `device`, holding the same values whatever the layout.
 
@@ -154,6 +171,7 @@ def parallelize(
         prepare: changes the model in place before it is cut.
         gather_dtype: what blocks are gathered and computed in where they are cut; None: as they are stored.
         reshard_after_forward: whether a block's gathered weights are freed between forward and backward pass.
+        timeout: how long a process waits for those with which it shares the model; None: PyTorch's default.
 
     Raises:
         UserError: the architecture cannot be cut into `place.tensor` parts.
@@ -166,7 +184,7 @@ def parallelize(
             model = build()
     prepare(model)
     if place.sharded:
-        mesh = place.mesh(device)
+        mesh = place.mesh(device, timeout)
         if place.tensor > 1:
             _cut_matrices(model, mesh["tensor"])
         if place.shards > 1:
@@ -272,7 +290,16 @@ def recompute(model: nn.Module, every: int | None) -> None:
     input alone. Names and results stay the same, those of dropout included.
     """
     for block in list(getattr(model, "blocks", []))[::every] if every else []:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = _again(block.forward)
+
+
+def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A function and no `partial`: torch.compile leaves a block whose `forward` is one uncompiled, and says nothing."""
+
+    def forward_and_again(*inputs: Any) -> Any:
+        return checkpoint(forward, *inputs, use_reentrant=False)
+
+    return forward_and_again
 
 
 def without_sync(model: nn.Module, last: bool) -> AbstractContextManager[Any]:

@@ -130,9 +130,9 @@ def join(timeout: int = 600) -> Ranks:
     if world_size() == 1:
         return Ranks()
     limit = timedelta(seconds=timeout)
-    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
+    rank, local = int(os.environ["RANK"]), local_rank()
+    if local < torch.cuda.device_count():  # more processes than GPUs may train on the CPU
+        torch.cuda.set_device(local)
     made = dist.is_initialized()
     if made:  # by Ray Train, which also sets the variables that torchrun sets
         store = dist.distributed_c10d._get_default_store()
@@ -143,7 +143,7 @@ def join(timeout: int = 600) -> Ranks:
         # find the addresses of the dead ones there.
         store = PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size(), timeout=limit)
-    ranks = Ranks(rank, local_rank, world_size(), PrefixStore("notes", store), limit, owns_group=not made)
+    ranks = Ranks(rank, local, world_size(), PrefixStore("notes", store), limit, owns_group=not made)
     ranks.note_step(0)
     return ranks
 
@@ -151,6 +151,11 @@ def join(timeout: int = 600) -> Ranks:
 def world_size() -> int:
     """Processes in the run, before any of them has joined."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """Which of the processes of its machine this one is, before any of them has joined."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if world_size() > 1 else 0
 
 
 # When one is missing -------------------------------------------------------------------------------------------------

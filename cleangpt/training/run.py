@@ -28,10 +28,13 @@ from cleangpt.tracking.metrics import of_source
 from cleangpt.training.checkpoints import CONFIG, best_checkpoint
 from cleangpt.training.device import choose_device, describe_device
 from cleangpt.training.parallel import BYTES_PER_PARAMETER, Layout
+from cleangpt.training.ranks import world_size
 
 FIXED = {"name", "data.seq_len", "data.batch_size", "training.batches_per_macro_batch", "training.seed", "objective"}
 EXPERIMENT, EXPERIMENT_FILE, ENVIRONMENT = "experiment.json", "experiment.py", "environment.json"
 LOCK = "lock"
+LAUNCH = "TORCHELASTIC_RUN_ID"
+"""The variable by which torchrun tells its processes which of its launches they belong to."""
 
 
 def kinds() -> dict[str, type]:
@@ -59,11 +62,10 @@ def open_run(experiment: Experiment, source: Path | None, overrides: Sequence[st
     if experiment.run_dir is not None and (Path(experiment.run_dir) / EXPERIMENT).is_file():
         _check_same(Path(experiment.run_dir), read_json(Path(experiment.run_dir) / EXPERIMENT), wanted)
         return Path(experiment.run_dir)
-    if experiment.run_dir is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
-        # torchrun has started this process anew after a failure: what it began before is gone on with.
-        run = find_run(str(Path("runs") / experiment.name))
-        _check_same(run, read_json(run / EXPERIMENT), wanted)
-        return run
+    begun = _begun_before_restart(experiment.name) if experiment.run_dir is None else None
+    if begun is not None:
+        _check_same(begun, read_json(begun / EXPERIMENT), wanted)
+        return begun
     run = Path(experiment.run_dir) if experiment.run_dir is not None else _new_folder(experiment.name)
     run.mkdir(parents=True, exist_ok=True)
     if source is not None:
@@ -242,12 +244,23 @@ def environment(experiment: Experiment, overrides: Sequence[str]) -> dict[str, A
         "numpy": np.__version__,
         "platform": platform.platform(),
         "device": describe_device(choose_device(experiment.training.device)),
+        "processes": world_size(),
         "git_commit": _git_commit(),
         "parameters": parameters,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
         "overrides": list(overrides),
+        "launch": os.environ.get(LAUNCH),
     }
+
+
+def _begun_before_restart(name: str) -> Path | None:
+    """The run that this torchrun began before it started its processes anew; None where it had not come so far."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+        return None
+    runs = [path.parent for path in (Path("runs") / name).glob(f"*/{EXPERIMENT}")]
+    ours = [run for run in runs if read_json(run / ENVIRONMENT).get("launch") == os.environ.get(LAUNCH)]
+    return max(ours, key=lambda run: (run / EXPERIMENT).stat().st_mtime, default=None)
 
 
 def _new_folder(name: str) -> Path:

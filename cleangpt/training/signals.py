@@ -1,4 +1,4 @@
-"""A polite end: the first signal asks the loop to finish its step and save, the second stops at once."""
+"""A polite end: the first signal asks the loop to finish its step and save, a second Ctrl-C stops at once."""
 
 import contextlib
 import os
@@ -10,10 +10,12 @@ from typing import Any
 
 
 class StopRequest:
-    """While entered, turns SIGINT (Ctrl-C) and SIGTERM into `requested`, the signal's name; a second one raises.
+    """While entered, turns SIGINT (Ctrl-C) and SIGTERM into `requested`, the signal's name.
+
+    A SIGTERM may come twice, from a scheduler and from torchrun, and stays one request.
 
     Raises:
-        KeyboardInterrupt: at the second signal.
+        KeyboardInterrupt: at a SIGINT after another signal.
     """
 
     def __init__(self) -> None:
@@ -35,10 +37,12 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested is not None:
-            raise KeyboardInterrupt
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         self.requested = signal.Signals(number).name
         # print() may not be re-entered from a handler; a plain write may.
-        os.write(2, f"\n{self.requested}: finishing the step and saving; once more stops at once\n".encode())
+        os.write(2, f"\n{self.requested}: finishing the step and saving; another Ctrl-C stops at once\n".encode())
 
 
 @contextlib.contextmanager

@@ -120,6 +120,7 @@ class Trainer:
         self.model = parallelize(
             lambda: build_model(self.experiment.model), self.layout, self.device, prepare,
             gather_dtype=dtype if gathered else None, reshard_after_forward=parallel.reshard_after_forward,
+            timeout=self.ranks.timeout,
         )  # fmt: skip
         self.context = autocast(self.device, torch.float32 if gathered else dtype)
         called = cast(nn.Module, torch.compile(self.model)) if compiled == "model" else self.model
@@ -315,6 +316,7 @@ class Trainer:
     def _figures(self, val_loss: float) -> dict[str, float | int | None]:
         experiment, meter, position = self.experiment, self.meter, self.position
         (train_loss,) = self.ranks.sum(meter.sums[0].item() / max(meter.targets, 1))
+        waited, peaks = zip(*self.ranks.gather((meter.waited, peak_memory(self.device))), strict=True)
         splits = {name: store.splits["val"] for name, store in stores(self.store).items()}
         return {
             "macro_batch": position.macro_batch,
@@ -333,9 +335,9 @@ class Trainer:
             **self.stream.visits(position.samples),
             **self._throughput(meter.seconds),
             "step_time": meter.seconds / meter.steps,
-            "data_wait_share": meter.waited / meter.seconds,
+            "data_wait_share": max(waited) / meter.seconds,
             "time_trained": position.time_trained,
-            "peak_memory": peak_memory(self.device),
+            "peak_memory": None if None in peaks else max(peaks),
             "skipped_steps": int(self.optimizer.skipped[0].item()),
         }
 
@@ -368,10 +370,11 @@ class Trainer:
         )
 
     def _throughput(self, seconds: float) -> dict[str, float | None]:
-        """Tokens per second of the macro-batch so far, and their share of the device's peak where that is known."""
+        """Tokens per second of the macro-batch so far, and their share of all devices' peak where that is known."""
         seq_len, peak = self.experiment.data.seq_len, peak_flops(self.device)
         rate = self.meter.samples * seq_len / seconds
-        return {"tokens_per_second": rate, "mfu": rate * flops_per_token(self.model, seq_len) / peak if peak else None}
+        flops = rate * flops_per_token(self.model, seq_len) / self.ranks.world_size
+        return {"tokens_per_second": rate, "mfu": flops / peak if peak else None}
 
     def _check_skipped(self) -> None:
         """Ends the run when too many steps in a row had a loss or gradient that was not finite."""

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from cleangpt.cli import main
 from cleangpt.config import Experiment
 from cleangpt.errors import UserError
+from cleangpt.experiment_files import experiments, load_experiment
 from cleangpt.models.llama import LlamaConfig
 from cleangpt.planning.devices import DEVICES, GIB, Group, find_device
 from cleangpt.planning.plan import make_plan
@@ -88,6 +90,28 @@ def test_exchange_takes_at_least_what_the_link_needs_and_grows_with_the_size(nam
     assert Group(DEVICES[name], 1, 1, 8).exchange(much) == 0
 
 
+def test_each_of_several_exchanges_has_its_latency() -> None:
+    group = Group(DEVICES["h100"], 8, 1, 8)
+    once, often = group.exchange(GIB), group.exchange(GIB, 100)
+    assert often - once == pytest.approx(99 * 7 * 3.4e-6)
+
+
+def test_cutting_the_matrices_of_a_small_model_is_not_worth_it(tiny: Callable[..., Experiment]) -> None:
+    """It starts as many kernels and waits for the others many times."""
+    plan = make_plan(tiny(model__vocab_size=16, data__batch_size=256), find_device("a100"), [8])
+    speed = {entry.strategy: entry.tokens_per_second for entry in plan.estimates}
+    assert speed["ddp"] > speed["fsdp, tensor 2"] and plan.best(8).place.tensor == 1
+
+
+@pytest.mark.parametrize("name", sorted(experiments()))
+def test_every_experiment_of_the_project_is_planned(name: str) -> None:
+    experiment = load_experiment(experiments()[name])
+    experiment = replace(experiment, model=replace(experiment.model, vocab_size=512))
+    plan = make_plan(experiment, find_device("l4"), [1, 2, 4])
+    assert {entry.devices for entry in plan.estimates} == {1, 2, 4} and plan.fitting()
+    json.dumps(plan.to_json(), allow_nan=False)
+
+
 def test_devices_far_apart_share_no_network_adapters() -> None:
     near, far = (Group(DEVICES["h100"], 16, stride, 8).exchange(GIB) for stride in (1, 8))
     assert far > 5 * near
@@ -110,6 +134,10 @@ def test_the_command_prints_a_table_and_writes_json(workplace: Path, capsys: pyt
         (["--devices", "0"], "--devices is 0"),
         (["--tokens", "0"], "--tokens is 0"),
         (["--price", "-1"], "--price is -1.0"),
+        (["--json", "nowhere/plan.json"], "--json is 'nowhere/plan.json'; allowed: a file in a folder that exists"),
+        (["--json", "."], "--json is '.'; allowed: a file"),
+        (["--devices", "1000000000"], "data.batch_size 256 is not a multiple of its 1000000000 parts"),
+        (["--model.dim", "3000000000", "--model.n-heads", "1"], "the model cannot be built: Storage size"),
         (["--training.precision", "fp8", "--device", "a100"], "allowed with --device a100: auto, fp32"),
         (["--model.vocab-size", "None"], "give --model.vocab-size"),
     ],
@@ -125,3 +153,15 @@ def test_a_mistake_is_told_in_one_line(
 def test_the_vocabulary_comes_from_the_corpus_where_it_is_prepared(workplace: Path) -> None:
     assert main(["prepare", "adder"]) == 0
     assert main(["plan", "adder"]) == 0
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_sessions_in_the_documents_are_what_the_command_prints(
+    number: int, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "112")
+    page = (Path(__file__).parents[2] / "docs" / "planning.md").read_text(encoding="utf-8")
+    sessions = re.findall(r"```bash\ncleangpt ([^\n]*)\n```\n\n```text\n(.*?)```", page, re.DOTALL)
+    command, told = sessions[number]
+    assert main(command.split()) == 0
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == told.splitlines()

@@ -13,6 +13,7 @@ from cleangpt.objectives import OBJECTIVES
 from cleangpt.training.device import (
     can_compile,
     check_precision,
+    choose_device,
     compile_blocks,
     compute_dtype,
     set_fp32_precision,
@@ -21,6 +22,17 @@ from cleangpt.training.device import (
 )
 
 CPU = torch.device("cpu")
+
+
+def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [choose_device("auto", rank) for rank in (0, 1)] == [torch.device("cuda"), torch.device("cuda:1")]
+    with pytest.raises(UserError, match="this machine has 2 cuda devices, and a process needs its own; start 2 pro"):
+        choose_device("cuda", 2)
+    assert choose_device("cpu", 7) == CPU
+    with pytest.raises(UserError, match=r"training\.device is 'cuda:2', but this machine has 2 cuda devices"):
+        choose_device("cuda:2")
 
 
 @pytest.fixture

@@ -32,11 +32,21 @@ def step(self):
     here = self.position.step == int(at) and rank == RANK and RESTART == "0"
     if here and fault == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
+    if here and fault == "freeze":
+        self.model.blocks[1].register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGSTOP))
     if here and fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if here and fault == "raise":
         raise RuntimeError("the disk is on fire")
     time.sleep(float(os.environ.get("PAUSE", "0")))
+    if fault == "inf" and here:
+        update = self.optimizer.step
+        def spoilt(*given):
+            gradient = self.optimizer.parameters[0].grad
+            gradient.to_local().fill_(math.inf)
+            self.optimizer.step = update
+            return update(*given)
+        self.optimizer.step = spoilt
     if fault == "nan" and rank == RANK and self.position.step >= int(at) and self.position.step % 100 != 5:
         objective = self.objective
         self.objective = lambda *given: objective(*given) * math.nan
@@ -55,7 +65,8 @@ def step(self):
     with open(f"weights_{RANK}.txt", "a") as file:
         total = sum(p.detach().double().abs().sum() for p in self.model.parameters())
         total = total.full_tensor() if hasattr(total, "full_tensor") else total
-        file.write(f"{self.position.step} {total.item()!r} {int(self.optimizer.skipped[0])}\\n")
+        scale = self.optimizer.scaler.get_scale()
+        file.write(f"{self.position.step} {total.item()!r} {int(self.optimizer.skipped[0])} {scale}\\n")
 
 Trainer.step = step
 corpus = CORPORA["adder"](digits=2, train_samples=96, val_samples=40, test_samples=30)
@@ -128,6 +139,17 @@ def test_a_process_that_hangs_is_named_with_its_machine_and_its_step(processes: 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["hsdp --parallel.replicas 2", "fsdp --parallel.tensor 2"])
+def test_a_process_that_hangs_between_two_blocks_is_named_by_those_that_share_the_model(strategy: str) -> None:
+    """They wait for it in groups of their own, whose time-outs are not those of the group of all."""
+    words = ("--parallel.timeout", "4", "--parallel.strategy", *strategy.split())
+    code, errors, seconds = one_machine(4, *words, FAULT="freeze 5 3")
+    assert code == 1 and seconds < 110
+    line = f"no answer within 4 s at step 5 from process 3 (machine {socket.gethostname()}), last heard of at step 5"
+    assert line in stopped_lines(errors).values(), errors[-3000:]
+
+
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_named_too() -> None:
     code, errors, seconds = one_machine(2, FAULT="kill 5 1")
     assert code == 1 and seconds < 60
@@ -157,10 +179,14 @@ def test_the_others_wait_for_the_corpus_longer_than_the_timeout() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_nan_on_one_process_makes_all_skip_the_step(strategy: str) -> None:
-    """Process 1 has a NaN in every step from the third on but the sixth, and six may be skipped in a row."""
-    words = ("--parallel.strategy", strategy, "--training.max-skipped-steps", "6")
+def test_a_nan_on_one_process_makes_all_skip_the_step(strategy: str, precision: str) -> None:
+    """Process 1 has a NaN in every step from the third on but the sixth, and six may be skipped in a row.
+
+    With fp16, each of these steps halves the scale of the loss, on all processes alike.
+    """
+    words = ("--parallel.strategy", strategy, "--training.max-skipped-steps", "6", "--training.precision", precision)
     code, errors, _ = one_machine(2, *words, FAULT="nan 2 1")
     assert code == 1
     said = set(stopped_lines(errors).values())
@@ -169,8 +195,24 @@ def test_a_nan_on_one_process_makes_all_skip_the_step(strategy: str) -> None:
     first, second = (Path(f"weights_{rank}.txt").read_text().splitlines() for rank in (0, 1))
     assert first == second
     steps = [line.split() for line in first]
-    assert [int(skipped) for _, _, skipped in steps] == [0, 0, 1, 2, 3, 3, *range(4, 10)]
-    assert len({weights for _, weights, _ in steps[1:5]}) == 1 and steps[5][1] != steps[4][1]
+    skipped = [0, 0, 1, 2, 3, 3, *range(4, 10)]
+    assert [int(line[2]) for line in steps] == skipped
+    assert len({line[1] for line in steps[1:5]}) == 1 and steps[5][1] != steps[4][1]
+    scales = [65536.0 * 0.5**number if precision == "fp16" else 1.0 for number in skipped]
+    assert [float(line[3]) for line in steps] == scales
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp", "tp"])
+def test_an_infinite_gradient_in_one_processs_part_makes_all_skip_the_step_and_halve_the_scale(strategy: str) -> None:
+    words = ("--parallel.strategy", strategy, "--training.precision", "fp16")
+    code, errors, _ = one_machine(2, *words, FAULT="inf 4 1")
+    assert code == 0, errors[-3000:]
+    first, second = (Path(f"weights_{rank}.txt").read_text().splitlines() for rank in (0, 1))
+    assert first == second
+    steps = [line.split() for line in first]
+    assert [int(line[2]) for line in steps] == [0] * 4 + [1] * 8
+    assert [float(line[3]) for line in steps] == [65536.0] * 4 + [32768.0] * 8
 
 
 @pytest.mark.slow

@@ -11,12 +11,24 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cleangpt.config import ParallelConfig
 from cleangpt.errors import UserError
 from cleangpt.files import damage
+from cleangpt.models.gpt import GPT, GPTConfig
 from cleangpt.tracking.metrics import read_metrics
-from cleangpt.training.parallel import Layout, check_compilation, layout
+from cleangpt.training.parallel import (
+    Layout,
+    check_compilation,
+    check_devices,
+    layout,
+    parallelize,
+    with_gradient_exchange,
+    without_sync,
+)
 from cleangpt.training.snapshots import list_snapshots, load_snapshot
 
 EXPERIMENT = '''
@@ -30,7 +42,10 @@ from cleangpt.data.store import StoreWriter
 from cleangpt.data.tokenizers import ByteTokenizer
 from cleangpt.models.gpt import GPTConfig
 from cleangpt.models.llama import LlamaConfig
+from cleangpt.training import trainer
 from cleangpt.training.trainer import Trainer
+
+trainer.peak_flops = lambda device: 1e9  # of a CPU it is not known, and MFU would not be told
 
 @dataclass(frozen=True, kw_only=True)
 class Uneven(Corpus):
@@ -89,7 +104,8 @@ experiment = Experiment(
 
 def launch(processes: int, *words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "cleangpt", *words]
-    if processes > 1:
+    if processes > 1 or "torchrun" in environment:
+        environment.pop("torchrun", None)
         restarts = environment.pop("restarts", "0")
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
@@ -151,6 +167,9 @@ STRATEGIES = [
     (2, ["ddp", "--training.compile", "model"]),
     (2, ["fsdp", "--training.compile", "model"]),
     (2, ["fsdp", "--training.compile", "blocks"]),
+    (2, ["fsdp", "--training.compile", "blocks", "--training.recompute-every", "1"]),
+    (1, ["fsdp", "--parallel.tensor", "2"]),
+    (1, ["hsdp", "--parallel.replicas", "2"]),
     (2, ["tp"]),
     (4, ["tp"]),
     (4, ["fsdp", "--parallel.tensor", "2"]),
@@ -163,7 +182,7 @@ STRATEGIES = [
 def test_several_processes_learn_what_one_does(single: str, processes: int, strategy: list[str]) -> None:
     """With uneven loss masks, clipping, an accumulation ramp, micro-batches and a validation set of an odd size."""
     words = [] if processes < 4 else ["--training.micro-batch-size", "1"]
-    train("several", processes, "--parallel.strategy", *strategy, *words)
+    train("several", processes, "--parallel.strategy", *strategy, *words, torchrun="also for one")
     assert_same_run(single, "several")
     one, several = (json.loads(Path(run, "checkpoints/index.json").read_text()) for run in (single, "several"))
     assert [entry["macro_batch"] for entry in one["checkpoints"]] == [
@@ -176,6 +195,10 @@ def test_several_processes_learn_what_one_does(single: str, processes: int, stra
 def test_two_processes_sharing_the_data_learn_what_one_does(single: str) -> None:
     train("several", 2)
     assert_same_run(single, "several")
+    alone, shared = (read_metrics(Path(run))[0] for run in (single, "several"))
+    for line, devices in ((alone, 1), (shared, 2)):
+        flops = alone["mfu"] / alone["tokens_per_second"]
+        assert line["mfu"] == pytest.approx(line["tokens_per_second"] * flops / devices), "of the peak of all devices"
 
 
 @pytest.mark.slow
@@ -316,6 +339,21 @@ def test_compiling_over_gloo_where_matrices_are_cut_is_refused() -> None:
     check_compilation("blocks", Layout(tensor=2), torch.device("cuda"))
 
 
+@pytest.mark.parametrize("device", ["cuda:1", "mps"])
+def test_a_device_that_several_processes_cannot_have_each_is_refused(device: str) -> None:
+    message = f"training.device is '{device}'; allowed with 2 processes: cpu, or cuda, of which each takes its own"
+    with pytest.raises(UserError, match=message):
+        check_devices(torch.device(device), 2)
+    check_devices(torch.device(device), 1)
+    check_devices(torch.device("cuda"), 2)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp", "fsdp", "hsdp", "tp"])
+def test_one_process_has_the_whole_model_whatever_the_strategy(strategy: str) -> None:
+    tensor = 2 if strategy in ("fsdp", "hsdp") else 1
+    assert layout(ParallelConfig(strategy=strategy, replicas=2, tensor=tensor), 1) == Layout()
+
+
 def test_the_processes_that_share_a_matrix_are_neighbours_and_see_the_same_part_of_a_batch() -> None:
     place = layout(ParallelConfig(strategy="hsdp", replicas=2, tensor=2), 8)
     assert place == Layout(replicas=2, shards=2, tensor=2)
@@ -329,3 +367,45 @@ def test_a_batch_that_the_processes_do_not_divide_is_refused_before_anything_is_
     assert outcome.returncode == 2
     assert outcome.stderr == "rank 0: error: data.batch_size is 8; allowed: a multiple of the 3 devices\n"
     assert not Path("runs").exists() and not Path("data").exists()
+
+
+@pytest.fixture
+def one_of_two() -> Iterator[None]:
+    """The first of two processes, of which the other is pretended."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    dist.destroy_process_group()
+
+
+MODEL = GPTConfig(vocab_size=32, max_seq_len=16, n_layers=2, n_heads=2, dim=16)
+TOKENS = torch.zeros(2, 16, dtype=torch.long)
+CPU = torch.device("cpu")
+
+
+def test_ddp_exchanges_gradients_after_the_last_micro_batch_of_a_step_only(one_of_two: None) -> None:
+    exchanges: list[int] = []
+    place = Layout(replicas=2)
+    called = with_gradient_exchange(parallelize(lambda: GPT(MODEL), place, CPU), place, CPU)
+    assert isinstance(called, DistributedDataParallel)
+
+    def count(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        exchanges[-1] += 1
+        done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    called.register_comm_hook(None, count)
+    for last in (False, False, True, False, True):
+        exchanges.append(0)
+        with without_sync(called, last):
+            called(TOKENS).sum().backward()
+    assert [number > 0 for number in exchanges] == [False, False, True, False, True]
+
+
+def test_fsdp_reduces_gradients_after_the_last_micro_batch_of_a_step_only(one_of_two: None) -> None:
+    model = parallelize(lambda: GPT(MODEL), Layout(shards=2), CPU)
+    for last in (False, False, True, False, True):
+        with without_sync(model, last):
+            model(TOKENS).sum().backward()
+        assert {parameter.grad is not None for parameter in model.parameters()} == {last}
+        model.zero_grad()

@@ -3,6 +3,7 @@
 import math
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,7 @@ def test_a_signal_during_validation_saves_and_validates_again_later(tiny: Build,
     assert strip_times(read_metrics(Path("broken"))) == strip_times(read_metrics(Path("unbroken")))
 
 
-def test_a_second_signal_stops_at_once(tiny: Build, trainer: Open) -> None:
+def test_a_second_ctrl_c_stops_at_once(tiny: Build, trainer: Open) -> None:
     broken = trainer(tiny(run_dir="run"))
     step = broken.step
 
@@ -206,6 +207,21 @@ def test_a_second_signal_stops_at_once(tiny: Build, trainer: Open) -> None:
     with pytest.raises(KeyboardInterrupt):
         broken.train()
     assert list_snapshots(Path("run/snapshots")) == []
+
+
+def test_a_second_sigterm_is_the_same_request(tiny: Build, trainer: Open) -> None:
+    """Schedulers send it to all processes of a job, and torchrun sends it on to those that it has started."""
+    run = trainer(tiny(run_dir="run"))
+    step = run.step
+
+    def twice() -> None:
+        step()
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+
+    run.step = twice  # type: ignore[method-assign]
+    assert run.train() == "interrupted"
+    assert [path.name for path in list_snapshots(Path("run/snapshots"))] == ["mb000000_b00001"]
 
 
 def test_each_sample_is_seen_once_an_epoch_across_a_resume(tiny: Build, trainer: Open) -> None:
@@ -421,3 +437,32 @@ def test_recomputed_activations_change_nothing_but_the_memory(tiny: Build, train
     assert kept["recomputed"] < kept["one in two"] < kept["kept"]
     assert_equal(ends["kept"], ends["one in two"])
     assert_equal(ends["kept"], ends["recomputed"])
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("compiled", ["model", "blocks"])
+@pytest.mark.parametrize("fields", [{}, {"training__recompute_every": 1}], ids=["plain", "recomputed"])
+def test_no_micro_batch_is_compiled_for_a_shape_of_its_own(
+    tiny: Build, trainer: Open, monkeypatch: pytest.MonkeyPatch, compiled: str, fields: dict[str, Any]
+) -> None:
+    """Neither the last of a validation split of 13 samples in micro-batches of 4, nor those of a growing step, nor the
+    lengths that are sampled and scored: the whole run compiles once to train and once to validate."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    fields = GROWING | {"data__val_samples": 13, "training__micro_batch_size": 4, **fields}
+    run = trainer(tiny(training__compile=compiled, **fields))
+    run.train()
+    assert len(read_metrics(run.run)) == 6
+    assert counter.frame_count == 2
+
+
+def test_without_a_compiler_a_line_says_so_and_training_goes_on(
+    tiny: Build, trainer: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    run = trainer(tiny(run_dir="run", training__compile="blocks"))
+    assert run.train() == "finished"
+    log = Path("run/log.txt").read_text()
+    assert log.count("training.compile is blocks, but no compiler was found; going on without") == 1
