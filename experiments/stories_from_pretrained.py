@@ -1,7 +1,7 @@
 """Stories, by low-rank adapters on a model that has read Python code: `cleangpt train stdlib_demo` comes first.
 
-It starts from the newest run of that name; the model is the same. The whole model instead of adapters, and none of what
-it has read: see docs/fine_tuning.md.
+It starts from the newest run of that name; the model is the same. To train the whole model instead, or one that has read
+nothing, see docs/fine_tuning.md; without adapters a third of the learning rate does better.
 """
 
 from cleangpt.config import (
@@ -28,7 +28,7 @@ experiment = Experiment(
     schedule=ScheduleConfig(lr=Schedule(shape="cosine", final=0.0, warmup=0.05)),
     training=TrainingConfig(macro_batches=4, batches_per_macro_batch=50),
     saving=SavingConfig(keep_best=2),
-    tracking=TrackingConfig(sample_tokens=300, sample_prompt="Once upon a time"),
+    tracking=TrackingConfig(sample_tokens=110, sample_prompt="Once upon a time"),
     init_from="stdlib_demo",
     fine_tuning=FineTuningConfig(lora=LoRAConfig(rank=8, alpha=16.0, dropout=0.0)),
 )

@@ -23,6 +23,7 @@ from cleangpt.data.batches import Stream
 from cleangpt.data.mixture import MixedStore, Store, split_samples, stores, training_stream
 from cleangpt.errors import UserError
 from cleangpt.files import read_json, write_bytes, write_json
+from cleangpt.interchange.hub import is_huggingface
 from cleangpt.models import build_model, flops_per_token, model_kinds
 from cleangpt.tracking.metrics import of_source
 from cleangpt.training.checkpoints import CONFIG, best_checkpoint
@@ -146,7 +147,7 @@ def find_moments(text: str) -> Path:
     Raises:
         UserError: `text` is no run, or one without snapshots.
     """
-    if not text.startswith("hf:") and not (Path(text) / CONFIG).is_file():
+    if not is_huggingface(text) and not (Path(text) / CONFIG).is_file():
         snapshots = find_run(text) / "snapshots"
         if list_snapshots(snapshots):
             return snapshots

@@ -18,6 +18,7 @@ from cleangpt.models.gpt import GPT, GPTConfig
 from cleangpt.models.llama import LlamaConfig
 from cleangpt.tracking.metrics import read_metrics
 from cleangpt.training.checkpoints import best_checkpoint, fill, load_checkpoint
+from cleangpt.training.device import use_fp8
 from cleangpt.training.fine_tuning import restrict
 from cleangpt.training.lora import is_adapter, linear_layers, merge, split_adapters
 from cleangpt.training.parallel import Layout, parallelize
@@ -110,6 +111,36 @@ def test_adapters_from_the_meta_device_are_drawn_as_they_should_be() -> None:
         if name.endswith("lora.b"):
             assert not parameter.any()
         assert parameter.requires_grad == is_adapter(name)
+
+
+class Shifted(GPT):
+    """Somebody's change of GPT, which is built whole, since its `__init__` sets a value of its own."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__(config)
+        self.shift = nn.Parameter(torch.ones(()))
+
+
+def test_adapters_of_a_model_that_is_built_whole_are_drawn_as_well() -> None:
+    tuning = FineTuningConfig(lora=LoRAConfig(rank=4))
+    model = parallelize(lambda: Shifted(GPT_SMALL), Layout(), CPU, lambda plain: restrict(plain, tuning))
+    adapter = model.get_submodule("blocks.1.mlp.down.lora")
+    assert adapter.a.unique().numel() == adapter.a.numel() and not adapter.b.any() and model.shift.item() == 1
+
+
+def test_adapters_stand_beside_layers_that_multiply_in_fp8() -> None:
+    """Emulated: within the rounding of fp8 of the same model in fp32."""
+    pytest.importorskip("torchao")
+    model, plain = build_model(GPT_SMALL), adapted(GPT_SMALL)
+    use_fp8(model, emulate=True)
+    restrict(model, FineTuningConfig(lora=LoRAConfig(rank=3, alpha=6.0)))
+    model.load_state_dict(plain.state_dict())
+    ours, theirs = model.eval()(TOKENS), plain(TOKENS)
+    assert 0 < (ours - theirs).abs().max() < 0.1 * theirs.abs().max()
+    ours.sum().backward()
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == {
+        name for name, _ in model.named_parameters() if is_adapter(name)
+    }
 
 
 def test_dropout_falls_on_an_adapters_inputs_in_training_only() -> None:
