@@ -1,7 +1,7 @@
 """Stories, by low-rank adapters on a model that has read Python code: `cleangpt train stdlib_demo` comes first.
 
 It starts from the newest run of that name; the model is the same. To train the whole model instead, or one that has read
-nothing, see docs/fine_tuning.md; without adapters a third of the learning rate does better.
+nothing, see docs/fine_tuning.md; without adapters a lower learning rate does better.
 """
 
 from cleangpt.config import (
@@ -24,7 +24,7 @@ experiment = Experiment(
     corpus=Fables(train_stories=4000, val_stories=400),
     data=DataConfig(seq_len=128, batch_size=16, val_samples=256),
     model=GPTConfig(max_seq_len=128, n_layers=4, n_heads=4, dim=128, bias=False),
-    optimizer=OptimizerConfig(lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95), clip_norm=1.0),
+    optimizer=OptimizerConfig(lr=2e-2, weight_decay=0.1, betas=(0.9, 0.95), clip_norm=1.0),
     schedule=ScheduleConfig(lr=Schedule(shape="cosine", final=0.0, warmup=0.05)),
     training=TrainingConfig(macro_batches=4, batches_per_macro_batch=50),
     saving=SavingConfig(keep_best=2),
