@@ -45,7 +45,7 @@ class Adapter(nn.Module):
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """The layers that may have adapters, by name: all but routers, of which the choice of experts hangs."""
+    """The layers that may have adapters, by name: all but the routers of mixtures of experts."""
     routers = {id(module.router) for module in model.modules() if isinstance(module, MixtureOfExperts)}
     return {
         name: module
