@@ -142,7 +142,7 @@ def _llama_cpp(checkpoint: Checkpoint, path: Path) -> Generate:
 
     export(checkpoint, "gguf", path)
     threads = torch.get_num_threads()
-    theirs = llama_cpp.Llama(
+    theirs: Any = llama_cpp.Llama(
         str(path), n_ctx=256, n_threads=1, n_threads_batch=threads, type_k=0, type_v=0, verbose=False
     )
 

@@ -264,18 +264,19 @@ def _train(experiment: Any, source: Path | None, overrides: Sequence[str]) -> Pa
     """Prepares the corpus where needed, opens the run, trains, and says what to do next; returns the run."""
     _check(experiment)
     from cleangpt.corpora import prepare
-    from cleangpt.interchange.huggingface import find
     from cleangpt.tracking.progress import ProgressBar
+    from cleangpt.training.fine_tuning import check_fine_tuning
+    from cleangpt.training.parallel import layout
     from cleangpt.training.ranks import join
     from cleangpt.training.run import alone, check_store, open_run, resolve, summary
     from cleangpt.training.trainer import Trainer
 
-    if experiment.init_from is not None:
-        find(experiment.init_from)
+    _check_source(experiment)
     with join(experiment.parallel.timeout) as ranks:
         store = ranks.after_main(lambda: prepare(experiment.corpus, Path(experiment.data.folder)))
         experiment = resolve(experiment, store.vocab_size)
         check_store(experiment, store)
+        check_fine_tuning(experiment, layout(experiment.parallel, ranks.world_size))
         run: Path = ranks.from_main(open_run(experiment, source, overrides) if ranks.is_main else None)
         progress = ProgressBar(run if ranks.is_main else None, experiment.tracking.progress and ranks.is_main)
         with alone(run) if ranks.is_main else nullcontext():
@@ -288,6 +289,20 @@ def _train(experiment: Any, source: Path | None, overrides: Sequence[str]) -> Pa
     else:
         progress.say(f"{status}; next: cleangpt evaluate {run}, cleangpt sample {run}, cleangpt report {run}")
     return run
+
+
+def _check_source(experiment: Any) -> None:
+    """Refuses to start from what is not there; a run that goes on needs it no more."""
+    from cleangpt.interchange.huggingface import find
+    from cleangpt.training.run import find_moments
+    from cleangpt.training.snapshots import list_snapshots
+
+    begun = experiment.run_dir is not None and list_snapshots(Path(experiment.run_dir) / "snapshots")
+    if experiment.init_from is None or begun:
+        return
+    find(experiment.init_from)
+    if experiment.fine_tuning.optimizer_state == "kept":
+        find_moments(experiment.init_from)
 
 
 # After training ------------------------------------------------------------------------------------------------------

@@ -115,6 +115,36 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Low-rank adapters (Hu et al. 2021, "LoRA: Low-rank adaptation of large language models")."""
+
+    rank: int | None = None
+    """Rank of what is added to each target's matrix; it alone is trained. None: no adapters."""
+    alpha: float = 16.0
+    """What is added is multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """Share of an adapter's inputs dropped in training."""
+    targets: tuple[str, ...] = ("blocks.*",)
+    """Patterns over the names of linear layers, such as blocks.*.attention.*; routers and stacked experts of a mixture
+    get no adapters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuningConfig:
+    """What trains of a model that has learned already, and how fast; see docs/fine_tuning.md."""
+
+    freeze: tuple[str, ...] = ()
+    """Patterns over the names of parameters that stay as they are, such as token_embedding.* or blocks.0.*; a * stands
+    for any letters, dots included."""
+    lora: LoRAConfig = LoRAConfig()
+    layer_decay: float = 1.0
+    """Learning rate of a block by that of what stands above it (Howard and Ruder 2018, section 3.2, there 1 / 2.6); the
+    final norm and the head have the whole rate, the embeddings the lowest."""
+    optimizer_state: Literal["reset", "kept"] = "reset"
+    """kept: begin with the optimizer's moments from the newest snapshot of the run that init_from names."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
     """Factors on learning rate, weight decay and training batch size, over samples seen."""
 
@@ -241,6 +271,7 @@ class Experiment:
     init_from: str | None = None
     """Start from the weights of this run (its best checkpoint), of this checkpoint, or of a model of Hugging Face by
     hf:NAME or hf:FOLDER (hf:gpt2); none: from random weights."""
+    fine_tuning: FineTuningConfig = FineTuningConfig()
     run_dir: str | None = None
     """Folder of the run; one that exists is gone on with. None: runs/NAME/TIME."""
 
@@ -286,6 +317,7 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
             "training.recompute_every",
             "training.threads",
             "training.max_skipped_steps",
+            "fine_tuning.lora.rank",
             "parallel.replicas",
             "parallel.tensor",
             "parallel.timeout",
@@ -314,7 +346,9 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         + ["optimizer.lr", "optimizer.weight_decay", "early_stopping.min_delta"],
         (lambda value: value >= 0, "0 or more"),
     ),
-    **dict.fromkeys(["optimizer.eps", "optimizer.clip_norm"], (lambda value: value > 0, "more than 0")),
+    **dict.fromkeys(
+        ["optimizer.eps", "optimizer.clip_norm", "fine_tuning.lora.alpha"], (lambda value: value > 0, "more than 0")
+    ),
     "optimizer.betas": (lambda value: all(0 <= beta < 1 for beta in value), "two numbers from 0 to below 1"),
     **dict.fromkeys(
         [
@@ -332,7 +366,10 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
         ["model.n_shared_experts", "model.separator"], (lambda value: value >= 0, "a whole number of 0 or more")
     ),
-    "model.dropout": (lambda value: 0 <= value < 1, "from 0 to below 1"),
+    **dict.fromkeys(
+        ["model.dropout", "fine_tuning.lora.dropout"], (lambda value: 0 <= value < 1, "from 0 to below 1")
+    ),
+    "fine_tuning.layer_decay": (lambda value: 0 < value <= 1, "more than 0, at most 1"),
     "training.device": (
         lambda value: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value) is not None,
         "auto, cpu, cuda, cuda:N or mps",
@@ -403,6 +440,22 @@ def check_experiment(experiment: Experiment, devices: int = 1) -> None:
                 f"schedule.{name}.decay is {schedule.decay}; allowed: at most 1 - warmup, "
                 f"which is {1 - schedule.warmup:g}"
             )
+    _check_fine_tuning(experiment)
+
+
+def _check_fine_tuning(experiment: Experiment) -> None:
+    """Raises UserError where the fields of `fine_tuning` do not fit one another or `init_from`."""
+    tuning, source = experiment.fine_tuning, experiment.init_from
+    rank = tuning.lora.rank
+    if rank is not None and source is None:
+        raise UserError(f"fine_tuning.lora.rank is {rank}; allowed without init_from: None, the weights being random")
+    if rank is not None and tuning.freeze:
+        raise UserError(
+            f"fine_tuning.freeze is {tuning.freeze!r}; allowed with fine_tuning.lora.rank: (), adapters alone train"
+        )
+    if tuning.optimizer_state == "kept" and (source is None or rank is not None):
+        why = "without init_from" if source is None else "with fine_tuning.lora.rank, adapters being new"
+        raise UserError(f"fine_tuning.optimizer_state is 'kept'; allowed {why}: reset")
 
 
 def peak(schedule: Schedule) -> float:

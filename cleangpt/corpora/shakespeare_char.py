@@ -1,4 +1,4 @@
-"""Tiny Shakespeare (Karpathy 2015), one token per character: the first 90 % train, the rest validates (as nanoGPT)."""
+"""Tiny Shakespeare (Karpathy 2015), a token per character: the first 90 % train, the rest validates (as nanoGPT)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from cleangpt.corpora.download import download
 from cleangpt.corpora.preparation import Corpus, characters, write_texts
 from cleangpt.corpora.reading import Piece, TextFile, read_text
 from cleangpt.data.store import TokenStore
-from cleangpt.data.tokenizers import ByteTokenizer, CharTokenizer
+from cleangpt.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from cleangpt.errors import UserError
 from cleangpt.files import sha256
 
@@ -28,6 +28,8 @@ class ShakespeareChar(Corpus):
     """Take this text file; none: download input.txt (1.1 MB)."""
     tokenizer: Literal["char", "byte"] = "char"
     """One token per character of the text, or per byte of any, for a mixture with other corpora."""
+    tokenizer_file: str | None = None
+    """Use this tokenizer.json, or that of a model by hf:NAME_OR_FOLDER, instead."""
 
     def prepare(self, folder: Path, console: Console) -> TokenStore:
         """Writes both splits; the text is not loaded whole."""
@@ -37,8 +39,14 @@ class ShakespeareChar(Corpus):
             raise UserError(f"{path} is empty; give --file another text")
         length = sum(len(piece.text) for piece in whole.pieces())
         halves = TextFile(path, whole.bytes, lambda: _split(whole.pieces(), length * 9 // 10))
-        tokenizer = ByteTokenizer() if self.tokenizer == "byte" else CharTokenizer(characters([whole]))
+        tokenizer = self._tokenizer(whole)
         return write_texts(self, folder, [halves], tokenizer, console)
+
+    def _tokenizer(self, whole: TextFile) -> Tokenizer:
+        """Characters have no end of text here, as in nanoGPT, so that there are 65."""
+        if self.tokenizer_file is not None:
+            return load_tokenizer(Path(self.tokenizer_file).expanduser())
+        return ByteTokenizer() if self.tokenizer == "byte" else CharTokenizer(characters([whole]))
 
     def _find(self, downloads: Path, console: Console) -> Path:
         if self.file is None:

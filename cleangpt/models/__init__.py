@@ -33,8 +33,21 @@ def build_model(config: ModelConfig) -> nn.Module:
 
 
 def flops_per_token(model: nn.Module, seq_len: int) -> int:
-    """FLOPs to train a model on one token: by its own account, else 6 per parameter."""
+    """FLOPs to train a model on one token: by its own account, else 6 per parameter; less what frozen layers spare."""
     if hasattr(model, "flops_per_token"):
         own: int = cast(Any, model).flops_per_token(seq_len)
-        return own
-    return 6 * sum(parameter.numel() for parameter in model.parameters())
+    else:
+        own = 6 * sum(parameter.numel() for parameter in model.parameters())
+    return own - _spared_flops(model)
+
+
+def _spared_flops(model: nn.Module) -> int:
+    """FLOPs per token that frozen linear layers do not take: 2 per weight for its gradient, and 2 for that of the
+    inputs where all that stands before in the model is frozen too. A frozen head that is the embedding counts whole."""
+    spared, below = 0, True
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        below = below and not any(parameter.requires_grad for parameter in own)
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+            spared += (4 if below else 2) * module.weight.numel()
+    return spared

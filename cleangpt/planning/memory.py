@@ -64,7 +64,9 @@ def kinds_of_blocks(workload: Workload, recompute_every: int | None) -> Blocks:
     return [(workload.blocks - again, workload.block), (again, workload.recomputed())]
 
 
-def device_memory(workload: Workload, blocks: Blocks, place: Layout, pace: Pace, weight_bytes: int) -> Memory:
+def device_memory(
+    workload: Workload, blocks: Blocks, place: Layout, pace: Pace, weight_bytes: int, trained: float = 1.0
+) -> Memory:
     """Memory at the peak, on the device that needs the most.
 
     Args:
@@ -73,6 +75,7 @@ def device_memory(workload: Workload, blocks: Blocks, place: Layout, pace: Pace,
         place: how the processes share the model.
         pace: how the step is made.
         weight_bytes: of a gathered weight; 2 in 16 bit, else 4.
+        trained: share of the parameters that train, and so have gradients and moments.
     """
     state = static_bytes(workload.parameters, place) / 4
     waiting = 4 * workload.parameters / place.tensor if place.shards > 1 and pace.micro_batches > 1 else 0.0
@@ -82,8 +85,9 @@ def device_memory(workload: Workload, blocks: Blocks, place: Layout, pace: Pace,
         # A block that is computed again in the backward pass is whole for a while, when the logits are gone.
         logits = max(logits, _kept(workload.block, workload, place.tensor))
     gathered = _gathered(workload, place, weight_bytes, pace.reshard_after_forward) if place.shards > 1 else 0.0
-    used = 4 * state + waiting + gathered + kept + logits
-    return Memory(state, state + waiting, 2 * state, gathered, kept, logits, (ALLOCATOR_FACTOR - 1) * used)
+    gradients, moments = trained * (state + waiting), trained * 2 * state
+    used = state + gradients + moments + gathered + kept + logits
+    return Memory(state, gradients, moments, gathered, kept, logits, (ALLOCATOR_FACTOR - 1) * used)
 
 
 def _kept(part: Part, workload: Workload, tensor: int) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cleangpt.config import Experiment, TrainingConfig, check_experiment, total_samples
+from cleangpt.config import Experiment, FineTuningConfig, TrainingConfig, check_experiment, total_samples
 from cleangpt.corpora import store_folder
 from cleangpt.corpora.mixture import Mixture
 from cleangpt.data.store import STORE
@@ -20,6 +20,7 @@ from cleangpt.planning.devices import Device
 from cleangpt.planning.memory import Memory, Pace, device_memory, kinds_of_blocks
 from cleangpt.planning.timing import Machine, StepTime, exchanged_bytes, step_time
 from cleangpt.planning.workload import Workload, measure
+from cleangpt.training.fine_tuning import restrict
 from cleangpt.training.parallel import Layout, layout
 
 TENSOR_PARTS = (2, 4, 8)
@@ -166,6 +167,7 @@ class _Planner:
         try:
             with torch.device("meta"):
                 self.model = build_model(experiment.model)
+                self.trained = trained_share(build_model(experiment.model), experiment.fine_tuning)
         except RuntimeError as error:
             raise UserError(f"the model cannot be built: {str(error).splitlines()[0]}") from None
         self.measured: dict[tuple[int, bool], Workload] = {}
@@ -190,6 +192,8 @@ class _Planner:
 
     def refusal(self, place: Layout) -> str:
         """Why a layout cannot run, or an empty string."""
+        if place.tensor > 1 and (rank := self.experiment.fine_tuning.lora.rank) is not None:
+            return f"matrices cannot be cut with fine_tuning.lora.rank {rank}"
         batch = self.experiment.data.batch_size
         return f"data.batch_size {batch} is not a multiple of its {place.parts} parts" if batch % place.parts else ""
 
@@ -219,7 +223,7 @@ class _Planner:
         work = self.workload(micro_batch, place)
         blocks = kinds_of_blocks(work, training.recompute_every)
         pace = Pace(in_step // place.parts // micro_batch, parallel.reshard_after_forward)
-        memory = device_memory(work, blocks, place, pace, self.machine.weight_bytes)
+        memory = device_memory(work, blocks, place, pace, self.machine.weight_bytes, self.trained)
         time = step_time(work, blocks, place, pace, self.machine)
         speed = in_step * data.seq_len / time.total
         hours = self.tokens / speed / 3600
@@ -256,6 +260,13 @@ class _Planner:
             return f"{count} devices: nothing fits, not even micro-batches of 1 with recomputation of every block"
         best, words = min(fitting, key=lambda entry: entry[0].hours)
         return f"{count} devices: {best.strategy} fits with {best.options}{words}"
+
+
+def trained_share(model: nn.Module, tuning: FineTuningConfig) -> float:
+    """The share of a model's parameters that train, adapters among them."""
+    restrict(model, tuning)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, trains in sizes if trains) / sum(size for size, _ in sizes)
 
 
 def _in_words(name: str, place: Layout) -> str:

@@ -5,7 +5,7 @@ each step, the bias of every expert that got fewer tokens than the mean rises by
 more it falls. The biases are among the model's weights, so snapshots and checkpoints have them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,20 @@ class Balancing:
     Args:
         model: on its device, and cut where it is to be.
         reduce: sums a tensor over the processes.
+        frozen: names of parameters that stay as they are.
     """
 
-    def __init__(self, model: nn.Module, reduce: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, reduce: Callable[[Tensor], Tensor], frozen: Collection[str] = frozenset()
+    ) -> None:
         self.rate: float = getattr(getattr(model, "config", None), "balance_rate", None) or 0.0
-        mixtures = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
-        self._mixtures = [mixture for mixture in mixtures if mixture.router_bias is not None]
+        self._mixtures = [
+            module
+            for name, module in model.named_modules()
+            if isinstance(module, MixtureOfExperts)
+            and module.router_bias is not None
+            and f"{name}.router_bias" not in frozen
+        ]
         self._reduce = reduce
         if self._mixtures:
             sizes = (len(self._mixtures), len(self._mixtures[0].up))

@@ -3,6 +3,7 @@
 checkpoints/index.json                 those kept, best first
 checkpoints/val1.4697_mb000012/        validation loss and macro-batch
     model.safetensors  config.json  tokenizer.json  manifest.json
+    adapters.safetensors               of a run with adapters, which model.safetensors has already
 """
 
 import math
@@ -17,16 +18,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cleangpt.config import ModelConfig, SavingConfig, from_json, to_json
+from cleangpt.config import LoRAConfig, ModelConfig, SavingConfig, from_json, to_json
 from cleangpt.data.store import TOKENIZER
 from cleangpt.data.tokenizers import Tokenizer, load_tokenizer
 from cleangpt.errors import UserError
 from cleangpt.files import PARTIAL, damage, read_json, seal, write_json, write_text
 from cleangpt.models import build_model, model_kinds
+from cleangpt.training.lora import is_adapter, merge, split_adapters
 from cleangpt.training.parallel import load_weights, whole
 
 FORMAT = 1
-WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "index.json"
+WEIGHTS, ADAPTERS, CONFIG, INDEX = "model.safetensors", "adapters.safetensors", "config.json", "index.json"
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Checkpoints:
         weights: Mapping[str, Tensor],
         config: ModelConfig,
         tokenizer: Tokenizer,
+        lora: LoRAConfig | None = None,
     ) -> None:
         """Writes a checkpoint of whole `weights`, then removes those that are no longer among the best."""
         entry = Entry(
@@ -69,7 +72,7 @@ class Checkpoints:
         finite = [other for other in best if not math.isnan(other.val_loss)]
         self.entries = [other for other in best if other.permanent or other in finite[: self.config.keep_best]]
         if self.writes:
-            save_checkpoint(self.folder / entry.name, weights, config, tokenizer, asdict(entry))
+            save_checkpoint(self.folder / entry.name, weights, config, tokenizer, asdict(entry), lora)
             index = {"format": FORMAT, "checkpoints": [asdict(other) for other in self.entries]}
             write_json(self.folder / INDEX, index)
             self.prune()
@@ -106,14 +109,28 @@ def _rank(entry: Entry) -> tuple[bool, float, int]:
 
 
 def save_checkpoint(
-    folder: Path, weights: Mapping[str, Tensor], config: ModelConfig, tokenizer: Tokenizer, facts: dict[str, Any]
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    facts: dict[str, Any],
+    lora: LoRAConfig | None = None,
 ) -> None:
-    """Writes a checkpoint to `folder`, whole or not at all; `facts` are kept in its config.json."""
+    """Writes a checkpoint to `folder`, whole or not at all; `facts` are kept in its config.json.
+
+    Adapters among the weights are merged into them, so that whoever reads the checkpoint need not know of adapters, and
+    are written once more for themselves.
+    """
     partial = folder.with_name(folder.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     host = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    save_file(host, partial / WEIGHTS, metadata={"format": "pt"})
+    base, adapters = split_adapters(host)
+    if lora is not None and lora.rank is not None:
+        base = merge(base, adapters, lora.alpha / lora.rank)
+        described = {"format": "pt", "rank": str(lora.rank), "alpha": str(lora.alpha)}
+        save_file(adapters, partial / ADAPTERS, metadata=described)
+    save_file(base, partial / WEIGHTS, metadata={"format": "pt"})
     write_json(partial / CONFIG, {"format": FORMAT, "model": to_json(config, model_kinds()), "facts": facts})
     write_text(partial / TOKENIZER, tokenizer.to_json())
     seal(partial, folder)
@@ -179,10 +196,10 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], same_tokens: bool = Fa
     """Copies into `model` every weight whose name and shape match; returns a line about each that did not.
 
     Of the rows that stand for positions, and for tokens where they are the `same_tokens`, those that both have are
-    copied. A model that is cut over several processes is filled by all of them together.
+    copied. A model that is cut over several processes is filled by all of them together. Adapters begin anew.
     """
     rows = POSITION_ROWS + TOKEN_ROWS * same_tokens
-    target = model.state_dict()
+    target = {name: tensor for name, tensor in model.state_dict().items() if not is_adapter(name)}
     fitting: dict[str, Tensor] = {}
     lines = []
     for name in sorted(target):

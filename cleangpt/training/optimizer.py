@@ -1,5 +1,6 @@
 """AdamW with decay on matrices only, and the step: clip, skip what is not finite, update."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,20 +17,29 @@ class Optimizer:
     fused kernels take it as `found_inf`, the tensor through which GradScaler tells them the same, so the host never
     waits for it. With `scale_loss`, for fp16, losses are multiplied by a factor that is halved at every such step and
     doubled after 2,000 good ones (Micikevicius et al. 2018, "Mixed precision training", section 3.2).
+
+    `factors` multiply the learning rate of the parameters that they name, as `layer_factors` gives them.
     """
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, scale_loss: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OptimizerConfig,
+        scale_loss: bool = False,
+        factors: Mapping[str, float] | None = None,
+    ) -> None:
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        matrices = [entry for entry in named if entry[1].dim() >= 2]
-        vectors = [entry for entry in named if entry[1].dim() < 2]
+        named.sort(key=lambda entry: entry[1].dim() < 2)  # matrices first, for the sums over all in one order
         self.config = config
-        self.names = [name for name, _ in matrices + vectors]
-        self.parameters = [parameter for _, parameter in matrices + vectors]
-        groups: list[dict[str, Any]] = [
-            {"params": [parameter for _, parameter in matrices]},
-            {"params": [parameter for _, parameter in vectors], "weight_decay": 0.0},
-        ]
-        self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        self.names = [name for name, _ in named]
+        self.parameters = [parameter for _, parameter in named]
+        groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+        for name, parameter in named:
+            groups.setdefault((parameter.dim() >= 2, (factors or {}).get(name, 1.0)), []).append(parameter)
+        self.adamw = torch.optim.AdamW(
+            [{"params": params, "decays": decays, "factor": factor} for (decays, factor), params in groups.items()],
+            lr=config.lr, betas=config.betas, eps=config.eps, fused=True,
+        )  # fmt: skip
         device = self.parameters[0].device
         self.scaler = torch.amp.GradScaler(device.type, enabled=scale_loss)
         self.skipped = torch.zeros(3, device=device)
@@ -45,9 +55,9 @@ class Optimizer:
         Returns:
             The gradient's norm before clipping, 0-dim, on the device; 0 for a skipped step.
         """
-        self.adamw.param_groups[0]["weight_decay"] = weight_decay
         for group in self.adamw.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["factor"]
+            group["weight_decay"] = weight_decay if group["decays"] else 0.0
         self.scaler.unscale_(self.adamw)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norm = whole(torch.nn.utils.get_total_norm(gradients))

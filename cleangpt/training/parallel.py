@@ -46,8 +46,10 @@ from cleangpt.training.ranks import Ranks
 for name in ("torch.distributed.tensor._redistribute", "torch.distributed.tensor._collective_utils"):
     logging.getLogger(name).setLevel(logging.ERROR)
 
-BYTES_PER_PARAMETER = 16
-"""Weight, gradient and two moments, each in fp32."""
+
+def state_bytes(model: nn.Module) -> int:
+    """Bytes of all weights, and of a gradient and two moments of each that trains, in fp32."""
+    return sum(parameter.numel() * (16 if parameter.requires_grad else 4) for parameter in model.parameters())
 
 
 # Which device does what ----------------------------------------------------------------------------------------------
@@ -133,12 +135,22 @@ def check_devices(device: torch.device, processes: int) -> None:
         raise UserError(f"training.device is {str(device)!r}; allowed with {processes} processes: {allowed}")
 
 
-def choose_layout(config: ParallelConfig, model: ModelConfig, ranks: Ranks, device: torch.device) -> Layout:
-    """`layout`, where `auto` becomes fsdp if weights, gradients and moments take more than half of the memory."""
+def choose_layout(
+    config: ParallelConfig,
+    model: ModelConfig,
+    ranks: Ranks,
+    device: torch.device,
+    restrict: Callable[[nn.Module], None] = lambda model: None,
+) -> Layout:
+    """`layout`, where `auto` becomes fsdp if weights, gradients and moments take more than half of the memory.
+
+    `restrict` changes a model so that what does not train requires no gradient.
+    """
     if config.strategy == "auto" and ranks.world_size > 1:
         with torch.device("meta"):
-            needed = BYTES_PER_PARAMETER * sum(parameter.numel() for parameter in build_model(model).parameters())
-        memory = device_memory(device)
+            plain = build_model(model)
+        restrict(plain)
+        needed, memory = state_bytes(plain), device_memory(device)
         fits = memory is None or needed <= memory / 2
         # Processes may see different amounts of memory; the main one decides for all.
         config = replace(config, strategy=ranks.from_main("ddp" if fits else "fsdp"))
@@ -206,10 +218,18 @@ def parallelize(
 
 @torch.no_grad()
 def _initialise(model: nn.Module, device: torch.device) -> None:
-    """Draws every parameter whole, one after the other, and keeps this process's part of it."""
+    """Draws every parameter whole, one after the other, and keeps this process's part of it.
+
+    A part of the model that has an `init_parameter` of its own, such as an adapter, draws its own.
+    """
     for name, parameter in model.named_parameters():
         values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-        cast(Any, model).init_parameter(name, values)
+        owner, _, own_name = name.rpartition(".")
+        part: Any = model.get_submodule(owner)
+        if hasattr(part, "init_parameter"):
+            part.init_parameter(own_name, values)
+        else:
+            cast(Any, model).init_parameter(name, values)
         parameter.copy_(like(values, parameter))
 
 
@@ -235,7 +255,7 @@ STYLES: dict[str, Callable[[], ParallelStyle]] = {
 
 
 def _cut_matrices(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Tensor and sequence parallelism by the architecture's own plan."""
+    """Tensor and sequence parallelism by the architecture's own plan; what requires no gradient stays so."""
     plan: dict[str, str] = getattr(model, "tensor_plan", {})
     if not plan:
         raise UserError(f"{type(model).__name__} has no tensor_plan, so its matrices cannot be cut; use strategy fsdp")
@@ -247,9 +267,12 @@ def _cut_matrices(model: nn.Module, mesh: DeviceMesh) -> None:
                 "use strategy fsdp, or add one"
             )
     present = {_pattern(name) for name, _ in model.named_modules()}
+    trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     parallelize_module(model, mesh, {name: STYLES[word]() for name, word in plan.items() if name in present})
     # Generation then reads whole sequences: a token alone cannot be cut along the sequence.
     cast(Any, model).new_cache = None
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trains[name])
 
 
 def _pattern(name: str) -> str:

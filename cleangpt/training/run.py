@@ -16,21 +16,27 @@ import torch
 from filelock import FileLock, Timeout
 
 from cleangpt import __version__
-from cleangpt.config import Experiment, from_json, to_json, total_samples
+from cleangpt.config import Experiment, FineTuningConfig, from_json, to_json, total_samples
 from cleangpt.corpora import CORPORA
 from cleangpt.corpora.mixture import Mixture
 from cleangpt.data.batches import Stream
 from cleangpt.data.mixture import MixedStore, Store, split_samples, stores, training_stream
 from cleangpt.errors import UserError
 from cleangpt.files import read_json, write_bytes, write_json
+from cleangpt.interchange.hub import is_huggingface
 from cleangpt.models import build_model, flops_per_token, model_kinds
 from cleangpt.tracking.metrics import of_source
 from cleangpt.training.checkpoints import CONFIG, best_checkpoint
 from cleangpt.training.device import choose_device, describe_device
-from cleangpt.training.parallel import BYTES_PER_PARAMETER, Layout
+from cleangpt.training.parallel import Layout, state_bytes
 from cleangpt.training.ranks import world_size
+from cleangpt.training.snapshots import list_snapshots
 
-FIXED = {"name", "data.seq_len", "data.batch_size", "training.batches_per_macro_batch", "training.seed", "objective"}
+FIXED = {
+    *("name", "data.seq_len", "data.batch_size", "training.batches_per_macro_batch", "training.seed", "objective"),
+    "fine_tuning.freeze",
+}
+FIXED_PARTS = ("corpus.", "model.", "fine_tuning.lora.")
 EXPERIMENT, EXPERIMENT_FILE, ENVIRONMENT = "experiment.json", "experiment.py", "environment.json"
 LOCK = "lock"
 LAUNCH = "TORCHELASTIC_RUN_ID"
@@ -137,6 +143,21 @@ def find_checkpoint(text: str) -> Path:
     return Path(text) if (Path(text) / CONFIG).is_file() else best_checkpoint(find_run(text))
 
 
+def find_moments(text: str) -> Path:
+    """The snapshots of the run whose optimizer's moments a user means to keep.
+
+    Raises:
+        UserError: `text` is no run, or one without snapshots.
+    """
+    if not is_huggingface(text) and not (Path(text) / CONFIG).is_file():
+        snapshots = find_run(text) / "snapshots"
+        if list_snapshots(snapshots):
+            return snapshots
+    raise UserError(
+        f"fine_tuning.optimizer_state is 'kept'; allowed with init_from {text}, which has no snapshots: reset"
+    )
+
+
 def read_experiment(run: Path) -> Experiment:
     """The experiment of a run, from its JSON; its Python file is not executed.
 
@@ -182,7 +203,7 @@ def check_resumable(before: Experiment, now: Experiment) -> None:
     """
     old, new = _flatten(experiment_json(before)), _flatten(experiment_json(now))
     for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name) and (name in FIXED or name.startswith(("corpus.", "model."))):
+        if old.get(name) != new.get(name) and (name in FIXED or name.startswith(FIXED_PARTS)):
             raise UserError(
                 f"{name} is {old.get(name)!r} in this run and cannot become {new.get(name)!r}: the position in the "
                 "data or the weights depend on it; start another run, with init_from for its weights"
@@ -200,14 +221,16 @@ def summary(
     """What is about to be trained, on what, how much of it and in how much memory of each device, as lines."""
     data, training = experiment.data, experiment.training
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    share = f" ({trained:,} of them train)" if experiment.fine_tuning != FineTuningConfig() else ""
     micro_batch = training.micro_batch_size or data.batch_size // place.parts
-    kept = BYTES_PER_PARAMETER * parameters / (place.shards * place.tensor)
+    kept = state_bytes(model) / (place.shards * place.tensor)
     activations = model.activation_bytes(micro_batch, data.seq_len) if hasattr(model, "activation_bytes") else 0
     activations /= place.tensor
     tokens = total_samples(experiment) * data.seq_len
     return [
         f"run      {run}",
-        f"model    {parameters:,} parameters, {flops_per_token(model, data.seq_len):,} FLOPs per token",
+        f"model    {parameters:,} parameters{share}, {flops_per_token(model, data.seq_len):,} FLOPs per token",
         f"memory   about {(kept + activations) / 2**30:.2f} GiB: weights, gradients and moments "
         f"{kept / 2**30:.2f}, activations {activations / 2**30:.2f}",
         *_data_lines(experiment, store),

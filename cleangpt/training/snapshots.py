@@ -241,12 +241,35 @@ def load_snapshot(
     metadata = read_index(path)
     tensors: dict[str, Any] = {}
     _split(into or {}, "", tensors)
-    if missing := tensors.keys() - metadata.state_dict_metadata.keys():
-        raise UserError(f"{path} cannot be loaded: it has no {min(missing)}")
     for name, entry in metadata.state_dict_metadata.items():
         assert isinstance(entry, TensorStorageMetadata)
         if name not in tensors:
             tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    _fill(path, metadata, tensors, group)
+    state: dict[str, Any] = _join(content["state"], tensors)
+    return state
+
+
+def fill_tensors(path: Path, into: Mapping[str, Any], group: dist.ProcessGroup | None = None) -> None:
+    """Fills the tensors of `into`, a part of a tree like the saved one, in place; nothing else is read.
+
+    Raises:
+        UserError: the snapshot has no such tensors.
+    """
+    tensors: dict[str, Any] = {}
+    _split(into, "", tensors)
+    _fill(path, read_index(path), tensors, group)
+
+
+def saved_shapes(path: Path) -> dict[str, torch.Size]:
+    """The whole shape of every tensor in a snapshot, by its path in the tree."""
+    entries = read_index(path).state_dict_metadata.items()
+    return {name: entry.size for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
+
+
+def _fill(path: Path, metadata: Metadata, tensors: dict[str, Any], group: dist.ProcessGroup | None) -> None:
+    if missing := tensors.keys() - metadata.state_dict_metadata.keys():
+        raise UserError(f"{path} cannot be loaded: it has no {min(missing)}")
     _accept_one_process()
     try:
         load(
@@ -254,8 +277,6 @@ def load_snapshot(
         )
     except CheckpointException as error:
         raise _failure(f"{path} cannot be loaded", error) from error
-    state: dict[str, Any] = _join(content["state"], tensors)
-    return state
 
 
 def clean(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The life of a run, on one screen: `Trainer.train`."""
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ from cleangpt.corpora.mixture import tasks
 from cleangpt.data.batches import Batch, BatchLoader, validation_batches
 from cleangpt.data.mixture import Store, mean_shares, split_samples, stores
 from cleangpt.data.tokenizers import same_tokens
-from cleangpt.errors import RunFailedError
+from cleangpt.errors import RunFailedError, UserError
 from cleangpt.evaluation import SCORES
 from cleangpt.evaluation.validate import loss_figures, mean_loss, source_figures
 from cleangpt.inference.text import sample_text
@@ -40,6 +41,7 @@ from cleangpt.training.device import (
     use_fp8,
 )
 from cleangpt.training.early_stopping import EarlyStopping
+from cleangpt.training.fine_tuning import frozen_names, layer_factors, restrict, take_moments
 from cleangpt.training.optimizer import Optimizer
 from cleangpt.training.parallel import (
     choose_layout,
@@ -51,7 +53,7 @@ from cleangpt.training.parallel import (
 )
 from cleangpt.training.position import Meter, Position
 from cleangpt.training.ranks import Ranks
-from cleangpt.training.run import experiment_json, open_stream
+from cleangpt.training.run import experiment_json, find_moments, open_stream
 from cleangpt.training.signals import StopRequest
 from cleangpt.training.snapshots import Snapshots, clean, load_snapshot, newest_snapshot, snapshot_name
 
@@ -69,7 +71,10 @@ class Trainer:
             torch.set_num_threads(training.threads)
         self.device = choose_device(training.device, self.ranks.local_rank)
         seed_everything(training.seed)
-        self.layout = choose_layout(experiment.parallel, experiment.model, self.ranks, self.device)
+        tuning = experiment.fine_tuning
+        self.layout = choose_layout(
+            experiment.parallel, experiment.model, self.ranks, self.device, partial(restrict, config=tuning)
+        )
         self._build_model()
         if self.ranks.world_size > 1:
             seed_everything(training.seed + self.ranks.rank)  # every process drops out activations of its own
@@ -79,8 +84,11 @@ class Trainer:
         self.val_samples, self.val_losses = split_samples(store, "val", data.seq_len), dict[str, float]()
         self.stop, self.stopping, self.failing = StopRequest(), False, False
         self.position, self.meter = Position(), Meter(self.device)
-        self.optimizer = Optimizer(self.model, experiment.optimizer, scale_loss=training.precision == "fp16")
-        self.balancing = Balancing(self.model, self.ranks.sum_tensor)
+        self.optimizer = Optimizer(
+            self.model, experiment.optimizer, scale_loss=training.precision == "fp16",
+            factors=layer_factors(self.model, tuning.layer_decay),
+        )  # fmt: skip
+        self.balancing = Balancing(self.model, self.ranks.sum_tensor, frozen_names(self.model, tuning))
         self.early_stopping = EarlyStopping(experiment.early_stopping)
         self.checkpoints = Checkpoints(run / "checkpoints", experiment.saving, self.ranks.is_main)
         self.snapshots = Snapshots(run / "snapshots", experiment.saving, self.ranks, experiment.parallel.timeout)
@@ -110,6 +118,7 @@ class Trainer:
         def prepare(model: nn.Module) -> None:
             if training.precision == "fp8":
                 use_fp8(model)
+            restrict(model, self.experiment.fine_tuning)
             recompute(model, training.recompute_every)
             if compiled == "blocks":
                 compile_blocks(model)
@@ -234,7 +243,8 @@ class Trainer:
         if not self.checkpoints.wanted(macro_batch, val_loss):
             return
         weights = gather_to_host(self.model.state_dict(), keep=self.ranks.is_main)
-        self.checkpoints.save(macro_batch, val_loss, weights, self.experiment.model, self.store.tokenizer)
+        lora = self.experiment.fine_tuning.lora
+        self.checkpoints.save(macro_batch, val_loss, weights, self.experiment.model, self.store.tokenizer, lora)
         if tracking.sample_tokens:
             first, *_ = stores(self.store).values()
             with uncompiled():
@@ -292,22 +302,31 @@ class Trainer:
         """The newest good snapshot; removes what an interrupted one left, and complains of a damaged one."""
         if self.ranks.is_main:
             clean(self.run / "snapshots")
-        path, complaints = newest_snapshot(self.run / "snapshots", self.ranks)
+        return self._newest_snapshot_in(self.run / "snapshots")
+
+    def _newest_snapshot_in(self, folder: Path) -> Path | None:
+        path, complaints = newest_snapshot(folder, self.ranks)
         for line in complaints:
             self.progress.say(line)
         return path
 
     def _initialise(self) -> None:
-        """Fine-tuning: takes the weights of `init_from` that fit, and says which do not."""
-        if self.experiment.init_from is None:
+        """Fine-tuning: takes the weights of `init_from` that fit, and says which do not; perhaps moments as well."""
+        source = self.experiment.init_from
+        if source is None:
             return
-        checkpoint = open_checkpoint(self.experiment.init_from)
+        checkpoint = open_checkpoint(source)
         same = same_tokens(checkpoint.tokenizer, self.store.tokenizer)
         differing = differing_fields(checkpoint.config, self.experiment.model)
         differing += fill(self.model, checkpoint.weights, same)
         if not same:
             differing.append("its tokenizer is not the corpus's, so token ids may mean other texts")
         self.progress.say(f"starting from the weights of {checkpoint.folder}")
+        if self.experiment.fine_tuning.optimizer_state == "kept":
+            snapshot = self._newest_snapshot_in(find_moments(source))
+            if snapshot is None:
+                raise UserError(f"fine_tuning.optimizer_state is 'kept', but no snapshot of {source} is whole")
+            differing.append(take_moments(self.optimizer, snapshot, self.snapshots.group))
         for line in differing:
             self.progress.say(f"  {line}")
 

@@ -34,7 +34,7 @@ from cleangpt.models import build_model
 from cleangpt.models.gpt import GPTConfig, config_from_huggingface, config_to_huggingface
 from cleangpt.models.llama import LlamaConfig
 from cleangpt.tracking.metrics import read_metrics
-from cleangpt.training.checkpoints import Checkpoint, differing_fields, fill
+from cleangpt.training.checkpoints import Checkpoint, best_checkpoint, differing_fields, fill
 from cleangpt.training.trainer import Trainer
 
 TEXT = "To be, or not to be: that is the question. 12 + 34 = 46\n"
@@ -280,6 +280,79 @@ def test_a_model_that_is_cut_over_processes_starts_as_a_whole_one_does(
     for name in ("train_loss", "val_loss", "grad_norm"):
         assert cut[name] == pytest.approx(single[name], rel=1e-4), name
     assert "token_embedding.weight takes" in said(Path("cut"))
+
+
+SMALL_SHAKESPEARE = [
+    "train", "gpt2_shakespeare", "--run-dir", "run", "--init-from", "hf:theirs", "--corpus.tokenizer-file", "hf:theirs",
+    "--corpus.file", "text.txt", "--model.vocab-size", "None", "--model.n-layers", "2", "--model.n-heads", "4",
+    "--model.dim", "32", "--model.max-seq-len", "64", "--data.seq-len", "32", "--training.macro-batches", "2",
+    "--training.micro-batch-size", "None", "--training.device", "cpu", "--tracking.no-progress", "--model.dropout", "0",
+]  # fmt: skip
+
+
+@pytest.fixture
+def shakespeare(saved: Callable[..., Path], workplace: Path) -> PreTrainedModel:
+    """A small GPT-2 in the folder `theirs`, and a text."""
+    theirs = their_gpt2()
+    saved(theirs)
+    Path("text.txt").write_text(TEXT * 200, encoding="utf-8")
+    return theirs
+
+
+def test_the_experiment_of_gpt2_starts_from_a_folders_weights_and_tokenizer(
+    shakespeare: PreTrainedModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SMALL_SHAKESPEARE, "--fine-tuning.freeze", "token_embedding.*", "blocks.0.*"]) == 0
+    log = said(Path("run"))
+    assert (
+        "starting from the weights of theirs" in log and "initial values" not in log and "tokenizer is not" not in log
+    )
+    ended, began = open_checkpoint("run").weights, open_checkpoint("hf:theirs").weights
+    frozen = {name for name, weight in began.items() if torch.equal(weight, ended[name])}
+    assert frozen == {name for name in began if name.startswith(("token_embedding.", "blocks.0."))}
+    assert main(["sample", "run", "--prompt", "To be", "--max-new-tokens", "8", "--device", "cpu"]) == 0
+
+
+def test_an_exported_model_is_the_base_of_hugging_face_with_the_adapters_added_there(
+    shakespeare: PreTrainedModel,
+) -> None:
+    """The adapters of the checkpoint are added to Hugging Face's own tensors, by Hugging Face's names."""
+    assert main([*SMALL_SHAKESPEARE, "--fine-tuning.lora.rank", "2", "--optimizer.lr", "0.05"]) == 0
+    assert main(["export", "run", "--out", "exported"]) == 0
+    exported = AutoModelForCausalLM.from_pretrained("exported")
+    tokens = torch.arange(20)[None]
+    before = shakespeare(tokens).logits
+    adapters = load_file(best_checkpoint(Path("run")) / "adapters.safetensors")
+    parts = {"attention.out": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
+    with torch.no_grad():
+        for layer in range(2):
+            for ours, name in parts.items():
+                a, b = (adapters[f"blocks.{layer}.{ours}.lora.{part}"] for part in "ab")
+                shakespeare.get_parameter(f"transformer.h.{layer}.{name}.weight").add_((16 / 2) * (b @ a).T)
+            a, b = (adapters[f"blocks.{layer}.attention.qkv.lora.{part}"] for part in "ab")
+            by_head = (8 * b @ a).view(4, 3, 8, 32).transpose(0, 1).reshape(96, 32)
+            shakespeare.get_parameter(f"transformer.h.{layer}.attn.c_attn.weight").add_(by_head.T)
+    after = shakespeare(tokens).logits
+    torch.testing.assert_close(exported(tokens).logits, after, atol=1e-3, rtol=1e-4)
+    assert (after - before).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("local", [[], ["--init-from", "hf:theirs"]], ids=["weights", "tokenizer"])
+def test_without_a_network_the_experiment_of_gpt2_says_in_one_line_what_is_missing(
+    shakespeare: PreTrainedModel, local: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import huggingface_hub
+
+    def fail(name: str, allow_patterns: list[str]) -> str:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    assert main(["train", "gpt2_shakespeare", "--corpus.file", "text.txt", "--run-dir", "run", *local]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(
+        "error: cannot download 'gpt2' from Hugging Face (no route to host); without a network, put"
+    )
+    assert not Path("run").exists()
 
 
 def test_rows_of_tokens_are_taken_only_where_the_tokens_are_the_same() -> None:
