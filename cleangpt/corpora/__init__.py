@@ -8,6 +8,7 @@ from rich.console import Console
 
 from cleangpt.config import CorpusConfig, check
 from cleangpt.corpora.adder import Adder
+from cleangpt.corpora.chat import Chat
 from cleangpt.corpora.mixture import Mixture
 from cleangpt.corpora.multiplier import Multiplier
 from cleangpt.corpora.preparation import Corpus, as_json, changed, one_line
@@ -21,6 +22,7 @@ from cleangpt.errors import UserError
 
 CORPORA: dict[str, type[Corpus]] = {
     "adder": Adder,
+    "chat": Chat,
     "multiplier": Multiplier,
     "shakespeare_char": ShakespeareChar,
     "stdlib": Stdlib,

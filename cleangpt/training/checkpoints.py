@@ -2,7 +2,7 @@
 
 checkpoints/index.json                 those kept, best first
 checkpoints/val1.4697_mb000012/        validation loss and macro-batch
-    model.safetensors  config.json  tokenizer.json  manifest.json
+    model.safetensors  config.json  tokenizer.json  manifest.json; of conversations, chat_template.json
 """
 
 import math
@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cleangpt.config import ModelConfig, SavingConfig, from_json, to_json
+from cleangpt.data.chat import CHAT_TEMPLATE, ChatTemplate, find_template
 from cleangpt.data.store import TOKENIZER
 from cleangpt.data.tokenizers import Tokenizer, load_tokenizer
 from cleangpt.errors import UserError
@@ -60,6 +61,7 @@ class Checkpoints:
         weights: Mapping[str, Tensor],
         config: ModelConfig,
         tokenizer: Tokenizer,
+        chat_template: ChatTemplate | None = None,
     ) -> None:
         """Writes a checkpoint of whole `weights`, then removes those that are no longer among the best."""
         entry = Entry(
@@ -69,7 +71,7 @@ class Checkpoints:
         finite = [other for other in best if not math.isnan(other.val_loss)]
         self.entries = [other for other in best if other.permanent or other in finite[: self.config.keep_best]]
         if self.writes:
-            save_checkpoint(self.folder / entry.name, weights, config, tokenizer, asdict(entry))
+            save_checkpoint(self.folder / entry.name, weights, config, tokenizer, asdict(entry), chat_template)
             index = {"format": FORMAT, "checkpoints": [asdict(other) for other in self.entries]}
             write_json(self.folder / INDEX, index)
             self.prune()
@@ -106,7 +108,12 @@ def _rank(entry: Entry) -> tuple[bool, float, int]:
 
 
 def save_checkpoint(
-    folder: Path, weights: Mapping[str, Tensor], config: ModelConfig, tokenizer: Tokenizer, facts: dict[str, Any]
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    facts: dict[str, Any],
+    chat_template: ChatTemplate | None = None,
 ) -> None:
     """Writes a checkpoint to `folder`, whole or not at all; `facts` are kept in its config.json."""
     partial = folder.with_name(folder.name + PARTIAL)
@@ -116,6 +123,8 @@ def save_checkpoint(
     save_file(host, partial / WEIGHTS, metadata={"format": "pt"})
     write_json(partial / CONFIG, {"format": FORMAT, "model": to_json(config, model_kinds()), "facts": facts})
     write_text(partial / TOKENIZER, tokenizer.to_json())
+    if chat_template is not None:
+        write_text(partial / CHAT_TEMPLATE, chat_template.to_json())
     seal(partial, folder)
 
 
@@ -128,6 +137,8 @@ class Checkpoint:
     tokenizer: Tokenizer
     weights: dict[str, Tensor]
     facts: dict[str, Any]
+    chat_template: ChatTemplate | None = None
+    """How it was taught to converse; None: it was not."""
 
     def model(self, device: torch.device) -> nn.Module:
         """The model with its weights, for use, on `device`."""
@@ -154,7 +165,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         weights = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise UserError(f"{folder / WEIGHTS} is not a safetensors file: {error}") from None
-    return Checkpoint(folder, config, load_tokenizer(folder / TOKENIZER), weights, content["facts"])
+    tokenizer = load_tokenizer(folder / TOKENIZER)
+    return Checkpoint(folder, config, tokenizer, weights, content["facts"], find_template(folder))
 
 
 def best_checkpoint(run: Path) -> Path:

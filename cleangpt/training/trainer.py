@@ -233,7 +233,9 @@ class Trainer:
         if not self.checkpoints.wanted(macro_batch, val_loss):
             return
         weights = gather_to_host(self.model.state_dict(), keep=self.ranks.is_main)
-        self.checkpoints.save(macro_batch, val_loss, weights, self.experiment.model, self.store.tokenizer)
+        self.checkpoints.save(
+            macro_batch, val_loss, weights, self.experiment.model, self.store.tokenizer, self.store.chat_template
+        )
         if tracking.sample_tokens:
             first, *_ = stores(self.store).values()
             with uncompiled():

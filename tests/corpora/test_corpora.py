@@ -58,7 +58,7 @@ def write_jsonl(path: Path, texts: list[str]) -> str:
 @pytest.mark.parametrize("kind", CORPORA)
 def test_a_configuration_survives_json(kind: str) -> None:
     cls: Any = CORPORA[kind]
-    corpus = cls(files=("a", "b")) if kind == "text" else cls()
+    corpus = cls(files=("a", "b")) if kind in ("text", "chat") else cls()
     entry = json.loads(json.dumps(to_json(corpus, CORPORA)))
     assert entry["kind"] == kind
     assert from_json(CorpusConfig, entry, CORPORA) == corpus
