@@ -106,7 +106,7 @@ def write_store(
 ) -> TokenStore:
     """Writes the chunks of all groups; `groups(n)` gives those after the first n.
 
-    With `max_tokens` it ends after the group with which there are so many tokens.
+    With `max_tokens` it ends after the group with which there are so many tokens to train on.
 
     Raises:
         UserError: there is nothing to train on or to validate with.
@@ -128,7 +128,8 @@ def write_store(
                     )  # fmt: skip
                     tokens += len(chunk.tokens)
                 rate = tokens / max(time.monotonic() - began, 1e-9)
-                bar.update(task, completed=read if max_tokens is None else writer.tokens, rate=f"{rate:,.0f} tokens/s")
+                done = read if max_tokens is None else _training_tokens(writer)
+                bar.update(task, completed=done, rate=f"{rate:,.0f} tokens/s")
                 if time.monotonic() - committed >= COMMIT_SECONDS:
                     writer.commit(position)
                     committed = time.monotonic()
@@ -144,9 +145,13 @@ def write_store(
 
 
 def _enough(writer: StoreWriter, max_tokens: int | None) -> bool:
-    """Whether there are so many tokens, and no document has still to end."""
+    """Whether there are so many tokens to train on, and no document has still to end."""
     unfinished = any(split.unfinished for split in writer.splits.values())
-    return max_tokens is not None and writer.tokens >= max_tokens and not unfinished
+    return max_tokens is not None and _training_tokens(writer) >= max_tokens and not unfinished
+
+
+def _training_tokens(writer: StoreWriter) -> int:
+    return writer.splits["train"].tokens if "train" in writer.splits else 0
 
 
 def write_texts(
@@ -187,8 +192,12 @@ def stamps(files: list[TextFile]) -> list[list[Any]]:
 def encode_files(files: list[TextFile], tokenizer: Tokenizer, start: int) -> Groups:
     """The groups of all files, without the first `start`, which are read but not encoded."""
     for read, pieces in itertools.islice(grouped(files), start, None):
-        arrays = _encode(tokenizer, [piece.text for piece in pieces])
-        yield read, _chunks(pieces, arrays, tokenizer.end_of_text)
+        yield read, encode_group(pieces, tokenizer)
+
+
+def encode_group(pieces: list[Piece], tokenizer: Tokenizer) -> list[Chunk]:
+    """The chunks of some pieces; each document ends with the end-of-text token, where the tokenizer has one."""
+    return _chunks(pieces, _encode(tokenizer, [piece.text for piece in pieces]), tokenizer.end_of_text)
 
 
 def choose_tokenizer(

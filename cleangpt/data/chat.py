@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ class ChatTemplate:
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         try:
-            text = self._compiled.render(
+            text = _compiled(self.source).render(
                 messages=[dict(message) for message in messages], add_generation_prompt=add_generation_prompt,
                 tools=None, documents=None, **self.special,
             )  # fmt: skip
@@ -114,14 +114,6 @@ class ChatTemplate:
         except Exception as error:  # someone else's template may fail in any way
             raise UserError(f"the chat template fails: {_first_line(error)}") from None
         return str(text)
-
-    @cached_property
-    def _compiled(self) -> Any:
-        environment = _sandbox()
-        try:
-            return environment.from_string(self.source)
-        except Exception as error:  # a syntax error, or one of Python's own where Jinja lets it through
-            raise UserError(f"the chat template is not valid Jinja: {_first_line(error)}") from None
 
 
 # Where a template comes from -----------------------------------------------------------------------------------------
@@ -291,6 +283,15 @@ def _from_to(starts: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 # The sandbox ---------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=16)
+def _compiled(source: str) -> Any:
+    environment = _sandbox()
+    try:
+        return environment.from_string(source)
+    except Exception as error:  # a syntax error, or one of Python's own where Jinja lets it through
+        raise UserError(f"the chat template is not valid Jinja: {_first_line(error)}") from None
 
 
 @lru_cache(maxsize=1)

@@ -211,11 +211,6 @@ class StoreWriter:
             written = part.stop
         facts.add(len(tokens), lengths, text_bytes, counts or {})
 
-    @property
-    def tokens(self) -> int:
-        """Tokens appended so far, to all splits."""
-        return sum(split.tokens for split in self.splits.values())
-
     def commit(self, position: int) -> None:
         """Makes all that was appended durable, together with `position`, which the caller counts in its own units."""
         self._flush()
