@@ -16,8 +16,7 @@ from cleangpt.data.tokenizers import ByteTokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class AdderChat(Problems):
-    """Addition by byte, one question and its answer in each row; what remains of a row is padding. Needs
-    cleangpt[chat]."""
+    """Addition by byte, one question with its answer in each row, the rest of it padding. Needs cleangpt[chat]."""
 
     questions: ClassVar[tuple[str, ...]] = ("What is {} + {}?", "Add {} and {}.", "How much do {} and {} make?")
     """Each problem has one of them, always the same."""

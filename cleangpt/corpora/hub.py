@@ -25,10 +25,10 @@ from cleangpt.corpora.preparation import (
     write_texts,
 )
 from cleangpt.corpora.reading import Piece, TextFile, find_files, read_parquet, read_pieces, split_documents
-from cleangpt.data.store import TokenStore
-from cleangpt.data.tokenizers import Tokenizer
+from cleangpt.data.store import JOURNAL, TOKENIZER, TokenStore
+from cleangpt.data.tokenizers import Tokenizer, load_tokenizer
 from cleangpt.errors import UserError, require
-from cleangpt.files import read_json, write_json
+from cleangpt.files import PARTIAL, read_json, write_json
 
 T = TypeVar("T")
 GROUPS = "groups.json"
@@ -56,13 +56,19 @@ class Dataset:
 class Shards:
     """The Parquet files of a dataset, each fetched when it is read; those to validate with come first.
 
+    Args:
+        dataset: where they lie on the hub.
+        store: the folder of the token store that is made of them; they are put into `downloads` beside it.
+        keep: whether they stay, for other stores as well.
+
     Raises:
         UserError: the hub cannot be reached, or has no such files; says which to fetch elsewhere.
     """
 
-    def __init__(self, dataset: Dataset, downloads: Path, keep: bool) -> None:
+    def __init__(self, dataset: Dataset, store: Path, keep: bool) -> None:
         self.dataset, self.keep = dataset, keep
-        self.folder = downloads / dataset.repository.replace("/", "--")
+        name = dataset.repository.replace("/", "--") if keep else store.name + PARTIAL
+        self.folder = store.parent / "downloads" / name
         hub = require("huggingface_hub", "hub")
         self.commit: str = dataset.ask(
             lambda: hub.HfApi().dataset_info(dataset.repository, revision=dataset.revision).sha
@@ -70,7 +76,7 @@ class Shards:
         entries = dataset.ask(lambda: list(hub.HfApi().list_repo_tree(
             dataset.repository, dataset.folder, recursive=True, revision=self.commit, repo_type="dataset"
         )))  # fmt: skip
-        found = {entry.path: entry.size for entry in entries if entry.path.endswith(".parquet")}
+        found = {entry.path: entry.size for entry in entries if _is_shard(entry.path)}
         if not found:
             raise UserError(f"{dataset.repository} has no Parquet files in {dataset.folder}; {dataset.otherwise}")
         ordered = sorted(found, key=lambda name: (not _validates(name), name))
@@ -86,7 +92,7 @@ class Shards:
         """The groups of all files, without the first `start`; no group is of two shards.
 
         How many groups a shard has is noted when it has been read, so that a preparation that goes on fetches none
-        again that it is done with, but for the last.
+        again that it is done with, but for one whose last groups were not committed.
         """
         read = 0
         for name, file in zip(self.sizes, files, strict=True):
@@ -169,7 +175,7 @@ class HubText(Corpus):
             ]
             tokenizer = choose_tokenizer(self.tokenizer, self.vocab_size, self.tokenizer_file, files, console)
             return write_texts(self, folder, files, tokenizer, console, max_tokens=self.max_tokens)
-        shards = Shards(self.place(), folder.parent / "downloads", self.keep_shards)
+        shards = Shards(self.place(), folder, self.keep_shards)
         return write_shards(self, folder, shards, self._remote, console, self.max_tokens)
 
     def _local(self, path: Path, name: str) -> Iterator[Piece]:
@@ -191,7 +197,9 @@ def write_shards(
     files = shards.files(pieces)
     first = [file for file in files if not _validates(file.path.name)][:1]
     kind = getattr(corpus, "tokenizer", "bpe")
-    tokenizer = choose_tokenizer(kind, corpus.vocab_size, corpus.tokenizer_file, first, console)
+    tokenizer = _begun(folder, shards) or choose_tokenizer(
+        kind, corpus.vocab_size, corpus.tokenizer_file, first, console
+    )
     store = write_store(
         corpus, folder, tokenizer, lambda start: shards.groups(files, tokenizer, start),
         sum(shards.sizes.values()), console, source=shards.source(), max_tokens=max_tokens,
@@ -201,10 +209,22 @@ def write_shards(
     return store
 
 
+def _begun(folder: Path, shards: Shards) -> Tokenizer | None:
+    """The tokenizer of an interrupted preparation from the same shards, so that none is fetched to learn it again."""
+    partial = folder.with_name(folder.name + PARTIAL)
+    same = (partial / JOURNAL).is_file() and read_json(partial / JOURNAL).get("source") == shards.source()
+    return load_tokenizer(partial / TOKENIZER) if same else None
+
+
 def check_budget(max_tokens: int | None) -> None:
     """Raises UserError for a budget of no token."""
     if max_tokens is not None and max_tokens < 1:
         raise UserError(f"corpus.max_tokens is {max_tokens}; allowed: a whole number of 1 or more")
+
+
+def _is_shard(name: str) -> bool:
+    """Whether a path on the hub is a Parquet file, and one that stays within its folder here."""
+    return name.endswith(".parquet") and ".." not in name.split("/") and not name.startswith("/")
 
 
 def _validates(name: str) -> bool:

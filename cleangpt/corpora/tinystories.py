@@ -52,7 +52,7 @@ class TinyStories(Corpus):
     def prepare(self, folder: Path, console: Console) -> TokenStore:
         """Writes both splits."""
         if not self.files and self.edition == "parquet":
-            shards = Shards(Dataset(REPOSITORY, "data"), folder.parent / "downloads", keep=False)
+            shards = Shards(Dataset(REPOSITORY, "data"), folder, keep=False)
             return write_shards(self, folder, shards, partial(self._pieces, marked=True), console, self.max_tokens)
         paths = find_files(self.files) if self.files else self._download()
         paths = sorted(paths, key=lambda path: "valid" not in path.name)

@@ -189,11 +189,12 @@ print(*hub.fetched)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX")
+@pytest.mark.parametrize("tokenizer", ["byte", pytest.param("bpe", marks=pytest.mark.slow)])
 def test_a_killed_stream_goes_on_without_the_shards_that_are_done(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch
+    tokenizer: Any, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kind, _ = serve(workplace, "fineweb", monkeypatch)
-    corpus = kind(tokenizer="byte", val_fraction=0.2)
+    corpus = kind(tokenizer=tokenizer, vocab_size=300, val_fraction=0.2)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     fetched = []
     for appends in (5, 10, 100):
