@@ -29,7 +29,7 @@ def pack(
     is the first token of a row, which nothing stands before. Of the others, those are targets whose mask is 1 in
     `masks`, which has one for each document; None: all.
     """
-    masks = [np.ones(len(document)) for document in documents] if masks is None else masks
+    masks = [np.ones(len(document), np.int64) for document in documents] if masks is None else masks
     cut = [_cut(np.stack(pair), row_length) for pair in zip(documents, masks, strict=True)]
     pieces = sorted((piece for document in cut for piece in document), key=lambda piece: piece.shape[1], reverse=True)
     used = np.zeros(len(pieces), dtype=np.int64)

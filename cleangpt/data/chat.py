@@ -2,8 +2,9 @@
 
 A conversation is a list of messages, each with a role (system, user, assistant) and its content. A template in Jinja,
 the form in which Hugging Face's tokenizers carry theirs, says how it is written. It comes from a file, so it runs in
-Jinja's sandbox: it sees the messages and the names of special tokens, and can neither call nor change anything else.
-It lies as `chat_template.json` beside every token store of conversations and in every checkpoint trained on one.
+Jinja's sandbox: it sees the messages, the names of special tokens and the date, and can neither call nor change
+anything else, though it can waste time. It lies as `chat_template.json` beside every token store of conversations and
+in every checkpoint trained on one.
 """
 
 import json

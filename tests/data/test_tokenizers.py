@@ -11,6 +11,7 @@ import pytest
 import tokenizers as library
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from cleangpt.data.tokenizers import (
     BPETokenizer,
@@ -236,6 +237,17 @@ def test_a_tokenizer_that_adds_a_blank_gives_back_any_text(content: str, text: s
 def test_both_forms_of_such_a_tokenizer_make_the_same_tokens(text: str) -> None:
     one, other = BPETokenizer(PREPENDING), BPETokenizer(METASPACE)
     assert text == "" or one.encode(text).tolist() == other.encode(text).tolist()
+
+
+@pytest.mark.parametrize("content", [PREPENDING, METASPACE, BPE.to_json()], ids=["prepending", "metaspace", "bytes"])
+def test_special_tokens_in_a_conversation_are_read_as_transformers_reads_them(content: str) -> None:
+    text = "<s>[ASK] the  cat?\n [/ASK] that 🙂 cat </s><s> déjà<|endoftext|>\n"
+    ((ids, places),) = BPETokenizer(content).encode_special([text])
+    theirs = PreTrainedTokenizerFast(tokenizer_object=library.Tokenizer.from_str(content))(
+        text, add_special_tokens=False, return_offsets_mapping=True
+    )
+    assert ids.tolist() == theirs["input_ids"]
+    assert places.tolist() == [list(place) for place in theirs["offset_mapping"]]
 
 
 def test_a_text_gets_no_token_that_a_post_processor_adds() -> None:
