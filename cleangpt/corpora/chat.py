@@ -115,8 +115,8 @@ class Chat(Corpus):
     def prepare(self, folder: Path, console: Console) -> TokenStore:
         """Writes both splits."""
         paths = find_files(self.files)
-        for path in filter(is_plain, paths):
-            raise UserError(f"{path} is no list of conversations; allowed: .jsonl, .jsonl.gz, .jsonl.zst, .parquet")
+        if plain := next(filter(is_plain, paths), None):
+            raise UserError(f"{plain} is no list of conversations; allowed: .jsonl, .jsonl.gz, .jsonl.zst, .parquet")
         given = None if self.tokenizer_file is None else load_tokenizer(Path(self.tokenizer_file).expanduser())
         # Its special tokens are those of the tokenizer that is learned from what the template writes.
         known = given or (CharTokenizer(END_CHARACTER, END_CHARACTER) if self.tokenizer == "char" else ByteTokenizer())
