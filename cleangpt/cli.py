@@ -124,7 +124,7 @@ def list_command(words: list[str]) -> None:
     for title, entries in sections.items():
         print(title)
         for name, doc in entries.items():
-            print(f"  {name:<22}{(doc or '').strip().splitlines()[0] if doc else ''}")
+            print(f"  {name:<24}  {(doc or '').strip().splitlines()[0] if doc else ''}")
 
 
 def prepare_command(words: list[str]) -> None:

@@ -8,9 +8,13 @@ from rich.console import Console
 
 from cleangpt.config import CorpusConfig, check
 from cleangpt.corpora.adder import Adder
+from cleangpt.corpora.adder_chat import AdderChat
+from cleangpt.corpora.chat import Chat
 from cleangpt.corpora.fables import Fables
+from cleangpt.corpora.fineweb_edu import FineWebEdu
 from cleangpt.corpora.mixture import Mixture
 from cleangpt.corpora.multiplier import Multiplier
+from cleangpt.corpora.openwebtext import OpenWebText
 from cleangpt.corpora.preparation import Corpus, as_json, changed, one_line
 from cleangpt.corpora.shakespeare_char import ShakespeareChar
 from cleangpt.corpora.stdlib import Stdlib
@@ -22,8 +26,12 @@ from cleangpt.errors import UserError
 
 CORPORA: dict[str, type[Corpus]] = {
     "adder": Adder,
+    "adder_chat": AdderChat,
+    "chat": Chat,
     "fables": Fables,
+    "fineweb_edu": FineWebEdu,
     "multiplier": Multiplier,
+    "openwebtext": OpenWebText,
     "shakespeare_char": ShakespeareChar,
     "stdlib": Stdlib,
     "text": Text,

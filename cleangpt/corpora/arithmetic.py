@@ -1,4 +1,4 @@
-"""Problems of arithmetic on two numbers of n digits: what `adder` and `multiplier` share.
+"""Problems of arithmetic on two numbers of n digits: what `adder`, `multiplier` and `adder_chat` share.
 
 Problem i of the 10**(2n) there are is `i // 10**n` and `i % 10**n`. A keyed permutation, computed and never stored
 (`data/order.py`), says which problem stands at each position; the first positions are validation, the next test, the
@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from cleangpt.corpora.preparation import Chunk, Corpus, Groups, write_store
+from cleangpt.data.chat import ChatTemplate
 from cleangpt.data.order import permute
 from cleangpt.data.store import TokenStore
-from cleangpt.data.tokenizers import CharTokenizer
+from cleangpt.data.tokenizers import CharTokenizer, Tokenizer
 from cleangpt.errors import UserError
 
 ROWS = 2**16
@@ -29,23 +30,13 @@ MOST_TRAINED = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arithmetic(Corpus):
-    """Problems such as ``123+456=9750``: operands padded with zeros, the result padded and written in reverse.
-
-    The result comes least significant digit first because carries run that way. Each row ends with a line end, which
-    is the end of text; only the digits of the result and that line end count in the loss.
-    """
+class Problems(Corpus):
+    """Problems on two numbers, one in each row, and in each split others."""
 
     task: ClassVar[str] = "exact_match"
-    sign: ClassVar[str]
-    """The operator."""
 
     digits: int = 3
     """Digits of each operand, 1 to 6."""
-    operator_sign: bool = True
-    """Write the operator between the operands."""
-    equals_sign: bool = True
-    """Write = before the result."""
     train_samples: int | None = None
     """Problems to train on; none: all that are left, at most 1,000,000."""
     val_samples: int | None = None
@@ -56,23 +47,31 @@ class Arithmetic(Corpus):
     """Chooses which problems fall into which split."""
 
     @property
-    def result_digits(self) -> int:
-        """Digits of every result, padded."""
-        raise NotImplementedError
-
-    def solve(self, left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The results of problems."""
-        raise NotImplementedError
-
-    @property
     def row_length(self) -> int:
-        """Tokens in every row, the line end included; a sample has one less."""
-        return 2 * self.digits + self.operator_sign + self.equals_sign + self.result_digits + 1
+        """Tokens in every row; a sample has one less."""
+        raise NotImplementedError
+
+    def rows(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint8], int]:
+        """Token ids and loss mask, both `(len(positions), row_length)`, of the problems at some positions; and the
+        bytes of their text."""
+        raise NotImplementedError
+
+    def tokenizer(self) -> Tokenizer:
+        """What makes tokens of the text."""
+        raise NotImplementedError
+
+    def chat_template(self) -> ChatTemplate | None:
+        """How problems are written as conversations; None: they are not."""
+        return None
 
     @property
     def problems(self) -> int:
         """How many problems there are."""
         return int(10 ** (2 * self.digits))
+
+    def operands(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The two numbers of the problems at some positions."""
+        return np.divmod(permute(positions, self.problems, self.seed), 10**self.digits)
 
     def sizes(self) -> dict[str, int]:
         """Problems in each split, in the order in which they lie in the permutation."""
@@ -101,9 +100,63 @@ class Arithmetic(Corpus):
         if self.sizes()["train"] < 1:
             raise UserError(f"corpus.test_samples leaves none of {self.problems:,} problems to train on; lower it")
 
-    def rows(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-        """Token ids and loss mask, both `(len(positions), row_length)`, of the problems at some positions."""
-        left, right = np.divmod(permute(positions, self.problems, self.seed), 10**self.digits)
+    def prepare(self, folder: Path, console: Console) -> TokenStore:
+        """Writes the three splits."""
+        return write_store(
+            self, folder, self.tokenizer(), self._groups, sum(self.sizes().values()), console,
+            row_length=self.row_length, chat_template=self.chat_template(),
+        )  # fmt: skip
+
+    def _groups(self, start: int) -> Groups:
+        for number, (split, first, last) in enumerate(self._ranges()):
+            if number >= start:
+                tokens, mask, text_bytes = self.rows(np.arange(first, last, dtype=np.int64))
+                lengths = np.full(last - first, self.row_length)
+                yield last, [Chunk(split, tokens.reshape(-1), lengths, text_bytes, mask.reshape(-1))]
+
+    def _ranges(self) -> Iterator[tuple[str, int, int]]:
+        """Split, first position and the one after the last, of every group."""
+        begin = 0
+        for split, samples in self.sizes().items():
+            for first in range(begin, begin + samples, ROWS):
+                yield split, first, min(first + ROWS, begin + samples)
+            begin += samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arithmetic(Problems):
+    """Problems such as ``123+456=9750``: operands padded with zeros, the result padded and written in reverse.
+
+    The result comes least significant digit first because carries run that way. Each row ends with a line end, which
+    is the end of text; only the digits of the result and that line end count in the loss.
+    """
+
+    sign: ClassVar[str]
+    """The operator."""
+
+    operator_sign: bool = True
+    """Write the operator between the operands."""
+    equals_sign: bool = True
+    """Write = before the result."""
+
+    @property
+    def result_digits(self) -> int:
+        """Digits of every result, padded."""
+        raise NotImplementedError
+
+    def solve(self, left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The results of problems."""
+        raise NotImplementedError
+
+    @property
+    def row_length(self) -> int:
+        """Tokens in every row, the line end included; a sample has one less."""
+        return 2 * self.digits + self.operator_sign + self.equals_sign + self.result_digits + 1
+
+    def rows(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint8], int]:
+        """Token ids and loss mask, both `(len(positions), row_length)`, of the problems at some positions; and the
+        bytes of their text."""
+        left, right = self.operands(positions)
         tokenizer = self.tokenizer()
         parts = [
             _digits(left, self.digits)[:, ::-1],
@@ -116,31 +169,11 @@ class Arithmetic(Corpus):
         tokens = np.concatenate(parts, axis=1)
         mask = np.zeros(tokens.shape, np.uint8)
         mask[:, -(self.result_digits + 1) :] = 1
-        return tokens, mask
+        return tokens, mask, tokens.size
 
     def tokenizer(self) -> CharTokenizer:
         """Digits are tokens 0 to 9; the line end ends a text."""
         return CharTokenizer("0123456789" + self.sign * self.operator_sign + "=" * self.equals_sign + "\n", "\n")
-
-    def prepare(self, folder: Path, console: Console) -> TokenStore:
-        """Writes the three splits."""
-        total = sum(self.sizes().values())
-        return write_store(self, folder, self.tokenizer(), self._groups, total, console, row_length=self.row_length)
-
-    def _groups(self, start: int) -> Groups:
-        for number, (split, first, last) in enumerate(self._ranges()):
-            if number >= start:
-                tokens, mask = self.rows(np.arange(first, last, dtype=np.int64))
-                lengths = np.full(last - first, self.row_length)
-                yield last, [Chunk(split, tokens.reshape(-1), lengths, tokens.size, mask.reshape(-1))]
-
-    def _ranges(self) -> Iterator[tuple[str, int, int]]:
-        """Split, first position and the one after the last, of every group."""
-        begin = 0
-        for split, samples in self.sizes().items():
-            for first in range(begin, begin + samples, ROWS):
-                yield split, first, min(first + ROWS, begin + samples)
-            begin += samples
 
 
 def _digits(numbers: NDArray[np.int64], count: int) -> NDArray[np.int64]:

@@ -4,7 +4,7 @@ First-fit decreasing (Johnson 1973, "Near-optimal bin packing algorithms"): the 
 first row with room for it. It needs at most 11/9 of the fewest rows that would do, and 6/9 of a row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,27 +20,31 @@ def packed(groups: Groups, row_length: int) -> Groups:
         yield read, [_packed(chunk, row_length) for chunk in chunks]
 
 
-def pack(documents: list[NDArray[Any]], row_length: int) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+def pack(
+    documents: Sequence[NDArray[Any]], row_length: int, masks: Sequence[NDArray[Any]] | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
     """Rows of tokens and their loss mask, both `(rows, row_length)`, int64 and uint8.
 
     A longer document is cut into rows. What follows the last document of a row is padding, token 0, and no target; nor
-    is the first token of a row, which nothing stands before.
+    is the first token of a row, which nothing stands before. Of the others, those are targets whose mask is 1 in
+    `masks`, which has one for each document; None: all.
     """
-    pieces = sorted((piece for document in documents for piece in _cut(document, row_length)), key=len, reverse=True)
+    masks = [np.ones(len(document), np.int64) for document in documents] if masks is None else masks
+    cut = [_cut(np.stack(pair), row_length) for pair in zip(documents, masks, strict=True)]
+    pieces = sorted((piece for document in cut for piece in document), key=lambda piece: piece.shape[1], reverse=True)
     used = np.zeros(len(pieces), dtype=np.int64)
     rows: list[list[NDArray[Any]]] = []
     for piece in pieces:
-        row = int(np.argmax(used[: len(rows) + 1] <= row_length - len(piece)))
-        used[row] += len(piece)
+        row = int(np.argmax(used[: len(rows) + 1] <= row_length - piece.shape[1]))
+        used[row] += piece.shape[1]
         if row == len(rows):
             rows.append([])
         rows[row].append(piece)
-    tokens = np.zeros((len(rows), row_length), dtype=np.int64)
+    packed = np.zeros((2, len(rows), row_length), dtype=np.int64)
     for row, inside in enumerate(rows):
-        tokens[row, : used[row]] = np.concatenate(inside)
-    places = np.arange(row_length)
-    mask = (places < used[: len(rows), None]) & (places > 0)
-    return tokens, mask.astype(np.uint8)
+        packed[:, row, : used[row]] = np.concatenate(inside, axis=1)
+    packed[1, :, 0] = 0
+    return packed[0], packed[1].astype(np.uint8)
 
 
 def _packed(chunk: Chunk, row_length: int) -> Chunk:
@@ -52,4 +56,5 @@ def _packed(chunk: Chunk, row_length: int) -> Chunk:
 
 
 def _cut(document: NDArray[Any], length: int) -> Iterator[NDArray[Any]]:
-    return (document[start : start + length] for start in range(0, len(document), length))
+    """A document `(2, tokens)`, its mask below its tokens, in parts of at most `length` tokens."""
+    return (document[:, start : start + length] for start in range(0, document.shape[1], length))

@@ -12,8 +12,8 @@ import hashlib
 import itertools
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from cleangpt.config import CorpusConfig, to_json
 from cleangpt.corpora.reading import Piece, TextFile
+from cleangpt.data.chat import ChatTemplate
 from cleangpt.data.store import StoreWriter, TokenStore
 from cleangpt.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer, train_bpe
 from cleangpt.errors import UserError
@@ -60,6 +61,8 @@ class Chunk:
     lengths: NDArray[np.int64]
     text_bytes: int
     mask: NDArray[np.uint8] | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """What the card tells besides."""
 
 
 def check_text(vocab_size: int, val_fraction: float) -> None:
@@ -98,36 +101,57 @@ def write_store(
     *,
     source: Any = None,
     row_length: int | None = None,
+    chat_template: ChatTemplate | None = None,
+    max_tokens: int | None = None,
 ) -> TokenStore:
     """Writes the chunks of all groups; `groups(n)` gives those after the first n.
+
+    With `max_tokens` it ends after the group with which there are so many tokens to train on.
 
     Raises:
         UserError: there is nothing to train on or to validate with.
     """
-    masked = row_length is not None
-    writer = StoreWriter(folder, as_json(corpus), tokenizer, source=source, row_length=row_length, masked=masked)
+    writer = StoreWriter(
+        folder, as_json(corpus), tokenizer, source=source, row_length=row_length, masked=row_length is not None,
+        chat_template=chat_template,
+    )  # fmt: skip
     try:
         with _progress(console) as bar:
-            task = bar.add_task(folder.name, total=total, rate="")
+            task = bar.add_task(folder.name, total=total if max_tokens is None else max_tokens, rate="")
             began, tokens, committed = time.monotonic(), 0, time.monotonic()
-            for position, (read, chunks) in enumerate(groups(writer.position), start=writer.position + 1):
+            following = iter(() if _enough(writer, max_tokens) else groups(writer.position))
+            for position, (read, chunks) in enumerate(following, start=writer.position + 1):
                 for chunk in chunks:
                     writer.append(
-                        chunk.split, chunk.tokens, chunk.lengths, mask=chunk.mask, text_bytes=chunk.text_bytes
-                    )
+                        chunk.split, chunk.tokens, chunk.lengths, mask=chunk.mask, text_bytes=chunk.text_bytes,
+                        counts=chunk.counts,
+                    )  # fmt: skip
                     tokens += len(chunk.tokens)
                 rate = tokens / max(time.monotonic() - began, 1e-9)
-                bar.update(task, completed=read, rate=f"{rate:,.0f} tokens/s")
+                done = read if max_tokens is None else _training_tokens(writer)
+                bar.update(task, completed=done, rate=f"{rate:,.0f} tokens/s")
                 if time.monotonic() - committed >= COMMIT_SECONDS:
                     writer.commit(position)
                     committed = time.monotonic()
+                if _enough(writer, max_tokens):
+                    break
         for split in ("train", "val"):
-            if split not in writer.splits:
+            if split not in writer.splits or not writer.splits[split].tokens:
                 fraction = getattr(corpus, "val_fraction", None)
                 raise UserError(f"no text for the split {split}; change corpus.val_fraction, which is {fraction}")
         return writer.finish(lambda facts: card(folder.name, facts, tokenizer))
     finally:
         writer.close()
+
+
+def _enough(writer: StoreWriter, max_tokens: int | None) -> bool:
+    """Whether there are so many tokens to train on, and no document has still to end."""
+    unfinished = any(split.unfinished for split in writer.splits.values())
+    return max_tokens is not None and _training_tokens(writer) >= max_tokens and not unfinished
+
+
+def _training_tokens(writer: StoreWriter) -> int:
+    return writer.splits["train"].tokens if "train" in writer.splits else 0
 
 
 def write_texts(
@@ -137,6 +161,7 @@ def write_texts(
     tokenizer: Tokenizer,
     console: Console,
     row_length: int | None = None,
+    max_tokens: int | None = None,
     **source: Any,
 ) -> TokenStore:
     """`write_store` of files of text; with a row length, of their documents packed into rows."""
@@ -146,7 +171,6 @@ def write_texts(
         encoded = encode_files(files, tokenizer, start)
         return encoded if row_length is None else packed(encoded, row_length)
 
-    stamps = [[str(file.path), file.bytes, file.path.stat().st_mtime_ns] for file in files]
     return write_store(
         corpus,
         folder,
@@ -154,16 +178,26 @@ def write_texts(
         groups,
         sum(file.bytes for file in files),
         console,
-        source={**source, "files": stamps},
+        source={**source, "files": stamps(files)},
         row_length=row_length,
+        max_tokens=max_tokens,
     )
+
+
+def stamps(files: list[TextFile]) -> list[list[Any]]:
+    """Path, size and time of change of each file, by which `changed` sees that one is another."""
+    return [[str(file.path), file.bytes, file.path.stat().st_mtime_ns] for file in files]
 
 
 def encode_files(files: list[TextFile], tokenizer: Tokenizer, start: int) -> Groups:
     """The groups of all files, without the first `start`, which are read but not encoded."""
-    for read, pieces in itertools.islice(_grouped(files), start, None):
-        arrays = _encode(tokenizer, [piece.text for piece in pieces])
-        yield read, _chunks(pieces, arrays, tokenizer.end_of_text)
+    for read, pieces in itertools.islice(grouped(files), start, None):
+        yield read, encode_group(pieces, tokenizer)
+
+
+def encode_group(pieces: list[Piece], tokenizer: Tokenizer) -> list[Chunk]:
+    """The chunks of some pieces; each document ends with the end-of-text token, where the tokenizer has one."""
+    return _chunks(pieces, _encode(tokenizer, [piece.text for piece in pieces]), tokenizer.end_of_text)
 
 
 def choose_tokenizer(
@@ -234,7 +268,7 @@ def card(name: str, facts: dict[str, Any], tokenizer: Tokenizer) -> str:
         f"|---|---:|---:|---:|---:|---:|\n{rows}\n\n"
         f"vocabulary  {facts['vocab_size']:,} tokens ({type(tokenizer).__name__}), end of text: {end}\n"
         f"stored as   {facts['dtype']}\n"
-        f"sha256      {hashlib.sha256(digests.encode()).hexdigest()}\n\n"
+        f"sha256      {hashlib.sha256(digests.encode()).hexdigest()}\n\n{_counts(facts)}"
         f"Documents by length in tokens\n\n{_histogram(facts)}\n"
     )
 
@@ -244,6 +278,16 @@ def _card_row(split: str, counts: dict[str, Any]) -> str:
     numbers = (counts["documents"], counts["tokens"], counts["text_bytes"])
     longest = counts["longest_document"]
     return " | ".join([f"| {split}", *(f"{number:,}" for number in numbers), f"{per_token:.3f}", f"{longest:,} |"])
+
+
+def _counts(facts: dict[str, Any]) -> str:
+    """What a corpus has counted besides, over all splits; empty: nothing."""
+    total: dict[str, int] = {}
+    for split in facts["splits"].values():
+        for name, count in split["counts"].items():
+            total[name] = total.get(name, 0) + count
+    lines = [f"{name}: {count:,}\n" for name, count in total.items()]
+    return "\n".join([*lines, ""]) if lines else ""
 
 
 def _histogram(facts: dict[str, Any], width: int = 40) -> str:
@@ -259,7 +303,7 @@ def _histogram(facts: dict[str, Any], width: int = 40) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _grouped(files: list[TextFile]) -> Iterator[tuple[int, list[Piece]]]:
+def grouped(files: list[TextFile]) -> Iterator[tuple[int, list[Piece]]]:
     """Pieces in groups of about `GROUP` characters, with the bytes read so far."""
     before, size = 0, 0
     group: list[Piece] = []

@@ -10,11 +10,11 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from glob import glob, has_magic
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from cleangpt.errors import UserError, nearest, require
 
@@ -34,6 +34,10 @@ class Piece:
     read: int
     """Bytes of the file read so far."""
     split: str = "train"
+    answers: tuple[tuple[int, int], ...] = ()
+    """Of a conversation: first character of each answer, and the one after its last."""
+    left_out: str = ""
+    """Why a conversation is left out; empty: it is not."""
 
 
 @dataclass(frozen=True)
@@ -110,31 +114,43 @@ def read_separated(path: Path, separator: str) -> Iterator[Piece]:
 
 def read_jsonl(path: Path, text_field: str) -> Iterator[Piece]:
     """A file of one JSON object per line, plain or compressed; each `text_field` is a document, empty ones left out."""
-    with path.open("rb") as raw:
-        try:
-            for number, line in enumerate(_decompressed(path, raw), start=1):
-                if line.strip():
-                    text = _field(line, text_field, f"{path}, line {number:,}")
-                    if text:
-                        yield Piece(text, True, raw.tell())
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise UserError(f"{path} is damaged: {error}") from None
+    for entry, place, read in json_lines(path):
+        if text := _field(entry, text_field, place):
+            yield Piece(text, True, read)
 
 
 def read_parquet(path: Path, text_field: str) -> Iterator[Piece]:
     """A Parquet file; each `text_field` is a document, empty and missing ones left out. Needs cleangpt[parquet]."""
+    for entry, place, read in parquet_rows(path, [text_field]):
+        if entry[text_field]:
+            yield Piece(checked(entry[text_field], place, "corpus.text_field"), True, read)
+
+
+def json_lines(path: Path) -> Iterator[tuple[Any, str, int]]:
+    """The value in each line of JSON, plain or compressed, its place for messages, and the bytes read so far."""
+    with path.open("rb") as raw:
+        try:
+            for number, line in enumerate(_decompressed(path, raw), start=1):
+                if line.strip():
+                    place = f"{path}, line {number:,}"
+                    yield _parsed(line, place), place, raw.tell()
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(f"{path} is damaged: {error}") from None
+
+
+def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[dict[str, Any], str, int]]:
+    """The columns of each row of a Parquet file, its place, and its share of the file in bytes."""
     arrow, parquet = require("pyarrow", "parquet"), require("pyarrow.parquet", "parquet")
     row, size = 0, path.stat().st_size
     try:
         with parquet.ParquetFile(path) as file:
-            if text_field not in file.schema_arrow.names:
-                raise UserError(f"{path} has no column {text_field!r}{nearest(text_field, file.schema_arrow.names)}")
-            for batch in file.iter_batches(batch_size=256, columns=[text_field]):
-                for text in batch.column(0).to_pylist():
+            for column in columns:
+                if column not in file.schema_arrow.names:
+                    raise UserError(f"{path} has no column {column!r}{nearest(column, file.schema_arrow.names)}")
+            for batch in file.iter_batches(batch_size=256, columns=list(columns)):
+                for entry in batch.to_pylist():
                     row += 1
-                    if text:
-                        read = size * row // file.metadata.num_rows
-                        yield Piece(_checked(text, f"{path}, row {row:,}"), True, read)
+                    yield entry, f"{path}, row {row:,}", size * row // file.metadata.num_rows
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, after row {row:,}: not valid UTF-8: {error.reason}") from None
     except (arrow.ArrowInvalid, arrow.ArrowNotImplementedError) as error:
@@ -228,24 +244,28 @@ def _decompressed(path: Path, raw: BinaryIO) -> Iterator[bytes]:
         yield from raw
 
 
-def _field(line: bytes, text_field: str, place: str) -> str:
-    """The text in one line of JSON."""
+def _parsed(line: bytes, place: str) -> Any:
+    """The value in one line of JSON."""
     try:
-        entry = json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"{place}: not valid UTF-8 at byte {error.start:,} of the line; convert it to UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: not valid JSON: {error}") from None
+
+
+def _field(entry: Any, text_field: str, place: str) -> str:
+    """The text in a field of a line of JSON."""
     if not isinstance(entry, dict) or not isinstance(entry.get(text_field), str):
         hint = nearest(text_field, entry) if isinstance(entry, dict) else ""
         raise UserError(f"{place}: no text in a field {text_field!r}; set corpus.text_field{hint}")
-    return _checked(entry[text_field], place)
+    return checked(entry[text_field], place, "corpus.text_field")
 
 
-def _checked(text: object, place: str) -> str:
+def checked(text: object, place: str, field: str) -> str:
     """A document that came as a value: refused where it is no text that a plain file could hold."""
     if not isinstance(text, str):
-        raise UserError(f"{place}: {type(text).__name__} where text should be; set corpus.text_field")
+        raise UserError(f"{place}: {type(text).__name__} where text should be; set {field}")
     if "\0" in text:
         raise UserError(f"{place}: a zero character; remove it")
     try:

@@ -30,10 +30,10 @@ class Part:
 
 
 class MixedStore:
-    """Token stores of one tokenizer, by name.
+    """Token stores of one tokenizer, and of one chat template where some are of conversations, by name.
 
     Raises:
-        UserError: two of them have different tokenizers.
+        UserError: two of them have different ones.
     """
 
     def __init__(self, folder: Path, parts: Mapping[str, Part], refuse_end: bool) -> None:
@@ -46,6 +46,14 @@ class MixedStore:
                 raise UserError(
                     f"the sources {first} and {name} have different tokenizers; allowed: one for all, such as byte, or "
                     "the tokenizer.json of one store given to the others as tokenizer_file"
+                )
+        templates = {name: part.store.chat_template for name, part in parts.items() if part.store.chat_template}
+        self.chat_template = next(iter(templates.values()), None)
+        for name, template in templates.items():
+            if template != self.chat_template:
+                raise UserError(
+                    f"the sources {next(iter(templates))} and {name} have different chat templates; allowed: one for "
+                    "all, given to each as chat_template"
                 )
 
 

@@ -2,6 +2,7 @@
 
     store.json             format, corpus, dtype, vocabulary, and for every split its shards, counts and checksums
     tokenizer.json         what turns the tokens into text again
+    chat_template.json     of conversations: how they were written as text
     card.md                the same facts for a reader
     train_00000.bin        token ids, little-endian uint16 (vocabulary up to 65,536) or uint32, document after document
     train_00000.mask       where there is a loss mask: one uint8 per token, 1 where the token is a target that counts
@@ -17,7 +18,7 @@ import json
 import math
 import os
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,6 +26,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from cleangpt.data.chat import CHAT_TEMPLATE, ChatTemplate, find_template
 from cleangpt.data.tokenizers import Tokenizer, load_tokenizer
 from cleangpt.errors import UserError
 from cleangpt.files import PARTIAL, read_json, seal, sha256, write_json, write_text
@@ -39,7 +41,7 @@ SHARD_TOKENS = 2**28
 class SplitFacts:
     """Counts of one split; `length_histogram[k]` counts the documents of 2**k to 2**(k+1) - 1 tokens.
 
-    `unfinished` is the part of `tokens` whose document has not ended yet.
+    `unfinished` is the part of `tokens` whose document has not ended yet; `counts` is what a corpus counts besides.
     """
 
     tokens: int = 0
@@ -48,8 +50,9 @@ class SplitFacts:
     text_bytes: int = 0
     longest_document: int = 0
     length_histogram: dict[int, int] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
 
-    def add(self, tokens: int, lengths: NDArray[np.int64], text_bytes: int) -> None:
+    def add(self, tokens: int, lengths: NDArray[np.int64], text_bytes: int, counts: Mapping[str, int]) -> None:
         """Counts `tokens` of `text_bytes` bytes of UTF-8 text, and the whole `lengths` of the documents that ended."""
         self.tokens += tokens
         self.unfinished += tokens - int(lengths.sum())
@@ -60,6 +63,8 @@ class SplitFacts:
             *np.unique(np.log2(np.maximum(lengths, 1)).astype(int), return_counts=True), strict=True
         ):
             self.length_histogram[int(power)] = self.length_histogram.get(int(power), 0) + int(count)
+        for name, count in counts.items():
+            self.counts[name] = self.counts.get(name, 0) + count
 
 
 class Split:
@@ -123,6 +128,7 @@ class TokenStore:
             raise UserError(f"{folder} has token store format {facts.get('format')}; this version reads {FORMAT}")
         self.folder, self.facts = folder, facts
         self.tokenizer: Tokenizer = load_tokenizer(folder / TOKENIZER)
+        self.chat_template: ChatTemplate | None = find_template(folder)
         self.vocab_size: int = facts["vocab_size"]
         self.row_length: int | None = facts["row_length"]
         dtype = np.dtype(facts["dtype"]).newbyteorder("<")
@@ -155,11 +161,13 @@ class StoreWriter:
         source: Any = None,
         row_length: int | None = None,
         masked: bool = False,
+        chat_template: ChatTemplate | None = None,
         shard_tokens: int = SHARD_TOKENS,
     ) -> None:
         self.folder, self.partial = folder, folder.with_name(folder.name + PARTIAL)
         self.corpus, self.tokenizer, self.source = corpus, tokenizer, source
         self.row_length, self.masked, self.shard_tokens = row_length, masked, shard_tokens
+        self.chat_template = chat_template
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
         self.position = 0
         self.splits: dict[str, SplitFacts] = {}
@@ -168,6 +176,8 @@ class StoreWriter:
         self.partial.mkdir(parents=True, exist_ok=True)
         self._restore()
         write_text(self.partial / TOKENIZER, tokenizer.to_json())
+        if chat_template is not None:
+            write_text(self.partial / CHAT_TEMPLATE, chat_template.to_json())
 
     def append(
         self,
@@ -177,6 +187,7 @@ class StoreWriter:
         *,
         mask: NDArray[np.uint8] | None = None,
         text_bytes: int = 0,
+        counts: Mapping[str, int] | None = None,
     ) -> None:
         """Adds `tokens` to a split, and the `lengths` of the documents that end among them, in tokens of this call.
 
@@ -198,7 +209,7 @@ class StoreWriter:
                 assert mask is not None
                 self._write(f"{split}_{shard:05d}.mask", np.asarray(mask[part], dtype=np.uint8).tobytes(), full)
             written = part.stop
-        facts.add(len(tokens), lengths, text_bytes)
+        facts.add(len(tokens), lengths, text_bytes, counts or {})
 
     def commit(self, position: int) -> None:
         """Makes all that was appended durable, together with `position`, which the caller counts in its own units."""
@@ -258,6 +269,7 @@ class StoreWriter:
             "corpus": self.corpus,
             "source": self.source,
             "tokenizer": self.tokenizer.to_json(),
+            "chat_template": self.chat_template and self.chat_template.to_json(),
             "shard_tokens": self.shard_tokens,
         }
         identity: dict[str, Any] = json.loads(json.dumps(facts))

@@ -7,6 +7,7 @@ that `tokenizers` made is kept in that library's own format, so that it can be e
 
 import json
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,8 +19,10 @@ from cleangpt.interchange.hub import fetch, is_huggingface
 
 END_OF_TEXT = "<|endoftext|>"
 ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
+BEGINS_OF_TEXT = ("<|begin_of_text|>", "<s>", "<bos>")
 REPLACEMENT = "\ufffd"
-LOSSLESS_PROBE = "a Bc, 12 déjà 漢字 🙂\n\tx = 1\n"
+LOSSLESS_PROBES = ("a Bc, 12 déjà 漢字 🙂\n\tx = 1\n", " a  b ", "\n\n", "ﬁ①Ａ")
+"""Texts with characters of several bytes, white space that some tokenizers drop, and letters that some replace."""
 
 
 class Tokenizer(Protocol):
@@ -104,8 +107,10 @@ class ByteTokenizer:
 class BPETokenizer:
     """A tokenizer of Hugging Face's `tokenizers`, from its JSON text; needs cleangpt[bpe].
 
-    Special tokens are never read out of a text (one that spells `<|endoftext|>` is text like any other), and are left
-    out when decoding.
+    Special tokens are never read out of a text (one that spells `<|endoftext|>` is text like any other), are left out
+    when decoding, and none is put before or after a text, whatever the tokenizer's post-processor would do. One in the
+    manner of SentencePiece, which puts a blank before every text, puts it before one that begins with a blank as well,
+    as SentencePiece itself does; `tokenizers` may not, and would lose that blank.
 
     Raises:
         UserError: the library does not understand the JSON, or the tokenizer loses text (it lower-cases, say).
@@ -123,14 +128,24 @@ class BPETokenizer:
         self.vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self.vocabulary.values(), default=-1) + 1
         self.end_of_text = next((self.vocabulary[name] for name in ENDS_OF_TEXT if name in self.vocabulary), None)
-        if not self._is_lossless():
-            raise UserError("this tokenizer loses text when it encodes; allowed: lossless ones, such as byte-level BPE")
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special: dict[str, int] = {token.content: number for number, token in added.items() if token.special}
+        """Tokens that are no text."""
+        self._loses_blank = False
+        self._loses_blank = self._decoded(" a") == "a"
+        for probe in LOSSLESS_PROBES:
+            if (decoded := self._decoded(probe)) != probe:
+                raise UserError(
+                    f"this tokenizer loses text when it encodes: {probe!r} becomes {decoded!r}; allowed: lossless "
+                    "ones, such as byte-level BPE"
+                )
 
-    def _is_lossless(self) -> bool:
+    def _decoded(self, text: str) -> str:
+        """What becomes of a text; empty where it cannot be encoded."""
         try:
-            return self.decode(self.encode(LOSSLESS_PROBE).tolist()) == LOSSLESS_PROBE
+            return self.decode(self.encode(text).tolist())
         except Exception:  # the library raises bare Exception, here at a character that it does not know
-            return False
+            return ""
 
     def encode(self, text: str) -> NDArray[np.int64]:
         """Token ids by the learned merges."""
@@ -140,8 +155,26 @@ class BPETokenizer:
         """`encode` of many texts on all cores: the library's own threads share the texts out."""
         for text in texts:
             _utf8(text)
+        if self._loses_blank:
+            texts = [f" {text}" if text.startswith(" ") else text for text in texts]
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.int64) for encoding in encodings]
+
+    def encode_special(self, texts: list[str]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Token ids `(length,)` of texts in which special tokens are read, and the characters of each `(length, 2)`."""
+        for text in texts:
+            _utf8(text)
+        encodings = self._reading_special.encode_batch(texts, add_special_tokens=False)
+        return [
+            (np.array(encoding.ids, np.int64), np.array(encoding.offsets, np.int64).reshape(-1, 2))
+            for encoding in encodings
+        ]
+
+    @cached_property
+    def _reading_special(self) -> Any:
+        reading = require("tokenizers", "bpe").Tokenizer.from_str(self.to_json())
+        reading.encode_special_tokens = False
+        return reading
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the tokens; special tokens are left out."""

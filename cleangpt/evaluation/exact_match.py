@@ -15,8 +15,9 @@ ROWS = 1024
 def exact_match(model: nn.Module, split: Split, limit: int | None, device: torch.device) -> float:
     """Generates the answer to every problem of a split greedily and compares it with the row's.
 
-    The loss mask tells question from answer: all rows have the same length, and the tokens up to the first that
-    counts are the question. Each token is generated from the model's own earlier ones.
+    The loss mask tells question from answer: the tokens of a row up to the first that counts are the question, those
+    that count one after another from there on are the answer. Each token is generated from the model's own earlier
+    ones. Rows whose questions have the same length are asked together.
 
     Args:
         model: in evaluation mode, on `device`.
@@ -39,8 +40,15 @@ def _right(model: nn.Module, split: Split, rows: NDArray[np.int64], device: torc
     assert split.row_length is not None
     length = split.row_length
     tokens = np.stack([split.read(row * length, length) for row in rows.tolist()]).astype(np.int64)
-    counts = np.stack([split.read_mask(row * length, length) for row in rows.tolist()])
-    question = int(np.argmax(counts[0]))
-    questions = torch.from_numpy(tokens[:, :question]).to(device)
-    answers = greedy(model, questions, length - question).cpu().numpy()
-    return int((answers == tokens[:, question:]).all(axis=1).sum())
+    counts = np.stack([split.read_mask(row * length, length) for row in rows.tolist()]).astype(bool)
+    questions = np.argmax(counts, axis=1)
+    right = 0
+    for question in np.unique(questions).tolist():
+        mine = questions == question
+        answer = np.logical_and.accumulate(counts[mine, question:], axis=1)
+        answer = answer[:, : int(answer.sum(axis=1).max())]
+        prompts = torch.from_numpy(tokens[mine, :question]).to(device)
+        given = greedy(model, prompts, answer.shape[1]).cpu().numpy()
+        wanted = tokens[mine, question : question + answer.shape[1]]
+        right += int(((given == wanted) | ~answer).all(axis=1).sum())
+    return right

@@ -6,8 +6,8 @@ from cleangpt.errors import UserError, require
 
 PREFIX = "hf:"
 FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json", "vocab.json",
-         "merges.txt")  # fmt: skip
-"""All that is ever downloaded; each of them is data, none can run code."""
+         "merges.txt", "tokenizer_config.json", "chat_template.jinja")  # fmt: skip
+"""All that is ever downloaded; each of them is data, and the chat template among it runs in a sandbox."""
 
 
 def is_huggingface(text: str) -> bool:

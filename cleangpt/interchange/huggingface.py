@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cleangpt.config import ModelConfig
+from cleangpt.data.chat import THEIR_TEMPLATE, find_template, stop_tokens
 from cleangpt.data.store import TOKENIZER
 from cleangpt.errors import UserError
-from cleangpt.files import read_json, write_json
+from cleangpt.files import read_json, write_json, write_text
 from cleangpt.interchange.hub import fetch, is_huggingface
 from cleangpt.interchange.vocabularies import ends, name_of, read_tokenizer, to_tokenizers, word_split
 from cleangpt.models import gpt, llama
@@ -66,7 +67,7 @@ def read_huggingface(folder: Path) -> Checkpoint:
         weights: dict[str, Tensor] = mapping.from_huggingface(config, _read_weights(folder))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-    return Checkpoint(folder, config, read_tokenizer(folder), weights, {"model_type": kind})
+    return Checkpoint(folder, config, read_tokenizer(folder), weights, {"model_type": kind}, find_template(folder))
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -116,9 +117,11 @@ def write_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
     tokenizer = to_tokenizers(checkpoint.tokenizer)
     _check_kept(entries["model_type"], tokenizer)
     write_json(folder / CONFIG, entries)
-    write_json(folder / GENERATION_CONFIG, special)
+    write_json(folder / GENERATION_CONFIG, special | _stops(checkpoint))
     write_json(folder / TOKENIZER, tokenizer)
     write_json(folder / TOKENIZER_CONFIG, _tokenizer_config(checkpoint))
+    if checkpoint.chat_template is not None:
+        write_text(folder / THEIR_TEMPLATE, checkpoint.chat_template.source)
     tensors = mapping.to_huggingface(checkpoint.config, checkpoint.weights)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
@@ -137,10 +140,22 @@ def _check_kept(kind: str, tokenizer: dict[str, Any]) -> None:
         )
 
 
+def _stops(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Where the generation of an answer ends, for a model that converses."""
+    if checkpoint.chat_template is None:
+        return {}
+    return {"eos_token_id": sorted(stop_tokens(checkpoint.chat_template, checkpoint.tokenizer))}
+
+
 def _tokenizer_config(checkpoint: Checkpoint) -> dict[str, Any]:
     tokenizer = checkpoint.tokenizer
-    return {name: name_of(tokenizer, token) for name, token in ends(tokenizer).items()} | {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": checkpoint.config.max_seq_len,
-        "clean_up_tokenization_spaces": False,
-    }
+    given = checkpoint.chat_template.special if checkpoint.chat_template is not None else {}
+    return (
+        {name: name_of(tokenizer, token) for name, token in ends(tokenizer).items()}
+        | dict(given)
+        | {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": checkpoint.config.max_seq_len,
+            "clean_up_tokenization_spaces": False,
+        }
+    )

@@ -9,6 +9,7 @@ from typing import Any
 
 from cleangpt.data.store import TOKENIZER
 from cleangpt.data.tokenizers import (
+    BEGINS_OF_TEXT,
     END_OF_TEXT,
     BPETokenizer,
     ByteTokenizer,
@@ -18,8 +19,6 @@ from cleangpt.data.tokenizers import (
 )
 from cleangpt.errors import UserError
 from cleangpt.files import read_json
-
-BEGINS_OF_TEXT = ("<|begin_of_text|>", "<s>", "<bos>")
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

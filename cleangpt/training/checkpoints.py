@@ -4,6 +4,7 @@ checkpoints/index.json                 those kept, best first
 checkpoints/val1.4697_mb000012/        validation loss and macro-batch
     model.safetensors  config.json  tokenizer.json  manifest.json
     adapters.safetensors               of a run with adapters, which model.safetensors has already
+    chat_template.json                 of conversations
 """
 
 import math
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cleangpt.config import LoRAConfig, ModelConfig, SavingConfig, from_json, to_json
+from cleangpt.data.chat import CHAT_TEMPLATE, ChatTemplate, find_template
 from cleangpt.data.store import TOKENIZER
 from cleangpt.data.tokenizers import Tokenizer, load_tokenizer
 from cleangpt.errors import UserError
@@ -63,6 +65,7 @@ class Checkpoints:
         config: ModelConfig,
         tokenizer: Tokenizer,
         lora: LoRAConfig | None = None,
+        chat_template: ChatTemplate | None = None,
     ) -> None:
         """Writes a checkpoint of whole `weights`, then removes those that are no longer among the best."""
         entry = Entry(
@@ -72,7 +75,8 @@ class Checkpoints:
         finite = [other for other in best if not math.isnan(other.val_loss)]
         self.entries = [other for other in best if other.permanent or other in finite[: self.config.keep_best]]
         if self.writes:
-            save_checkpoint(self.folder / entry.name, weights, config, tokenizer, asdict(entry), lora)
+            facts = asdict(entry)
+            save_checkpoint(self.folder / entry.name, weights, config, tokenizer, facts, lora, chat_template)
             index = {"format": FORMAT, "checkpoints": [asdict(other) for other in self.entries]}
             write_json(self.folder / INDEX, index)
             self.prune()
@@ -115,6 +119,7 @@ def save_checkpoint(
     tokenizer: Tokenizer,
     facts: dict[str, Any],
     lora: LoRAConfig | None = None,
+    chat_template: ChatTemplate | None = None,
 ) -> None:
     """Writes a checkpoint to `folder`, whole or not at all; `facts` are kept in its config.json.
 
@@ -133,6 +138,8 @@ def save_checkpoint(
     save_file(base, partial / WEIGHTS, metadata={"format": "pt"})
     write_json(partial / CONFIG, {"format": FORMAT, "model": to_json(config, model_kinds()), "facts": facts})
     write_text(partial / TOKENIZER, tokenizer.to_json())
+    if chat_template is not None:
+        write_text(partial / CHAT_TEMPLATE, chat_template.to_json())
     seal(partial, folder)
 
 
@@ -145,6 +152,8 @@ class Checkpoint:
     tokenizer: Tokenizer
     weights: dict[str, Tensor]
     facts: dict[str, Any]
+    chat_template: ChatTemplate | None = None
+    """How it was taught to converse; None: it was not."""
 
     def model(self, device: torch.device) -> nn.Module:
         """The model with its weights, for use, on `device`."""
@@ -171,7 +180,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         weights = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise UserError(f"{folder / WEIGHTS} is not a safetensors file: {error}") from None
-    return Checkpoint(folder, config, load_tokenizer(folder / TOKENIZER), weights, content["facts"])
+    tokenizer = load_tokenizer(folder / TOKENIZER)
+    return Checkpoint(folder, config, tokenizer, weights, content["facts"], find_template(folder))
 
 
 def best_checkpoint(run: Path) -> Path:

@@ -243,8 +243,11 @@ class Trainer:
         if not self.checkpoints.wanted(macro_batch, val_loss):
             return
         weights = gather_to_host(self.model.state_dict(), keep=self.ranks.is_main)
-        lora = self.experiment.fine_tuning.lora
-        self.checkpoints.save(macro_batch, val_loss, weights, self.experiment.model, self.store.tokenizer, lora)
+        experiment, store = self.experiment, self.store
+        self.checkpoints.save(
+            macro_batch, val_loss, weights, experiment.model, store.tokenizer,
+            experiment.fine_tuning.lora, store.chat_template,
+        )  # fmt: skip
         if tracking.sample_tokens:
             first, *_ = stores(self.store).values()
             with uncompiled():

@@ -1,6 +1,7 @@
 """Adder and multiplier: every row is a true problem, only its answer counts, and the splits share none."""
 
 import itertools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from cleangpt.corpora import Adder, Multiplier, prepare
+from cleangpt.corpora.adder_chat import AdderChat
 from cleangpt.corpora.arithmetic import Arithmetic
 from cleangpt.data.store import TokenStore
 from cleangpt.errors import UserError
@@ -45,7 +47,8 @@ def test_every_row_is_a_true_problem(
 ) -> None:
     corpus = kind(digits=digits, operator_sign=operator, equals_sign=equals, seed=seed)
     positions = data.draw(st.lists(st.integers(0, corpus.problems - 1), min_size=1, max_size=20))
-    tokens, mask = corpus.rows(np.array(positions, np.int64))
+    tokens, mask, text_bytes = corpus.rows(np.array(positions, np.int64))
+    assert text_bytes == tokens.size
     assert tokens.shape == mask.shape == (len(positions), corpus.row_length)
     for ids, counted in zip(tokens, mask, strict=True):
         row = corpus.tokenizer().decode(ids)
@@ -109,3 +112,50 @@ def test_a_field_out_of_range_is_named_and_nothing_is_made(corpus: Arithmetic, f
         prepare(corpus, tmp_path / "data", console=QUIET)
     assert field in str(caught.value)
     assert not (tmp_path / "data").exists()
+
+
+# As conversations ----------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 4), st.data())
+def test_an_answer_that_shows_its_work_is_true_at_every_step(digits: int, data: st.DataObject) -> None:
+    left, right = (data.draw(st.integers(0, 10**digits - 1)) for _ in range(2))
+    *steps, said = AdderChat(digits=digits).answer(left, right).split(", ")
+    assert said == f"so {left + right}"
+    written = 0
+    for place, step in enumerate(steps):
+        numbers, total = step.split("=")
+        assert sum(map(int, numbers.split("+"))) == int(total)
+        written += (int(total) % 10 if place < digits - 1 else int(total)) * 10**place
+    assert len(steps) == digits and written == left + right
+
+
+def test_a_row_is_one_conversation_and_its_answer_is_the_target(tmp_path: Path) -> None:
+    corpus = AdderChat(digits=1)
+    store = prepare(corpus, tmp_path, console=QUIET)
+    template = store.chat_template
+    assert template is not None
+    asked = set()
+    for split in store.splits.values():
+        tokens = split.read(0, split.tokens).reshape(-1, corpus.row_length)
+        mask = split.read_mask(0, split.tokens).reshape(tokens.shape)
+        for ids, counted in zip(tokens, mask, strict=True):
+            text = store.tokenizer.decode(ids.tolist()).rstrip("\0")
+            question, answer = text.removeprefix("user\n").split("\nassistant\n")
+            left, right = map(int, re.findall(r"\d+", question))
+            messages = [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": corpus.answer(left, right)},
+            ]
+            assert f"{text}<|endoftext|>" == template.render(messages)
+            assert store.tokenizer.decode(ids[counted == 1].tolist()) == answer
+            assert ids[counted == 1][-1] == store.tokenizer.end_of_text
+            asked.add((left, right))
+    assert asked == {(left, right) for left in range(10) for right in range(10)}
+    assert store.facts["splits"]["val"]["text_bytes"] < store.facts["splits"]["val"]["tokens"]
+
+
+def test_the_longest_conversation_fills_a_row() -> None:
+    corpus = AdderChat(digits=1)
+    tokens, mask, _ = corpus.rows(np.arange(corpus.problems))
+    assert (mask[:, -1] == 1).any() and tokens.shape == (100, corpus.row_length)

@@ -58,7 +58,7 @@ def write_jsonl(path: Path, texts: list[str]) -> str:
 @pytest.mark.parametrize("kind", CORPORA)
 def test_a_configuration_survives_json(kind: str) -> None:
     cls: Any = CORPORA[kind]
-    corpus = cls(files=("a", "b")) if kind == "text" else cls()
+    corpus = cls(files=("a", "b")) if kind in ("text", "chat") else cls()
     entry = json.loads(json.dumps(to_json(corpus, CORPORA)))
     assert entry["kind"] == kind
     assert from_json(CorpusConfig, entry, CORPORA) == corpus
@@ -75,7 +75,7 @@ def test_every_field_says_what_it_is(kind: str) -> None:
 
 def test_only_arithmetic_has_a_task() -> None:
     tasks = {kind: cls.task for kind, cls in CORPORA.items() if cls.task}
-    assert tasks == {"adder": "exact_match", "multiplier": "exact_match"}
+    assert tasks == dict.fromkeys(("adder", "adder_chat", "multiplier"), "exact_match")
 
 
 def test_each_set_of_fields_has_its_own_folder(tmp_path: Path) -> None:

@@ -37,6 +37,15 @@ def test_every_token_is_packed_once_and_documents_that_fit_stay_whole(sizes: lis
     assert (mask[:, 1:] == (tokens[:, 1:] > 0)).all() and not mask[:, :1].any()
 
 
+@given(sizes=lengths, row_length=st.integers(2, 20), seed=st.integers(0, 9))
+def test_a_token_keeps_its_own_mask(sizes: list[int], row_length: int, seed: int) -> None:
+    wanted = np.random.default_rng(seed).integers(0, 2, sum(sizes) + 1)
+    wanted[0] = 0
+    documents = numbered(sizes)
+    tokens, mask = pack(documents, row_length, [wanted[document] for document in documents])
+    assert (mask[:, 1:] == wanted[tokens[:, 1:]]).all() and not mask[:, :1].any()
+
+
 @given(sizes=lengths, row_length=st.integers(2, 20))
 def test_few_rows_are_needed(sizes: list[int], row_length: int) -> None:
     """Against the bound on what any packing needs: the tokens, and the pieces longer than half a row."""

@@ -11,6 +11,7 @@ import pytest
 import tokenizers as library
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from cleangpt.data.tokenizers import (
     BPETokenizer,
@@ -182,15 +183,98 @@ def test_streaming_shows_whole_characters_at_once(text: str) -> None:
     assert decoder.flush() == ""
 
 
-def test_streaming_keeps_the_blanks_of_a_word_piece_decoder() -> None:
-    peer = library.Tokenizer(library.models.BPE(unk_token=None, byte_fallback=True))
-    peer.pre_tokenizer = library.pre_tokenizers.Metaspace()
-    peer.decoder = library.decoders.Sequence(
-        [library.decoders.ByteFallback(), library.decoders.Metaspace(), library.decoders.Fuse()]
+# In SentencePiece's manner -------------------------------------------------------------------------------------------
+
+BLANK = "\u2581"
+"""Stands for a blank within such a tokenizer."""
+
+
+def sentence_piece(normalizer: object = None, pre_tokenizer: object = None) -> str:
+    """A tokenizer of the form of Llama 2's: a blank before every text, bytes for what the vocabulary lacks."""
+    letters = f"{BLANK}acehmnost"
+    vocabulary = dict.fromkeys(["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters])
+    merges = [("t", "h"), ("th", "e"), (BLANK, "the"), ("a", "t"), ("c", "at"), (BLANK, "cat")]
+    vocabulary |= dict.fromkeys("".join(pair) for pair in merges)
+    peer = library.Tokenizer(
+        library.models.BPE(
+            {name: number for number, name in enumerate(vocabulary)}, merges, unk_token="<unk>", byte_fallback=True
+        )
     )
-    letters = sorted(set("a Bc, 12 déjà 漢字 🙂\n\tx = 1\n".replace(" ", "▁")) | set("▁the cat"))
-    peer.train_from_iterator(["the cat sat on the mat"], library.trainers.BpeTrainer(initial_alphabet=letters))
-    tokenizer = BPETokenizer(peer.to_str())
+    if normalizer is not None:
+        peer.normalizer = normalizer
+    if pre_tokenizer is not None:
+        peer.pre_tokenizer = pre_tokenizer
+    decoders = library.decoders
+    peer.decoder = decoders.Sequence(
+        [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    peer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    peer.post_processor = library.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return peer.to_str()
+
+
+PREPENDING = sentence_piece(
+    library.normalizers.Sequence([library.normalizers.Prepend(BLANK), library.normalizers.Replace(" ", BLANK)])
+)
+METASPACE = sentence_piece(None, library.pre_tokenizers.Metaspace(prepend_scheme="first", split=False))
+blank_text = valid_text.filter(lambda text: BLANK not in text)
+
+
+@pytest.mark.parametrize("content", [PREPENDING, METASPACE], ids=["prepending", "metaspace"])
+@given(text=st.one_of(blank_text, st.text(" at\n")))
+def test_a_tokenizer_that_adds_a_blank_gives_back_any_text(content: str, text: str) -> None:
+    """Of any characters but the one that stands for a blank."""
+    tokenizer = BPETokenizer(content)
+    ids = tokenizer.encode(text).tolist()
+    assert tokenizer.decode(ids) == text
     decoder = StreamDecoder(tokenizer)
-    ids = tokenizer.encode("the cat sat").tolist()
-    assert "".join([decoder.push(token) for token in ids] + [decoder.flush()]) == tokenizer.decode(ids)
+    assert "".join([decoder.push(token) for token in ids] + [decoder.flush()]) == text
+
+
+@given(text=blank_text)
+def test_both_forms_of_such_a_tokenizer_make_the_same_tokens(text: str) -> None:
+    one, other = BPETokenizer(PREPENDING), BPETokenizer(METASPACE)
+    assert text == "" or one.encode(text).tolist() == other.encode(text).tolist()
+
+
+@pytest.mark.parametrize("content", [PREPENDING, METASPACE, BPE.to_json()], ids=["prepending", "metaspace", "bytes"])
+def test_special_tokens_in_a_conversation_are_read_as_transformers_reads_them(content: str) -> None:
+    text = "<s>[ASK] the  cat?\n [/ASK] that 🙂 cat </s><s> déjà<|endoftext|>\n"
+    ((ids, places),) = BPETokenizer(content).encode_special([text])
+    theirs = PreTrainedTokenizerFast(tokenizer_object=library.Tokenizer.from_str(content))(
+        text, add_special_tokens=False, return_offsets_mapping=True
+    )
+    assert ids.tolist() == theirs["input_ids"]
+    assert places.tolist() == [list(place) for place in theirs["offset_mapping"]]
+
+
+def test_a_text_gets_no_token_that_a_post_processor_adds() -> None:
+    peer = library.Tokenizer.from_str(PREPENDING)
+    assert peer.encode("the cat").ids == [1, *BPETokenizer(PREPENDING).encode("the cat").tolist(), 2]
+    assert BPETokenizer(PREPENDING).end_of_text == 2
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "lost"),
+    [
+        (library.normalizers.NFKC(), "'ﬁ①Ａ' becomes 'fi1A'"),
+        (library.normalizers.Strip(), "becomes"),
+        (library.normalizers.Lowercase(), "becomes"),
+        (library.normalizers.Replace("\n", " "), "becomes"),
+    ],
+)
+def test_what_a_tokenizer_loses_is_told_in_one_line(normalizer: object, lost: str) -> None:
+    peer = library.Tokenizer.from_str(BPE.to_json())
+    peer.normalizer = normalizer
+    with pytest.raises(UserError, match="this tokenizer loses text when it encodes: ") as refused:
+        from_json(peer.to_str())
+    assert lost in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_characters_that_are_not_in_a_vocabulary_without_bytes_are_told() -> None:
+    words = library.Tokenizer(library.models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    words.pre_tokenizer = library.pre_tokenizers.Whitespace()
+    with pytest.raises(UserError, match="loses text"):
+        from_json(words.to_str())

@@ -149,6 +149,12 @@ def reader(workplace: Path) -> Path:
         (workplace / "my_texts" / f"{number}.txt").write_text(text, encoding="utf-8")
     notes = (json.dumps({"body": f"Note {number}: {'remember this ' * (number % 7 + 1)}"}) for number in range(500))
     (workplace / "notes.jsonl").write_text("\n".join(notes), encoding="utf-8")
+    asked = (
+        [{"role": "user", "content": f"What is {number} + 1?"}, {"role": "assistant", "content": str(number + 1)}]
+        for number in range(300)
+    )
+    said = (json.dumps({"messages": messages}) for messages in asked)
+    (workplace / "conversations.jsonl").write_text("\n".join(said), encoding="utf-8")
     (workplace / "input.txt").write_text("To be, or not to be: that is the question.\n" * 200, encoding="utf-8")
     stories = (f"Once upon a time there were {number} mice. They lived well.\n" * 20 for number in range(400))
     (workplace / "stories.txt").write_text("<|endoftext|>\n".join(stories), encoding="utf-8")

@@ -10,6 +10,7 @@ import pytest
 
 from cleangpt.cli import COMMANDS, main
 from cleangpt.corpora import CORPORA
+from cleangpt.corpora.chat import Chat
 from cleangpt.corpora.text import Text
 from cleangpt.experiment_files import experiments, load_experiment
 from cleangpt.models import build_model
@@ -21,8 +22,8 @@ DOCUMENTS = [PROJECT / name for name in ("README.md", "README_zh.md", "CONTRIBUT
 DOCUMENTS += sorted((PROJECT / "docs").glob("*.md"))
 SECTIONS = "corpus|data|model|optimizer|schedule|training|parallel|fine_tuning|early_stopping|saving|tracking"
 VOCABULARY = {
-    "Adder": 13, "Fables": 257, "Multiplier": 13, "ShakespeareChar": 65, "Stdlib": 257, "TinyStories": 4096,
-    "Mixture": 257,
+    "Adder": 13, "AdderChat": 257, "Fables": 257, "Multiplier": 13, "ShakespeareChar": 65, "Stdlib": 257,
+    "TinyStories": 4096, "Mixture": 257,
 }  # fmt: skip
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
@@ -185,4 +186,5 @@ def test_the_figures_of_a_run_are_all_explained_with_their_units() -> None:
 
 def test_the_tokenizers_of_the_corpus_text_are_all_explained() -> None:
     assert first_column(PROJECT / "docs" / "own_data.md", "tokenizer") == {"char", "byte", "bpe"}
-    assert set(Text.__dataclass_fields__["tokenizer"].type.__args__) == {"char", "byte", "bpe"}  # type: ignore[union-attr]
+    for corpus in (Text, Chat):
+        assert set(corpus.__dataclass_fields__["tokenizer"].type.__args__) == {"char", "byte", "bpe"}  # type: ignore[union-attr]

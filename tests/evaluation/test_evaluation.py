@@ -12,6 +12,7 @@ from torch import nn
 
 from cleangpt.config import Experiment
 from cleangpt.corpora import prepare
+from cleangpt.corpora.adder_chat import AdderChat
 from cleangpt.data.batches import Batch, Samples, validation_batches
 from cleangpt.data.store import TokenStore
 from cleangpt.evaluation.exact_match import exact_match
@@ -51,6 +52,40 @@ def store(tiny: Callable[..., Experiment]) -> TokenStore:
 def test_right_answers_score_one_and_wrong_ones_zero(store: TokenStore) -> None:
     assert exact_match(Calculator(store), store.splits["test"], None, CPU) == 1.0
     assert exact_match(Calculator(store, wrong=1.0), store.splits["test"], None, CPU) == 0.0
+
+
+class Reciter(nn.Module):
+    """Goes on from every beginning of a text that it knows by heart."""
+
+    def __init__(self, texts: list[list[int]]) -> None:
+        super().__init__()
+        self.known = {tuple(text[:length]): text[length] for text in texts for length in range(1, len(text))}
+        self.config = GPTConfig(vocab_size=257, max_seq_len=200, n_layers=1, n_heads=1, dim=1)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        logits = torch.zeros(*tokens.shape, 257)
+        for row, ids in enumerate(tokens.tolist()):
+            logits[row, -1, self.known.get(tuple(ids), 0)] = 1
+        return logits
+
+
+@pytest.mark.parametrize("wrong", ["nothing", "the first token", "the last token", "what stands before"])
+def test_answers_and_questions_of_any_length_are_scored(wrong: str, workplace: Path) -> None:
+    store = prepare(AdderChat(digits=1), Path("data"))
+    split, length = store.splits["val"], store.row_length
+    assert length is not None
+    texts = []
+    for row in range(split.documents):
+        ids, mask = split.read(row * length, length).tolist(), split.read_mask(row * length, length)
+        first, last = int(mask.argmax()), int(np.flatnonzero(mask)[-1])
+        if row % 5 == 0:
+            place = {"nothing": None, "the first token": first, "the last token": last, "what stands before": 0}[wrong]
+            if place is not None:
+                ids[place] = 255
+        texts.append(ids[: last + 1])
+    expected = 1.0 if wrong == "nothing" else 0.8
+    assert len({len(text) for text in texts}) > 1
+    assert exact_match(Reciter(texts), split, None, CPU) == expected
 
 
 def test_the_score_is_the_share_of_right_answers(store: TokenStore) -> None:

@@ -180,7 +180,7 @@ def test_a_name_is_downloaded_without_any_file_that_could_run_code(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert open_checkpoint("hf:gpt2").config.max_seq_len == 64
     (patterns,) = asked.values()
-    assert all(pattern.endswith((".json", ".safetensors", "merges.txt")) for pattern in patterns)
+    assert all(pattern.endswith((".json", ".safetensors", "merges.txt", ".jinja")) for pattern in patterns)
     assert load_tokenizer(Path("hf:owner/name")).vocab_size == BPE.vocab_size and "owner/name" in asked
 
 

@@ -1,12 +1,18 @@
 """A run on a mixture: resumes exactly, tells the figures of each source, refuses what would lose the position."""
 
 import math
+import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cleangpt.cli import main
 from cleangpt.config import Experiment, Source
@@ -16,6 +22,7 @@ from cleangpt.errors import UserError
 from cleangpt.evaluation.report import evaluate_run
 from cleangpt.tracking.metrics import read_metrics
 from cleangpt.training.run import check_resumable, summary
+from cleangpt.training.snapshots import list_snapshots
 from cleangpt.training.trainer import Trainer
 
 Build = Callable[..., Experiment]
@@ -122,3 +129,89 @@ def test_the_length_of_a_run_whose_weights_change_cannot_change(tiny: Build) -> 
 def test_the_weights_of_a_run_cannot_change(tiny: Build) -> None:
     with pytest.raises(UserError, match=r"corpus.sources.2.weight is 1.0 in this run and cannot become 2.0"):
         check_resumable(three(tiny, (1.0, 1.0, 1.0)), three(tiny, (1.0, 1.0, 2.0)))
+
+
+KILLED = """
+import hashlib
+from cleangpt.config import *
+from cleangpt.corpora.adder import Adder
+from cleangpt.corpora.mixture import Mixture
+from cleangpt.data.batches import BatchLoader
+from cleangpt.models.gpt import GPTConfig
+
+load = BatchLoader.next
+
+def logged(self):
+    position, batch = self.position, load(self)
+    with open("samples_" + LOG, "a") as file:
+        print(position, hashlib.sha256(batch.inputs.numpy().tobytes()).hexdigest(), file=file)
+    return batch
+
+BatchLoader.next = logged
+sources = tuple(
+    Source(name=f"digits{digits}", weight=weight, max_epochs=epochs,
+           corpus=Adder(digits=digits, train_samples=size, val_samples=20, test_samples=10))
+    for digits, size, weight, epochs in (
+        (1, 60, ((0.0, 3.0), (1.0, 0.0)), None), (2, 90, 1.0, 5), (3, 200, ((0.0, 0.0), (1.0, 3.0)), None)
+    )
+)
+experiment = Experiment(
+    name="killed",
+    corpus=Mixture(sources=sources),
+    data=DataConfig(seq_len=12, batch_size=16),
+    model=GPTConfig(max_seq_len=12, n_layers=2, n_heads=2, dim=32, dropout=0.1),
+    optimizer=OptimizerConfig(lr=1e-2),
+    training=TrainingConfig(macro_batches=30, batches_per_macro_batch=4, device="cpu", threads=1),
+    saving=SavingConfig(keep_best=2),
+    tracking=TrackingConfig(sample_tokens=0, score_samples=4),
+)
+"""
+
+
+def sample_log(run: str) -> dict[int, str]:
+    """What was seen at each position; a position that came again after a kill must have had the same samples."""
+    seen: dict[int, str] = {}
+    for line in Path(f"samples_{run}").read_text().splitlines():
+        position, digest = line.split()
+        assert seen.setdefault(int(position), digest) == digest
+    return seen
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX")
+def test_a_mixture_of_three_stores_killed_at_any_moment_sees_the_same_samples_and_ends_with_the_same_bits(
+    workplace: Path,
+) -> None:
+    """With weights that change, and a source that ends on the way."""
+
+    def start(run: str, *words: str) -> "subprocess.Popen[bytes]":
+        (workplace / "killed.py").write_text(KILLED.replace("LOG", repr(run)))
+        command = [sys.executable, "-m", "cleangpt", "train", "killed.py", "--run-dir", run, *words]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def finish(process: "subprocess.Popen[bytes]") -> None:
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output.decode()
+
+    finish(start("whole"))
+    for steps in (7, 50, 90):
+        process = start("broken")
+        deadline = time.monotonic() + 60
+        while not Path("samples_broken").exists() or len(sample_log("broken")) < steps:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    finish(start("broken"))
+    assert sample_log("broken") == sample_log("whole") and len(sample_log("whole")) == 120
+    assert [
+        {name: value for name, value in row.items() if name not in TIMES} for row in read_metrics(Path("broken"))
+    ] == [{name: value for name, value in row.items() if name not in TIMES} for row in read_metrics(Path("whole"))]
+    one, two = (
+        load_file(list_snapshots(Path(run) / "snapshots")[0] / "shard_00000.safetensors") for run in ("whole", "broken")
+    )
+    assert one.keys() == two.keys() and any(name.startswith("model/") for name in one)
+    assert all(one[name].numpy().tobytes() == two[name].numpy().tobytes() for name in one)
+    last = read_metrics(Path("whole"))[-1]
+    assert last["times_visited/digits2"] == 5
