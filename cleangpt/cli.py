@@ -37,6 +37,7 @@ usage: cleangpt COMMAND [ARGUMENTS] [--help]
   resume RUN            go on from a run's newest snapshot
   evaluate RUN          loss, perplexity, bits per byte and task score of a run's best checkpoint
   sample RUN            text from a run's best checkpoint
+  chat RUN              talk with a model that was trained on conversations
   report RUN [RUN ...]  a page with curves, figures and samples; several runs are compared
   export RUN            a run's best checkpoint for Hugging Face or llama.cpp
 
@@ -432,24 +433,22 @@ def _show(row: Iterable["Piece"], prompt: str | None, logprobs: bool) -> None:
         print()
 
 
-def _sampling(options: SampleOptions) -> "Sampling":
+def _sampling(options: "SampleOptions | ChatOptions") -> "Sampling":
     """How to draw, checked."""
     from cleangpt.inference.sampling import Sampling
 
-    for name, allowed, words in (
-        ("temperature", options.temperature >= 0, "0 or more"),
-        ("top-k", options.top_k is None or options.top_k >= 1, "1 or more"),
-        ("top-p", options.top_p is None or 0 < options.top_p <= 1, "more than 0, at most 1"),
-        ("min-p", options.min_p is None or 0 < options.min_p <= 1, "more than 0, at most 1"),
-        ("repetition-penalty", options.repetition_penalty > 0, "more than 0"),
-        ("max-new-tokens", options.max_new_tokens >= 0, "0 or more"),
-        ("num-samples", options.num_samples >= 1, "1 or more"),
-        ("draft-tokens", options.draft_tokens >= 1, "1 or more"),
-        ("stop", all(options.stop), "texts of one character or more"),
-        ("seed", 0 <= options.seed < 2**63, "a whole number of 0 or more"),
-    ):
-        value = getattr(options, name.replace("-", "_"))
-        if not allowed or value == math.inf:
+    rules: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "temperature": (lambda value: value >= 0, "0 or more"),
+        **dict.fromkeys(("top-k", "num-samples", "draft-tokens"), (lambda value: value >= 1, "1 or more")),
+        **dict.fromkeys(("top-p", "min-p"), (lambda value: 0 < value <= 1, "more than 0, at most 1")),
+        "repetition-penalty": (lambda value: value > 0, "more than 0"),
+        "max-new-tokens": (lambda value: value >= 0, "0 or more"),
+        "stop": (all, "texts of one character or more"),
+        "seed": (lambda value: 0 <= value < 2**63, "a whole number of 0 or more"),
+    }
+    for name, (allowed, words) in rules.items():
+        value = getattr(options, name.replace("-", "_"), None)
+        if value is not None and (not allowed(value) or value == math.inf):
             raise UserError(f"--{name} is {value}; allowed: {words}")
     return Sampling(
         temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, min_p=options.min_p,
@@ -466,6 +465,77 @@ def _draft_model(text: str, tokenizer: "Tokenizer", device: "torch.device") -> "
     if not same_tokens(draft.tokenizer, tokenizer):
         raise UserError(f"--draft is {text!r}, whose tokenizer is another one; allowed: a model of the same tokenizer")
     return draft.model(device)
+
+
+@dataclasses.dataclass
+class ChatOptions:
+    """With whom to talk, and how."""
+
+    run: tyro.conf.Positional[str]
+    """Folder of a run or of a checkpoint, an experiment's name for its newest run, or hf:NAME_OR_FOLDER."""
+    message: str | None = None
+    """Say this, show the answer and end; none: a conversation, one line a message, until an empty one."""
+    system: str | None = None
+    """What the conversation begins with."""
+    max_new_tokens: int = 500
+    """Most tokens in an answer."""
+    temperature: float = 0.8
+    """Divides the logits; 0: always the likeliest token."""
+    top_k: int | None = None
+    """Draw among so many likeliest tokens only."""
+    top_p: float | None = None
+    """Draw among the likeliest tokens that together reach this probability only."""
+    min_p: float | None = None
+    """Draw among tokens that are at least so many times as likely as the likeliest only."""
+    repetition_penalty: float = 1.0
+    """More than 1: tokens of the context become less likely."""
+    seed: int = 1337
+    """Of the draws."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    code: str | None = None
+    """A Python file of yours to run first, which registers your own model."""
+
+
+def chat_command(words: list[str]) -> None:
+    """cleangpt chat RUN"""
+    about = "A conversation with a model that was trained on some."
+    options = parse(ChatOptions, words, program="cleangpt chat", about=about)
+    from cleangpt.inference.chat import answer
+    from cleangpt.interchange.huggingface import open_checkpoint
+    from cleangpt.training.device import choose_device
+
+    sampling = _sampling(options)
+    _run_code(options.code)
+    device = choose_device(options.device)
+    checkpoint = open_checkpoint(options.run)
+    if checkpoint.chat_template is None:
+        raise UserError(
+            f"{checkpoint.folder} has no chat template, since it was not trained on conversations; use sample"
+        )
+    model = checkpoint.model(device)
+    messages = [{"role": "system", "content": options.system}] if options.system else []
+    while said := options.message or _next_message():
+        messages.append({"role": "user", "content": said})
+        pieces = []
+        for piece in answer(
+            model, checkpoint.tokenizer, checkpoint.chat_template, messages, device,
+            max_new_tokens=options.max_new_tokens, sampling=sampling,
+        ):  # fmt: skip
+            print(piece, end="", flush=True)
+            pieces.append(piece)
+        print()
+        messages.append({"role": "assistant", "content": "".join(pieces)})
+        if options.message is not None:
+            break
+
+
+def _next_message() -> str:
+    """A line of the user's; empty at the end."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
 
 
 @dataclasses.dataclass
@@ -576,6 +646,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "resume": resume_command,
     "evaluate": evaluate_command,
     "sample": sample_command,
+    "chat": chat_command,
     "report": report_command,
     "export": export_command,
 }

@@ -1,5 +1,7 @@
 """Every command works, and every mistake is one line, exit code 2, with nothing created."""
 
+import ast
+import io
 import json
 import subprocess
 import sys
@@ -207,9 +209,69 @@ def test_sample_goes_on_from_a_prompt_the_same_way_for_a_seed(run: str, capsys: 
     assert texts[0].count("---") == 2 and texts[0].count("12+34=") == 3
 
 
+def test_a_draft_and_an_empty_cache_change_no_greedy_text(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for words in ([], ["--draft", "run", "--draft-tokens", "3"], ["--no-cache"]):
+        capsys.readouterr()
+        assert main(["sample", "run", "--prompt", "12+34=", "--temperature", "0", *words]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_tokens_are_shown_with_their_log_probabilities(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of all but the prompt; together they are the text."""
+    words = ["sample", "run", "--prompt", "12+34=", "--temperature", "0"]
+    capsys.readouterr()
+    assert main(words) == main([*words, "--logprobs"]) == 0
+    text, *lines = capsys.readouterr().out.splitlines()
+    shown = [line.split(maxsplit=1) for line in lines]
+    assert all(float(logprob) <= 0 for logprob, _ in shown)
+    assert "12+34=" + "".join(ast.literal_eval(token) for _, token in shown) == text
+
+
+CHAT = """
+from cleangpt.config import *
+from cleangpt.corpora.adder_chat import AdderChat
+from cleangpt.models.gpt import GPTConfig
+
+corpus = AdderChat()
+experiment = Experiment(
+    name="talk",
+    corpus=corpus,
+    data=DataConfig(seq_len=corpus.row_length - 1, batch_size=4, val_samples=4),
+    model=GPTConfig(max_seq_len=corpus.row_length - 1, n_layers=1, n_heads=2, dim=16),
+    optimizer=OptimizerConfig(lr=1e-2),
+    training=TrainingConfig(macro_batches=1, batches_per_macro_batch=2, device="cpu"),
+    tracking=TrackingConfig(progress=False, sample_tokens=2, score_samples=2),
+)
+"""
+
+
+def test_a_conversation_goes_on_line_by_line(
+    run: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("talk.py").write_text(CHAT)
+    assert main(["train", "talk.py", "--run-dir", "talk"]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is 1 + 2?\nAnd 3 + 4?\n\nnever said\n"))
+    words = ["chat", "talk", "--max-new-tokens", "5", "--temperature", "0", "--system", "Be brief."]
+    assert main(words) == 0
+    assert capsys.readouterr().out.count("\n") >= 2
+    assert main([*words, "--message", "What is 1 + 2?"]) == 0
+    assert "--top-p is 2.0; allowed: more than 0, at most 1" in error_of(capsys, *words, "--top-p", "2")
+    assert "run/checkpoints" in error_of(capsys, "chat", "run") and "has no chat template" in error_of(
+        capsys, "chat", "run"
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--min-p", "2"], "--min-p is 2.0; allowed: more than 0, at most 1"),
+        (["--repetition-penalty", "0"], "--repetition-penalty is 0.0; allowed: more than 0"),
+        (["--stop", ""], "--stop is ('',); allowed: texts of one character or more"),
+        (["--draft", "nowhere"], "nowhere is not a run"),
+        (["--draft-tokens", "0"], "--draft-tokens is 0; allowed: 1 or more"),
         (["--prompt", "12*3"], "does not know the character '*'"),
         (["--temperature", "-1"], "--temperature is -1.0; allowed: 0 or more"),
         (["--top-k", "0"], "--top-k is 0; allowed: 1 or more"),

@@ -4,7 +4,7 @@ A model reads at most `max_seq_len` tokens. A text that grows longer goes on aft
 of a token stays the same on the average, with a cache.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -120,7 +120,7 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
     vocab_size: int | None = None,
-    end_of_text: int | None = None,
+    ends: Collection[int] = (),
     cached: bool = True,
     compiled: bool = False,
 ) -> Iterator[list[Token | None]]:
@@ -135,7 +135,7 @@ def generate(
         max_new_tokens: the most tokens to draw for each row.
         sampling: how to draw.
         vocab_size: ids from here on are padding of the embedding, and are never drawn.
-        end_of_text: the token that ends a row; it is not given out.
+        ends: tokens that end a row; they are not given out.
         cached: whether to use a KV cache, where the model has one.
         compiled: whether to compile the reading of single tokens, with a cache.
     """
@@ -147,7 +147,7 @@ def generate(
         drawn = draws.tokens(_next(context, logits, sampling))
         logprobs = logits.log_softmax(dim=-1).gather(1, drawn[:, None])[:, 0].tolist()
         tokens = drawn.tolist()
-        ended = [before or token == end_of_text for before, token in zip(ended, tokens, strict=True)]
+        ended = [before or token in ends for before, token in zip(ended, tokens, strict=True)]
         if all(ended):
             return
         yield [None if over else Token(*pair) for over, *pair in zip(ended, tokens, logprobs, strict=True)]
@@ -177,7 +177,7 @@ def speculate(
     draft_tokens: int = 4,
     sampling: Sampling = GREEDY,
     vocab_size: int | None = None,
-    end_of_text: int | None = None,
+    ends: Collection[int] = (),
     compiled: bool = False,
 ) -> Iterator[Token]:
     """`generate` for one prompt, where a smaller model drafts tokens that the larger one checks several at a time.
@@ -194,7 +194,7 @@ def speculate(
         draft_tokens: how many are drafted at a time.
         sampling: how to draw.
         vocab_size: ids from here on are padding of the embeddings, and are never drawn.
-        end_of_text: the token to stop at; it is not given out.
+        ends: tokens to stop at; they are not given out.
         compiled: whether to compile the reading of new tokens.
     """
     given: dict[str, Any] = {"vocab_size": vocab_size, "spare": draft_tokens + 1, "compiled": compiled}
@@ -208,7 +208,7 @@ def speculate(
         small.take_back(max(0, len(guesses) - len(tokens) + 1))
         small.add([tokens[-1].id])
         for token in tokens:
-            if token.id == end_of_text:
+            if token.id in ends:
                 return
             yield token
         left -= len(tokens)

@@ -24,7 +24,7 @@ def sample_text(
     model.eval()
     drawn = generate(
         model, [tokens], device, max_new_tokens=count, sampling=Sampling(temperature=0.8, seed=seed),
-        vocab_size=store.vocab_size, end_of_text=store.tokenizer.end_of_text,
+        vocab_size=store.vocab_size, ends=ends_of(store.tokenizer),
     )  # fmt: skip
     text = store.tokenizer.decode([*tokens, *(token.id for (token,) in drawn if token is not None)])
     model.train(was_training)
@@ -108,17 +108,17 @@ def stream(
     Raises:
         UserError: the prompt has a character that the tokenizer does not know.
     """
-    ids, ends = prompt_tokens(tokenizer, prompt), tokenizer.end_of_text
+    ids, ends = prompt_tokens(tokenizer, prompt), ends_of(tokenizer)
     drawn: Iterator[Token | None]
     if draft is not None:
         drawn = speculate(
             model, draft, ids, device, max_new_tokens=max_new_tokens, draft_tokens=draft_tokens, sampling=sampling,
-            vocab_size=tokenizer.vocab_size, end_of_text=ends, compiled=compiled,
+            vocab_size=tokenizer.vocab_size, ends=ends, compiled=compiled,
         )  # fmt: skip
     else:
         rows = generate(
             model, [ids], device, max_new_tokens=max_new_tokens, sampling=sampling, vocab_size=tokenizer.vocab_size,
-            end_of_text=ends, cached=cached, compiled=compiled,
+            ends=ends, cached=cached, compiled=compiled,
         )  # fmt: skip
         drawn = (token for (token,) in rows)
     writer = Writer(tokenizer, stop)
@@ -150,7 +150,7 @@ def complete(
     writers, pieces = [Writer(tokenizer, stop) for _ in prompts], [list[Piece]() for _ in prompts]
     drawn = generate(
         model, [prompt_tokens(tokenizer, prompt) for prompt in prompts], device, max_new_tokens=max_new_tokens,
-        sampling=sampling, vocab_size=tokenizer.vocab_size, end_of_text=tokenizer.end_of_text, cached=cached,
+        sampling=sampling, vocab_size=tokenizer.vocab_size, ends=ends_of(tokenizer), cached=cached,
         compiled=compiled,
     )  # fmt: skip
     for tokens in drawn:
@@ -178,3 +178,8 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str | None) -> list[int]:
         return [int(tokenizer.encode("\n")[0])]
     except UserError:
         return [0]
+
+
+def ends_of(tokenizer: Tokenizer) -> set[int]:
+    """The tokens at which a text ends."""
+    return set() if tokenizer.end_of_text is None else {tokenizer.end_of_text}

@@ -69,7 +69,7 @@ def options() -> set[str]:
     """Every option of every command; of a flag, the name without ``no-`` as well."""
     texts = [help_of("train", name) for name in experiments()]
     texts += [help_of("prepare", name) for name in CORPORA]
-    texts += [help_of(command) for command in ("evaluate", "sample", "report")]
+    texts += [help_of(command) for command in ("evaluate", "sample", "chat", "report", "export")]
     return set(re.findall(r"--[a-z][\w.-]*", " ".join(texts))) | {"--help"}
 
 

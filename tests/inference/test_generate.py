@@ -106,7 +106,7 @@ def test_the_end_of_text_ends_its_row_alone_and_is_not_given_out() -> None:
     ours, prompts = model(), [[1], [2]]
     whole = list(generate(ours, prompts, CPU, max_new_tokens=30))
     end = ids(whole, 0)[4]
-    ended = list(generate(ours, prompts, CPU, max_new_tokens=30, end_of_text=end))
+    ended = list(generate(ours, prompts, CPU, max_new_tokens=30, ends={end}))
     lengths = [[*ids(whole, row), end].index(end) for row in (0, 1)]
     assert lengths[0] != lengths[1]
     for row, length in enumerate(lengths):
@@ -197,7 +197,7 @@ def test_drafted_tokens_are_distributed_as_those_of_the_larger_model() -> None:
 def test_a_drafted_text_ends_at_its_end() -> None:
     large = model()
     whole = [token.id for token in spoken(large, large, [1], max_new_tokens=30)]
-    ended = spoken(large, large, [1], max_new_tokens=30, end_of_text=whole[4])
+    ended = spoken(large, large, [1], max_new_tokens=30, ends={whole[4]})
     assert [token.id for token in ended] == whole[: whole.index(whole[4])]
 
 
