@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from cleangpt.tracking.metrics import read_metrics
 from cleangpt.training.checkpoints import WEIGHTS, best_checkpoint
+from cleangpt.training.snapshots import newest_snapshot
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
 
@@ -164,6 +165,22 @@ def test_an_error_of_one_process_is_told_by_all() -> None:
     assert code == 1 and seconds < 60
     machine = socket.gethostname()
     assert stopped_lines(errors) == {0: f"process 1 (machine {machine}) failed at step 4: the disk is on fire"}
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_one_process_is_told_by_all_and_the_older_snapshot_stays() -> None:
+    full = EXPERIMENT + (
+        "\nfrom cleangpt.training import shards\nsave_file = shards.save_file\n"
+        "def full(tensors, path):\n    if RANK == '1' and 'mb000002' in str(path):\n"
+        "        raise OSError(28, 'No space left on device')\n    save_file(tensors, path)\n"
+        "shards.save_file = full\n"
+    )
+    Path("launched.py").write_text(full)
+    code, errors, _ = one_machine(2)
+    line = "error: the snapshot could not be saved: [Errno 28] No space left on device (process 1)"
+    said = [words for words in errors.splitlines() if words.startswith("rank ")]
+    assert code == 1 and said and {words.partition(": ")[2] for words in said} == {line}, errors[-3000:]
+    assert newest_snapshot(Path("run/snapshots")) == (Path("run/snapshots/mb000001"), [])
 
 
 @pytest.mark.slow
