@@ -38,7 +38,7 @@ Generate = Callable[[int, int], float]
 
 def run(setup: Setup) -> list[Row]:
     """The rows of the benchmark."""
-    count = 8 if setup.quick else 192
+    count = 8 if setup.quick else 96
     rows = compare(GPT(config(48)), 1, 2, count, {}, setup, "6 × 48, ")
     model = GPT(config(384))
     checkpoint = Checkpoint(setup.folder, model.config, ByteTokenizer(), model.state_dict(), {})

@@ -58,7 +58,7 @@ CELLS = {
 
 def run(setup: Setup) -> list[Row]:
     """The rows of the benchmark."""
-    sizes = [(2, 32, 8, 2)] if setup.quick else [(4, 128, 32, 40), (6, 384, 64, 6)]
+    sizes = [(2, 32, 8, 2)] if setup.quick else [(4, 128, 32, 40), (6, 384, 16, 6)]
     return [row for size in sizes for row in compare(*size, setup)]
 
 
@@ -70,7 +70,7 @@ def compare(layers: int, dim: int, batch_size: int, steps: int, setup: Setup) ->
     (folder / "experiment.py").write_text(text, encoding="utf-8")
     numbers = itertools.count(1)
     measures = {name: partial(step_seconds, cell, folder, numbers) for name, cell in CELLS.items()}
-    taken = interleave(measures, min(5, setup.repetitions), warm_up=False)
+    taken = interleave(measures, min(3, setup.repetitions), warm_up=False)
     theirs = taken.pop(ONE_PROCESS)
     return [Row(f"{layers} × {dim}: {name}", "s", ours, ONE_PROCESS, theirs) for name, ours in taken.items()]
 
