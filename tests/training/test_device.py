@@ -119,7 +119,6 @@ def test_a_machine_without_a_compiler_is_noticed(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_compiled_blocks_share_one_compilation_and_keep_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """And step aside for inputs of changing shape."""
     torch._dynamo.reset()

@@ -439,7 +439,6 @@ def test_recomputed_activations_change_nothing_but_the_memory(tiny: Build, train
     assert_equal(ends["kept"], ends["recomputed"])
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize("compiled", ["model", "blocks"])
 @pytest.mark.parametrize("fields", [{}, {"training__recompute_every": 1}], ids=["plain", "recomputed"])
 def test_no_micro_batch_is_compiled_for_a_shape_of_its_own(
