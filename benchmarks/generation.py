@@ -1,8 +1,8 @@
 """Generating text: seconds of a token, with a KV cache, against others with the same weights.
 
 A GPT-2 of 6 × 384 with a byte vocabulary, 10.8 million parameters in fp32, goes on greedily after 16 tokens. For one
-sequence, all weights come from memory for every token: `products alone` multiplies by each matrix once and does nothing
-else, so no program that keeps weights in fp32 can be faster. What a token costs besides shows in a model of 6 × 48.
+sequence, all weights come from memory for every token: `products alone` multiplies by each matrix once, by PyTorch, and
+does nothing else. What a token costs besides shows in a model of 6 × 48.
 Hugging Face's `generate` has a cache, nanoGPT's (`--peer`) has none; llama.cpp runs the exported file, where
 llama-cpp-python is installed, its cache in fp32 too. Compilation is done before.
 """
