@@ -26,6 +26,7 @@ from cleangpt.data.tokenizers import (
     ByteTokenizer,
     CharTokenizer,
     Tokenizer,
+    ends_of,
 )
 from cleangpt.errors import UserError, require
 from cleangpt.files import read_json
@@ -258,12 +259,11 @@ def stop_tokens(template: ChatTemplate, tokenizer: Tokenizer) -> set[int]:
         UserError: the template cannot write a conversation of one question and one answer.
     """
     special = special_tokens(tokenizer)
-    stops = set() if tokenizer.end_of_text is None else {tokenizer.end_of_text}
     text, spans = template.render_answers(
         [{"role": "user", "content": "1"}, {"role": ASSISTANT, "content": "2"}], special
     )
     ((ids, places),) = encode_chat(tokenizer, [text])
-    return stops | set(ids[answer_mask(places, spans) == 1][-1:].tolist()) & set(special.values())
+    return ends_of(tokenizer) | set(ids[answer_mask(places, spans) == 1][-1:].tolist()) & set(special.values())
 
 
 def _encode_bytes(tokenizer: ByteTokenizer, text: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -261,6 +261,11 @@ def from_json(text: str) -> Tokenizer:
     raise UserError(f"the tokenizer is of kind {kind!r}, or lacks a field; allowed: char, byte, or one of tokenizers")
 
 
+def ends_of(tokenizer: Tokenizer) -> set[int]:
+    """The tokens at which a text ends: one, or none."""
+    return set() if tokenizer.end_of_text is None else {tokenizer.end_of_text}
+
+
 def same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
     """Whether the ids of one tokenizer mean the same texts as those of the other."""
     if isinstance(one, BPETokenizer) and isinstance(other, BPETokenizer):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cleangpt.data.store import TokenStore
-from cleangpt.data.tokenizers import StreamDecoder, Tokenizer
+from cleangpt.data.tokenizers import StreamDecoder, Tokenizer, ends_of
 from cleangpt.errors import UserError
 from cleangpt.inference.generate import Token, generate, speculate
 from cleangpt.inference.sampling import Sampling
@@ -178,8 +178,3 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str | None) -> list[int]:
         return [int(tokenizer.encode("\n")[0])]
     except UserError:
         return [0]
-
-
-def ends_of(tokenizer: Tokenizer) -> set[int]:
-    """The tokens at which a text ends."""
-    return set() if tokenizer.end_of_text is None else {tokenizer.end_of_text}
