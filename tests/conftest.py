@@ -2,7 +2,8 @@
 
 import dataclasses
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,14 @@ def change(experiment: Experiment, **fields: Any) -> Experiment:
             value = dataclasses.replace(getattr(experiment, part), **{entry: value})
         experiment = dataclasses.replace(experiment, **{part: value})
     return experiment
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    """Forgets what a test compiled: PyTorch gives up on a function that all tests together compile too many times."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 @pytest.fixture

@@ -121,7 +121,6 @@ def test_a_machine_without_a_compiler_is_noticed(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.slow
 def test_compiled_blocks_share_one_compilation_and_keep_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """And step aside for inputs of changing shape."""
-    torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
     plain, model = make_model(n_layers=4), make_model(n_layers=4)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))

@@ -446,7 +446,6 @@ def test_no_micro_batch_is_compiled_for_a_shape_of_its_own(
 ) -> None:
     """Neither the last of a validation split of 13 samples in micro-batches of 4, nor those of a growing step, nor the
     lengths that are sampled and scored: the whole run compiles once to train and once to validate."""
-    torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     fields = GROWING | {"data__val_samples": 13, "training__micro_batch_size": 4, **fields}
