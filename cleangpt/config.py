@@ -99,8 +99,21 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MuonConfig:
+    """Muon (Jordan et al. 2024) for the matrices in the model's blocks; AdamW keeps the rest."""
+
+    lr: float | None = None
+    """Learning rate of these matrices, before the schedule's factor; their updates are as large as AdamW's at the same
+    rate. None: AdamW updates them too."""
+    momentum: float = 0.95
+    """Share of the momentum that a step keeps."""
+    iterations: int = 5
+    """Of the polynomial that makes an update orthogonal; fewer cost less, and reach it less well."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov and Hutter 2019); matrices decay, biases and gains do not."""
+    """AdamW (Loshchilov and Hutter 2019), or Muon for some; matrices decay, biases and gains do not."""
 
     lr: float
     """Learning rate, before the schedule's factor."""
@@ -112,6 +125,10 @@ class OptimizerConfig:
     """Added to the denominator of the update."""
     clip_norm: float | None = 1.0
     """Largest norm of the whole gradient; none: no clipping."""
+    muon: MuonConfig = MuonConfig()
+    lr_factors: tuple[tuple[str, float], ...] = ()
+    """Factors on the learning rates of parameters by a pattern of their names, such as ("head.*", 2.0); a * stands for
+    any letters, dots included, and the first pattern that fits counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,6 +327,7 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
             "model.n_experts",
             "model.experts_per_token",
             "model.expert_hidden_dim",
+            "model.ngram_rows",
             "training.macro_batches",
             "training.batches_per_macro_batch",
             "training.accumulation",
@@ -317,6 +335,7 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
             "training.recompute_every",
             "training.threads",
             "training.max_skipped_steps",
+            "optimizer.muon.iterations",
             "fine_tuning.lora.rank",
             "parallel.replicas",
             "parallel.tensor",
@@ -343,7 +362,7 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
             for name in ("lr", "weight_decay", "batch_size")
             for part in ("initial", "final", "power")
         ]
-        + ["optimizer.lr", "optimizer.weight_decay", "early_stopping.min_delta"],
+        + ["optimizer.lr", "optimizer.muon.lr", "optimizer.weight_decay", "early_stopping.min_delta"],
         (lambda value: value >= 0, "0 or more"),
     ),
     **dict.fromkeys(
@@ -368,6 +387,10 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     ),
     **dict.fromkeys(
         ["model.dropout", "fine_tuning.lora.dropout"], (lambda value: 0 <= value < 1, "from 0 to below 1")
+    ),
+    "optimizer.muon.momentum": (lambda value: 0 <= value < 1, "from 0 to below 1"),
+    "optimizer.lr_factors": (
+        lambda value: all(factor >= 0 for _, factor in value), "patterns, each with a number of 0 or more"
     ),
     "fine_tuning.layer_decay": (lambda value: 0 < value <= 1, "more than 0, at most 1"),
     "training.device": (
@@ -440,6 +463,8 @@ def check_experiment(experiment: Experiment, devices: int = 1) -> None:
                 f"schedule.{name}.decay is {schedule.decay}; allowed: at most 1 - warmup, "
                 f"which is {1 - schedule.warmup:g}"
             )
+    if experiment.optimizer.muon.lr is not None and experiment.optimizer.lr == 0:
+        raise UserError(f"optimizer.lr is {experiment.optimizer.lr}; allowed with optimizer.muon.lr: more than 0")
     _check_fine_tuning(experiment)
 
 

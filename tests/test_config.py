@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 
-from cleangpt.config import Experiment, Schedule, ScheduleConfig, check_experiment, from_json, to_json
+from cleangpt.config import (
+    Experiment,
+    MuonConfig,
+    OptimizerConfig,
+    Schedule,
+    ScheduleConfig,
+    check_experiment,
+    from_json,
+    to_json,
+)
 from cleangpt.errors import UserError
 from cleangpt.experiment_files import experiments, load_experiment
 from cleangpt.training.run import experiment_json, kinds
@@ -30,6 +39,15 @@ Build = Callable[..., Experiment]
         ({"optimizer__lr": -1.0}, "optimizer.lr is -1.0; allowed: 0 or more"),
         ({"optimizer__lr": float("nan")}, "optimizer.lr is nan; allowed: a finite number"),
         ({"optimizer__betas": (0.9, 1.0)}, "optimizer.betas is (0.9, 1.0); allowed: two numbers from 0 to below 1"),
+        ({"optimizer__muon": MuonConfig(momentum=1.0)}, "optimizer.muon.momentum is 1.0; allowed: from 0 to below 1"),
+        (
+            {"optimizer": OptimizerConfig(lr=0.0, muon=MuonConfig(lr=0.1))},
+            "optimizer.lr is 0.0; allowed with optimizer.muon.lr: more than 0",
+        ),
+        (
+            {"optimizer__lr_factors": (("head.*", -1.0),)},
+            "optimizer.lr_factors is (('head.*', -1.0),); allowed: patterns, each with a number of 0 or more",
+        ),
         ({"optimizer__betas": (0.9,)}, "optimizer.betas is (0.9,); allowed: a tuple of a number, a number"),
         ({"training__precision": "fp4"}, "training.precision is 'fp4'; allowed: auto, fp32, tf32, bf16, fp16, fp8"),
         ({"training__device": "gpu"}, "training.device is 'gpu'; allowed: auto, cpu, cuda, cuda:N or mps"),

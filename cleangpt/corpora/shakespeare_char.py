@@ -1,6 +1,6 @@
 """Tiny Shakespeare (Karpathy 2015), a token per character: the first 90 % train, the rest validates (as nanoGPT)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,17 +30,26 @@ class ShakespeareChar(Corpus):
     """One token per character of the text, or per byte of any, for a mixture with other corpora."""
     tokenizer_file: str | None = None
     """Use this tokenizer.json, or that of a model by hf:NAME_OR_FOLDER, instead."""
+    held_out: float = 0.0
+    """Share of the text that neither trains nor validates, taken from the end of the training part: the split test, to
+    choose hyperparameters by."""
+
+    def check(self) -> None:
+        """Raises UserError for a field out of range."""
+        if not 0 <= self.held_out < 0.9:
+            raise UserError(f"corpus.held_out is {self.held_out}; allowed: from 0 to below 0.9")
 
     def prepare(self, folder: Path, console: Console) -> TokenStore:
-        """Writes both splits; the text is not loaded whole."""
+        """Writes the splits; the text is not loaded whole."""
         path = self._find(folder.parent / "downloads", console)
         whole = TextFile(path, path.stat().st_size, lambda: read_text(path))
         if not whole.bytes:
             raise UserError(f"{path} is empty; give --file another text")
         length = sum(len(piece.text) for piece in whole.pieces())
-        halves = TextFile(path, whole.bytes, lambda: _split(whole.pieces(), length * 9 // 10))
+        ends = {"train": length * 9 // 10 - round(length * self.held_out), "test": length * 9 // 10, "val": length}
+        parts = TextFile(path, whole.bytes, lambda: _split(whole.pieces(), ends))
         tokenizer = self._tokenizer(whole)
-        return write_texts(self, folder, [halves], tokenizer, console)
+        return write_texts(self, folder, [parts], tokenizer, console)
 
     def _tokenizer(self, whole: TextFile) -> Tokenizer:
         """Characters have no end of text here, as in nanoGPT, so that there are 65."""
@@ -63,12 +72,14 @@ class ShakespeareChar(Corpus):
         return path
 
 
-def _split(pieces: Iterator[Piece], length: int) -> Iterator[Piece]:
-    """The first `length` characters as a training document, the others as one to validate with."""
+def _split(pieces: Iterator[Piece], ends: Mapping[str, int]) -> Iterator[Piece]:
+    """One document of each split, given the character at which each ends, in the order of the text."""
+    place = 0
     for piece in pieces:
-        head, tail = piece.text[:length], piece.text[length:]
-        if head:
-            yield Piece(head, len(head) == length, piece.read)
-        if tail:
-            yield Piece(tail, piece.ends, piece.read, "val")
-        length -= len(head)
+        start, place = place, place + len(piece.text)
+        before = 0
+        for split, end in ends.items():
+            text = piece.text[max(before - start, 0) : max(end - start, 0)]
+            if text:
+                yield Piece(text, min(end, place) == end, piece.read, split)
+            before = end

@@ -67,10 +67,11 @@ class KVCache:
         windows: of each block's attention, in tokens; None: it sees all.
         max_len: tokens that a row may have.
         spare: by how many tokens a row may go back; a ring keeps so many more.
+        ids_wanted: whether to keep the ids of all tokens, for `tokens_before`.
     """
 
-    def __init__(self, windows: Sequence[int | None], max_len: int, spare: int = 0) -> None:
-        self.max_len, self.spare = max_len, spare
+    def __init__(self, windows: Sequence[int | None], max_len: int, spare: int = 0, ids_wanted: bool = False) -> None:
+        self.max_len, self.spare, self.ids_wanted = max_len, spare, ids_wanted
         self.lengths = torch.empty(0, dtype=torch.int64)
         """Tokens that each row has read `(batch,)`."""
         self.end = 0
@@ -79,8 +80,10 @@ class KVCache:
         """Whether all rows have as many."""
         self.positions = torch.empty(0, dtype=torch.int64)
         """Of the tokens being read `(batch, seq)`."""
-        self.documents: Tensor | None = None
-        """How many separators are before each position `(batch, max_len + 1)`, where attention ends with documents."""
+        self.separators: Tensor | None = None
+        """How many are before each position `(batch, max_len + 1)`, where attention ends with documents."""
+        self.ids = torch.empty(0, dtype=torch.int64)
+        """Of the token at each position `(batch, max_len)`, where they are wanted."""
         self.seen: dict[int | None, Mask] = {}
         """What the tokens being read see in a block, by its window: a mask `(batch, 1, seq, seen)`, or none."""
         self.blocks = [BlockCache(self, window) for window in windows]
@@ -118,8 +121,24 @@ class KVCache:
         self.end = start + seq
         if separator is not None:
             self._note_separators(tokens == separator)
+        if self.ids_wanted:
+            self.ids = self.ids if len(self.ids) else tokens.new_zeros(batch, self.max_len)
+            self.ids.scatter_(1, self.positions, tokens)
         self.seen = {window: self._mask(window, start) for window in {block.window for block in self.blocks}}
         return rows
+
+    def tokens_before(self, count: int) -> Tensor:
+        """The ids that stand 0, 1, ... `count` - 1 places before each token being read, `(count, batch, seq)`.
+
+        -1 where none does, or where it stands in another document.
+        """
+        places = self.positions - torch.arange(count, device=self.positions.device)[:, None, None]
+        found = torch.stack([self.ids.gather(1, where.clamp(min=0)) for where in places])
+        found = torch.where(places >= 0, found, -1)
+        if self.separators is None:
+            return found
+        documents = torch.stack([self.separators.gather(1, where.clamp(min=0)) for where in places])
+        return torch.where(documents == documents[0], found, -1)
 
     def rewind(self, lengths: Tensor | Sequence[int]) -> None:
         """Takes back the last tokens of rows, at most `spare` of each, so that so many remain `(batch,)`."""
@@ -129,16 +148,16 @@ class KVCache:
 
     def _note_separators(self, ends: Tensor) -> None:
         """Counts the separators before each position; `ends` `(batch, seq)` says which of the new tokens are some."""
-        if self.documents is None:
-            self.documents = torch.zeros(len(ends), self.max_len + 1, dtype=torch.int64, device=ends.device)
-        before = self.documents.gather(1, self.positions[:, :1])
-        self.documents.scatter_(1, self.positions + 1, before + ends.cumsum(1))
+        if self.separators is None:
+            self.separators = torch.zeros(len(ends), self.max_len + 1, dtype=torch.int64, device=ends.device)
+        before = self.separators.gather(1, self.positions[:, :1])
+        self.separators.scatter_(1, self.positions + 1, before + ends.cumsum(1))
 
     def _mask(self, window: int | None, start: int) -> Mask:
         """Which of the keys that `BlockCache.extend` gives each token sees; none: all up to itself."""
         seq, slots = self.positions.shape[1], self.slots(window)
         limited = window is not None and self.end > window and (seq > 1 or slots > window)
-        if self.even and self.documents is None and not limited and (seq == 1 or start == 0):
+        if self.even and self.separators is None and not limited and (seq == 1 or start == 0):
             return None
         if self.wraps(window):
             before = self._in_slots(slots, min(start, slots), self.lengths - seq)
@@ -149,8 +168,8 @@ class KVCache:
         seen = (keys[:, None, :] >= 0) & (distance >= 0)
         if window is not None:
             seen &= distance < window
-        if self.documents is not None:
-            documents = [self.documents.gather(1, where.clamp(min=0)) for where in (self.positions, keys)]
+        if self.separators is not None:
+            documents = [self.separators.gather(1, where.clamp(min=0)) for where in (self.positions, keys)]
             seen &= documents[0][:, :, None] == documents[1][:, None, :]
         return seen[:, None]
 

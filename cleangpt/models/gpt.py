@@ -150,6 +150,10 @@ class GPT(nn.Module):
         """An empty cache for generation, which can go back by `spare` tokens."""
         return KVCache([None] * self.config.n_layers, self.config.max_seq_len, spare)
 
+    def stacked_matrices(self, name: str) -> int:
+        """How many matrices the parameter `name` holds, one above the other: query, key and value of each head."""
+        return 3 * self.config.n_heads if name.endswith("qkv.weight") else 1
+
     def flops_per_token(self, seq_len: int) -> int:
         """FLOPs to train on one token: 6 per weight and 12 x layers x dim x seq for attention.
 

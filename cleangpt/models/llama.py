@@ -8,7 +8,7 @@ add parts of other models.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from cleangpt.config import ModelConfig, check
 from cleangpt.errors import UserError
 from cleangpt.models.cache import BlockCache, KVCache
 from cleangpt.models.moe import MixtureOfExperts, hidden_features
+from cleangpt.models.ngrams import ngram_rows, tokens_before
 from cleangpt.models.parts import Seen, attend, both, document_blocks, document_mask, documents_of, take, window_mask
 
 
@@ -81,6 +82,11 @@ class LlamaConfig(ModelConfig):
     logit_soft_cap: float | None = None
     """Logits become logit_soft_cap x tanh(logits / logit_soft_cap) (Gemma Team 2024, "Gemma 2", section 2, there 30);
     none: they stay."""
+    ngrams: tuple[int, ...] = ()
+    """Lengths, such as 2 and 3, of n-grams that have embeddings of their own, added to that of their last token (Huang
+    et al. 2025, "Over-tokenized transformer")."""
+    ngram_rows: int = 16384
+    """Rows in the table of each length; n-grams are put into them by a hash, so that some share one."""
     separator: int | None = None
     """Id of the token that ends a document, at which attention ends as well (Dubey et al. 2024, section 3.2); none:
     attention goes on. Positions are counted on, for only their distances matter."""
@@ -129,6 +135,8 @@ class LlamaConfig(ModelConfig):
             )
         if self.n_experts is None and self.balance_rate is not None:
             raise UserError(f"model.balance_rate is {self.balance_rate}; allowed without model.n_experts: None")
+        if any(not 2 <= length <= 16 for length in self.ngrams) or len(set(self.ngrams)) < len(self.ngrams):
+            raise UserError(f"model.ngrams is {self.ngrams}; allowed: different whole numbers from 2 to 16")
         if self.separator is not None and self.vocab_size is not None and self.separator >= self.vocab_size:
             raise UserError(
                 f"model.separator is {self.separator}; allowed: less than model.vocab_size, which is {self.vocab_size}"
@@ -293,6 +301,7 @@ class Llama(nn.Module):
 
     tensor_plan: ClassVar[dict[str, str]] = {
         "token_embedding": "vocabulary",
+        "ngram_embeddings.*": "vocabulary",
         "blocks.*.attention_norm": "sequence",
         "blocks.*.attention.query": "column",
         "blocks.*.attention.key": "column",
@@ -316,6 +325,7 @@ class Llama(nn.Module):
         config.check_fit()
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.ngram_embeddings = nn.ModuleList(nn.Embedding(config.ngram_rows, config.dim) for _ in config.ngrams)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.final_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.head = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
@@ -351,7 +361,7 @@ class Llama(nn.Module):
         seen = seen_by_window(config, tokens) if cache is None else {}
         rotation = rotation_of(config, positions)
         first_value = None
-        x = self.token_embedding(tokens)
+        x = self._embed(tokens, cache)
         for layer, block in enumerate(self.blocks):
             x, value = block(x, rotation, seen.get(config.window(layer)), first_value, past[layer])
             first_value = value if first_value is None else first_value
@@ -361,10 +371,26 @@ class Llama(nn.Module):
             return logits
         return config.logit_soft_cap * torch.tanh(logits / config.logit_soft_cap)
 
+    def _embed(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
+        """`(batch, seq)` to `(batch, seq, dim)`: the embedding of each token, and those of the n-grams that it ends."""
+        x, config = self.token_embedding(tokens), self.config
+        if not config.ngrams:
+            return x  # type: ignore[no-any-return]
+        longest = max(config.ngrams)
+        if cache is None:
+            documents = None if config.separator is None else documents_of(tokens, config.separator)
+            before = tokens_before(tokens, longest, documents)
+        else:
+            before = cache.tokens_before(longest)
+        rows = ngram_rows(before, config.ngrams, config.ngram_rows, self.token_embedding.num_embeddings)
+        for table, found in zip(self.ngram_embeddings, rows, strict=True):
+            x = x + table(found)
+        return x  # type: ignore[no-any-return]
+
     def new_cache(self, spare: int = 0) -> KVCache:
         """An empty cache for generation, which can go back by `spare` tokens."""
         windows = [self.config.window(layer) for layer in range(self.config.n_layers)]
-        return KVCache(windows, self.config.max_seq_len, spare)
+        return KVCache(windows, self.config.max_seq_len, spare, ids_wanted=bool(self.config.ngrams))
 
     def flops_per_token(self, seq_len: int) -> int:
         """FLOPs to train on one token: 6 per weight of a matrix and 12 x heads x head_dim x tokens seen per layer.
@@ -374,8 +400,8 @@ class Llama(nn.Module):
         """
         config = self.config
         weights = sum(parameter.numel() for parameter in self.parameters() if parameter.dim() >= 2)
-        if not config.tied:
-            weights -= self.token_embedding.weight.numel()
+        looked_up = [*self.ngram_embeddings] if config.tied else [self.token_embedding, *self.ngram_embeddings]
+        weights -= sum(cast(nn.Embedding, table).weight.numel() for table in looked_up)
         if config.n_experts is not None:
             idle = config.n_experts - config.experts_per_token
             matrices = 3 if config.gated else 2
@@ -466,6 +492,7 @@ OPTIONAL = {
     "activation": "swiglu",
     "value_residual": False,
     "logit_soft_cap": None,
+    "ngrams": (),
     "separator": None,
 }
 """Our optional fields, and their values where they are not set."""

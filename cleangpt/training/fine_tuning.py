@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cleangpt.config import Experiment, FineTuningConfig
+from cleangpt.config import Experiment, FineTuningConfig, OptimizerConfig
 from cleangpt.errors import UserError, nearest
 from cleangpt.models import build_model
 from cleangpt.training.lora import add_adapter, is_adapter, linear_layers
@@ -76,6 +76,19 @@ def _folders(names: Iterable[str]) -> set[str]:
 # How fast ------------------------------------------------------------------------------------------------------------
 
 
+def lr_factors(model: nn.Module, config: OptimizerConfig, layer_decay: float) -> dict[str, float]:
+    """The factor on each parameter's learning rate: that of its layer, times that of the first pattern that fits.
+
+    Raises:
+        UserError: a pattern fits no parameter, or the model has no `blocks`.
+    """
+    by_layer = layer_factors(model, layer_decay)
+    by_name: dict[str, float] = {}
+    for pattern, factor in reversed(config.lr_factors):
+        by_name |= dict.fromkeys(matching([pattern], by_layer, "optimizer.lr_factors", "parameter"), factor)
+    return {name: factor * by_name.get(name, 1.0) for name, factor in by_layer.items()}
+
+
 def layer_factors(model: nn.Module, decay: float) -> dict[str, float]:
     """The factor on each parameter's learning rate: decay to the power of how many layers stand above it.
 
@@ -119,7 +132,7 @@ def check_fine_tuning(experiment: Experiment, place: Layout) -> None:
     with torch.device("meta"):
         model = build_model(experiment.model)
     restrict(model, tuning)
-    layer_factors(model, tuning.layer_decay)
+    lr_factors(model, experiment.optimizer, tuning.layer_decay)
 
 
 def take_moments(optimizer: Optimizer, snapshot: Path, group: dist.ProcessGroup | None) -> str:

@@ -1,4 +1,4 @@
-"""AdamW with decay on matrices only, and the step: clip, skip what is not finite, update."""
+"""AdamW and Muon with decay on matrices only, and the step: clip, skip what is not finite, update."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cleangpt.config import OptimizerConfig
+from cleangpt.training.muon import Muon
 from cleangpt.training.parallel import whole
 
 
@@ -18,7 +19,8 @@ class Optimizer:
     waits for it. With `scale_loss`, for fp16, losses are multiplied by a factor that is halved at every such step and
     doubled after 2,000 good ones (Micikevicius et al. 2018, "Mixed precision training", section 3.2).
 
-    `factors` multiply the learning rate of the parameters that they name, as `layer_factors` gives them.
+    Matrices in the model's blocks are updated by Muon where that is asked for, all else by AdamW. `factors` multiply
+    the learning rate of the parameters that they name, as `layer_factors` gives them.
     """
 
     def __init__(
@@ -33,13 +35,17 @@ class Optimizer:
         self.config = config
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
-        groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
-        for name, parameter in named:
-            groups.setdefault((parameter.dim() >= 2, (factors or {}).get(name, 1.0)), []).append(parameter)
+        with_muon = config.muon.lr is not None
+        hidden = {name: parameter for name, parameter in named if with_muon and is_hidden_matrix(name, parameter)}
+        others = {name: parameter for name, parameter in named if name not in hidden}
         self.adamw = torch.optim.AdamW(
-            [{"params": params, "decays": decays, "factor": factor} for (decays, factor), params in groups.items()],
-            lr=config.lr, betas=config.betas, eps=config.eps, fused=True,
-        )  # fmt: skip
+            _groups(model, others, factors or {}), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+        )
+        self.muon: Muon | None = None
+        if hidden:
+            groups = _groups(model, hidden, factors or {}, (config.muon.lr or 0.0) / config.lr)
+            self.muon = Muon(groups, config.muon.momentum, config.muon.iterations)
+        self.hidden = set(hidden.values())
         device = self.parameters[0].device
         self.scaler = torch.amp.GradScaler(device.type, enabled=scale_loss)
         self.skipped = torch.zeros(3, device=device)
@@ -52,22 +58,29 @@ class Optimizer:
     def step(self, lr: float, weight_decay: float) -> Tensor:
         """Updates the weights from their gradients and clears these.
 
+        Args:
+            lr: of AdamW; that of Muon follows it.
+            weight_decay: of matrices.
+
         Returns:
             The gradient's norm before clipping, 0-dim, on the device; 0 for a skipped step.
         """
-        for group in self.adamw.param_groups:
-            group["lr"] = lr * group["factor"]
-            group["weight_decay"] = weight_decay if group["decays"] else 0.0
-        self.scaler.unscale_(self.adamw)
+        optimizers: list[torch.optim.Optimizer] = [self.adamw] if self.muon is None else [self.adamw, self.muon]
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["factor"]
+                group["weight_decay"] = weight_decay if group["decays"] else 0.0
+            self.scaler.unscale_(optimizer)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norm = whole(torch.nn.utils.get_total_norm(gradients))
         if self.config.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, norm)
         bad = (~torch.isfinite(norm)).float()
-        self.adamw.found_inf = bad  # type: ignore[attr-defined]
-        self.adamw.step()
+        for optimizer in optimizers:
+            optimizer.found_inf = bad  # type: ignore[attr-defined]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
-        self.adamw.zero_grad(set_to_none=True)
         total, row, longest = self.skipped
         row = (row + 1) * bad
         self.skipped = torch.stack([total + bad, row, torch.maximum(longest, row)])
@@ -79,7 +92,9 @@ class Optimizer:
         return {"moments": moments, "skipped": self.skipped, "scaler": self.scaler.state_dict()}
 
     def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """AdamW's state of a parameter; before the first step, that with which it will begin."""
+        """The state of a parameter; before the first step, that with which it will begin."""
+        if self.muon is not None and parameter in self.hidden:
+            return self.muon.moments(parameter)
         if not self.adamw.state[parameter]:
             step = torch.zeros((), dtype=torch.float32, device=parameter.device)
             first, second = torch.zeros_like(parameter), torch.zeros_like(parameter)
@@ -96,3 +111,26 @@ class Optimizer:
         self.skipped = state["skipped"].to(self.skipped.device)
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
+
+
+def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter is one or several matrices within the model's blocks, which is what Muon is made for."""
+    return name.startswith("blocks.") and parameter.dim() >= 2
+
+
+def _groups(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], factors: Mapping[str, float], ratio: float = 1.0
+) -> list[dict[str, Any]]:
+    """Parameters that are updated alike, as PyTorch's optimizers take them; `ratio` multiplies all their factors.
+
+    A model's `stacked_matrices(name)`, where it has one, says how many matrices a parameter holds.
+    """
+    stacked = getattr(model, "stacked_matrices", lambda name: 1)
+    groups: dict[tuple[bool, float, int], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        key = (parameter.dim() >= 2, ratio * factors.get(name, 1.0), stacked(name))
+        groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": params, "decays": decays, "factor": factor, "stacked": count}
+        for (decays, factor, count), params in groups.items()
+    ]

@@ -346,6 +346,11 @@ def whole(tree: Any) -> Any:
     return tree
 
 
+def local(tensor: Any) -> Tensor:
+    """This process's part of a tensor, in the same memory."""
+    return cast(Tensor, tensor.to_local() if isinstance(tensor, DTensor) else tensor)
+
+
 def gather_to_host(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     """Whole tensors in host memory on the processes that `keep` them, one at a time on a device; all must call it."""
     gathered = {}

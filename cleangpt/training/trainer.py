@@ -41,7 +41,7 @@ from cleangpt.training.device import (
     use_fp8,
 )
 from cleangpt.training.early_stopping import EarlyStopping
-from cleangpt.training.fine_tuning import frozen_names, layer_factors, restrict, take_moments
+from cleangpt.training.fine_tuning import frozen_names, lr_factors, restrict, take_moments
 from cleangpt.training.optimizer import Optimizer
 from cleangpt.training.parallel import (
     choose_layout,
@@ -86,7 +86,7 @@ class Trainer:
         self.position, self.meter = Position(), Meter(self.device)
         self.optimizer = Optimizer(
             self.model, experiment.optimizer, scale_loss=training.precision == "fp16",
-            factors=layer_factors(self.model, tuning.layer_decay),
+            factors=lr_factors(self.model, experiment.optimizer, tuning.layer_decay),
         )  # fmt: skip
         self.balancing = Balancing(self.model, self.ranks.sum_tensor, frozen_names(self.model, tuning))
         self.early_stopping = EarlyStopping(experiment.early_stopping)

@@ -165,6 +165,17 @@ def test_shakespeare_is_split_as_nanogpt_splits_it(tmp_path: Path) -> None:
     assert "not the well-known input.txt" in said.getvalue()
 
 
+def test_a_part_of_shakespeare_may_be_held_out_before_the_validation_split(tmp_path: Path) -> None:
+    text = made_shakespeare()[:10_007]
+    corpus = ShakespeareChar(file=write(tmp_path / "input.txt", text), held_out=0.05)
+    store = prepare(corpus, tmp_path / "data", console=QUIET)
+    assert text_of(store, "train") == text[: 9006 - 500]
+    assert text_of(store, "test") == text[9006 - 500 : 9006]
+    assert text_of(store, "val") == text[9006:]
+    with pytest.raises(UserError, match=r"corpus\.held_out is 0\.9; allowed: from 0 to below 0\.9"):
+        prepare(dataclasses.replace(corpus, held_out=0.9), tmp_path / "data", console=QUIET)
+
+
 def test_characters_of_several_bytes_are_split_by_character(tmp_path: Path) -> None:
     text = "é漢🙂a" * 5
     store = prepare(ShakespeareChar(file=write(tmp_path / "a.txt", text)), tmp_path / "data", console=QUIET)

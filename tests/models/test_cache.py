@@ -22,6 +22,10 @@ KINDS = {
     "documents in a window": LlamaConfig(**SIZE, hidden_dim=48, separator=3, sliding_window=5),
     "value residual": LlamaConfig(**SIZE, hidden_dim=48, value_residual=True, logit_soft_cap=5.0),
     "experts": LlamaConfig(**SIZE, hidden_dim=48, n_experts=4),
+    "n-grams": LlamaConfig(**SIZE, hidden_dim=48, ngrams=(2, 4), ngram_rows=50),
+    "n-grams in documents and windows": LlamaConfig(
+        **SIZE, hidden_dim=48, ngrams=(3,), ngram_rows=50, separator=3, sliding_window=4
+    ),
 }
 
 

@@ -276,6 +276,7 @@ def test_a_tensor_that_is_missing_is_named() -> None:
         ({"value_residual": True}, "model.value_residual"),
         ({"logit_soft_cap": 30.0}, "model.logit_soft_cap"),
         ({"separator": 0}, "model.separator"),
+        ({"ngrams": (2,)}, "model.ngrams"),
     ],
 )
 def test_what_hugging_face_does_not_have_is_refused_in_one_line(changes: dict[str, Any], named: str) -> None:
@@ -306,7 +307,12 @@ def test_llama_3_1_has_its_published_sizes(shape: dict[str, int], parameters: in
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"tied": True}, {"activation": "relu2"}, {"value_residual": True, "logit_soft_cap": 30.0, "separator": 0}],
+    [
+        {},
+        {"tied": True, "ngrams": (2, 3)},
+        {"activation": "relu2", "ngrams": (3,)},
+        {"value_residual": True, "logit_soft_cap": 30.0, "separator": 0},
+    ],
 )
 def test_the_flops_are_those_that_pytorch_counts(changes: dict[str, Any]) -> None:
     """The counter takes attention for bidirectional, as PaLM does."""
@@ -420,7 +426,7 @@ def test_the_first_loss_is_that_of_a_guess(tokens: torch.Tensor) -> None:
 
 
 def test_the_tensor_plan_names_every_module_with_weights() -> None:
-    model = Llama(replace(SMALL, qk_norm=True))
+    model = Llama(replace(SMALL, qk_norm=True, ngrams=(2,)))
     patterns = {
         ".".join("*" if part.isdigit() else part for part in name.rsplit(".", 1)[0].split("."))
         for name, _ in model.named_parameters()
@@ -438,6 +444,8 @@ def test_the_tensor_plan_names_every_module_with_weights() -> None:
             "model.experts_per_token is 3; allowed: at most model.n_experts, which is 2",
         ),
         ({"balance_rate": 0.001}, "model.balance_rate is 0.001; allowed without model.n_experts: None"),
+        ({"ngrams": (2, 2)}, "model.ngrams is (2, 2); allowed: different whole numbers from 2 to 16"),
+        ({"ngrams": (1,)}, "model.ngrams is (1,); allowed: different whole numbers from 2 to 16"),
         ({"separator": 97}, "model.separator is 97; allowed: less than model.vocab_size, which is 97"),
         (
             {"rope_low_freq_factor": 4.0},
@@ -477,7 +485,7 @@ def test_a_field_out_of_range_is_refused(changes: dict[str, Any]) -> None:
     [
         {},
         {"sliding_window": 5, "tied": True, "qk_norm": True},
-        {"separator": 7, "value_residual": True, "activation": "relu2", "logit_soft_cap": 30.0},
+        {"separator": 7, "value_residual": True, "activation": "relu2", "logit_soft_cap": 30.0, "ngrams": (2, 3)},
     ],
 )
 def test_it_compiles_into_one_graph(changes: dict[str, Any], tokens: torch.Tensor) -> None:

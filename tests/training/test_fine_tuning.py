@@ -30,7 +30,7 @@ from cleangpt.models.llama import LlamaConfig
 from cleangpt.objectives.next_token import next_token
 from cleangpt.tracking.metrics import read_metrics
 from cleangpt.training.balancing import Balancing
-from cleangpt.training.fine_tuning import check_fine_tuning, frozen_names, layer_factors, matching, restrict
+from cleangpt.training.fine_tuning import check_fine_tuning, frozen_names, layer_factors, lr_factors, matching, restrict
 from cleangpt.training.optimizer import Optimizer
 from cleangpt.training.parallel import Layout, state_bytes
 from cleangpt.training.run import check_resumable, read_experiment, summary
@@ -291,6 +291,16 @@ def test_steps_are_those_of_a_loop_over_parameters_with_rates_of_their_own() -> 
         theirs.zero_grad()
     for one, two in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(one, two)
+
+
+def test_the_first_pattern_that_fits_multiplies_the_layers_factor() -> None:
+    model = build_model(GPT_SMALL)
+    config = OptimizerConfig(lr=1.0, lr_factors=(("*.mlp.up.*", 3.0), ("*.mlp.*", 5.0)))
+    factors, by_layer = lr_factors(model, config, 0.5), layer_factors(model, 0.5)
+    for name, factor in factors.items():
+        assert factor == by_layer[name] * (3.0 if ".mlp.up." in name else 5.0 if ".mlp." in name else 1.0)
+    with pytest.raises(UserError, match=r"optimizer\.lr_factors: 'heads\.\*' matches no parameter"):
+        lr_factors(model, OptimizerConfig(lr=1.0, lr_factors=(("heads.*", 2.0),)), 1.0)
 
 
 def test_a_model_without_blocks_has_no_layers_to_decay_over() -> None:

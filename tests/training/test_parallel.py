@@ -82,15 +82,18 @@ if path := os.environ.get("LOG_SAMPLES"):
 size = {"max_seq_len": 9, "n_layers": 2, "n_heads": 4, "dim": 16}
 MODELS = {
     "gpt": GPTConfig(**size),
-    "llama": LlamaConfig(**size, n_kv_heads=2, hidden_dim=24, qk_norm=True, sliding_window=5),
+    "llama": LlamaConfig(
+        **size, n_kv_heads=2, hidden_dim=24, qk_norm=True, sliding_window=5, ngrams=(2,), ngram_rows=9
+    ),
 }
+MUON = MuonConfig(lr=1e-2, iterations=3) if os.environ.get("OPTIMIZER") == "muon" else MuonConfig()
 
 experiment = Experiment(
     name="uneven",
     corpus=Uneven(),
     data=DataConfig(seq_len=9, batch_size=8),
     model=MODELS[os.environ.get("MODEL", "gpt")],
-    optimizer=OptimizerConfig(lr=1e-2, clip_norm=0.5),
+    optimizer=OptimizerConfig(lr=1e-2, clip_norm=0.5, muon=MUON, lr_factors=(("*embedding*", 2.0),)),
     schedule=ScheduleConfig(
         lr=Schedule(shape="cosine", warmup=0.2), batch_size=Schedule(shape="linear", initial=0.25, final=1.0)
     ),
@@ -212,6 +215,25 @@ def test_a_llama_with_shared_keys_norms_in_heads_and_windows_is_cut_as_well(work
     ):
         train(run, processes, "--parallel.strategy", *words, MODEL="llama")
         assert_same_run("single", run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "processes", "strategy"),
+    [
+        ("gpt", 2, ["tp"]),
+        ("gpt", 4, ["fsdp", "--parallel.tensor", "2", "--training.micro-batch-size", "1"]),
+        ("llama", 2, ["fsdp"]),
+        ("llama", 2, ["ddp"]),
+    ],
+)
+def test_muon_makes_whole_matrices_orthogonal_however_they_are_cut(
+    workplace: Path, model: str, processes: int, strategy: list[str]
+) -> None:
+    (workplace / "uneven.py").write_text(EXPERIMENT)
+    train("single", 1, MODEL=model, OPTIMIZER="muon")
+    train("several", processes, "--parallel.strategy", *strategy, MODEL=model, OPTIMIZER="muon")
+    assert_same_run("single", "several")
 
 
 @pytest.mark.slow

@@ -1,0 +1,99 @@
+"""Muon (Jordan et al. 2024): the update of a matrix is its momentum, made orthogonal.
+
+All directions of the matrix then move alike, not only the few that most gradients point to. Scaled as by Liu et al.
+2025, "Muon is scalable for LLM training", equation 4, an update is as large as one of AdamW, so that rates and decay
+mean the same in both.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cleangpt.training.parallel import like, local, whole
+
+POLYNOMIALS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845749493, 0.4188073119525673),
+)
+"""a, b, c of a x + b x³ + c x⁵, one after the other the best for singular values from 1e-3 to 1 (Amsel et al. 2025,
+"The Polar Express", algorithm 1); of more iterations, the others take the last."""
+MARGIN = 1.01
+"""What a matrix is divided by besides its norm, so that rounding takes no singular value above 1 (ibid.)."""
+
+
+def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
+    """Matrices `(batch, rows, columns)` with the same singular vectors, and singular values near 1.
+
+    On CUDA devices products are taken in bf16, which is enough there (Jordan et al. 2024); elsewhere in fp32, because a
+    CPU without bf16 arithmetic takes ten times as long.
+    """
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    if transposed := x.shape[-2] > x.shape[-1]:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * MARGIN + 1e-7)
+    for iteration in range(iterations):
+        a, b, c = POLYNOMIALS[min(iteration, len(POLYNOMIALS) - 1)]
+        square = x @ x.mT
+        factor = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        x = torch.baddbmm(x, factor, x, beta=a)
+    return (x.mT if transposed else x).to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon with Nesterov momentum and decoupled weight decay, for the matrices in a model's blocks.
+
+    Parameters of one shape are made orthogonal together. A tensor of more than two dimensions is a stack of matrices; a
+    group whose `stacked` is not 1 has so many of them one above the other in each parameter. What is cut over devices
+    is gathered for it, one parameter at a time, and every device computes the whole.
+
+    Args:
+        groups: of parameters, as in PyTorch.
+        momentum: share of the momentum that a step keeps.
+        iterations: of `orthogonalize`.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], momentum: float, iterations: int) -> None:
+        super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "stacked": 1})
+        self.momentum, self.iterations = momentum, iterations
+        self.found_inf = torch.zeros(())
+        """Above 0: the step changes nothing; on the device of the parameters."""
+
+    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """The state of a parameter; before the first step, that with which it will begin."""
+        if not self.state[parameter]:
+            self.state[parameter] = {"momentum": torch.zeros_like(parameter)}
+        state: dict[str, Tensor] = self.state[parameter]
+        return state
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Updates all parameters that have a gradient, and uses their gradients up."""
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape.setdefault(parameter.shape, []).append(parameter)
+            for parameters in by_shape.values():
+                self._update(parameters, group)
+
+    def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """One step of parameters `(..., rows, columns)` of one shape."""
+        bad = self.found_inf.to(parameters[0].device) > 0
+        rate = group["lr"] * ~bad
+        for parameter in parameters:
+            gradient, momentum = local(parameter.grad), local(self.moments(parameter)["momentum"])
+            gradient.masked_fill_(bad, 0)
+            momentum.lerp_(gradient, (1 - self.momentum) * ~bad)
+            gradient.lerp_(momentum, self.momentum)
+        updates = torch.stack([whole(parameter.grad) for parameter in parameters])
+        matrices = updates.reshape(-1, updates.shape[-2] // group["stacked"], updates.shape[-1])
+        size = 0.2 * math.sqrt(max(matrices.shape[-2:]))
+        updates = orthogonalize(matrices, self.iterations).view_as(updates) * (rate * size)
+        for parameter, update in zip(parameters, updates, strict=True):
+            local(parameter).mul_(1 - rate * group["weight_decay"]).sub_(local(like(update, parameter)))
