@@ -239,18 +239,16 @@ def resume_command(words: list[str]) -> None:
 def _check(experiment: Any) -> None:
     """Refuses what cannot work, before anything is made."""
     from cleangpt.config import check_experiment
-    from cleangpt.objectives import OBJECTIVES
+    from cleangpt.objectives import choose_objective
     from cleangpt.tracking import check_tracking
     from cleangpt.training.device import check_precision, choose_device
-    from cleangpt.training.parallel import check_compilation, check_devices, layout
+    from cleangpt.training.parallel import check_compilation, check_devices, check_loss_chunk, layout
     from cleangpt.training.ranks import local_rank, world_size
     from cleangpt.training.run import check_folder, check_row_length
 
     place = layout(experiment.parallel, world_size())
     check_experiment(experiment, place.parts)
-    if experiment.objective not in OBJECTIVES:
-        hint = nearest(experiment.objective, OBJECTIVES)
-        raise UserError(f"objective is {experiment.objective!r}; allowed: {', '.join(OBJECTIVES)}{hint}")
+    choose_objective(experiment.objective, experiment.training.loss_chunk)
     experiment.corpus.check()
     check_row_length(experiment)
     check_folder(experiment)
@@ -258,6 +256,7 @@ def _check(experiment: Any) -> None:
     device = choose_device(experiment.training.device, local_rank())
     check_precision(experiment.training.precision, device)
     check_compilation(experiment.training.compile, place, device)
+    check_loss_chunk(experiment.training, experiment.model, place)
     check_tracking(experiment.tracking)
 
 

@@ -196,6 +196,9 @@ class TrainingConfig:
     recompute_every: int | None = None
     """Activation checkpointing: every so-many-th block keeps no activations and computes them again in the backward
     pass (1: all blocks do); none: all are kept."""
+    loss_chunk: int | None = None
+    """Tokens whose logits are held at a time, for less memory where the vocabulary is large; none: all of a
+    micro-batch."""
     threads: int | None = None
     """CPU threads of PyTorch; none: PyTorch's own choice. Another number changes the last bits of results."""
     max_skipped_steps: int = 10
@@ -334,6 +337,7 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
             "training.micro_batch_size",
             "training.recompute_every",
             "training.threads",
+            "training.loss_chunk",
             "training.max_skipped_steps",
             "optimizer.muon.iterations",
             "fine_tuning.lora.rank",

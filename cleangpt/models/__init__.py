@@ -2,7 +2,8 @@
 
 A model is a plain `nn.Module` built from its configuration alone, with `forward(tokens (batch, seq)) -> logits
 (batch, seq, vocab)`. Where it has `flops_per_token(seq_len)` and `activation_bytes(batch, seq_len)`, these are shown
-before training and used for the MFU. It knows nothing of devices, precision or training.
+before training and used for the MFU. One whose `forward` takes a `reduce` lets the loss be computed in chunks
+(`objectives/chunks.py`). It knows nothing of devices, precision or training.
 """
 
 from typing import Any, cast
@@ -24,12 +25,17 @@ def model_kinds() -> dict[str, type[ModelConfig]]:
     return {name: config for name, (config, _) in MODELS.items()}
 
 
+def model_class(config: ModelConfig) -> type[nn.Module]:
+    """The architecture that a configuration is of."""
+    for config_class, architecture in MODELS.values():
+        if type(config) is config_class:
+            return architecture
+    raise TypeError(f"{type(config).__name__} is not registered in MODELS")
+
+
 def build_model(config: ModelConfig) -> nn.Module:
     """The untrained model of a configuration whose `vocab_size` is known."""
-    for config_class, model_class in MODELS.values():
-        if type(config) is config_class:
-            return model_class(config)
-    raise TypeError(f"{type(config).__name__} is not registered in MODELS")
+    return model_class(config)(config)
 
 
 def flops_per_token(model: nn.Module, seq_len: int) -> int:

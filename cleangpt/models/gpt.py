@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cleangpt.config import ModelConfig, check
 from cleangpt.errors import UserError
 from cleangpt.models.cache import BlockCache, KVCache
-from cleangpt.models.parts import attend, take
+from cleangpt.models.parts import Reduce, attend, take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,11 +131,18 @@ class GPT(nn.Module):
             into_residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
             nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layers) if into_residual else 0.02)
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None, wanted: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        wanted: Tensor | None = None,
+        reduce: Reduce | None = None,
+    ) -> Tensor:
         """Token ids `(batch, seq)` to logits `(batch, seq, vocab)`; seq is at most `max_seq_len`.
 
         With a cache, the tokens come after those that it has, and are kept in it. `wanted` `(batch, count)` says after
-        which of the tokens logits `(batch, count, vocab)` are wanted; none: after all.
+        which of the tokens logits `(batch, count, vocab)` are wanted; none: after all. With `reduce`, returns what that
+        makes of the features before the head.
         """
         past = [None] * len(self.blocks) if cache is None else cache.blocks
         positions = torch.arange(tokens.shape[1], device=tokens.device) if cache is None else cache.begin(tokens)
@@ -143,8 +150,12 @@ class GPT(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         for block, kept in zip(self.blocks, past, strict=True):
             x = block(x, kept)
-        x = x if wanted is None else take(x, wanted)
-        return F.linear(self.final_norm(x), self.token_embedding.weight)
+        x = self.final_norm(x if wanted is None else take(x, wanted))
+        return self.to_logits(x) if reduce is None else reduce(x, self.to_logits, [self.token_embedding.weight])
+
+    def to_logits(self, x: Tensor) -> Tensor:
+        """The head: normalised features `(..., dim)` to logits `(..., vocab)`."""
+        return F.linear(x, self.token_embedding.weight)
 
     def new_cache(self, spare: int = 0) -> KVCache:
         """An empty cache for generation, which can go back by `spare` tokens."""

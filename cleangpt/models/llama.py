@@ -19,7 +19,17 @@ from cleangpt.errors import UserError
 from cleangpt.models.cache import BlockCache, KVCache
 from cleangpt.models.moe import MixtureOfExperts, hidden_features
 from cleangpt.models.ngrams import ngram_rows, tokens_before
-from cleangpt.models.parts import Seen, attend, both, document_blocks, document_mask, documents_of, take, window_mask
+from cleangpt.models.parts import (
+    Reduce,
+    Seen,
+    attend,
+    both,
+    document_blocks,
+    document_mask,
+    documents_of,
+    take,
+    window_mask,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -344,11 +354,18 @@ class Llama(nn.Module):
             into_residual = name.removesuffix(".weight").endswith((".out", ".down"))
             nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layers) if into_residual else 0.02)
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None, wanted: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        wanted: Tensor | None = None,
+        reduce: Reduce | None = None,
+    ) -> Tensor:
         """Token ids `(batch, seq)` to logits `(batch, seq, vocab)`.
 
         With a cache, the tokens come after those that it has, and are kept in it. `wanted` `(batch, count)` says after
-        which of the tokens logits `(batch, count, vocab)` are wanted; none: after all.
+        which of the tokens logits `(batch, count, vocab)` are wanted; none: after all. With `reduce`, returns what that
+        makes of the features before the head.
 
         Raises:
             ValueError: seq is more than `max_seq_len`, or than the cache has room for.
@@ -366,7 +383,14 @@ class Llama(nn.Module):
             x, value = block(x, rotation, seen.get(config.window(layer)), first_value, past[layer])
             first_value = value if first_value is None else first_value
         x = self.final_norm(x if wanted is None else take(x, wanted))
-        logits = F.linear(x, self.token_embedding.weight) if self.head is None else self.head(x)
+        if reduce is None:
+            return self.to_logits(x)
+        return reduce(x, self.to_logits, list((self.token_embedding if self.head is None else self.head).parameters()))
+
+    def to_logits(self, x: Tensor) -> Tensor:
+        """The head: normalised features `(..., dim)` to logits `(..., vocab)`."""
+        config = self.config
+        logits: Tensor = F.linear(x, self.token_embedding.weight) if self.head is None else self.head(x)
         if config.logit_soft_cap is None:
             return logits
         return config.logit_soft_cap * torch.tanh(logits / config.logit_soft_cap)

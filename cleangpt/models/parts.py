@@ -5,6 +5,8 @@ A mask says of every pair of tokens whether the first sees the second. On CUDA d
 seen, so that a sample of many short documents costs what its documents cost.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +14,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 Seen = Tensor | BlockMask | None
 """What each token sees: a mask, blocks of one, or none for itself and all before it."""
+
+Reduce = Callable[[Tensor, Callable[[Tensor], Tensor], Sequence[Tensor]], Tensor]
+"""What is made of features `(batch, seq, dim)`, given the head that makes logits of them and the head's parameters."""
 
 fused_flex_attention = torch.compile(flex_attention)
 

@@ -1,6 +1,6 @@
 """The plan of an experiment: which strategies fit on so many devices, how fast they are and what they cost."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ from cleangpt.config import Experiment, FineTuningConfig, TrainingConfig, check_
 from cleangpt.corpora import store_folder
 from cleangpt.corpora.mixture import Mixture
 from cleangpt.data.store import STORE
-from cleangpt.errors import UserError, nearest
+from cleangpt.errors import UserError
 from cleangpt.files import read_json
 from cleangpt.models import build_model, flops_per_token
-from cleangpt.objectives import OBJECTIVES
+from cleangpt.objectives import choose_objective
 from cleangpt.planning.devices import Device
 from cleangpt.planning.memory import Memory, Pace, device_memory, kinds_of_blocks
 from cleangpt.planning.timing import Machine, StepTime, exchanged_bytes, step_time
@@ -144,9 +144,7 @@ def make_plan(
 
 def _check(experiment: Experiment, counts: Sequence[int], per_node: int, tokens: int | None) -> None:
     check_experiment(replace(experiment, training=replace(experiment.training, micro_batch_size=None)))
-    if experiment.objective not in OBJECTIVES:
-        hint = nearest(experiment.objective, OBJECTIVES)
-        raise UserError(f"objective is {experiment.objective!r}; allowed: {', '.join(OBJECTIVES)}{hint}")
+    choose_objective(experiment.objective)
     if not counts:
         raise UserError("--devices is empty; allowed: one or more whole numbers")
     for name, value in [*(("devices", count) for count in counts), ("devices-per-node", per_node), ("tokens", tokens)]:
@@ -208,7 +206,7 @@ class _Planner:
         gathered = place.shards > 1
         if (micro_batch, gathered) not in self.measured:
             dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.machine.base, torch.float32)
-            objective: Callable[..., Any] = OBJECTIVES[self.experiment.objective]
+            objective = choose_objective(self.experiment.objective)
             self.measured[micro_batch, gathered] = measure(
                 self.model, objective, micro_batch, self.experiment.data.seq_len, dtype, gathered
             )

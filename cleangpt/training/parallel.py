@@ -12,6 +12,7 @@ the model's own names and whole shapes in all that leaves a run, so that a run m
 another number of devices.
 """
 
+import inspect
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -35,9 +36,9 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from cleangpt.config import ModelConfig, ParallelConfig
+from cleangpt.config import ModelConfig, ParallelConfig, TrainingConfig
 from cleangpt.errors import UserError
-from cleangpt.models import build_model
+from cleangpt.models import build_model, model_class
 from cleangpt.training.device import device_memory
 from cleangpt.training.ranks import Ranks
 
@@ -122,6 +123,23 @@ def check_compilation(compiled: str, place: Layout, device: torch.device) -> Non
     """
     if compiled != "off" and place.tensor > 1 and device.type == "cpu":
         raise UserError(f"training.compile is {compiled!r}; allowed on CPUs with matrices cut: off; it is not reliable")
+
+
+def check_loss_chunk(training: TrainingConfig, model: ModelConfig, place: Layout) -> None:
+    """Refuses a loss in chunks where the head is not this process's own, or cannot be called apart from the model.
+
+    Raises:
+        UserError: names the field and what is allowed.
+    """
+    asked = f"training.loss_chunk is {training.loss_chunk}"
+    if training.loss_chunk is None:
+        return
+    if place.tensor > 1:
+        raise UserError(f"{asked}; allowed where matrices are cut: None, for the logits are cut as well")
+    if training.compile == "model":
+        raise UserError(f"{asked}; allowed with training.compile model: None; compile blocks instead")
+    if "reduce" not in inspect.signature(model_class(model).forward).parameters:
+        raise UserError(f"{asked}; allowed with {model_class(model).__name__}: None, for its forward takes no reduce")
 
 
 def check_devices(device: torch.device, processes: int) -> None:

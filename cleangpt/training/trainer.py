@@ -19,7 +19,7 @@ from cleangpt.evaluation.validate import loss_figures, mean_loss, source_figures
 from cleangpt.inference.text import sample_text
 from cleangpt.interchange.huggingface import open_checkpoint
 from cleangpt.models import build_model, flops_per_token
-from cleangpt.objectives import OBJECTIVES
+from cleangpt.objectives import choose_objective
 from cleangpt.tracking import Silence, open_trackers
 from cleangpt.tracking.metrics import of_source
 from cleangpt.tracking.progress import ProgressBar
@@ -78,7 +78,7 @@ class Trainer:
         self._build_model()
         if self.ranks.world_size > 1:
             seed_everything(training.seed + self.ranks.rank)  # every process drops out activations of its own
-        self.objective = OBJECTIVES[experiment.objective]
+        self.objective = choose_objective(experiment.objective, training.loss_chunk)
         self.micro_batch_size = training.micro_batch_size or data.batch_size // self.layout.parts
         self.stream = open_stream(experiment, store)
         self.val_samples, self.val_losses = split_samples(store, "val", data.seq_len), dict[str, float]()
