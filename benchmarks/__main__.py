@@ -14,7 +14,7 @@ from benchmarks.runner import Row, Setup, section, write_section
 from cleangpt.errors import UserError, nearest
 from cleangpt.options import parse
 
-BENCHMARKS = ("loader", "store", "step", "snapshot", "resume", "parallel", "generation")
+BENCHMARKS = ("loader", "store", "step", "snapshot", "resume", "parallel", "generation", "vs_nanogpt")
 RESULTS = Path(__file__).parent / "RESULTS.md"
 
 
@@ -23,11 +23,13 @@ class Options:
     """What to measure."""
 
     names: tyro.conf.Positional[tuple[str, ...]] = ()
-    """loader, store, step, snapshot, resume, parallel, generation; none: all."""
+    """loader, store, step, snapshot, resume, parallel, generation, vs_nanogpt; none: all."""
     quick: bool = False
     """Small sizes and few repetitions, to see that everything works; nothing is written."""
     peer: Path | None = None
-    """A checkout of nanoGPT, to compare steps and generation with."""
+    """A checkout of nanoGPT, to compare steps, generation and whole runs with."""
+    text: Path | None = None
+    """The text of Tiny Shakespeare, for whole runs; none: it is downloaded."""
     folder: Path = Path("runs")
     """Where temporary files go, 4 GB at the most: a folder on the disk to be measured."""
 
@@ -61,7 +63,7 @@ def measure(name: str, options: Options) -> str:
     options.folder.mkdir(parents=True, exist_ok=True)
     # Windows does not remove a file that is still mapped.
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=options.folder, ignore_cleanup_errors=True) as folder:
-        return section(module.__doc__ or "", facts, run(Setup(Path(folder), options.quick, options.peer)))
+        return section(module.__doc__ or "", facts, run(Setup(Path(folder), options.quick, options.peer, options.text)))
 
 
 if __name__ == "__main__":

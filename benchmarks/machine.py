@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from cleangpt import __version__
+from cleangpt.training.device import peak_memory
 
 
 def facts() -> str:
@@ -39,6 +40,15 @@ def resident_bytes() -> int | None:
     if sys.platform == "win32":
         return None
     return int(_output("ps", "-o", "rss=", "-p", str(os.getpid()))) * 1024
+
+
+def peak_resident_bytes() -> int | None:
+    """The most that this process has held, in bytes; None where the system does not tell."""
+    status = Path("/proc/self/status")
+    if status.exists():  # what getrusage says there began with the peak of the process that started this one
+        (line,) = [line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:")]
+        return int(line.split()[1]) * 1024
+    return peak_memory(torch.device("cpu"))
 
 
 def page_bytes() -> int:

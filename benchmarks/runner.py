@@ -12,6 +12,7 @@ from cleangpt.files import write_text
 T = TypeVar("T")
 UNITS: Mapping[str, Sequence[tuple[float, str]]] = {
     "s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")),
+    "nats": ((0.0, "nats"),),
     "B": ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B")),
 }
 HEADER = """\
@@ -31,6 +32,8 @@ class Setup:
     """Small sizes and few repetitions: shows that the benchmark works, measures nothing of worth."""
     peer: Path | None = None
     """A checkout of nanoGPT."""
+    text: Path | None = None
+    """Tiny Shakespeare; none: it is downloaded."""
 
     @property
     def repetitions(self) -> int:
@@ -84,8 +87,10 @@ def interleave(measures: Mapping[str, Callable[[], T]], repetitions: int, warm_u
 
 
 def quantity(value: float, unit: str) -> str:
-    """A figure with the prefix that suits it, to three digits: ``1.25 ms``."""
+    """A figure with the prefix that suits it, to three digits: ``1.25 ms``; nats to four."""
     factor, name = next((entry for entry in UNITS[unit] if abs(value) >= entry[0]), UNITS[unit][-1])
+    if not factor:
+        return f"{value:.4g} {name}"
     scaled = value / factor
     return f"{scaled:.0f} {name}" if scaled >= 100 else f"{scaled:.3g} {name}"
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from benchmarks.loader import batch_loader
 from benchmarks.made import close, make_store, make_trainer, shipped, train_macro_batch
 from benchmarks.runner import Row, Setup, interleave
-from cleangpt.config import Experiment
+from cleangpt.config import Experiment, OptimizerConfig
 from cleangpt.errors import UserError
 from cleangpt.models import build_model
 from cleangpt.models.gpt import GPTConfig
@@ -63,22 +63,26 @@ def bare_loop(
 ) -> Callable[[int], float]:
     """A loop that trains `model` as the trainer does where schedules are constant and no target is masked."""
     settings = experiment.optimizer
-    groups: list[dict[str, Any]] = [
-        {"params": [parameter for parameter in model.parameters() if parameter.dim() >= 2]},
-        {"params": [parameter for parameter in model.parameters() if parameter.dim() < 2], "weight_decay": 0.0},
-    ]
-    adamw = torch.optim.AdamW(
-        groups, settings.lr, settings.betas, settings.eps, weight_decay=settings.weight_decay, fused=True
-    )
 
     def loss(inputs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
 
-    return _loop(loss, model, adamw, settings.clip_norm, batches)
+    return train_loop(loss, model, adamw(model, settings), settings.clip_norm, batches)
+
+
+def adamw(model: nn.Module, settings: OptimizerConfig) -> torch.optim.AdamW:
+    """PyTorch's, fused, with decay on matrices only."""
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter in model.parameters() if parameter.dim() >= 2]},
+        {"params": [parameter for parameter in model.parameters() if parameter.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, settings.lr, settings.betas, settings.eps, weight_decay=settings.weight_decay, fused=True
+    )
 
 
 def nanogpt_loop(
-    checkout: Path, experiment: Experiment, batches: Sequence[tuple[Tensor, Tensor]]
+    checkout: Path, experiment: Experiment, batches: Sequence[tuple[Tensor, Tensor]], compiled: bool = False
 ) -> Callable[[int], float]:
     """The same loop over the model and the optimizer of a nanoGPT checkout."""
     module = nanogpt_module(checkout)
@@ -91,8 +95,9 @@ def nanogpt_loop(
                 n_head=config.n_heads, n_embd=config.dim, dropout=config.dropout, bias=config.bias,
             )
         )  # fmt: skip
-        adamw = model.configure_optimizers(settings.weight_decay, settings.lr, settings.betas, "cpu")
-    return _loop(lambda inputs, targets: model(inputs, targets)[1], model, adamw, settings.clip_norm, batches)
+        optimizer = model.configure_optimizers(settings.weight_decay, settings.lr, settings.betas, "cpu")
+    called = torch.compile(model) if compiled else model
+    return train_loop(lambda inputs, targets: called(inputs, targets)[1], model, optimizer, settings.clip_norm, batches)
 
 
 def nanogpt_module(checkout: Path) -> Any:
@@ -112,13 +117,14 @@ def nanogpt_module(checkout: Path) -> Any:
     return module
 
 
-def _loop(
+def train_loop(
     loss: Loss,
     model: nn.Module,
-    adamw: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
     clip_norm: float | None,
     batches: Iterable[tuple[Tensor, Tensor]],
 ) -> Callable[[int], float]:
+    """A loop over batches again and again that does forward, loss, backward, clipping and update, nothing else."""
     endless = itertools.cycle(batches)
     parameters = list(model.parameters())
 
@@ -129,8 +135,8 @@ def _loop(
             loss(inputs, targets).backward()  # type: ignore[no-untyped-call]
             if clip_norm is not None:
                 nn.utils.clip_grad_norm_(parameters, clip_norm)
-            adamw.step()
-            adamw.zero_grad(set_to_none=True)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         return (time.perf_counter() - start) / steps
 
     return loop
