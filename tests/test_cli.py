@@ -400,3 +400,9 @@ def test_nothing_in_the_package_unpickles() -> None:
         assert not any(word in text for word in ("import pickle", "torch.load", "torch.save", "allow_pickle=True")), (
             path
         )
+
+
+def test_pytorchs_compiler_is_loaded_only_where_it_is_used() -> None:
+    """It takes longer to load than the rest of the package."""
+    found = "import cleangpt.training.trainer, sys; print('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", found], capture_output=True, text=True, check=True).stdout == "False\n"

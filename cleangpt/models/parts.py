@@ -6,19 +6,29 @@ seen, so that a sample of many short documents costs what its documents cost.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-Seen = Tensor | BlockMask | None
+if TYPE_CHECKING:  # it takes PyTorch's compiler with it, which takes longer to load than all else here
+    from torch.nn.attention.flex_attention import BlockMask
+
+Seen: TypeAlias = "Tensor | BlockMask | None"
 """What each token sees: a mask, blocks of one, or none for itself and all before it."""
 
 Reduce = Callable[[Tensor, Callable[[Tensor], Tensor], Sequence[Tensor]], Tensor]
 """What is made of features `(batch, seq, dim)`, given the head that makes logits of them and the head's parameters."""
 
-fused_flex_attention = torch.compile(flex_attention)
+
+@cache
+def flex_attention(compiled: bool) -> Callable[..., Tensor]:
+    """FlexAttention. Where it is not compiled, it computes all pairs; so the tests compare it on a CPU."""
+    from torch.nn.attention import flex_attention as flex
+
+    return cast(Callable[..., Tensor], torch.compile(flex.flex_attention) if compiled else flex.flex_attention)
 
 
 def window_mask(positions: Tensor, window: int) -> Tensor:
@@ -50,8 +60,10 @@ def both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return other if one is None else one if other is None else one & other
 
 
-def document_blocks(documents: Tensor, window: int | None = None) -> BlockMask:
+def document_blocks(documents: Tensor, window: int | None = None) -> "BlockMask":
     """`document_mask` of whole samples `(batch, seq)` in FlexAttention's form, within a window where there is one."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
     batch, seq = documents.shape
 
     def sees(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -73,10 +85,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, seen: Seen) -> Tensor:
     Returns:
         `(batch, heads, seq, head_dim)`.
     """
-    if isinstance(seen, BlockMask):
-        # Where it is not compiled, it computes all pairs; so the tests compare it on a CPU.
-        flex = fused_flex_attention if query.is_cuda else flex_attention
-        return flex(query, key, value, block_mask=seen, enable_gqa=True)
+    if seen is not None and not isinstance(seen, Tensor):
+        return flex_attention(query.is_cuda)(query, key, value, block_mask=seen, enable_gqa=True)
     if query.shape[2] > 1:
         causal = seen is None
         return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, is_causal=causal, enable_gqa=True)

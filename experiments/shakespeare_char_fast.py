@@ -1,0 +1,37 @@
+"""Shakespeare by character in a few seconds on a CPU: to the loss of nanoGPT's CPU recipe in a fraction of its time.
+
+One block, 128 wide, with embeddings of the last two to five characters together; Muon for the block. What each part
+brings is in docs/speed.md. A twentieth of the text is held out, and chose the hyperparameters.
+"""
+
+from cleangpt.config import (
+    DataConfig,
+    Experiment,
+    MuonConfig,
+    OptimizerConfig,
+    SavingConfig,
+    Schedule,
+    ScheduleConfig,
+    TrackingConfig,
+    TrainingConfig,
+)
+from cleangpt.corpora.shakespeare_char import ShakespeareChar
+from cleangpt.models.llama import LlamaConfig
+
+experiment = Experiment(
+    name="shakespeare_char_fast",
+    corpus=ShakespeareChar(held_out=0.05),
+    data=DataConfig(seq_len=64, batch_size=12),
+    model=LlamaConfig(
+        max_seq_len=64, n_layers=1, n_heads=4, dim=128, hidden_dim=512, activation="relu2", qk_norm=True,
+        ngrams=(2, 3, 4, 5), ngram_rows=16384,
+    ),
+    optimizer=OptimizerConfig(
+        lr=0.05, weight_decay=0.0, betas=(0.8, 0.95), clip_norm=None, muon=MuonConfig(lr=0.005, iterations=3),
+        lr_factors=(("head.*", 0.1), ("*norm*", 0.1)),
+    ),
+    schedule=ScheduleConfig(lr=Schedule(shape="wsd", final=0.0, warmup=0.05, decay=0.6)),
+    training=TrainingConfig(macro_batches=1, batches_per_macro_batch=150),
+    saving=SavingConfig(keep_best=1),
+    tracking=TrackingConfig(sample_tokens=300),
+)  # fmt: skip
