@@ -56,6 +56,7 @@ from cleangpt.training.ranks import Ranks
 from cleangpt.training.run import experiment_json, find_moments, open_stream
 from cleangpt.training.signals import StopRequest
 from cleangpt.training.snapshots import Snapshots, clean, load_snapshot, newest_snapshot, snapshot_name
+from cleangpt.training.width import scale_initial, width_factors
 
 
 class Trainer:
@@ -75,7 +76,9 @@ class Trainer:
         self.layout = choose_layout(
             experiment.parallel, experiment.model, self.ranks, self.device, partial(restrict, config=tuning)
         )
+        widths = width_factors(experiment.model, experiment.optimizer)
         self._build_model()
+        scale_initial(self.model, widths)
         if self.ranks.world_size > 1:
             seed_everything(training.seed + self.ranks.rank)  # every process drops out activations of its own
         self.objective = OBJECTIVES[experiment.objective]
@@ -87,6 +90,7 @@ class Trainer:
         self.optimizer = Optimizer(
             self.model, experiment.optimizer, scale_loss=training.precision == "fp16",
             factors=lr_factors(self.model, experiment.optimizer, tuning.layer_decay),
+            width_factors={name: factor.lr for name, factor in widths.items()},
         )  # fmt: skip
         self.balancing = Balancing(self.model, self.ranks.sum_tensor, frozen_names(self.model, tuning))
         self.early_stopping = EarlyStopping(experiment.early_stopping)
