@@ -13,7 +13,7 @@ from cleangpt.corpora.mixture import tasks
 from cleangpt.data.batches import Batch, BatchLoader, validation_batches
 from cleangpt.data.mixture import Store, mean_shares, split_samples, stores
 from cleangpt.data.tokenizers import same_tokens
-from cleangpt.errors import RunFailedError, UserError
+from cleangpt.errors import DivergedError, UserError
 from cleangpt.evaluation import SCORES
 from cleangpt.evaluation.validate import loss_figures, mean_loss, source_figures
 from cleangpt.inference.text import sample_text
@@ -410,7 +410,7 @@ class Trainer:
         self.snapshots.wait()
         path, _ = newest_snapshot(self.run / "snapshots", self.ranks)
         where = f"the last good snapshot is {path}" if path else "there is no snapshot yet"
-        raise RunFailedError(
+        raise DivergedError(
             f"{limit} steps in a row up to step {self.position.step:,} had a loss or gradient that is not finite; "
             f"{where}; a lower optimizer.lr or longer schedule.lr.warmup may help"
         )
