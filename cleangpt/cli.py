@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -208,12 +209,14 @@ def tune_command(words: list[str]) -> None:
             ("out", Annotated[str | None, tyro.conf.arg(help="Folder to keep; none: runs/NAME_tune.")], None),
         ],
     )  # fmt: skip
-    rules = {"steps": chosen.steps >= 1, "rates": all(0 < lr < math.inf for lr in chosen.rates),
-             "factor": 1 < chosen.factor < math.inf}  # fmt: skip
-    for name, allowed in rules.items():
+    rules = {
+        "steps": (chosen.steps >= 1, "1 or more"),
+        "rates": (all(0 < lr < math.inf for lr in chosen.rates), "finite numbers above 0"),
+        "factor": (1 < chosen.factor < math.inf, "a finite number above 1"),
+    }
+    for name, (allowed, described) in rules.items():
         if not allowed:
-            least = {"steps": "1 or more", "rates": "finite numbers above 0", "factor": "a finite number above 1"}[name]
-            raise UserError(f"--{name} is {getattr(chosen, name)}; allowed: {least}")
+            raise UserError(f"--{name} is {getattr(chosen, name)}; allowed: {described}")
     if chosen.experiment.optimizer.lr == 0:
         raise UserError("optimizer.lr is 0; allowed: more than 0, where the search begins")
     from cleangpt.training.ranks import join
@@ -227,7 +230,7 @@ def tune_command(words: list[str]) -> None:
     with join(experiment.parallel.timeout) as ranks:
         experiment, store = _with_store(experiment, ranks)
         folder.mkdir(parents=True, exist_ok=True)
-        say = print if ranks.is_main else lambda line: None
+        say: Callable[[str], None] = partial(print, flush=True) if ranks.is_main else lambda line: None
         try:
             with alone(folder) if ranks.is_main else nullcontext():
                 tuning = Tuning(experiment, folder, store, ranks, say)

@@ -49,12 +49,14 @@ def width_factors(config: ModelConfig, optimizer: OptimizerConfig) -> dict[str, 
     """The factors of muP for each parameter of a model; none without `optimizer.base_dim`.
 
     Raises:
-        UserError: the model cannot be had at the base width, or has neither a head nor a `final_norm`.
+        UserError: the model cannot be had at the base width, has convolutions, or neither a head nor a `final_norm`.
     """
     if optimizer.base_dim is None:
         return {}
     with torch.device("meta"):
         model, base = build_model(config), build_model(config.at_width(optimizer.base_dim))
+    if any(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules()):
+        raise UserError(f"optimizer.base_dim is {optimizer.base_dim}; allowed for a model with convolutions: None")
     with_muon = optimizer.muon.lr is not None
     looked_up = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     factors = {}

@@ -199,6 +199,17 @@ def test_adapters_are_refused(tiny: Callable[..., Experiment]) -> None:
         check_experiment(tiny(optimizer__base_dim=8, init_from="runs/other", fine_tuning=tuning))
 
 
+def test_a_model_with_convolutions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Convolutional(nn.Module):
+        def __init__(self, config: GPTConfig) -> None:
+            super().__init__()
+            self.convolution = nn.Conv1d(config.dim, config.dim, 3)
+
+    monkeypatch.setitem(MODELS, "gpt", (GPTConfig, Convolutional))
+    with pytest.raises(UserError, match="convolutions"):
+        width_factors(gpt(64), rates(False, 32))
+
+
 def test_a_model_without_head_and_final_norm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     class Headless(nn.Module):
         def __init__(self, config: GPTConfig) -> None:
