@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,6 +168,20 @@ def test_interrupted_it_goes_on_where_it_was(
     assert tune(*rates) == expected
     assert steps == [0.01] * 8 + [0.02] * 8 + [0.04] * 8
     assert tune(*rates) == expected and len(steps) == 24
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_find_what_one_does(own: str, strategy: str) -> None:
+    words = ["--rates", "0.01", "1e30", "0.02", "--optimizer.base-dim", "8"]
+    expected = tune(*words)
+    several = [*words, "--steps", "8", "--out", "several", "--parallel.strategy", strategy]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "cleangpt", "tune", own]
+    ended = subprocess.run([sys.executable, *launch, *several], timeout=240, check=True, capture_output=True, text=True)
+    assert ended.stdout.count("train with:") == 1
+    found = {row["lr"]: row["loss"] for row in json.loads(Path("several", "tune.json").read_text())["rates"]}
+    assert found.pop(1e30) is expected.pop(1e30) is None
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_folder_of_another_tuning_is_refused(own: str, capsys: pytest.CaptureFixture[str]) -> None:
