@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,9 +23,11 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from cleangpt.data.mixture import Store
     from cleangpt.data.tokenizers import Tokenizer
     from cleangpt.inference.sampling import Sampling
     from cleangpt.inference.text import Piece
+    from cleangpt.training.ranks import Ranks
 
 USAGE = """\
 usage: cleangpt COMMAND [ARGUMENTS] [--help]
@@ -33,6 +36,7 @@ usage: cleangpt COMMAND [ARGUMENTS] [--help]
   list                  name the experiments, corpora and models there are
   prepare CORPUS        turn a corpus into a token store, memory-mapped in training
   plan EXPERIMENT       memory, time and cost on devices that you do not have yet
+  tune EXPERIMENT       find its learning rate, perhaps on a narrower model, by short runs
   train EXPERIMENT      start a run of an experiment, by name or by path to your own Python file
   resume RUN            go on from a run's newest snapshot
   evaluate RUN          loss, perplexity, bits per byte and task score of a run's best checkpoint
@@ -150,17 +154,25 @@ def prepare_command(words: list[str]) -> None:
     print(f"token store: {store.folder}")
 
 
-def plan_command(words: list[str]) -> None:
-    """cleangpt plan EXPERIMENT"""
+def _with_experiment(words: list[str], command: str, about: str, fields: list[tuple[str, Any, Any]]) -> Any:
+    """The options of a command over an experiment: its own `fields`, and `experiment` with the fields overridden."""
     from cleangpt.experiment_files import experiments, find_experiment, load_experiment, recorded_overrides
 
-    path = find_experiment(_subject(words, "plan", "EXPERIMENT", lambda: list(experiments())))
+    path = find_experiment(_subject(words, command, "EXPERIMENT", lambda: list(experiments())))
     experiment = load_experiment(path)
     described = Annotated[type(experiment), tyro.conf.arg(name="")]  # type: ignore[valid-type]
-    options = dataclasses.make_dataclass(
-        "Options",
+    options = dataclasses.make_dataclass("Options", [("experiment", described, experiment), *fields])
+    overrides = [*recorded_overrides(path), *words[1:]]
+    about = f"{about.format(path)}; options that name a field change it."
+    return parse(options, overrides, program=f"cleangpt {command} {words[0]}", about=about)
+
+
+def plan_command(words: list[str]) -> None:
+    """cleangpt plan EXPERIMENT"""
+    about = "What training {} takes on devices of a data sheet"
+    chosen = _with_experiment(
+        words, "plan", about,
         [
-            ("experiment", described, experiment),
             ("devices", Annotated[tuple[int, ...], tyro.conf.arg(help="How many; several make a table.")], (1,)),
             ("device", Annotated[str, tyro.conf.arg(help="Which: h100, a100, 4090, ...")], "h100"),
             ("devices_per_node", Annotated[int, tyro.conf.arg(help="Devices in a machine.")], 8),
@@ -168,10 +180,7 @@ def plan_command(words: list[str]) -> None:
             ("price", Annotated[float | None, tyro.conf.arg(help="Dollars per device and hour; none: assumed.")], None),
             ("json", Annotated[str | None, tyro.conf.arg(help="Also write the plan to this JSON file.")], None),
         ],
-    )
-    overrides = [*recorded_overrides(path), *words[1:]]
-    about = f"What training {path} takes on devices of a data sheet; options that name a field change it."
-    chosen: Any = parse(options, overrides, program=f"cleangpt plan {words[0]}", about=about)
+    )  # fmt: skip
     from cleangpt.files import write_json
     from cleangpt.planning.devices import find_device
     from cleangpt.planning.plan import make_plan
@@ -185,6 +194,52 @@ def plan_command(words: list[str]) -> None:
     if chosen.json is not None:
         write_json(Path(chosen.json), plan.to_json())
         print(f"plan: {chosen.json}")
+
+
+def tune_command(words: list[str]) -> None:
+    """cleangpt tune EXPERIMENT"""
+    about = "The learning rate at which short runs of {} learn most"
+    chosen = _with_experiment(
+        words, "tune", about,
+        [
+            ("steps", Annotated[int, tyro.conf.arg(help="Length of a run, in steps of the full batch size.")], 200),
+            ("width", Annotated[int | None, tyro.conf.arg(help="model.dim to try at; none: the experiment's.")], None),
+            ("rates", Annotated[tuple[float, ...], tyro.conf.arg(help="Try these alone; none: search.")], ()),
+            ("factor", Annotated[float, tyro.conf.arg(help="From one rate of the search to the next.")], 2.0),
+            ("out", Annotated[str | None, tyro.conf.arg(help="Folder to keep; none: runs/NAME_tune.")], None),
+        ],
+    )  # fmt: skip
+    rules = {
+        "steps": (chosen.steps >= 1, "1 or more"),
+        "rates": (all(0 < lr < math.inf for lr in chosen.rates), "finite numbers above 0"),
+        "factor": (1 < chosen.factor < math.inf, "a finite number above 1"),
+    }
+    for name, (allowed, described) in rules.items():
+        if not allowed:
+            raise UserError(f"--{name} is {getattr(chosen, name)}; allowed: {described}")
+    if chosen.experiment.optimizer.lr == 0:
+        raise UserError("optimizer.lr is 0; allowed: more than 0, where the search begins")
+    from cleangpt.training.ranks import join
+    from cleangpt.training.run import alone
+    from cleangpt.training.tuning import StoppedError, Tuning, advice, short_run
+
+    experiment = short_run(chosen.experiment, chosen.steps, chosen.width)
+    folder = Path(chosen.out or f"runs/{experiment.name}_tune")
+    _check(experiment)
+    _check_source(experiment)
+    with join(experiment.parallel.timeout) as ranks:
+        experiment, store = _with_store(experiment, ranks)
+        folder.mkdir(parents=True, exist_ok=True)
+        say: Callable[[str], None] = partial(print, flush=True) if ranks.is_main else lambda line: None
+        try:
+            with alone(folder) if ranks.is_main else nullcontext():
+                tuning = Tuning(experiment, folder, store, ranks, say)
+                losses = {lr: tuning.loss(lr) for lr in chosen.rates} if chosen.rates else tuning.grid(chosen.factor)
+        except StoppedError:
+            say("interrupted and saved; the same command goes on")
+            return
+    for line in ["", *advice(experiment, losses)]:
+        say(line)
 
 
 # Training ------------------------------------------------------------------------------------------------------------
@@ -263,20 +318,14 @@ def _check(experiment: Any) -> None:
 def _train(experiment: Any, source: Path | None, overrides: Sequence[str]) -> Path:
     """Prepares the corpus where needed, opens the run, trains, and says what to do next; returns the run."""
     _check(experiment)
-    from cleangpt.corpora import prepare
     from cleangpt.tracking.progress import ProgressBar
-    from cleangpt.training.fine_tuning import check_fine_tuning
-    from cleangpt.training.parallel import layout
     from cleangpt.training.ranks import join
-    from cleangpt.training.run import alone, check_store, open_run, resolve, summary
+    from cleangpt.training.run import alone, open_run, summary
     from cleangpt.training.trainer import Trainer
 
     _check_source(experiment)
     with join(experiment.parallel.timeout) as ranks:
-        store = ranks.after_main(lambda: prepare(experiment.corpus, Path(experiment.data.folder)))
-        experiment = resolve(experiment, store.vocab_size)
-        check_store(experiment, store)
-        check_fine_tuning(experiment, layout(experiment.parallel, ranks.world_size))
+        experiment, store = _with_store(experiment, ranks)
         run: Path = ranks.from_main(open_run(experiment, source, overrides) if ranks.is_main else None)
         progress = ProgressBar(run if ranks.is_main else None, experiment.tracking.progress and ranks.is_main)
         with alone(run) if ranks.is_main else nullcontext():
@@ -289,6 +338,20 @@ def _train(experiment: Any, source: Path | None, overrides: Sequence[str]) -> Pa
     else:
         progress.say(f"{status}; next: cleangpt evaluate {run}, cleangpt sample {run}, cleangpt report {run}")
     return run
+
+
+def _with_store(experiment: Any, ranks: "Ranks") -> tuple[Any, "Store"]:
+    """The experiment with its vocabulary filled in, and the store of its corpus, prepared where needed."""
+    from cleangpt.corpora import prepare
+    from cleangpt.training.fine_tuning import check_fine_tuning
+    from cleangpt.training.parallel import layout
+    from cleangpt.training.run import check_store, resolve
+
+    store = ranks.after_main(lambda: prepare(experiment.corpus, Path(experiment.data.folder)))
+    experiment = resolve(experiment, store.vocab_size)
+    check_store(experiment, store)
+    check_fine_tuning(experiment, layout(experiment.parallel, ranks.world_size))
+    return experiment, store
 
 
 def _check_source(experiment: Any) -> None:
@@ -641,6 +704,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "list": list_command,
     "prepare": prepare_command,
     "plan": plan_command,
+    "tune": tune_command,
     "train": train_command,
     "resume": resume_command,
     "evaluate": evaluate_command,

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, TypeVar, Union, cast, get_args, get_o
 from cleangpt.errors import UserError, nearest
 
 T = TypeVar("T")
+M = TypeVar("M", bound="ModelConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,22 @@ class ModelConfig:
         heads, dim = getattr(self, "n_heads", 1), getattr(self, "dim", 1)
         if dim % heads:
             raise UserError(f"model.n_heads is {heads}; allowed: a divisor of model.dim, which is {dim}")
+
+    def at_width(self: M, dim: int) -> M:
+        """The same model narrower or wider: all widths in proportion, and so many more or fewer heads of one size.
+
+        Raises:
+            UserError: the model has no `dim`, or a width or a number of heads would not be whole.
+        """
+        names = ("dim", "hidden_dim", "expert_hidden_dim", "n_heads", "n_kv_heads")
+        widths = {name: width for name in names if (width := getattr(self, name, None)) is not None}
+        if "dim" not in widths:
+            raise UserError(f"{type(self).__name__} has no model.dim, so its width cannot be changed")
+        unit = widths["dim"] // math.gcd(*widths.values())
+        if dim < 1 or dim % unit:
+            others = ", ".join(f"{name} {width}" for name, width in widths.items())
+            raise UserError(f"a width of {dim} does not fit a model of {others}; allowed: multiples of {unit}")
+        return dataclasses.replace(self, **{name: width * dim // widths["dim"] for name, width in widths.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +146,9 @@ class OptimizerConfig:
     lr_factors: tuple[tuple[str, float], ...] = ()
     """Factors on the learning rates of parameters by a pattern of their names, such as ("head.*", 2.0); a * stands for
     any letters, dots included, and the first pattern that fits counts."""
+    base_dim: int | None = None
+    """muP: the model.dim for which rates, decay and initial deviations are given; at another width they change so that
+    the best rate stays where it was. None: they do not change; see docs/tuning.md."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,6 +360,7 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
             "training.loss_chunk",
             "training.max_skipped_steps",
             "optimizer.muon.iterations",
+            "optimizer.base_dim",
             "fine_tuning.lora.rank",
             "parallel.replicas",
             "parallel.tensor",
@@ -478,6 +499,11 @@ def _check_fine_tuning(experiment: Experiment) -> None:
     rank = tuning.lora.rank
     if rank is not None and source is None:
         raise UserError(f"fine_tuning.lora.rank is {rank}; allowed without init_from: None, the weights being random")
+    if rank is not None and experiment.optimizer.base_dim is not None:
+        raise UserError(
+            f"optimizer.base_dim is {experiment.optimizer.base_dim}; allowed with fine_tuning.lora.rank: None, "
+            "adapters being of one rank at any width"
+        )
     if rank is not None and tuning.freeze:
         raise UserError(
             f"fine_tuning.freeze is {tuning.freeze!r}; allowed with fine_tuning.lora.rank: (), adapters alone train"

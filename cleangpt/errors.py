@@ -17,6 +17,10 @@ class RunFailedError(Exception):
     """A run that cannot go on: the message says why and where it can be taken up; exit code 1, no traceback."""
 
 
+class DivergedError(RunFailedError):
+    """A run whose losses or gradients are no longer finite."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint such as ``; did you mean 'dim'?``, or an empty string when nothing known is near `word`."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

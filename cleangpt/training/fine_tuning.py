@@ -15,6 +15,7 @@ from cleangpt.training.lora import add_adapter, is_adapter, linear_layers
 from cleangpt.training.optimizer import Optimizer
 from cleangpt.training.parallel import Layout
 from cleangpt.training.snapshots import fill_tensors, saved_shapes
+from cleangpt.training.width import width_factors
 
 # What trains ---------------------------------------------------------------------------------------------------------
 
@@ -133,6 +134,7 @@ def check_fine_tuning(experiment: Experiment, place: Layout) -> None:
         model = build_model(experiment.model)
     restrict(model, tuning)
     lr_factors(model, experiment.optimizer, tuning.layer_decay)
+    width_factors(experiment.model, experiment.optimizer)
 
 
 def take_moments(optimizer: Optimizer, snapshot: Path, group: dist.ProcessGroup | None) -> str:

@@ -20,7 +20,8 @@ class Optimizer:
     doubled after 2,000 good ones (Micikevicius et al. 2018, "Mixed precision training", section 3.2).
 
     Matrices in the model's blocks are updated by Muon where that is asked for, all else by AdamW. `factors` multiply
-    the learning rate of the parameters that they name, as `layer_factors` gives them.
+    the learning rate of the parameters that they name, as `layer_factors` gives them. So do `width_factors`, those of
+    muP, which leave the share that decays in a step as it is: wider matrices would otherwise hardly decay.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class Optimizer:
         config: OptimizerConfig,
         scale_loss: bool = False,
         factors: Mapping[str, float] | None = None,
+        width_factors: Mapping[str, float] | None = None,
     ) -> None:
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         named.sort(key=lambda entry: entry[1].dim() < 2)  # matrices first, for the sums over all in one order
@@ -38,12 +40,13 @@ class Optimizer:
         with_muon = config.muon.lr is not None
         hidden = {name: parameter for name, parameter in named if with_muon and is_hidden_matrix(name, parameter)}
         others = {name: parameter for name, parameter in named if name not in hidden}
+        by_layer, by_width = factors or {}, width_factors or {}
         self.adamw = torch.optim.AdamW(
-            _groups(model, others, factors or {}), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+            _groups(model, others, by_layer, by_width), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
         )
         self.muon: Muon | None = None
         if hidden:
-            groups = _groups(model, hidden, factors or {}, (config.muon.lr or 0.0) / config.lr)
+            groups = _groups(model, hidden, by_layer, by_width, (config.muon.lr or 0.0) / config.lr)
             self.muon = Muon(groups, config.muon.momentum, config.muon.iterations)
         self.hidden = set(hidden.values())
         device = self.parameters[0].device
@@ -69,7 +72,7 @@ class Optimizer:
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["factor"]
-                group["weight_decay"] = weight_decay if group["decays"] else 0.0
+                group["weight_decay"] = weight_decay * group["decay"]
             self.scaler.unscale_(optimizer)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norm = whole(torch.nn.utils.get_total_norm(gradients))
@@ -119,18 +122,23 @@ def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
 
 
 def _groups(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], factors: Mapping[str, float], ratio: float = 1.0
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    by_layer: Mapping[str, float],
+    by_width: Mapping[str, float],
+    ratio: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Parameters that are updated alike, as PyTorch's optimizers take them; `ratio` multiplies all their factors.
 
     A model's `stacked_matrices(name)`, where it has one, says how many matrices a parameter holds.
     """
     stacked = getattr(model, "stacked_matrices", lambda name: 1)
-    groups: dict[tuple[bool, float, int], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, int], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        key = (parameter.dim() >= 2, ratio * factors.get(name, 1.0), stacked(name))
-        groups.setdefault(key, []).append(parameter)
+        width = by_width.get(name, 1.0)
+        decay = 1 / width if parameter.dim() >= 2 else 0.0
+        groups.setdefault((ratio * by_layer.get(name, 1.0) * width, decay, stacked(name)), []).append(parameter)
     return [
-        {"params": params, "decays": decays, "factor": factor, "stacked": count}
-        for (decays, factor, count), params in groups.items()
+        {"params": params, "factor": factor, "decay": decay, "stacked": count}
+        for (factor, decay, count), params in groups.items()
     ]

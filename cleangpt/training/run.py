@@ -296,14 +296,20 @@ def _new_folder(name: str) -> Path:
     return folder
 
 
-def _check_same(run: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """The first field in which two experiments as JSON differ, but for their folder, in words; empty: in none."""
     before, now = _flatten(there), _flatten(here)
-    for name in sorted(before.keys() | now.keys()):
-        if name != "run_dir" and before.get(name) != now.get(name):
-            raise UserError(
-                f"run_dir is {str(run)!r}, which holds another experiment: {name} is {before.get(name)!r} there and "
-                f"{now.get(name)!r} here; give another folder, or change fields with cleangpt resume"
-            )
+    names = (name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name))
+    name = next((name for name in names if name != "run_dir"), None)
+    return "" if name is None else f"{name} is {before.get(name)!r} there and {now.get(name)!r} here"
+
+
+def _check_same(run: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    if changed := difference(there, here):
+        raise UserError(
+            f"run_dir is {str(run)!r}, which holds another experiment: {changed}; give another folder, or change "
+            "fields with cleangpt resume"
+        )
 
 
 def _flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:

@@ -13,7 +13,7 @@ from cleangpt.corpora.mixture import tasks
 from cleangpt.data.batches import Batch, BatchLoader, validation_batches
 from cleangpt.data.mixture import Store, mean_shares, split_samples, stores
 from cleangpt.data.tokenizers import same_tokens
-from cleangpt.errors import RunFailedError, UserError
+from cleangpt.errors import DivergedError, UserError
 from cleangpt.evaluation import SCORES
 from cleangpt.evaluation.validate import loss_figures, mean_loss, source_figures
 from cleangpt.inference.text import sample_text
@@ -56,6 +56,7 @@ from cleangpt.training.ranks import Ranks
 from cleangpt.training.run import experiment_json, find_moments, open_stream
 from cleangpt.training.signals import StopRequest
 from cleangpt.training.snapshots import Snapshots, clean, load_snapshot, newest_snapshot, snapshot_name
+from cleangpt.training.width import scale_initial, width_factors
 
 
 class Trainer:
@@ -75,7 +76,9 @@ class Trainer:
         self.layout = choose_layout(
             experiment.parallel, experiment.model, self.ranks, self.device, partial(restrict, config=tuning)
         )
+        widths = width_factors(experiment.model, experiment.optimizer)
         self._build_model()
+        scale_initial(self.model, widths)
         if self.ranks.world_size > 1:
             seed_everything(training.seed + self.ranks.rank)  # every process drops out activations of its own
         self.objective = choose_objective(experiment.objective, training.loss_chunk)
@@ -87,6 +90,7 @@ class Trainer:
         self.optimizer = Optimizer(
             self.model, experiment.optimizer, scale_loss=training.precision == "fp16",
             factors=lr_factors(self.model, experiment.optimizer, tuning.layer_decay),
+            width_factors={name: factor.lr for name, factor in widths.items()},
         )  # fmt: skip
         self.balancing = Balancing(self.model, self.ranks.sum_tensor, frozen_names(self.model, tuning))
         self.early_stopping = EarlyStopping(experiment.early_stopping)
@@ -406,7 +410,7 @@ class Trainer:
         self.snapshots.wait()
         path, _ = newest_snapshot(self.run / "snapshots", self.ranks)
         where = f"the last good snapshot is {path}" if path else "there is no snapshot yet"
-        raise RunFailedError(
+        raise DivergedError(
             f"{limit} steps in a row up to step {self.position.step:,} had a loss or gradient that is not finite; "
             f"{where}; a lower optimizer.lr or longer schedule.lr.warmup may help"
         )

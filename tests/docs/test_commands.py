@@ -106,15 +106,17 @@ def lines(document: Path) -> list[str]:
 
 def shortened(words: list[str]) -> list[str]:
     """A cleangpt command line that is done in seconds, by overrides at its end, where they win."""
-    if "--help" in words or words[0] not in ("prepare", "train", "resume"):
+    if "--help" in words or words[0] not in ("prepare", "tune", "train", "resume"):
         return words
     if words[0] == "resume":
         return words + SHORT_RESUMED
     extra = list(LOCAL_TEXT.get(words[1], []))
     if extra:
-        extra[0] = f"--{'corpus.' * (words[0] == 'train')}{extra[0]}"
+        extra[0] = f"--{'corpus.' * (words[0] != 'prepare')}{extra[0]}"
     if words[0] == "prepare" and words[1] == "stdlib":
         extra = ["--max-bytes", "200000"]
+    if words[0] == "tune":
+        return words + extra + SHORT + ["--steps", "8"]
     scored = ["--tracking.score-samples", "4"]
     return words + extra + (SHORT + scored if words[0] == "train" else [])
 
