@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -200,11 +201,9 @@ def train_command(words: list[str]) -> None:
         print(f"with the overrides that this run was started with: {' '.join(recorded)}")
     experiment = load_experiment(path)
     overrides = [*recorded, *words[1:]]
-    experiment = parse(
-        type(experiment), overrides, program=f"cleangpt train {words[0]}", default=experiment,
-        about=f"Fields of {path}, with their values there.",
-    )  # fmt: skip
-    _train(experiment, path, overrides)
+    about = f"Fields of {path}, with their values there."
+    experiment, end = _parse_launch(experiment, overrides, f"cleangpt train {words[0]}", about)
+    _train(experiment, path, overrides, end)
 
 
 def resume_command(words: list[str]) -> None:
@@ -224,16 +223,29 @@ def resume_command(words: list[str]) -> None:
     if (run / EXPERIMENT_FILE).is_file():
         run_file(run / EXPERIMENT_FILE)
     before = read_experiment(run)
-    experiment = parse(
-        type(before), words[1:], program=f"cleangpt resume {words[0]}", default=before,
-        about=f"Fields of {run / EXPERIMENT}; those of the data and the model cannot change any more.",
-    )  # fmt: skip
+    about = f"Fields of {run / EXPERIMENT}; those of the data and the model cannot change any more."
+    experiment, end = _parse_launch(before, words[1:], f"cleangpt resume {words[0]}", about)
     experiment = dataclasses.replace(experiment, run_dir=str(run))
     check_resumable(before, experiment)
     _check(experiment)
     if experiment != dataclasses.replace(before, run_dir=str(run)) and os.environ.get("RANK", "0") == "0":
         write_json(run / EXPERIMENT, experiment_json(experiment))
-    _train(experiment, None, [])
+    _train(experiment, None, [], end)
+
+
+def _parse_launch(experiment: Any, words: Sequence[str], program: str, about: str) -> tuple[Any, float | None]:
+    """The experiment with its overrides, and when this launch must have ended; that is no part of the experiment."""
+    from cleangpt.training.deadline import read_time_limit
+
+    began = time.time()
+    described = Annotated[type(experiment), tyro.conf.arg(name="")]  # type: ignore[valid-type]
+    limit = tyro.conf.arg(help="Save and end within this time, as SLURM writes it (1:30:00), or slurm: within its job.")
+    options = dataclasses.make_dataclass(
+        "Options", [("experiment", described, experiment), ("time_limit", Annotated[str | None, limit], None)]
+    )
+    chosen: Any = parse(options, words, program=program, about=about)
+    end = None if chosen.time_limit is None else read_time_limit(chosen.time_limit, began)
+    return chosen.experiment, end
 
 
 def _check(experiment: Any) -> None:
@@ -261,8 +273,11 @@ def _check(experiment: Any) -> None:
     check_tracking(experiment.tracking)
 
 
-def _train(experiment: Any, source: Path | None, overrides: Sequence[str]) -> Path:
-    """Prepares the corpus where needed, opens the run, trains, and says what to do next; returns the run."""
+def _train(experiment: Any, source: Path | None, overrides: Sequence[str], end: float | None = None) -> Path:
+    """Prepares the corpus where needed, opens the run, trains, and says what to do next; returns the run.
+
+    `end` is when it must have saved and ended, in seconds since 1970; None: when it is done.
+    """
     _check(experiment)
     from cleangpt.corpora import prepare
     from cleangpt.tracking.progress import ProgressBar
@@ -270,10 +285,14 @@ def _train(experiment: Any, source: Path | None, overrides: Sequence[str]) -> Pa
     from cleangpt.training.parallel import layout
     from cleangpt.training.ranks import join
     from cleangpt.training.run import alone, check_store, open_run, resolve, summary
+    from cleangpt.training.signals import SAVE, without
     from cleangpt.training.trainer import Trainer
 
     _check_source(experiment)
-    with join(experiment.parallel.timeout) as ranks:
+    # Before there is something to save, the signal that asks for it would end the process.
+    with without(SAVE), join(experiment.parallel.timeout) as ranks:
+        if end is not None:
+            end = float(ranks.of_launch("end", str(end)))
         store = ranks.after_main(lambda: prepare(experiment.corpus, Path(experiment.data.folder)))
         experiment = resolve(experiment, store.vocab_size)
         check_store(experiment, store)
@@ -281,7 +300,7 @@ def _train(experiment: Any, source: Path | None, overrides: Sequence[str]) -> Pa
         run: Path = ranks.from_main(open_run(experiment, source, overrides) if ranks.is_main else None)
         progress = ProgressBar(run if ranks.is_main else None, experiment.tracking.progress and ranks.is_main)
         with alone(run) if ranks.is_main else nullcontext():
-            trainer = Trainer(experiment, run, store, progress, ranks)
+            trainer = Trainer(experiment, run, store, progress, ranks, end)
             for line in summary(experiment, run, store, trainer.model, trainer.device, trainer.layout):
                 progress.say(line)
             status = trainer.train()

@@ -39,6 +39,7 @@ FIXED = {
 FIXED_PARTS = ("corpus.", "model.", "fine_tuning.lora.")
 EXPERIMENT, EXPERIMENT_FILE, ENVIRONMENT = "experiment.json", "experiment.py", "environment.json"
 LOCK = "lock"
+STATUS = "status.json"
 LAUNCH = "TORCHELASTIC_RUN_ID"
 """The variable by which torchrun tells its processes which of its launches they belong to."""
 
@@ -136,6 +137,13 @@ def alone(run: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def write_status(run: Path, status: str | None, reason: str | None = None) -> None:
+    """Notes how training ended, for a script that decides whether to start it again; None: it has not ended."""
+    (run / STATUS).unlink(missing_ok=True)
+    if status is not None:
+        write_json(run / STATUS, {"status": status, "reason": reason})
 
 
 def find_checkpoint(text: str) -> Path:

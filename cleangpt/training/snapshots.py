@@ -14,6 +14,7 @@ import contextlib
 import io
 import secrets
 import shutil
+import time
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -68,6 +69,8 @@ class Snapshots:
         self.group = dist.new_group(backend="gloo", timeout=limit) if several else None
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
         self.under_way: Future[Metadata] | None = None
+        self.longest = 0.0
+        """Seconds that a save has taken at the most, from the call to the disk."""
         self.host: dict[MetadataIndex, Tensor] = {}
         """The copy, kept for the next save: memory that is in use already is quicker to fill."""
         self.attempt = self.ranks.from_main(secrets.token_hex(4))
@@ -85,6 +88,7 @@ class Snapshots:
             UserError: this snapshot, or the one that was under way, could not be written.
         """
         self.wait()
+        began = time.monotonic()
         tensors: dict[str, Tensor] = {}
         tree = _split(state, "", tensors)
         planner = Parts(_to_write(tensors, self.ranks), self.host if self.config.async_snapshots else None)
@@ -92,6 +96,7 @@ class Snapshots:
         writer = ShardWriter(unfinished, self.ranks.rank, partial(self._complete, unfinished, name, tree))
         _accept_one_process()
         self.under_way = self.thread.submit(save, {}, storage_writer=writer, planner=planner, process_group=self.group)
+        self.under_way.add_done_callback(lambda _: self._measure(began))
         if not self.config.async_snapshots:
             self.wait()
 
@@ -101,6 +106,9 @@ class Snapshots:
         seal(unfinished, self.folder / name, shards)
         for old in list_snapshots(self.folder)[self.config.keep_snapshots :]:
             shutil.rmtree(old)
+
+    def _measure(self, began: float) -> None:
+        self.longest = max(self.longest, time.monotonic() - began)
 
     def wait(self) -> None:
         """Waits until the save under way is done.

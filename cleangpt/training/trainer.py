@@ -1,5 +1,6 @@
 """The life of a run, on one screen: `Trainer.train`."""
 
+import contextlib
 import time
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from cleangpt.tracking.progress import ProgressBar
 from cleangpt.training import schedules
 from cleangpt.training.balancing import Balancing
 from cleangpt.training.checkpoints import Checkpoints, differing_fields, fill
+from cleangpt.training.deadline import WRITE_RATE, Deadline
 from cleangpt.training.device import (
     RandomState,
     autocast,
@@ -48,12 +50,13 @@ from cleangpt.training.parallel import (
     gather_to_host,
     parallelize,
     recompute,
+    state_bytes,
     with_gradient_exchange,
     without_sync,
 )
 from cleangpt.training.position import Meter, Position
 from cleangpt.training.ranks import Ranks
-from cleangpt.training.run import experiment_json, find_moments, open_stream
+from cleangpt.training.run import experiment_json, find_moments, open_stream, write_status
 from cleangpt.training.signals import StopRequest
 from cleangpt.training.snapshots import Snapshots, clean, load_snapshot, newest_snapshot, snapshot_name
 
@@ -62,8 +65,10 @@ class Trainer:
     """Trains the experiment of a run, from its newest snapshot where there is one."""
 
     def __init__(
-        self, experiment: Experiment, run: Path, store: Store, progress: ProgressBar, ranks: Ranks | None = None
-    ) -> None:
+        self, experiment: Experiment, run: Path, store: Store, progress: ProgressBar, ranks: Ranks | None = None,
+        end: float | None = None,
+    ) -> None:  # fmt: skip
+        """`end` is when the run must have saved and ended, in seconds since 1970; None: when it is done."""
         self.experiment, self.run, self.store, self.progress = experiment, run, store, progress
         self.ranks = ranks or Ranks()
         training, data = experiment.training, experiment.data
@@ -83,6 +88,9 @@ class Trainer:
         self.stream = open_stream(experiment, store)
         self.val_samples, self.val_losses = split_samples(store, "val", data.seq_len), dict[str, float]()
         self.stop, self.stopping, self.failing = StopRequest(), False, False
+        self.reason: str | None = None
+        """Why it stops before its end."""
+        self.deadline = Deadline(end, state_bytes(self.model) / WRITE_RATE)
         self.position, self.meter = Position(), Meter(self.device)
         self.optimizer = Optimizer(
             self.model, experiment.optimizer, scale_loss=training.precision == "fp16",
@@ -140,9 +148,9 @@ class Trainer:
     def train(self) -> str:
         """Runs macro-batches until the last, until early stopping or until a signal; returns which of these."""
         status = "failed"
-        self._start()
-        try:
-            with self.stop:
+        with self.stop:
+            self._start()
+            try:
                 while not (ended := self._ended()):
                     self.train_macro_batch()
                     val_loss = self.validate()
@@ -155,9 +163,9 @@ class Trainer:
                     if self.position.macro_batch % self.experiment.saving.snapshot_every == 0:
                         self.save_snapshot()
                 self.save_snapshot()
-            status = ended
-        finally:
-            self._end(status)
+                status = ended
+            finally:
+                self._end(status)
         return status
 
     def train_macro_batch(self) -> None:
@@ -236,6 +244,7 @@ class Trainer:
         self.trackers.record(figures)
         self.progress.record(figures)
         self.meter = Meter(self.device)
+        self.deadline.begin_macro_batch()
 
     def keep_checkpoint(self, val_loss: float) -> None:
         """Saves a checkpoint, and a sample of what the model writes, if the loss is among the best."""
@@ -421,6 +430,7 @@ class Trainer:
         done = self.position.samples // self.experiment.data.batch_size
         self.progress.start(training.macro_batches, training.batches_per_macro_batch, done)
         self._clock = time.perf_counter()
+        self._note(None)
 
     def _ended(self) -> str:
         """Why the run is over; empty while it is not."""
@@ -431,18 +441,39 @@ class Trainer:
         return "stopped early" if self.early_stopping.should_stop else ""
 
     def _agree_to_stop(self) -> bool:
-        """Whether any process has been asked to stop; all get the same answer, and fail together where one must."""
-        asked, failing = self.ranks.sum(self.stop.requested is not None, self.failing)
+        """Whether any process has been asked to stop or has no more time; all get the same answer.
+
+        Where one has been asked to save, all save now; where one must fail, all do.
+        """
+        asked, late, save, failing = self.ranks.sum(
+            self.stop.requested is not None, self.deadline.near(self.snapshots.longest), self.stop.save_requested,
+            self.failing,
+        )  # fmt: skip
         if failing:
             self._check_skipped()
-        self.stopping = asked > 0
+        if late and not self.stopping:
+            self.progress.say(f"{max(self.deadline.left, 0):.0f} s before the time limit: saving")
+        self.stopping = asked + late > 0
+        if self.stopping:
+            self.reason = self.reason or ("signal" if asked else "time limit")
+        if save and not self.stopping:
+            self.stop.save_requested = False
+            self.save_snapshot()
+            self.progress.say(f"saving {self.snapshots.folder / self.saved}")
         return self.stopping
 
     def _end(self, status: str) -> None:
         self.snapshots.close()
         self.progress.close()
+        self._note(status)
         self.trackers.close(status)
         self.loader.close()
+
+    def _note(self, status: str | None) -> None:
+        """Leaves word of how the run has ended, where there is room for it on the disk."""
+        if self.ranks.is_main:
+            with contextlib.suppress(OSError):
+                write_status(self.run, status, self.reason)
 
     def _read_clock(self) -> None:
         now = time.perf_counter()
