@@ -209,15 +209,7 @@ def train_command(words: list[str]) -> None:
 def resume_command(words: list[str]) -> None:
     """cleangpt resume RUN"""
     from cleangpt.experiment_files import run_file
-    from cleangpt.files import write_json
-    from cleangpt.training.run import (
-        EXPERIMENT,
-        EXPERIMENT_FILE,
-        check_resumable,
-        experiment_json,
-        find_run,
-        read_experiment,
-    )
+    from cleangpt.training.run import EXPERIMENT, EXPERIMENT_FILE, check_resumable, find_run, read_experiment
 
     run = find_run(_subject(words, "resume", "RUN", _runs))
     if (run / EXPERIMENT_FILE).is_file():
@@ -227,10 +219,7 @@ def resume_command(words: list[str]) -> None:
     experiment, end = _parse_launch(before, words[1:], f"cleangpt resume {words[0]}", about)
     experiment = dataclasses.replace(experiment, run_dir=str(run))
     check_resumable(before, experiment)
-    _check(experiment)
-    if experiment != dataclasses.replace(before, run_dir=str(run)) and os.environ.get("RANK", "0") == "0":
-        write_json(run / EXPERIMENT, experiment_json(experiment))
-    _train(experiment, None, [], end)
+    _train(experiment, None, [], end, begun=run)
 
 
 def _parse_launch(experiment: Any, words: Sequence[str], program: str, about: str) -> tuple[Any, float | None]:
@@ -273,10 +262,17 @@ def _check(experiment: Any) -> None:
     check_tracking(experiment.tracking)
 
 
-def _train(experiment: Any, source: Path | None, overrides: Sequence[str], end: float | None = None) -> Path:
-    """Prepares the corpus where needed, opens the run, trains, and says what to do next; returns the run.
+def _train(
+    experiment: Any, source: Path | None, overrides: Sequence[str], end: float | None = None, begun: Path | None = None
+) -> None:
+    """Prepares the corpus where needed, opens the run, trains, and says what to do next.
 
-    `end` is when it must have saved and ended, in seconds since 1970; None: when it is done.
+    Args:
+        experiment: what to train.
+        source: its file.
+        overrides: the command line's words after the experiment.
+        end: when it must have saved and ended, in seconds since 1970; None: when it is done.
+        begun: the run to go on with, whatever fields it had before; None: that of `open_run`.
     """
     _check(experiment)
     from cleangpt.corpora import prepare
@@ -284,7 +280,7 @@ def _train(experiment: Any, source: Path | None, overrides: Sequence[str], end: 
     from cleangpt.training.fine_tuning import check_fine_tuning
     from cleangpt.training.parallel import layout
     from cleangpt.training.ranks import join
-    from cleangpt.training.run import alone, check_store, open_run, resolve, summary
+    from cleangpt.training.run import alone, check_data, check_store, keep_experiment, open_run, resolve, summary
     from cleangpt.training.signals import SAVE, without
     from cleangpt.training.trainer import Trainer
 
@@ -297,9 +293,12 @@ def _train(experiment: Any, source: Path | None, overrides: Sequence[str], end: 
         experiment = resolve(experiment, store.vocab_size)
         check_store(experiment, store)
         check_fine_tuning(experiment, layout(experiment.parallel, ranks.world_size))
-        run: Path = ranks.from_main(open_run(experiment, source, overrides) if ranks.is_main else None)
+        run = begun or ranks.from_main(open_run(experiment, source, overrides) if ranks.is_main else None)
         progress = ProgressBar(run if ranks.is_main else None, experiment.tracking.progress and ranks.is_main)
         with alone(run) if ranks.is_main else nullcontext():
+            if ranks.is_main:
+                check_data(run, store)
+                keep_experiment(run, experiment)
             trainer = Trainer(experiment, run, store, progress, ranks, end)
             for line in summary(experiment, run, store, trainer.model, trainer.device, trainer.layout):
                 progress.say(line)
@@ -308,7 +307,6 @@ def _train(experiment: Any, source: Path | None, overrides: Sequence[str], end: 
         progress.say(f"interrupted and saved; go on with: cleangpt resume {run}")
     else:
         progress.say(f"{status}; next: cleangpt evaluate {run}, cleangpt sample {run}, cleangpt report {run}")
-    return run
 
 
 def _check_source(experiment: Any) -> None:

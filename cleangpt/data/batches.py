@@ -64,14 +64,25 @@ class Samples:
             raise UserError(f"the {name} split has {split.tokens:,} tokens; allowed: at least {needed}")
 
     def batch(self, samples: NDArray[np.int64], offsets: NDArray[np.int64]) -> Batch:
-        """The given samples `(batch,)`, each window shifted by its offset `(batch,)` in tokens."""
+        """The given samples `(batch,)`, each window shifted by its offset `(batch,)` in tokens.
+
+        Raises:
+            UserError: a token is not in the vocabulary; the file has changed since it was made.
+        """
         stride = self.split.row_length or self.seq_len
         tokens = np.zeros((len(samples), self.seq_len + 1), dtype=np.int64)
         counts = np.zeros((len(samples), self.seq_len + 1), dtype=bool)
-        for row, start in enumerate((samples * stride + offsets).tolist()):
+        starts = (samples * stride + offsets).tolist()
+        for row, start in enumerate(starts):
             length = min(self._window, self.split.tokens - start)
             tokens[row, :length] = self.split.read(start, length)
             counts[row, :length] = self.split.read_mask(start, length) if self.split.masked else True
+        if tokens.max(initial=0) >= self.split.vocab_size:
+            row, column = np.argwhere(tokens >= self.split.vocab_size)[0].tolist()
+            raise UserError(
+                f"{self.split.place(starts[row] + column)}, is {tokens[row, column]}; allowed: ids below "
+                f"{self.split.vocab_size:,}, the vocabulary; run cleangpt prepare --again"
+            )
         targets = np.where(counts[:, 1:], tokens[:, 1:], IGNORED)
         inputs = torch.from_numpy(np.ascontiguousarray(tokens[:, :-1]))
         return Batch(inputs, torch.from_numpy(targets), int(counts[:, 1:].sum()))

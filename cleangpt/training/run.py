@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import platform
 import subprocess
@@ -39,7 +40,7 @@ FIXED = {
 FIXED_PARTS = ("corpus.", "model.", "fine_tuning.lora.")
 EXPERIMENT, EXPERIMENT_FILE, ENVIRONMENT = "experiment.json", "experiment.py", "environment.json"
 LOCK = "lock"
-STATUS = "status.json"
+STATUS, DATA = "status.json", "data.json"
 LAUNCH = "TORCHELASTIC_RUN_ID"
 """The variable by which torchrun tells its processes which of its launches they belong to."""
 
@@ -63,22 +64,22 @@ def open_run(experiment: Experiment, source: Path | None, overrides: Sequence[st
         overrides: the command line's words after the experiment, kept so that the run can be repeated.
 
     Raises:
-        UserError: the folder holds a run of another experiment.
+        UserError: the folder holds a run of another experiment, or another process trains it.
     """
     wanted = experiment_json(experiment)
-    if experiment.run_dir is not None and (Path(experiment.run_dir) / EXPERIMENT).is_file():
-        _check_same(Path(experiment.run_dir), read_json(Path(experiment.run_dir) / EXPERIMENT), wanted)
-        return Path(experiment.run_dir)
-    begun = _begun_before_restart(experiment.name) if experiment.run_dir is None else None
-    if begun is not None:
-        _check_same(begun, read_json(begun / EXPERIMENT), wanted)
-        return begun
-    run = Path(experiment.run_dir) if experiment.run_dir is not None else _new_folder(experiment.name)
-    run.mkdir(parents=True, exist_ok=True)
-    if source is not None:
-        write_bytes(run / EXPERIMENT_FILE, source.read_bytes())
-    write_json(run / ENVIRONMENT, environment(experiment, overrides))
-    write_json(run / EXPERIMENT, wanted)
+    if experiment.run_dir is not None:
+        run = Path(experiment.run_dir)
+        run.mkdir(parents=True, exist_ok=True)
+    else:
+        run = _begun_before_restart(experiment.name) or _new_folder(experiment.name)
+    with alone(run):
+        if (run / EXPERIMENT).is_file():
+            _check_same(run, read_json(run / EXPERIMENT), wanted)
+            return run
+        if source is not None:
+            write_bytes(run / EXPERIMENT_FILE, source.read_bytes())
+        write_json(run / ENVIRONMENT, environment(experiment, overrides))
+        write_json(run / EXPERIMENT, wanted)
     return run
 
 
@@ -89,7 +90,9 @@ def check_folder(experiment: Experiment) -> None:
         UserError: `experiment.run_dir` is a file, or a folder that holds something else.
     """
     run = Path(experiment.run_dir) if experiment.run_dir is not None else None
-    if run is not None and run.exists() and not (run / EXPERIMENT).is_file() and (run.is_file() or any(run.iterdir())):
+    if run is None or not run.exists() or (run / EXPERIMENT).is_file():
+        return
+    if run.is_file() or any(path.name != LOCK for path in run.iterdir()):
         raise UserError(f"run_dir is {str(run)!r}, which holds something else; give another folder")
 
 
@@ -203,6 +206,27 @@ def check_store(experiment: Experiment, store: Store) -> None:
     split_samples(store, "val", experiment.data.seq_len)
 
 
+def check_data(run: Path, store: Store) -> None:
+    """Refuses to go on with other tokens than those that the run began with, which a new run notes in data.json.
+
+    Raises:
+        UserError: names the first file that differs.
+    """
+    known = read_json(run / DATA) if (run / DATA).is_file() else {}
+    for name, part in stores(store).items():
+        if name in known:
+            part.check_same(known[name])
+    now = {name: {"folder": str(part.folder), **part.fingerprint()} for name, part in stores(store).items()}
+    if now != known:
+        write_json(run / DATA, now)
+
+
+def keep_experiment(run: Path, experiment: Experiment) -> None:
+    """Writes the fields with which a run goes on, where they have changed; for whoever is `alone` with it."""
+    if (wanted := experiment_json(experiment)) != read_json(run / EXPERIMENT):
+        write_json(run / EXPERIMENT, wanted)
+
+
 def check_resumable(before: Experiment, now: Experiment) -> None:
     """Refuses a change of what a snapshot's position and weights depend on.
 
@@ -295,12 +319,13 @@ def _begun_before_restart(name: str) -> Path | None:
 
 
 def _new_folder(name: str) -> Path:
+    """A folder that this process alone has made, however many start at the same moment."""
     stamp = time.strftime("%Y-%m-%d_%H%M%S")
-    folder = Path("runs") / name / stamp
-    number = 2
-    while folder.exists():
-        folder = folder.with_name(f"{stamp}_{number}")
-        number += 1
+    for number in itertools.count(1):
+        folder = Path("runs") / name / (stamp if number == 1 else f"{stamp}_{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            break
     return folder
 
 
