@@ -183,6 +183,15 @@ class TrainingConfig:
     """CPU threads of PyTorch; none: PyTorch's own choice. Another number changes the last bits of results."""
     max_skipped_steps: int = 10
     """Steps in a row that may be skipped for a loss or gradient that is not finite, before the run stops."""
+    spike_threshold: float | None = None
+    """Nats by which a step's loss may exceed the mean of those before it; beyond, the run goes back to a snapshot and
+    leaves out samples; none: it goes on. See docs/reliability.md."""
+    spike_window: int = 100
+    """Steps in that mean."""
+    spike_skip: int = 200
+    """Batches left out then: the last ones up to the spike's, as far as the snapshot is older."""
+    max_rollbacks: int = 10
+    """Times that the run may go back so, before it stops."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,6 +326,9 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
             "training.recompute_every",
             "training.threads",
             "training.max_skipped_steps",
+            "training.spike_window",
+            "training.spike_skip",
+            "training.max_rollbacks",
             "fine_tuning.lora.rank",
             "parallel.replicas",
             "parallel.tensor",
@@ -347,7 +359,8 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         (lambda value: value >= 0, "0 or more"),
     ),
     **dict.fromkeys(
-        ["optimizer.eps", "optimizer.clip_norm", "fine_tuning.lora.alpha"], (lambda value: value > 0, "more than 0")
+        ["optimizer.eps", "optimizer.clip_norm", "fine_tuning.lora.alpha", "training.spike_threshold"],
+        (lambda value: value > 0, "more than 0"),
     ),
     "optimizer.betas": (lambda value: all(0 <= beta < 1 for beta in value), "two numbers from 0 to below 1"),
     **dict.fromkeys(

@@ -55,6 +55,11 @@ class Trackers:
         self._files.sample(macro_batch, text)
         self._tell(lambda tracker: tracker.sample(macro_batch, text))
 
+    def go_back(self, state: dict[str, Any], keep_until: int) -> None:
+        """Goes back to a snapshot's `state`: the macro-batches after `keep_until` will be told again."""
+        self._files.load_state_dict(state.get("files", {}))
+        self._files.open(keep_until)
+
     def close(self, status: str) -> None:
         """Ends all; `status` is one of finished, stopped early, interrupted, failed."""
         self._tell(lambda tracker: tracker.close(status))
@@ -91,6 +96,9 @@ class Silence(Trackers):
 
     def sample(self, macro_batch: int, text: str) -> None:
         """Tells nobody."""
+
+    def go_back(self, state: dict[str, Any], keep_until: int) -> None:
+        """Forgets nothing."""
 
 
 def check_tracking(config: TrackingConfig) -> None:

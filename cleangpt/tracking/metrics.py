@@ -56,6 +56,8 @@ FIGURES: dict[str, Figure] = {
     "time_trained": Figure("time trained", "s", "time in this run, over all its resumptions"),
     "peak_memory": Figure("peak memory", "bytes", "largest memory in use so far by one process"),
     "skipped_steps": Figure("skipped steps", "steps", "steps skipped for a loss or gradient that is not finite"),
+    "rollbacks": Figure("roll-backs", "", "times that a spike of the loss made the run go back"),
+    "samples_left_out": Figure("samples left out", "samples", "samples passed over at spikes of the loss"),
     "exact_match": Figure("exact match", "share", "share of scored samples whose generated answer is right"),
 }
 """Every figure of metrics.jsonl, by key; any other key is the score of a task.

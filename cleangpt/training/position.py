@@ -1,6 +1,6 @@
 """Where a run stands, and what it has summed up since the last macro-batch."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -13,12 +13,14 @@ class Position:
     """Where a run stands."""
 
     samples: int = 0
-    """Consumed so far: the data's whole state."""
+    """Trained on so far: with `left_out`, the data's whole state."""
     step: int = 0
     macro_batch: int = 0
     """Finished ones: trained, validated and recorded."""
     time_trained: float = 0.0
     """Seconds, over all processes of the run."""
+    left_out: list[list[int]] = field(default_factory=list)
+    """Ranges of the data, first and one after the last, passed over at spikes of the loss; not among `samples`."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""

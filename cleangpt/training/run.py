@@ -40,7 +40,7 @@ FIXED = {
 FIXED_PARTS = ("corpus.", "model.", "fine_tuning.lora.")
 EXPERIMENT, EXPERIMENT_FILE, ENVIRONMENT = "experiment.json", "experiment.py", "environment.json"
 LOCK = "lock"
-STATUS, DATA = "status.json", "data.json"
+STATUS, STORES = "status.json", "stores.json"
 LAUNCH = "TORCHELASTIC_RUN_ID"
 """The variable by which torchrun tells its processes which of its launches they belong to."""
 
@@ -207,18 +207,18 @@ def check_store(experiment: Experiment, store: Store) -> None:
 
 
 def check_data(run: Path, store: Store) -> None:
-    """Refuses to go on with other tokens than those that the run began with, which a new run notes in data.json.
+    """Refuses to go on with other tokens than those that the run began with, which a new run notes in stores.json.
 
     Raises:
         UserError: names the first file that differs.
     """
-    known = read_json(run / DATA) if (run / DATA).is_file() else {}
+    known = read_json(run / STORES) if (run / STORES).is_file() else {}
     for name, part in stores(store).items():
         if name in known:
             part.check_same(known[name])
     now = {name: {"folder": str(part.folder), **part.fingerprint()} for name, part in stores(store).items()}
     if now != known:
-        write_json(run / DATA, now)
+        write_json(run / STORES, now)
 
 
 def keep_experiment(run: Path, experiment: Experiment) -> None:
