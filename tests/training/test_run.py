@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from cleangpt.config import Experiment
-from cleangpt.training.run import open_run, resolve
+from cleangpt.errors import UserError
+from cleangpt.training.run import check_folder, open_run, read_experiment, resolve
 
 Build = Callable[..., Experiment]
 
@@ -44,3 +45,22 @@ def test_a_restart_of_a_launch_that_died_before_it_began_a_run_begins_one(
     launched("third", 1)
     assert open_run(experiment, None, []) != begun
     assert len(list(Path("runs/tiny").iterdir())) == 2
+
+
+@pytest.mark.parametrize("there", [["experiment.py"], ["experiment.py", "environment.json", "experiment.json.partial"]])
+def test_a_run_killed_while_it_began_is_begun_again(tiny: Build, there: list[str]) -> None:
+    """The same command, started again by a scheduler, used to be refused."""
+    Path("run").mkdir()
+    for name in there:
+        (Path("run") / name).write_text("half")
+    experiment = resolve(tiny(run_dir="run"), 16)
+    check_folder(experiment)
+    run = open_run(experiment, None, [])
+    assert read_experiment(run) == experiment
+
+
+def test_a_folder_of_something_else_is_refused(tiny: Build) -> None:
+    Path("run").mkdir()
+    (Path("run") / "thesis.tex").touch()
+    with pytest.raises(UserError, match="run_dir is 'run', which holds something else; give another folder"):
+        check_folder(tiny(run_dir="run"))
