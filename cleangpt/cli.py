@@ -4,6 +4,7 @@ Everything heavy is imported where it is used, so that --help and --version answ
 """
 
 import dataclasses
+import errno
 import math
 import os
 import sys
@@ -45,6 +46,10 @@ usage: cleangpt COMMAND [ARGUMENTS] [--help]
 RUN is a run's folder, or an experiment's name for its newest run. cleangpt COMMAND --help tells the options."""
 
 
+REFUSED = {"ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ESTALE", "EMFILE", "ENFILE"}
+"""How the system says that a disk is full, read-only, closed to the user or broken: no fault of the program."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line (None: the process's own) and returns the exit code.
 
@@ -67,6 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output (head, less) has left; nothing more can be said to it.
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if errno.errorcode.get(error.errno or 0) not in REFUSED:
+            raise
+        print(f"{_speaker()}stopped: {error}", file=sys.stderr)
+        return 1
     except SystemExit as end:
         return int(end.code or 0)
 

@@ -237,6 +237,8 @@ class SavingConfig:
     """Checkpoints kept, by lowest validation loss."""
     checkpoint_every: int | None = None
     """Also keep a checkpoint every so many macro-batches, for good; none: only the best."""
+    patience: int = 600
+    """Seconds for which the last snapshot of a run is tried again where the disk is full."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -342,7 +344,7 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         (lambda value: value >= 1, AT_LEAST_ONE),
     ),
     **dict.fromkeys(
-        ["tracking.sample_tokens", "tracking.score_samples", "training.seed"],
+        ["tracking.sample_tokens", "tracking.score_samples", "training.seed", "saving.patience"],
         (lambda value: 0 <= value < 2**63, "a whole number of 0 or more"),
     ),
     **dict.fromkeys(

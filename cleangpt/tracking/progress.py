@@ -147,5 +147,6 @@ def _fit(words: list[str], width: int) -> str:
 
 def _log(run: Path | None, text: str) -> None:
     if run is not None:
-        with (run / LOG).open("a", encoding="utf-8", errors="replace") as file:
+        # On a full disk the line is on the screen alone: a log must not end the training.
+        with suppress(OSError), (run / LOG).open("a", encoding="utf-8", errors="replace") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")

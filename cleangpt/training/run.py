@@ -23,7 +23,7 @@ from cleangpt.corpora.mixture import Mixture
 from cleangpt.data.batches import Stream
 from cleangpt.data.mixture import MixedStore, Store, split_samples, stores, training_stream
 from cleangpt.errors import UserError
-from cleangpt.files import read_json, write_bytes, write_json
+from cleangpt.files import PARTIAL, read_json, write_bytes, write_json
 from cleangpt.interchange.hub import is_huggingface
 from cleangpt.models import build_model, flops_per_token, model_kinds
 from cleangpt.tracking.metrics import of_source
@@ -84,7 +84,7 @@ def open_run(experiment: Experiment, source: Path | None, overrides: Sequence[st
 
 
 def check_folder(experiment: Experiment) -> None:
-    """Refuses a folder that is no run.
+    """Refuses a folder that is no run, nor the beginning of one that was killed.
 
     Raises:
         UserError: `experiment.run_dir` is a file, or a folder that holds something else.
@@ -92,7 +92,8 @@ def check_folder(experiment: Experiment) -> None:
     run = Path(experiment.run_dir) if experiment.run_dir is not None else None
     if run is None or not run.exists() or (run / EXPERIMENT).is_file():
         return
-    if run.is_file() or any(path.name != LOCK for path in run.iterdir()):
+    begun = {name + end for name in (EXPERIMENT_FILE, ENVIRONMENT, EXPERIMENT) for end in ("", PARTIAL)} | {LOCK}
+    if run.is_file() or {path.name for path in run.iterdir()} - begun:
         raise UserError(f"run_dir is {str(run)!r}, which holds something else; give another folder")
 
 

@@ -18,7 +18,7 @@ from cleangpt.data.tokenizers import same_tokens
 from cleangpt.errors import RunFailedError, UserError
 from cleangpt.evaluation import SCORES
 from cleangpt.evaluation.validate import loss_figures, mean_loss, source_figures
-from cleangpt.files import damage
+from cleangpt.files import clean, damage
 from cleangpt.inference.text import sample_text
 from cleangpt.interchange.huggingface import open_checkpoint
 from cleangpt.models import build_model, flops_per_token
@@ -62,13 +62,16 @@ from cleangpt.training.run import experiment_json, find_moments, open_stream, wr
 from cleangpt.training.signals import StopRequest
 from cleangpt.training.snapshots import (
     Snapshots,
-    clean,
     list_snapshots,
     load_snapshot,
     newest_snapshot,
+    set_aside,
     snapshot_name,
 )
 from cleangpt.training.spikes import Spikes, first_not_finite
+
+PAUSE = 10
+"""Seconds between two tries to save the last snapshot of a run."""
 
 
 class Trainer:
@@ -108,8 +111,10 @@ class Trainer:
         )  # fmt: skip
         self.balancing = Balancing(self.model, self.ranks.sum_tensor, frozen_names(self.model, tuning))
         self.early_stopping, self.spikes = EarlyStopping(experiment.early_stopping), Spikes(training)
-        self.checkpoints = Checkpoints(run / "checkpoints", experiment.saving, self.ranks.is_main)
-        self.snapshots = Snapshots(run / "snapshots", experiment.saving, self.ranks, experiment.parallel.timeout)
+        self.checkpoints = Checkpoints(run / "checkpoints", experiment.saving, self.ranks)
+        self.snapshots = Snapshots(
+            run / "snapshots", experiment.saving, self.ranks, experiment.parallel.timeout, progress.say
+        )
         self.saved = ""
         snapshot = self._restore()
         told_until = self.position.macro_batch if snapshot else None
@@ -179,7 +184,7 @@ class Trainer:
                     self.early_stopping.update(val_loss)
                     if self.position.macro_batch % self.experiment.saving.snapshot_every == 0:
                         self.save_snapshot()
-                self.save_snapshot()
+                self.save_last_snapshot()
                 status = ended
             finally:
                 self._end(status)
@@ -277,10 +282,12 @@ class Trainer:
             return
         weights = gather_to_host(self.model.state_dict(), keep=self.ranks.is_main)
         experiment, store = self.experiment, self.store
-        self.checkpoints.save(
+        reason = self.checkpoints.save(
             macro_batch, val_loss, weights, experiment.model, store.tokenizer,
             experiment.fine_tuning.lora, store.chat_template,
         )  # fmt: skip
+        if reason:
+            self.progress.say(f"the checkpoint of macro-batch {macro_batch} could not be saved: {reason}")
         if tracking.sample_tokens:
             first, *_ = stores(self.store).values()
             with uncompiled():
@@ -292,9 +299,11 @@ class Trainer:
     def save_snapshot(self) -> None:
         """Saves everything that a resumed run needs; this is the one list of it (design rule 5).
 
-        It is written while training goes on; the last one of a run is waited for.
+        It is written while training goes on. One that could not be written is made up for by the next.
         """
         self._read_clock()
+        if self.snapshots.wait():
+            self.saved = ""
         size = samples_per_macro_batch(self.experiment)
         batches = (self.position.samples - self.position.macro_batch * size) // self.experiment.data.batch_size
         name = snapshot_name(self.position.macro_batch, batches)
@@ -313,8 +322,27 @@ class Trainer:
             }
             self.snapshots.save(name, state)
             self.saved = name
-        if self._ended():
-            self.snapshots.wait()
+
+    def save_last_snapshot(self) -> None:
+        """Saves where the run ends and waits for it; on a full disk tries again, for then nothing else has the state.
+
+        Raises:
+            RunFailedError: it could not be saved within `saving.patience` seconds.
+        """
+        patience = self.experiment.saving.patience
+        for waited in range(0, patience + 1, PAUSE):
+            self.save_snapshot()
+            reason = self.snapshots.wait()
+            if not reason:
+                return
+            self.saved = ""
+            if waited == 0 and patience:
+                self.progress.say(f"trying again for {patience} s; make room, or end without it by Ctrl-C twice")
+            if waited + PAUSE <= patience:
+                time.sleep(PAUSE)
+        path, _ = newest_snapshot(self.run / "snapshots", self.ranks)
+        where = f"resume goes on from {path}" if path else "resume begins anew"
+        raise RunFailedError(f"the last snapshot could not be saved: {reason}; {where}")
 
     def _restore(self) -> dict[str, Any]:
         """Puts every part where the newest good snapshot left it; without one, loads `init_from`."""
@@ -342,15 +370,29 @@ class Trainer:
         return state
 
     def _newest_snapshot(self) -> Path | None:
-        """The newest good snapshot; removes what an interrupted one left, and complains of a damaged one."""
+        """The newest good snapshot; cleans up after a crash, and sets damaged ones aside.
+
+        Raises:
+            UserError: there are some, but none is whole; to begin anew would lose what else the run has.
+        """
+        folder = self.run / "snapshots"
         if self.ranks.is_main:
-            clean(self.run / "snapshots")
-        return self._newest_snapshot_in(self.run / "snapshots")
+            for place in (self.run, folder, self.run / "checkpoints"):
+                clean(place)
+        path = self._newest_snapshot_in(folder)
+        if path is None and self.ranks.from_main(list_snapshots(folder)):
+            raise UserError(
+                f"no snapshot in {folder} is whole; remove the folder to begin anew, or start another run with "
+                f"init_from={str(self.run)!r}"
+            )
+        if path is not None and self.ranks.is_main:
+            set_aside(folder, path)
+        return path
 
     def _newest_snapshot_in(self, folder: Path) -> Path | None:
         path, complaints = newest_snapshot(folder, self.ranks)
         for line in complaints:
-            self.progress.say(line)
+            self.progress.say(line + ("; using the one before it" if path else ""))
         return path
 
     def _initialise(self) -> None:

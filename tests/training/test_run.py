@@ -8,7 +8,7 @@ import pytest
 from cleangpt.config import Experiment
 from cleangpt.corpora import prepare
 from cleangpt.errors import UserError
-from cleangpt.training.run import alone, check_data, check_folder, open_run, resolve
+from cleangpt.training.run import alone, check_data, check_folder, open_run, read_experiment, resolve
 
 Build = Callable[..., Experiment]
 
@@ -78,3 +78,22 @@ def test_a_run_goes_on_only_with_the_tokens_that_it_began_with(tiny: Build) -> N
         check_data(Path("run"), store)
     prepare(experiment.corpus, Path("data"), again=True)
     check_data(Path("run"), prepare(experiment.corpus, Path("data")))
+
+
+@pytest.mark.parametrize("there", [["experiment.py"], ["experiment.py", "environment.json", "experiment.json.partial"]])
+def test_a_run_killed_while_it_began_is_begun_again(tiny: Build, there: list[str]) -> None:
+    """The same command, started again by a scheduler, used to be refused."""
+    Path("run").mkdir()
+    for name in there:
+        (Path("run") / name).write_text("half")
+    experiment = resolve(tiny(run_dir="run"), 16)
+    check_folder(experiment)
+    run = open_run(experiment, None, [])
+    assert read_experiment(run) == experiment
+
+
+def test_a_folder_of_something_else_is_refused(tiny: Build) -> None:
+    Path("run").mkdir()
+    (Path("run") / "thesis.tex").touch()
+    with pytest.raises(UserError, match="run_dir is 'run', which holds something else; give another folder"):
+        check_folder(tiny(run_dir="run"))
