@@ -64,7 +64,8 @@ def attempt(fault: Fault, options: Options) -> list[str]:
                 print(f"{fault.name}, {seed}: not tried: {reason}")
                 continue
             except Exception as error:
-                losses.append(f"{fault.name}, seed {seed}: {type(error).__name__}: {error}")
+                reason = (str(error).strip().splitlines() or [""])[-1]
+                losses.append(f"lost: {fault.name}, seed {seed}: {type(error).__name__}: {reason}")
         tried += 1
     seconds = time.monotonic() - began
     row = f"{fault.name:<60} | {tried:>5} | {tried - len(losses):>8} | {len(losses):>4} | {seconds:>7.1f}"

@@ -8,6 +8,7 @@ import functools
 import multiprocessing
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ import cleangpt.corpora
 import cleangpt.experiment_files
 import cleangpt.training.trainer  # noqa: F401
 from cleangpt.cli import main
-from cleangpt.files import read_json
+from cleangpt.files import damage, read_json
 from cleangpt.tracking.metrics import read_metrics
 from cleangpt.training.snapshots import list_snapshots, load_snapshot, newest_snapshot
 
@@ -107,13 +108,30 @@ def victim(folder: Path, text: str = EXPERIMENT) -> None:
 
 
 @functools.cache
-def unbroken(text: str = EXPERIMENT) -> Path:
+def unbroken(text: str = EXPERIMENT, processes: int = 1) -> Path:
     """A folder in which the experiment has been trained to its end, in `run`; made once."""
     folder = Path(tempfile.mkdtemp(prefix="unbroken_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     (folder / "victim.py").write_text(text, encoding="utf-8")
-    assert run(folder, "train", "victim.py", "--run-dir", "run") == 0, output(folder)
+    running = start_two(folder, *TRAIN) if processes == 2 else [start(folder, *TRAIN)]
+    assert [finish(process) for process in running] == [0] * processes, output(folder)
     return folder
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start_two(folder: Path, *words: str, hooks: Sequence[Hook | None] = (None, None)) -> list[BaseProcess]:
+    """Starts two processes that train together, each with a hook of its own, as torchrun would."""
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        start(folder, *words, hook=hook, environment=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank, hook in enumerate(hooks)
+    ]
 
 
 def output(folder: Path) -> str:
@@ -136,10 +154,15 @@ def check_whole(folder: Path, reference: Path | None = None, checkpoints: bool =
         for state in (one, two):
             del state["checkpoints"], state["trackers"]  # lines that waited for room are in the files
     assert (difference := differing(one, two)) == "", difference
-    assert [untimed(row) for row in read_metrics(ours)] == [untimed(row) for row in read_metrics(theirs)]
-    assert (ours / "samples.jsonl").read_text() == (theirs / "samples.jsonl").read_text()
+    numbers = [row["macro_batch"] for row in read_metrics(ours)]
+    assert numbers == [row["macro_batch"] for row in read_metrics(theirs)], f"metrics.jsonl has {numbers}"
+    rows = ([untimed(row) for row in read_metrics(run)] for run in (ours, theirs))
+    assert (difference := differing(*rows)) == "", difference
+    assert (ours / "samples.jsonl").read_text() == (theirs / "samples.jsonl").read_text(), "samples.jsonl differs"
     if checkpoints:
-        assert checkpoint_sums(ours) == checkpoint_sums(theirs)
+        assert (difference := differing(checkpoint_sums(ours), checkpoint_sums(theirs))) == "", difference
+    for path in list_snapshots(ours / "snapshots"):
+        assert damage(path) == "", f"{path}: {damage(path)}"
     assert (strays := remains(ours)) == [], strays
 
 
