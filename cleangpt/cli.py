@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -290,7 +290,7 @@ def _train(
     from cleangpt.training.fine_tuning import check_fine_tuning
     from cleangpt.training.parallel import layout
     from cleangpt.training.ranks import join
-    from cleangpt.training.run import alone, check_data, check_store, keep_experiment, open_run, resolve, summary
+    from cleangpt.training.run import check_store, claim, open_run, resolve, summary
     from cleangpt.training.signals import SAVE, without
     from cleangpt.training.trainer import Trainer
 
@@ -303,12 +303,10 @@ def _train(
         experiment = resolve(experiment, store.vocab_size)
         check_store(experiment, store)
         check_fine_tuning(experiment, layout(experiment.parallel, ranks.world_size))
-        run = begun or ranks.from_main(open_run(experiment, source, overrides) if ranks.is_main else None)
+        run: Path = begun or ranks.on_main(lambda: open_run(experiment, source, overrides))
         progress = ProgressBar(run if ranks.is_main else None, experiment.tracking.progress and ranks.is_main)
-        with alone(run) if ranks.is_main else nullcontext():
-            if ranks.is_main:
-                check_data(run, store)
-                keep_experiment(run, experiment)
+        with ExitStack() as held:
+            ranks.on_main(lambda: held.enter_context(claim(run, experiment, store)))
             trainer = Trainer(experiment, run, store, progress, ranks, end)
             for line in summary(experiment, run, store, trainer.model, trainer.device, trainer.layout):
                 progress.say(line)

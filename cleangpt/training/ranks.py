@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from cleangpt.errors import RunFailedError
+from cleangpt.errors import RunFailedError, UserError
 from cleangpt.training.signals import without
 
 T = TypeVar("T")
@@ -72,6 +72,23 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """What `work` returns on the main process, on every process.
+
+        Raises:
+            UserError: that of `work`, on all of them.
+        """
+        outcome: Any = None
+        if self.is_main:
+            try:
+                outcome = work()
+            except UserError as error:
+                outcome = error
+        outcome = self.from_main(outcome)
+        if isinstance(outcome, UserError):
+            raise outcome
+        return cast(T, outcome)
 
     def gather(self, value: Any) -> list[Any]:
         """Every process's value, by rank, on every process."""

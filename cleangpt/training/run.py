@@ -222,10 +222,18 @@ def check_data(run: Path, store: Store) -> None:
         write_json(run / STORES, now)
 
 
-def keep_experiment(run: Path, experiment: Experiment) -> None:
-    """Writes the fields with which a run goes on, where they have changed; for whoever is `alone` with it."""
-    if (wanted := experiment_json(experiment)) != read_json(run / EXPERIMENT):
-        write_json(run / EXPERIMENT, wanted)
+@contextlib.contextmanager
+def claim(run: Path, experiment: Experiment, store: Store) -> Iterator[None]:
+    """Keeps the run for this process; notes the fields with which it goes on, and refuses other tokens than before.
+
+    Raises:
+        UserError: another process trains it, or the tokens are others.
+    """
+    with alone(run):
+        check_data(run, store)
+        if (wanted := experiment_json(experiment)) != read_json(run / EXPERIMENT):
+            write_json(run / EXPERIMENT, wanted)
+        yield
 
 
 def check_resumable(before: Experiment, now: Experiment) -> None:

@@ -82,7 +82,7 @@ def second_launch(seed: int, folder: Path) -> None:
     wait_until(lambda: (folder / "run" / "stores.json").exists(), first[0])
     codes = [finish(process) for process in start_two(folder, *TRAIN)]
     said = output(folder)
-    assert codes == [2, 1] and said.count(REFUSED) == 2, f"{codes}: {said}"
+    assert codes == [2, 2] and said.count(REFUSED) == 2, f"{codes}: {said}"
     (folder / "go").touch()
     assert [finish(process) for process in first] == [0, 0], output(folder)
     check_whole(folder, unbroken(processes=2))

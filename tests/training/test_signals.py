@@ -1,7 +1,6 @@
 """What a signal does, whenever it comes: once, twice, while validating, while saving, without a terminal."""
 
 import os
-import pty
 import signal
 import subprocess
 import sys
@@ -12,6 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+if sys.platform == "win32":
+    pytest.skip("signals of POSIX", allow_module_level=True)
+
+import pty
+
 from cleangpt.config import Experiment
 from cleangpt.tracking.metrics import read_metrics
 from cleangpt.training.signals import SAVE, StopRequest, without
@@ -20,8 +24,6 @@ from cleangpt.training.trainer import Trainer
 
 Build = Callable[..., Experiment]
 Open = Callable[[Experiment], Trainer]
-
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 
 
 @pytest.fixture
