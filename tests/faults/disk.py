@@ -88,13 +88,13 @@ def full_until_told(at: int) -> None:
     trainer.ProgressBar.say = say  # type: ignore[method-assign]
 
 
-@fault("disk read-only, closed or broken from an operation on", short=3, long=lambda: operations("broken"))
+@fault("disk read-only, closed or broken from an operation on", short=2, long=120)
 def broken_for_good(seed: int, folder: Path) -> None:
     go_wrong(folder, ("read-only", "not allowed", "broken")[seed % 3], place(seed, "broken"), FOR_GOOD)
     check_goes_on(folder)
 
 
-@fault("disk read-only, closed or broken for one operation", short=3, long=lambda: operations("broken"))
+@fault("disk read-only, closed or broken for one operation", short=2, long=120)
 def broken_for_a_moment(seed: int, folder: Path) -> None:
     go_wrong(folder, ("read-only", "not allowed", "broken")[seed % 3], place(seed, "broken"), 1)
     check_goes_on(folder)
