@@ -23,6 +23,7 @@ from cleangpt.corpora.tinystories import TinyStories
 from cleangpt.data.mixture import Store
 from cleangpt.data.store import CARD, STORE, TokenStore
 from cleangpt.errors import UserError
+from cleangpt.files import restore
 
 CORPORA: dict[str, type[Corpus]] = {
     "adder": Adder,
@@ -69,6 +70,7 @@ def prepare_store(corpus: CorpusConfig, data_folder: Path, again: bool, console:
     check(corpus, "corpus.")
     corpus.check()
     folder = store_folder(corpus, data_folder)
+    restore(folder)
     if (folder / STORE).is_file() and not again:
         store = TokenStore(folder)
         if file := changed(store):

@@ -47,7 +47,7 @@ experiment = Experiment(
     model=GPTConfig(max_seq_len=6, n_layers=1, n_heads=2, dim=8, dropout=0.1),
     optimizer=OptimizerConfig(lr=1e-2),
     schedule=ScheduleConfig(batch_size=Schedule(shape="linear", initial=0.5)),
-    training=TrainingConfig(macro_batches=4, batches_per_macro_batch=4, accumulation=2, device="cpu", threads=1),
+    training=TrainingConfig(macro_batches=3, batches_per_macro_batch=4, accumulation=2, device="cpu", threads=1),
     saving=SavingConfig(keep_best=2, patience=0),
     tracking=TrackingConfig(sample_tokens=2, score_samples=2),
 )

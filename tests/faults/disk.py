@@ -48,7 +48,7 @@ def go_wrong(folder: Path, harm: str, at: int, length: int) -> int:
     return code
 
 
-@fault("disk full at a write, for a moment", short=4, long=lambda: operations("full"))
+@fault("disk full at a write, for a moment", short=2, long=lambda: operations("full"))
 def full_for_a_moment(seed: int, folder: Path) -> None:
     code = go_wrong(folder, "full", place(seed, "full"), 1)
     if code == 0:
@@ -56,7 +56,7 @@ def full_for_a_moment(seed: int, folder: Path) -> None:
     check_goes_on(folder)
 
 
-@fault("disk full from a write on", short=4, long=lambda: operations("full"))
+@fault("disk full from a write on", short=2, long=lambda: operations("full"))
 def full_for_good(seed: int, folder: Path) -> None:
     go_wrong(folder, "full", place(seed, "full"), FOR_GOOD)
     check_goes_on(folder)
@@ -88,13 +88,13 @@ def full_until_told(at: int) -> None:
     trainer.ProgressBar.say = say  # type: ignore[method-assign]
 
 
-@fault("disk read-only, closed or broken from an operation on", short=3, long=lambda: operations("broken"))
+@fault("disk read-only, closed or broken from an operation on", short=2, long=120)
 def broken_for_good(seed: int, folder: Path) -> None:
     go_wrong(folder, ("read-only", "not allowed", "broken")[seed % 3], place(seed, "broken"), FOR_GOOD)
     check_goes_on(folder)
 
 
-@fault("disk read-only, closed or broken for one operation", short=3, long=lambda: operations("broken"))
+@fault("disk read-only, closed or broken for one operation", short=2, long=120)
 def broken_for_a_moment(seed: int, folder: Path) -> None:
     go_wrong(folder, ("read-only", "not allowed", "broken")[seed % 3], place(seed, "broken"), 1)
     check_goes_on(folder)
@@ -176,7 +176,7 @@ def newest_damaged(seed: int, folder: Path) -> None:
     check_goes_on(folder)
     said = output(folder)
     assert f"snapshot run/snapshots/{newest.name} is damaged (" in said and "; using the one before it" in said
-    assert "going on from run/snapshots/mb000003" in said
+    assert "going on from run/snapshots/mb000002" in said
 
 
 @fault("all snapshots damaged", short=1, long=16)
@@ -210,4 +210,4 @@ def refused(folder: Path, words: str) -> None:
     assert run(folder, *TRAIN) == 2, output(folder)
     last = output(folder).splitlines()[-1]
     assert last.startswith("error: ") and words in last and "Traceback" not in output(folder), output(folder)
-    assert files(folder) == before and len(read_metrics(folder / "run")) == 4
+    assert files(folder) == before and len(read_metrics(folder / "run")) == 3

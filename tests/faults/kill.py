@@ -37,14 +37,14 @@ def killed_at_a_random_moment(seed: int, folder: Path) -> None:
     check_goes_on(folder)
 
 
-@fault("killed at an operation on the disk", short=3, long=lambda: operations("kill"))
+@fault("killed at an operation on the disk", short=2, long=lambda: operations("kill"))
 def killed_at_an_operation(seed: int, folder: Path) -> None:
     victim(folder)
     kill_at(folder, "kill", place(seed, "kill"))
     check_goes_on(folder)
 
 
-@fault("power cut at an operation on the disk", short=3, long=lambda: operations("kill"))
+@fault("power cut at an operation on the disk", short=2, long=lambda: operations("kill"))
 def power_cut_at_an_operation(seed: int, folder: Path) -> None:
     victim(folder)
     kill_at(folder, "power cut", place(seed, "kill"))
