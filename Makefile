@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 endif
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test slow llama lint types benchmarks clean
+.PHONY: demo test slow torture llama lint types benchmarks clean
 
 demo: $(INSTALLED)
 	$(BIN)/cleangpt demo
@@ -19,6 +19,10 @@ test: $(INSTALLED)
 
 slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# every fault at every place where it may happen, and a table of what was lost: docs/reliability.md
+torture: $(INSTALLED)
+	$(BIN)/python -m tests.faults
 
 # llama.cpp, compiled here in some minutes: exported files are tested with it where it is installed
 llama: $(INSTALLED)

@@ -4,11 +4,13 @@ Everything heavy is imported where it is used, so that --help and --version answ
 """
 
 import dataclasses
+import errno
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -48,6 +50,10 @@ usage: cleangpt COMMAND [ARGUMENTS] [--help]
 RUN is a run's folder, or an experiment's name for its newest run. cleangpt COMMAND --help tells the options."""
 
 
+REFUSED = {"ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ESTALE", "EMFILE", "ENFILE"}
+"""How the system says that a disk is full, read-only, closed to the user or broken: no fault of the program."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line (None: the process's own) and returns the exit code.
 
@@ -70,6 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output (head, less) has left; nothing more can be said to it.
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if errno.errorcode.get(error.errno or 0) not in REFUSED:
+            raise
+        print(f"{_speaker()}stopped: {error}", file=sys.stderr)
+        return 1
     except SystemExit as end:
         return int(end.code or 0)
 
@@ -255,40 +266,40 @@ def train_command(words: list[str]) -> None:
         print(f"with the overrides that this run was started with: {' '.join(recorded)}")
     experiment = load_experiment(path)
     overrides = [*recorded, *words[1:]]
-    experiment = parse(
-        type(experiment), overrides, program=f"cleangpt train {words[0]}", default=experiment,
-        about=f"Fields of {path}, with their values there.",
-    )  # fmt: skip
-    _train(experiment, path, overrides)
+    about = f"Fields of {path}, with their values there."
+    experiment, end = _parse_launch(experiment, overrides, f"cleangpt train {words[0]}", about)
+    _train(experiment, path, overrides, end)
 
 
 def resume_command(words: list[str]) -> None:
     """cleangpt resume RUN"""
     from cleangpt.experiment_files import run_file
-    from cleangpt.files import write_json
-    from cleangpt.training.run import (
-        EXPERIMENT,
-        EXPERIMENT_FILE,
-        check_resumable,
-        experiment_json,
-        find_run,
-        read_experiment,
-    )
+    from cleangpt.training.run import EXPERIMENT, EXPERIMENT_FILE, check_resumable, find_run, read_experiment
 
     run = find_run(_subject(words, "resume", "RUN", _runs))
     if (run / EXPERIMENT_FILE).is_file():
         run_file(run / EXPERIMENT_FILE)
     before = read_experiment(run)
-    experiment = parse(
-        type(before), words[1:], program=f"cleangpt resume {words[0]}", default=before,
-        about=f"Fields of {run / EXPERIMENT}; those of the data and the model cannot change any more.",
-    )  # fmt: skip
+    about = f"Fields of {run / EXPERIMENT}; those of the data and the model cannot change any more."
+    experiment, end = _parse_launch(before, words[1:], f"cleangpt resume {words[0]}", about)
     experiment = dataclasses.replace(experiment, run_dir=str(run))
     check_resumable(before, experiment)
-    _check(experiment)
-    if experiment != dataclasses.replace(before, run_dir=str(run)) and os.environ.get("RANK", "0") == "0":
-        write_json(run / EXPERIMENT, experiment_json(experiment))
-    _train(experiment, None, [])
+    _train(experiment, None, [], end, begun=run)
+
+
+def _parse_launch(experiment: Any, words: Sequence[str], program: str, about: str) -> tuple[Any, float | None]:
+    """The experiment with its overrides, and when this launch must have ended; that is no part of the experiment."""
+    from cleangpt.training.deadline import read_time_limit
+
+    began = time.time()
+    described = Annotated[type(experiment), tyro.conf.arg(name="")]  # type: ignore[valid-type]
+    limit = tyro.conf.arg(help="Save and end within this time, as SLURM writes it (1:30:00), or slurm: within its job.")
+    options = dataclasses.make_dataclass(
+        "Options", [("experiment", described, experiment), ("time_limit", Annotated[str | None, limit], None)]
+    )
+    chosen: Any = parse(options, words, program=program, about=about)
+    end = None if chosen.time_limit is None else read_time_limit(chosen.time_limit, began)
+    return chosen.experiment, end
 
 
 def _check(experiment: Any) -> None:
@@ -315,21 +326,36 @@ def _check(experiment: Any) -> None:
     check_tracking(experiment.tracking)
 
 
-def _train(experiment: Any, source: Path | None, overrides: Sequence[str]) -> Path:
-    """Prepares the corpus where needed, opens the run, trains, and says what to do next; returns the run."""
+def _train(
+    experiment: Any, source: Path | None, overrides: Sequence[str], end: float | None = None, begun: Path | None = None
+) -> None:
+    """Prepares the corpus where needed, opens the run, trains, and says what to do next.
+
+    Args:
+        experiment: what to train.
+        source: its file.
+        overrides: the command line's words after the experiment.
+        end: when it must have saved and ended, in seconds since 1970; None: when it is done.
+        begun: the run to go on with, whatever fields it had before; None: that of `open_run`.
+    """
     _check(experiment)
     from cleangpt.tracking.progress import ProgressBar
     from cleangpt.training.ranks import join
-    from cleangpt.training.run import alone, open_run, summary
+    from cleangpt.training.run import claim, open_run, summary
+    from cleangpt.training.signals import SAVE, without
     from cleangpt.training.trainer import Trainer
 
     _check_source(experiment)
-    with join(experiment.parallel.timeout) as ranks:
+    # Before there is something to save, the signal that asks for it would end the process.
+    with without(SAVE), join(experiment.parallel.timeout) as ranks:
+        if end is not None:
+            end = float(ranks.of_launch("end", str(end)))
         experiment, store = _with_store(experiment, ranks)
-        run: Path = ranks.from_main(open_run(experiment, source, overrides) if ranks.is_main else None)
+        run: Path = begun or ranks.on_main(lambda: open_run(experiment, source, overrides))
         progress = ProgressBar(run if ranks.is_main else None, experiment.tracking.progress and ranks.is_main)
-        with alone(run) if ranks.is_main else nullcontext():
-            trainer = Trainer(experiment, run, store, progress, ranks)
+        with ExitStack() as held:
+            ranks.on_main(lambda: held.enter_context(claim(run, experiment, store)))
+            trainer = Trainer(experiment, run, store, progress, ranks, end)
             for line in summary(experiment, run, store, trainer.model, trainer.device, trainer.layout):
                 progress.say(line)
             status = trainer.train()
@@ -337,7 +363,6 @@ def _train(experiment: Any, source: Path | None, overrides: Sequence[str]) -> Pa
         progress.say(f"interrupted and saved; go on with: cleangpt resume {run}")
     else:
         progress.say(f"{status}; next: cleangpt evaluate {run}, cleangpt sample {run}, cleangpt report {run}")
-    return run
 
 
 def _with_store(experiment: Any, ranks: "Ranks") -> tuple[Any, "Store"]:

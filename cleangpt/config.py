@@ -223,6 +223,15 @@ class TrainingConfig:
     """CPU threads of PyTorch; none: PyTorch's own choice. Another number changes the last bits of results."""
     max_skipped_steps: int = 10
     """Steps in a row that may be skipped for a loss or gradient that is not finite, before the run stops."""
+    spike_threshold: float | None = None
+    """Nats by which a step's loss may exceed the mean of those before it; beyond, the run goes back to a snapshot and
+    leaves out samples; none: it goes on. See docs/reliability.md."""
+    spike_window: int = 100
+    """Steps in that mean."""
+    spike_skip: int = 200
+    """Batches left out then: the last ones up to the spike's, as far as the snapshot is older."""
+    max_rollbacks: int = 10
+    """Times that the run may go back so, before it stops."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,6 +277,8 @@ class SavingConfig:
     """Checkpoints kept, by lowest validation loss."""
     checkpoint_every: int | None = None
     """Also keep a checkpoint every so many macro-batches, for good; none: only the best."""
+    patience: int = 600
+    """Seconds for which the last snapshot of a run is tried again where the disk is full."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,6 +372,9 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
             "training.max_skipped_steps",
             "optimizer.muon.iterations",
             "optimizer.base_dim",
+            "training.spike_window",
+            "training.spike_skip",
+            "training.max_rollbacks",
             "fine_tuning.lora.rank",
             "parallel.replicas",
             "parallel.tensor",
@@ -374,7 +388,7 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         (lambda value: value >= 1, AT_LEAST_ONE),
     ),
     **dict.fromkeys(
-        ["tracking.sample_tokens", "tracking.score_samples", "training.seed"],
+        ["tracking.sample_tokens", "tracking.score_samples", "training.seed", "saving.patience"],
         (lambda value: 0 <= value < 2**63, "a whole number of 0 or more"),
     ),
     **dict.fromkeys(
@@ -391,7 +405,8 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         (lambda value: value >= 0, "0 or more"),
     ),
     **dict.fromkeys(
-        ["optimizer.eps", "optimizer.clip_norm", "fine_tuning.lora.alpha"], (lambda value: value > 0, "more than 0")
+        ["optimizer.eps", "optimizer.clip_norm", "fine_tuning.lora.alpha", "training.spike_threshold"],
+        (lambda value: value > 0, "more than 0"),
     ),
     "optimizer.betas": (lambda value: all(0 <= beta < 1 for beta in value), "two numbers from 0 to below 1"),
     **dict.fromkeys(

@@ -99,12 +99,13 @@ def recorded_overrides(path: Path) -> list[str]:
 
 
 def _without_run(words: list[str]) -> list[str]:
-    """Leaves out ``--run-dir FOLDER``: a repetition is another run."""
+    """Leaves out ``--run-dir FOLDER`` and ``--time-limit TIME``: a repetition is another run and another launch."""
+    names = ("--run-dir", "--run_dir", "--time-limit", "--time_limit")
     kept, rest = [], iter(words)
     for word in rest:
-        if word in ("--run-dir", "--run_dir"):
+        if word in names:
             next(rest, None)
-        elif not word.startswith(("--run-dir=", "--run_dir=")):
+        elif not word.startswith(tuple(f"{name}=" for name in names)):
             kept.append(word)
     return kept
 

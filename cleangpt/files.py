@@ -1,5 +1,6 @@
 """Files that are either whole or absent (design rule 6): written aside, flushed to the disk, then renamed."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -12,17 +13,22 @@ from typing import Any
 from cleangpt.errors import UserError
 
 MANIFEST = "manifest.json"
-PARTIAL = ".partial"
+PARTIAL, OLD = ".partial", ".old"
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Replaces `path` by `content` in one atomic step: after a crash either the old or the new file is there."""
     aside = path.with_name(path.name + PARTIAL)
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):  # on a full disk, half a file takes what others need
+            aside.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 
@@ -89,19 +95,55 @@ def flush(files: Sequence[Path]) -> dict[str, Any]:
 def seal(partial: Path, folder: Path, flushed: Mapping[str, Any] | None = None) -> None:
     """Makes the finished folder `partial` appear as `folder`: manifest of sizes and checksums, flush, rename.
 
-    An older `folder` is moved aside first and removed last, so a good one exists at every moment. `flushed` has the
-    entries of files that are on the disk already.
+    An older `folder` is moved aside first and removed last, so a good one exists at every moment, which `restore` finds
+    after a crash; one that has the same bits stays. `flushed` has the entries of files that are on the disk already.
     """
     manifest = dict(flushed or {})
     manifest |= flush(sorted(path for path in partial.iterdir() if path.name not in {MANIFEST, *manifest}))
     write_json(partial / MANIFEST, manifest)
-    old = folder.with_name(folder.name + ".old")
+    if (folder / MANIFEST).is_file() and not damage(folder) and read_json(folder / MANIFEST) == manifest:
+        shutil.rmtree(partial)
+        return
+    old = folder.with_name(folder.name + OLD)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.replace(old)
-    partial.replace(folder)
+    try:
+        partial.replace(folder)
+    except OSError:
+        restore(folder)
+        raise
     sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def restore(folder: Path) -> None:
+    """Brings back a `folder` that `seal` had moved aside when a crash came; removes what it has replaced."""
+    old = folder.with_name(folder.name + OLD)
+    if old.exists() and not folder.exists():
+        old.replace(folder)
+        sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def clean(folder: Path) -> None:
+    """Brings back what a crash left aside in `folder`, and removes what it left half-done."""
+    for old in folder.glob("*" + OLD):
+        restore(old.with_suffix(""))
+    for partial in folder.glob("*" + PARTIAL):
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)  # what a dying process is still writing goes the next time
+        else:
+            partial.unlink(missing_ok=True)
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder: after a crash it is whole, or not there."""
+    partial = folder.with_name(folder.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    folder.replace(partial)
+    sync_folder(folder.parent)
+    shutil.rmtree(partial)
 
 
 def damage(folder: Path, part: int = 0, parts: int = 1) -> str:
@@ -119,7 +161,7 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str:
                 return f"{name} has {path.stat().st_size:,} bytes, not {entry['bytes']:,}"
             if sha256(path) != entry["sha256"]:
                 return f"{name} does not match its checksum"
-    except UserError as error:
+    except (UserError, OSError) as error:  # a disk that fails says so when it is read
         return str(error)
     except (AttributeError, KeyError, TypeError):
         return f"{MANIFEST} is not a manifest"

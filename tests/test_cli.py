@@ -1,8 +1,10 @@
 """Every command works, and every mistake is one line, exit code 2, with nothing created."""
 
 import ast
+import errno
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +123,28 @@ def test_an_error_in_the_users_own_code_keeps_its_traceback(workplace: Path) -> 
     Path("own.py").write_text("len(3)")
     with pytest.raises(TypeError, match="has no len"):
         main(["train", "own.py"])
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO])
+def test_a_disk_that_refuses_is_told_in_one_line(
+    own: Path, number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*given: object) -> None:
+        raise OSError(number, os.strerror(number), "run/experiment.json")
+
+    monkeypatch.setattr("cleangpt.training.run.write_json", refuse)
+    assert main(["train", str(own)]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == f"stopped: [Errno {number}] {os.strerror(number)}: 'run/experiment.json'"
+
+
+def test_another_error_of_the_system_keeps_its_traceback(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, "a fault of the program")
+
+    monkeypatch.setattr("cleangpt.training.run.write_json", fail)
+    with pytest.raises(FileNotFoundError):
+        main(["train", str(own)])
 
 
 def test_training_leaves_the_run_directory_of_the_design(run: str, own: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from cleangpt import files
 from cleangpt.errors import UserError, nearest, require
-from cleangpt.files import damage, read_json, seal, sha256, write_bytes, write_json
+from cleangpt.files import clean, damage, read_json, remove, restore, seal, sha256, write_bytes, write_json
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,6 +20,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match="No space"):
         write_bytes(path, b"new")
     assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]  # the half of the new one would take room
 
 
 def test_a_sealed_folder_is_whole(tmp_path: Path) -> None:
@@ -40,6 +41,99 @@ def test_sealing_over_an_older_folder_replaces_it(tmp_path: Path) -> None:
         seal(tmp_path / "x.partial", tmp_path / "x")
     assert (tmp_path / "x" / "a").read_bytes() == b"two"
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def make(partial: Path, content: bytes) -> None:
+    partial.mkdir()
+    (partial / "a").write_bytes(content)
+
+
+def test_a_folder_that_was_moved_aside_comes_back_after_a_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the two renames nothing stands under the name; both folders used to be removed as remains."""
+    make(tmp_path / "x.partial", b"one")
+    seal(tmp_path / "x.partial", tmp_path / "x")
+    make(tmp_path / "x.partial", b"two")
+    with monkeypatch.context() as patch:
+        replace = Path.replace
+
+        def crash(source: Path, target: Path) -> Path:
+            if source.name == "x.partial":
+                raise KeyboardInterrupt
+            return replace(source, target)
+
+        patch.setattr(Path, "replace", crash)
+        with pytest.raises(KeyboardInterrupt):
+            seal(tmp_path / "x.partial", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    clean(tmp_path)
+    assert damage(tmp_path / "x") == "" and (tmp_path / "x" / "a").read_bytes() == b"one"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_folder_that_was_replaced_before_the_crash_is_not_brought_back(tmp_path: Path) -> None:
+    make(tmp_path / "x", b"new")
+    make(tmp_path / "x.old", b"old")
+    restore(tmp_path / "x")
+    assert (tmp_path / "x" / "a").read_bytes() == b"new"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_folder_whose_successor_cannot_take_its_place_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path / "x.partial", b"one")
+    seal(tmp_path / "x.partial", tmp_path / "x")
+    make(tmp_path / "x.partial", b"two")
+    replace = Path.replace
+
+    def refuse(source: Path, target: Path) -> Path:
+        if source.name == "x.partial":
+            raise OSError(5, "Input/output error")
+        return replace(source, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        seal(tmp_path / "x.partial", tmp_path / "x")
+    assert damage(tmp_path / "x") == "" and (tmp_path / "x" / "a").read_bytes() == b"one"
+
+
+def test_a_folder_with_the_same_bits_is_never_away(tmp_path: Path) -> None:
+    """What a resumed run saves again need not be replaced, and whoever reads it meanwhile sees no gap."""
+    make(tmp_path / "x.partial", b"one")
+    seal(tmp_path / "x.partial", tmp_path / "x")
+    before = (tmp_path / "x" / "a").stat().st_ino
+    make(tmp_path / "x.partial", b"one")
+    seal(tmp_path / "x.partial", tmp_path / "x")
+    assert (tmp_path / "x" / "a").stat().st_ino == before
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_folder_whose_removal_was_cut_short_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a snapshot under its own name would be taken for a damaged one."""
+    make(tmp_path / "x", b"1")
+    with monkeypatch.context() as patch:
+
+        def crash(path: Path, ignore_errors: bool = False) -> None:
+            if Path(path).exists():
+                raise KeyboardInterrupt
+
+        patch.setattr(files.shutil, "rmtree", crash)
+        with pytest.raises(KeyboardInterrupt):
+            remove(tmp_path / "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.partial"]
+    clean(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_the_disk_does_not_give_back_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path / "x.partial", b"1")
+    seal(tmp_path / "x.partial", tmp_path / "x")
+
+    def fail(path: Path) -> str:
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(files, "sha256", fail)
+    assert "Input/output error" in damage(tmp_path / "x")
 
 
 @pytest.mark.parametrize(

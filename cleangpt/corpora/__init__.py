@@ -15,7 +15,7 @@ from cleangpt.corpora.fineweb_edu import FineWebEdu
 from cleangpt.corpora.mixture import Mixture
 from cleangpt.corpora.multiplier import Multiplier
 from cleangpt.corpora.openwebtext import OpenWebText
-from cleangpt.corpora.preparation import Corpus, as_json, changed, one_line
+from cleangpt.corpora.preparation import Corpus, alone, as_json, changed, one_line
 from cleangpt.corpora.shakespeare_char import ShakespeareChar
 from cleangpt.corpora.stdlib import Stdlib
 from cleangpt.corpora.text import Text
@@ -23,6 +23,7 @@ from cleangpt.corpora.tinystories import TinyStories
 from cleangpt.data.mixture import Store
 from cleangpt.data.store import CARD, STORE, TokenStore
 from cleangpt.errors import UserError
+from cleangpt.files import restore
 
 CORPORA: dict[str, type[Corpus]] = {
     "adder": Adder,
@@ -69,6 +70,7 @@ def prepare_store(corpus: CorpusConfig, data_folder: Path, again: bool, console:
     check(corpus, "corpus.")
     corpus.check()
     folder = store_folder(corpus, data_folder)
+    restore(folder)
     if (folder / STORE).is_file() and not again:
         store = TokenStore(folder)
         if file := changed(store):
@@ -77,8 +79,11 @@ def prepare_store(corpus: CorpusConfig, data_folder: Path, again: bool, console:
             )
         return store
     try:
-        with one_line(folder):
-            store = corpus.prepare(folder, console)
+        with alone(folder, console):
+            if (folder / STORE).is_file() and not again:  # by another process, which this one has waited for
+                return TokenStore(folder)
+            with one_line(folder):
+                store = corpus.prepare(folder, console)
     except KeyboardInterrupt:
         console.print("interrupted; the same command goes on from here", markup=False)
         raise

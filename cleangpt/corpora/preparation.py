@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -227,6 +228,27 @@ def characters(files: list[TextFile]) -> str:
         for piece in file.pieces():
             found.update(piece.text)
     return "".join(sorted(found))
+
+
+@contextlib.contextmanager
+def alone(folder: Path, console: Console) -> Iterator[None]:
+    """Waits until no other process makes the same store; the system frees the lock of a process that dies."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            console.print(f"another process prepares {folder}; waiting for it", markup=False, soft_wrap=True)
+            lock.acquire()
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: {error.strerror or error}") from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows keeps a file that is open
+            Path(lock.lock_file).unlink()  # still held: one who waits sees that it is gone, and makes another
+        lock.release()
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -64,14 +64,25 @@ class Samples:
             raise UserError(f"the {name} split has {split.tokens:,} tokens; allowed: at least {needed}")
 
     def batch(self, samples: NDArray[np.int64], offsets: NDArray[np.int64]) -> Batch:
-        """The given samples `(batch,)`, each window shifted by its offset `(batch,)` in tokens."""
+        """The given samples `(batch,)`, each window shifted by its offset `(batch,)` in tokens.
+
+        Raises:
+            UserError: a token is not in the vocabulary; the file has changed since it was made.
+        """
         stride = self.split.row_length or self.seq_len
         tokens = np.zeros((len(samples), self.seq_len + 1), dtype=np.int64)
         counts = np.zeros((len(samples), self.seq_len + 1), dtype=bool)
-        for row, start in enumerate((samples * stride + offsets).tolist()):
+        starts = (samples * stride + offsets).tolist()
+        for row, start in enumerate(starts):
             length = min(self._window, self.split.tokens - start)
             tokens[row, :length] = self.split.read(start, length)
             counts[row, :length] = self.split.read_mask(start, length) if self.split.masked else True
+        if tokens.max(initial=0) >= self.split.vocab_size:
+            row, column = np.argwhere(tokens >= self.split.vocab_size)[0].tolist()
+            raise UserError(
+                f"{self.split.place(starts[row] + column)}, is {tokens[row, column]}; allowed: ids below "
+                f"{self.split.vocab_size:,}, the vocabulary; run cleangpt prepare --again"
+            )
         targets = np.where(counts[:, 1:], tokens[:, 1:], IGNORED)
         inputs = torch.from_numpy(np.ascontiguousarray(tokens[:, :-1]))
         return Batch(inputs, torch.from_numpy(targets), int(counts[:, 1:].sum()))
@@ -100,14 +111,18 @@ def validation_batches(
         yield batch
 
 
+Ranges = Sequence[Sequence[int]]
+"""Positions of a stream: pairs of the first and the one after the last, in order, with gaps between."""
+
+
 class Stream(Protocol):
     """An endless row of training samples: a position in it is the number of samples before it."""
 
     def batch(self, start: int, count: int) -> Batch:
         """The samples at `count` positions from `start` on."""
 
-    def visits(self, position: int) -> dict[str, float]:
-        """The figures visited_share and times_visited before a position."""
+    def visits(self, position: int, left_out: Ranges = ()) -> dict[str, float]:
+        """The figures visited_share and times_visited before a position, where some positions were left out."""
 
 
 class SplitStream:
@@ -126,10 +141,29 @@ class SplitStream:
                 offsets[epochs == epoch] = self.order.offset(int(epoch), self.samples.seq_len)
         return self.samples.batch(samples, offsets)
 
-    def visits(self, position: int) -> dict[str, float]:
-        """The figures visited_share and times_visited before a position."""
-        times = position / self.samples.num_training
-        return {"visited_share": min(1.0, times), "times_visited": times}
+    def visits(self, position: int, left_out: Ranges = ()) -> dict[str, float]:
+        """The figures visited_share and times_visited before a position, where some positions were left out."""
+        ranges = np.array([(start, min(end, position)) for start, end in left_out if start < position], np.int64)
+        ranges = ranges.reshape(-1, 2)
+        times = (position - int((ranges[:, 1] - ranges[:, 0]).sum())) / self.samples.num_training
+        share = min(1.0, times) if not len(ranges) else self._visited_share(position, ranges)
+        return {"visited_share": share, "times_visited": times}
+
+    def _visited_share(self, position: int, ranges: NDArray[np.int64]) -> float:
+        """The samples that no epoch has visited are those that the first left out, less those of each later one."""
+        n = self.samples.num_training
+        if position < n:
+            return (position - int((ranges[:, 1] - ranges[:, 0]).sum())) / n
+        inside = [np.arange(start, min(end, n)) for start, end in ranges.tolist() if start < n]
+        _, missed = self.order.at(np.concatenate([np.zeros(0, np.int64), *inside]))
+        for epoch in range(1, position // n + 1):
+            if not len(missed):
+                break
+            places = self.order.positions(missed, epoch)
+            before = np.searchsorted(ranges[:, 0], places, side="right") - 1
+            within = (before >= 0) & (places < ranges[before, 1])
+            missed = missed[within | (places >= position)]
+        return 1 - len(missed) / n
 
     def _order_from(self, start: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Epochs and samples of `count` positions; many are computed at once, which costs hardly more than a few."""
@@ -139,6 +173,42 @@ class SplitStream:
             self._ordered = first, epochs, samples
         part = slice(start - first, start - first + count)
         return epochs[part], samples[part]
+
+
+class StreamWithout:
+    """A stream of which ranges of positions are left out; a position in it counts what is not.
+
+    A batch must not reach across a range: those left out are whole batches.
+    """
+
+    def __init__(self, stream: Stream, left_out: Ranges) -> None:
+        self.stream, self.left_out = stream, left_out
+
+    def place(self, position: int) -> int:
+        """The position in the whole stream of the sample at a position in this one."""
+        for start, end in self.left_out:
+            if position >= start:
+                position += end - start
+        return position
+
+    def batch(self, start: int, count: int) -> Batch:
+        """The samples at `count` positions from `start` on."""
+        return self.stream.batch(self.place(start), count)
+
+    def visits(self, position: int, left_out: Ranges = ()) -> dict[str, float]:
+        """The figures visited_share and times_visited before a position."""
+        return self.stream.visits(self.place(position), [*self.left_out, *left_out])
+
+
+def with_range(left_out: Ranges, start: int, end: int) -> list[list[int]]:
+    """The ranges with another one, which may overlap them."""
+    merged: list[list[int]] = []
+    for first, last in sorted([*map(tuple, left_out), (start, end)]):
+        if merged and first <= merged[-1][1]:
+            merged[-1][1] = max(merged[-1][1], last)
+        else:
+            merged.append([first, last])
+    return merged
 
 
 class BatchLoader:

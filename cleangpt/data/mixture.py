@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cleangpt.data.batches import Batch, Samples, SplitStream, Stream
+from cleangpt.data.batches import Batch, Ranges, Samples, SplitStream, Stream
 from cleangpt.data.interleaving import Interleaving, Weight, interleave, shares_at
 from cleangpt.data.order import mix
 from cleangpt.data.store import TokenStore
@@ -76,18 +76,22 @@ class MixedStream:
         inputs, targets = (torch.cat([getattr(one, name) for one in batches])[back] for name in ("inputs", "targets"))
         return Batch(inputs, targets, sum(one.num_targets for one in batches))
 
-    def visits(self, position: int) -> dict[str, float]:
-        """The figures visited_share and times_visited before a position, of all sources together and of each."""
+    def visits(self, position: int, left_out: Ranges = ()) -> dict[str, float]:
+        """The figures visited_share and times_visited before a position, of all sources together and of each.
+
+        Positions that were left out are, in each source, positions one after the other too.
+        """
+        taken = self.interleaving.taken(position).tolist()
+        bounds = [[self.interleaving.taken(bound).tolist() for bound in pair] for pair in left_out]
         each = {
-            name: stream.visits(taken)
-            for (name, stream), taken in zip(
-                self.streams.items(), self.interleaving.taken(position).tolist(), strict=True
-            )
+            name: stream.visits(taken[source], [(start[source], end[source]) for start, end in bounds])
+            for source, (name, stream) in enumerate(self.streams.items())
         }
         sizes = {name: stream.samples.num_training for name, stream in self.streams.items()}
         seen = sum(each[name]["visited_share"] * size for name, size in sizes.items())
         total = sum(sizes.values())
-        figures = {"visited_share": seen / total, "times_visited": position / total}
+        missed = sum(min(end, position) - start for start, end in left_out if start < position)
+        figures = {"visited_share": seen / total, "times_visited": (position - missed) / total}
         for figure in list(figures):
             figures |= {f"{figure}/{name}": visits[figure] for name, visits in each.items()}
         return figures

@@ -16,22 +16,23 @@ ROUNDS = 8
 WORD = 2**64 - 1
 
 
-def permute(positions: NDArray[np.integer], n: int, key: int) -> NDArray[np.int64]:
+def permute(positions: NDArray[np.integer], n: int, key: int, back: bool = False) -> NDArray[np.int64]:
     """Where a keyed permutation of `range(n)` takes each position.
 
     Args:
         positions: any shape, each from 0 to n - 1.
         n: how many there are to permute, 1 to 2**62.
         key: chooses the permutation, 0 to 2**64 - 1.
+        back: from where it takes something to each position, instead.
     """
     if not 1 <= n <= 2**62:
         raise ValueError(f"n is {n}; allowed: 1 to 2**62")
     values = np.asarray(positions, dtype=np.int64).astype(np.uint64)
     if values.size and values.max() >= n:
         raise ValueError(f"a position is {np.asarray(positions).max()} of {n}")
-    flat = _feistel(values.reshape(-1), n, key)
+    flat = _feistel(values.reshape(-1), n, key, back)
     while (outside := np.flatnonzero(flat >= n)).size:
-        flat[outside] = _feistel(flat[outside], n, key)
+        flat[outside] = _feistel(flat[outside], n, key, back)
     return flat.reshape(values.shape).astype(np.int64)
 
 
@@ -63,20 +64,28 @@ class Order:
             samples[inside] = permute(within, self.num_samples, mix(self.seed, int(epoch)))
         return epochs, samples
 
+    def positions(self, samples: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+        """The position of each of the samples `(samples,)` in an epoch."""
+        return epoch * self.num_samples + permute(samples, self.num_samples, mix(self.seed, epoch), back=True)
+
     def offset(self, epoch: int, seq_len: int) -> int:
         """By how many tokens, 0 to seq_len - 1, the windows of an epoch are shifted."""
         return mix(self.seed, epoch, seq_len) % seq_len
 
 
-def _feistel(values: NDArray[np.uint64], n: int, key: int) -> NDArray[np.uint64]:
+def _feistel(values: NDArray[np.uint64], n: int, key: int, back: bool) -> NDArray[np.uint64]:
     bits = max(1, (n - 1).bit_length())
     low_bits = np.uint64(bits - bits // 2)
     low_mask, high_mask = (np.uint64((1 << width) - 1) for width in (bits - bits // 2, bits // 2))
     high, low = values >> low_bits, values & low_mask
     keys = _round_keys(key)
-    for even, odd in zip(keys[::2], keys[1::2], strict=True):
+    rounds = list(zip(keys[::2], keys[1::2], strict=True))
+    for even, odd in () if back else rounds:
         low = low ^ (_splitmix(high + even) & low_mask)
         high = high ^ (_splitmix(low + odd) & high_mask)
+    for even, odd in reversed(rounds) if back else ():
+        high = high ^ (_splitmix(low + odd) & high_mask)
+        low = low ^ (_splitmix(high + even) & low_mask)
     result: NDArray[np.uint64] = (high << low_bits) | low
     return result
 

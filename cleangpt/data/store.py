@@ -18,7 +18,7 @@ import json
 import math
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -70,15 +70,18 @@ class SplitFacts:
 class Split:
     """One split of a token store, opened."""
 
-    def __init__(self, folder: Path, facts: dict[str, Any], dtype: np.dtype[Any], row_length: int | None) -> None:
+    def __init__(
+        self, folder: Path, facts: dict[str, Any], dtype: np.dtype[Any], row_length: int | None, vocab_size: int
+    ) -> None:
         self.tokens: int = facts["tokens"]
         self.documents: int = facts["documents"]
         self.text_bytes: int = facts["text_bytes"]
-        self.row_length = row_length
+        self.row_length, self.vocab_size = row_length, vocab_size
         self.masked: bool = facts["masked"]
         self._folder = folder
         self._document_file = folder / facts["document_file"] if facts["document_file"] else None
         self._starts, self._shards, self._masks = [0], [], []
+        self._files = [folder / shard["file"] for shard in facts["shards"]]
         for shard in facts["shards"]:
             self._shards.append(_map(folder / shard["file"], dtype, shard["tokens"]))
             if self.masked:
@@ -94,6 +97,11 @@ class Split:
     def read_mask(self, start: int, length: int) -> NDArray[Any]:
         """The loss mask of the same tokens; only for a split that is `masked`."""
         return self._read(self._masks, start, length)
+
+    def place(self, token: int) -> str:
+        """Where a token of the split lies: its file, and its number there."""
+        shard = min(bisect_right(self._starts, token), len(self._files)) - 1
+        return f"{self._files[shard]}, token {token - self._starts[shard]:,}"
 
     def document_starts(self) -> NDArray[np.uint64]:
         """Where each document starts, memory-mapped; computed where all have one length."""
@@ -132,16 +140,43 @@ class TokenStore:
         self.vocab_size: int = facts["vocab_size"]
         self.row_length: int | None = facts["row_length"]
         dtype = np.dtype(facts["dtype"]).newbyteorder("<")
-        self.splits = {name: Split(folder, split, dtype, self.row_length) for name, split in facts["splits"].items()}
+        self.splits = {
+            name: Split(folder, split, dtype, self.row_length, self.vocab_size)
+            for name, split in facts["splits"].items()
+        }
 
-    def verify(self) -> None:
-        """Reads every file once and compares checksums.
+    def fingerprint(self) -> dict[str, Any]:
+        """The checksum of every file of tokens, as noted when it was made, and of the tokenizer; sizes and times."""
+        sums = self.facts["sha256"] | {TOKENIZER: sha256(self.folder / TOKENIZER)}
+        stats = {name: (self.folder / name).stat() for name in self.facts["sha256"]}
+        return {
+            "sha256": sums,
+            "stamps": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+        }
+
+    def check_same(self, before: Mapping[str, Any]) -> None:
+        """Compares with an earlier `fingerprint`; reads only files whose size or time is another than then.
+
+        Raises:
+            UserError: names the first file that differs.
+        """
+        now = self.fingerprint()
+        for name in sorted(now["sha256"].keys() | before["sha256"].keys()):
+            if now["sha256"].get(name) != before["sha256"].get(name):
+                raise UserError(
+                    f"{self.folder / name} is not the one that this run began with; prepare the corpus from what it "
+                    "was then, or start another run"
+                )
+        self.verify([name for name, stamp in now["stamps"].items() if stamp != before["stamps"].get(name)])
+
+    def verify(self, names: Collection[str] | None = None) -> None:
+        """Reads files once (None: every one of tokens) and compares checksums.
 
         Raises:
             UserError: names the first file that differs.
         """
         for name, digest in self.facts["sha256"].items():
-            if sha256(self.folder / name) != digest:
+            if (names is None or name in names) and sha256(self.folder / name) != digest:
                 raise UserError(f"{self.folder / name} has changed since it was prepared; run cleangpt prepare --again")
 
 
@@ -192,8 +227,17 @@ class StoreWriter:
         """Adds `tokens` to a split, and the `lengths` of the documents that end among them, in tokens of this call.
 
         What follows the last end begins a document that goes on in the next call.
+
+        Raises:
+            UserError: an id is not one of the tokenizer's.
         """
         facts = self.splits.setdefault(split, SplitFacts())
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.tokenizer.vocab_size:
+            wrong = int(np.flatnonzero((tokens < 0) | (tokens >= self.tokenizer.vocab_size))[0])
+            raise UserError(
+                f"token {facts.tokens + wrong:,} of the split {split} would be {tokens[wrong]}; allowed: ids below "
+                f"{self.tokenizer.vocab_size:,}, the tokenizer's"
+            )
         if len(lengths):
             lengths = np.concatenate([[lengths[0] + facts.unfinished], lengths[1:]]).astype(np.int64)
         if self.row_length is None:

@@ -9,6 +9,9 @@ from cleangpt.errors import require
 from cleangpt.tracking.metrics import MetricsFiles
 from cleangpt.tracking.progress import tell
 
+FILES = "files"
+"""The name under which the state of the metrics files stands among that of the trackers."""
+
 
 class Tracker(Protocol):
     """Whoever wants to know how a run goes."""
@@ -33,12 +36,14 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """Tells the metrics files, which must work, and others, of which one that fails is left out from then on."""
+    """Tells the metrics files, which write later what they cannot now, and others; one that fails is left out."""
 
     def __init__(self, files: MetricsFiles, others: dict[str, Tracker], say: Callable[[str], None]) -> None:
         self._files, self._others, self._say = files, others, say
         self._working = dict(others)
         self._unused: dict[str, Any] = {}
+        self._states: dict[str, dict[str, Any]] = {}
+        """What each of the others told last."""
 
     def open(self, keep_until: int | None) -> None:
         """Opens every tracker."""
@@ -46,7 +51,7 @@ class Trackers:
         self._tell(lambda tracker: tracker.open(keep_until))
 
     def record(self, figures: Mapping[str, float | int | None]) -> None:
-        """Tells all the figures of one macro-batch; raises only what writing metrics.jsonl raises."""
+        """Tells all the figures of one macro-batch."""
         self._files.record(figures)
         self._tell(lambda tracker: tracker.record(figures))
 
@@ -55,28 +60,41 @@ class Trackers:
         self._files.sample(macro_batch, text)
         self._tell(lambda tracker: tracker.sample(macro_batch, text))
 
+    def go_back(self, state: dict[str, Any], keep_until: int) -> None:
+        """Goes back to a snapshot's `state`: the macro-batches after `keep_until` will be told again."""
+        self._files.load_state_dict(state.get(FILES, {}))
+        self._files.open(keep_until)
+
     def close(self, status: str) -> None:
         """Ends all; `status` is one of finished, stopped early, interrupted, failed."""
+        self._files.close(status)
         self._tell(lambda tracker: tracker.close(status))
         self._working.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """The state of each by name; of one that is left out or switched off as well, so that it may come back."""
-        return self._unused | {name: tracker.state_dict() for name, tracker in self._others.items()}
+        for name in self._others:
+            self._try(name, lambda name, tracker: self._states.update({name: tracker.state_dict()}))
+        return self._unused | self._states | {FILES: self._files.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Gives each its part of what `state_dict` returned; before `open`."""
-        self._unused = {name: part for name, part in state.items() if name not in self._others}
-        for name, tracker in self._others.items():
-            tracker.load_state_dict(state.get(name, {}))
+        self._unused = {name: part for name, part in state.items() if name not in self._others and name != FILES}
+        self._files.load_state_dict(state.get(FILES, {}))
+        for name in self._others:
+            self._states[name] = state.get(name, {})
+            self._try(name, lambda name, tracker: tracker.load_state_dict(self._states[name]))
 
     def _tell(self, action: Callable[[Tracker], None]) -> None:
-        for name, tracker in list(self._working.items()):
-            try:
-                action(tracker)
-            except Exception as error:
-                del self._working[name]
-                reason = " ".join(str(error).split()) or type(error).__name__
+        for name in list(self._working):
+            self._try(name, lambda _, tracker: action(tracker))
+
+    def _try(self, name: str, action: Callable[[str, Tracker], None]) -> None:
+        try:
+            action(name, self._others[name])
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            if self._working.pop(name, None) is not None:
                 self._say(f"{name} is left out from now on, training goes on without it: {reason}")
 
 
@@ -91,6 +109,9 @@ class Silence(Trackers):
 
     def sample(self, macro_batch: int, text: str) -> None:
         """Tells nobody."""
+
+    def go_back(self, state: dict[str, Any], keep_until: int) -> None:
+        """Forgets nothing."""
 
 
 def check_tracking(config: TrackingConfig) -> None:
@@ -123,7 +144,7 @@ def open_trackers(
 
     Raises:
         UserError: the package of a tracker is not installed, or metrics.jsonl is damaged.
-        OSError: metrics.jsonl cannot be written.
+        OSError: the lines of metrics.jsonl that are told again cannot be removed.
     """
     check_tracking(experiment.tracking)
     others: dict[str, Tracker] = {}
@@ -135,7 +156,8 @@ def open_trackers(
         from cleangpt.tracking.tensorboard import TensorBoardTracker
 
         others["tensorboard"] = TensorBoardTracker(experiment_json, run)
-    trackers = Trackers(MetricsFiles(run), others, say or (lambda text: tell(run, text)))
+    say = say or (lambda text: tell(run, text))
+    trackers = Trackers(MetricsFiles(run, say), others, say)
     trackers.load_state_dict(state or {})
     trackers.open(keep_until)
     return trackers

@@ -11,7 +11,7 @@ it back. A line is on the disk before training goes on.
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,8 @@ FIGURES: dict[str, Figure] = {
     "time_trained": Figure("time trained", "s", "time in this run, over all its resumptions"),
     "peak_memory": Figure("peak memory", "bytes", "largest memory in use so far by one process"),
     "skipped_steps": Figure("skipped steps", "steps", "steps skipped for a loss or gradient that is not finite"),
+    "rollbacks": Figure("roll-backs", "", "times that a spike of the loss made the run go back"),
+    "samples_left_out": Figure("samples left out", "samples", "samples passed over at spikes of the loss"),
     "exact_match": Figure("exact match", "share", "share of scored samples whose generated answer is right"),
 }
 """Every figure of metrics.jsonl, by key; any other key is the score of a task.
@@ -129,33 +131,64 @@ def show_time(seconds: float) -> str:
 
 
 class MetricsFiles:
-    """The tracker behind metrics.jsonl and samples.jsonl in the folder `run`."""
+    """The tracker behind metrics.jsonl and samples.jsonl in the folder `run`.
 
-    def __init__(self, run: Path) -> None:
-        self._run = run
+    Lines that a full disk refuses wait, in memory and in the snapshots, and are written in order when there is room;
+    `say` is told.
+    """
+
+    def __init__(self, run: Path, say: Callable[[str], None] = lambda text: None) -> None:
+        self._run, self._say = run, say
+        self._waiting: list[tuple[str, dict[str, Any]]] = []
+        self._told = False
 
     def open(self, keep_until: int | None) -> None:
         """Removes the lines of macro-batches after `keep_until`, all of them if it is None, and a torn last line."""
         for name in (METRICS, SAMPLES):
             _keep_lines(self._run / name, keep_until)
+            there = {entry["macro_batch"] for entry in _read_lines(self._run / name)}
+            self._waiting = [(of, line) for of, line in self._waiting if of != name or line["macro_batch"] not in there]
+        self._write()
 
     def record(self, figures: Mapping[str, Value]) -> None:
-        """Appends the figures of one macro-batch; an OSError is the caller's."""
-        _append(self._run / METRICS, strict(figures))
+        """Appends the figures of one macro-batch."""
+        self._waiting.append((METRICS, strict(figures)))
+        self._write()
 
     def sample(self, macro_batch: int, text: str) -> None:
         """Appends a text that the model wrote after `macro_batch`."""
-        _append(self._run / SAMPLES, {"macro_batch": macro_batch, "text": text})
+        self._waiting.append((SAMPLES, {"macro_batch": macro_batch, "text": text}))
+        self._write()
 
     def close(self, status: str) -> None:
-        """Does nothing: every line is on the disk already."""
+        """Says what could not be written to the end."""
+        self._write()
+        for name in sorted({name for name, _ in self._waiting}):
+            numbers = [str(line["macro_batch"]) for of, line in self._waiting if of == name]
+            self._say(f"{name} lacks macro-batch {', '.join(numbers)}; resume writes what the last snapshot has of it")
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the files are the state."""
-        return {}
+        """The lines that wait."""
+        return {"waiting": [list(entry) for entry in self._waiting]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes nothing."""
+        """Takes what `state_dict` returned; before `open`."""
+        self._waiting = [(name, line) for name, line in state.get("waiting", [])]
+
+    def _write(self) -> None:
+        while self._waiting:
+            name, line = self._waiting[0]
+            try:
+                _append(self._run / name, line)
+            except OSError as error:
+                if not self._told:
+                    self._say(f"{name} cannot be written: {error}; training goes on, and lines wait until it can")
+                self._told = True
+                return
+            del self._waiting[0]
+        if self._told:
+            self._say("every line that waited is written")
+        self._told = False
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -184,12 +217,21 @@ def strict(figures: Mapping[str, Value]) -> dict[str, Any]:
 
 
 def _append(path: Path, entry: dict[str, Any]) -> None:
-    """Appends one line and waits until it is on the disk; a lone surrogate, which UTF-8 lacks, becomes ``?``."""
-    line = json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n"
-    with path.open("ab") as file:
-        file.write(line.encode("utf-8", "replace"))
-        file.flush()
-        os.fsync(file.fileno())
+    """Appends one line and waits until it is on the disk; a lone surrogate, which UTF-8 lacks, becomes ``?``.
+
+    Raises:
+        OSError: it could not be written, and nothing of it is there.
+    """
+    line = (json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "replace")
+    with path.open("ab", buffering=0) as file:  # a buffer would be written again when the file is closed
+        end = os.fstat(file.fileno()).st_size
+        try:
+            while line:
+                line = line[file.write(line) :]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def _lines(path: Path) -> list[bytes]:

@@ -1,5 +1,6 @@
 """What a run shows while it trains: a bar on a terminal, a line per macro-batch anywhere else; log.txt keeps it all."""
 
+import errno
 import sys
 import time
 from collections.abc import Mapping
@@ -88,13 +89,14 @@ class ProgressBar:
         if self._live:
             try:
                 self._live.update(self._picture(), refresh=True)
-            except OSError:
-                self._give_up()
+            except OSError as error:
+                self._give_up(error)
 
-    def _give_up(self) -> None:
-        """Goes on without a screen: a terminal that was closed must not end the training."""
-        self.close()
-        self._console = None
+    def _give_up(self, error: OSError) -> None:
+        """Goes on without a screen, which may be a terminal that was closed; a full disk may have room again."""
+        if error.errno not in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+            self.close()
+            self._console = None
 
     def _print(self, text: str) -> None:
         if self._console is None:
@@ -104,8 +106,8 @@ class ProgressBar:
             text = text.encode(encoding, "replace").decode(encoding)
             self._console.print(Text(text), soft_wrap=True)
             self._console.file.flush()
-        except OSError:
-            self._give_up()
+        except OSError as error:
+            self._give_up(error)
 
     def _picture(self) -> Group:
         """Two lines: the bar, and the figures of the moment."""
@@ -147,5 +149,6 @@ def _fit(words: list[str], width: int) -> str:
 
 def _log(run: Path | None, text: str) -> None:
     if run is not None:
-        with (run / LOG).open("a", encoding="utf-8", errors="replace") as file:
+        # On a full disk the line is on the screen alone: a log must not end the training.
+        with suppress(OSError), (run / LOG).open("a", encoding="utf-8", errors="replace") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")

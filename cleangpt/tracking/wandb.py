@@ -16,6 +16,9 @@ from typing import Any
 from cleangpt.config import Experiment
 from cleangpt.errors import require
 
+FINISH_SECONDS = 60
+"""How long the end of a run waits for what was not sent yet; it stays in RUN/wandb, for ``wandb sync``."""
+
 
 class WandbTracker:
     """Logs every figure against the macro-batch, with the experiment as the run's config."""
@@ -41,7 +44,10 @@ class WandbTracker:
             mode=self._tracking.wandb,
             resume="allow" if self._resumed and online else None,
             # W&B's own capture of the terminal would break the progress bar; log.txt holds what was printed.
-            settings=wandb.Settings(console="off", quiet=True),
+            # Without a limit, its end waits for a server that cannot be reached for as long as that takes.
+            settings=wandb.Settings(
+                console="off", quiet=True, finish_timeout=FINISH_SECONDS, finish_timeout_raises=True
+            ),
         )
         self._run.define_metric("macro_batch")
         self._run.define_metric("*", step_metric="macro_batch")

@@ -7,6 +7,7 @@ checkpoints/val1.4697_mb000012/        validation loss and macro-batch
     chat_template.json                 of conversations
 """
 
+import contextlib
 import math
 import shutil
 from collections.abc import Mapping
@@ -24,10 +25,11 @@ from cleangpt.data.chat import CHAT_TEMPLATE, ChatTemplate, find_template
 from cleangpt.data.store import TOKENIZER
 from cleangpt.data.tokenizers import Tokenizer, load_tokenizer
 from cleangpt.errors import UserError
-from cleangpt.files import PARTIAL, damage, read_json, seal, write_json, write_text
+from cleangpt.files import PARTIAL, damage, read_json, remove, seal, write_json, write_text
 from cleangpt.models import build_model, model_kinds
 from cleangpt.training.lora import is_adapter, merge, split_adapters
 from cleangpt.training.parallel import load_weights, whole
+from cleangpt.training.ranks import Ranks
 
 FORMAT = 1
 WEIGHTS, ADAPTERS, CONFIG, INDEX = "model.safetensors", "adapters.safetensors", "config.json", "index.json"
@@ -47,10 +49,10 @@ class Entry:
 class Checkpoints:
     """The checkpoints of a run; on a tie the older one counts as better, and a NaN is never among the best."""
 
-    def __init__(self, folder: Path, config: SavingConfig, writes: bool = True) -> None:
+    def __init__(self, folder: Path, config: SavingConfig, ranks: Ranks | None = None) -> None:
         self.folder, self.config = folder, config
-        self.writes = writes
-        """Whether this process writes files; every one keeps the list."""
+        self.ranks = ranks or Ranks()
+        """The main process writes the files; every one keeps the list."""
         self.entries: list[Entry] = []
 
     def wanted(self, macro_batch: int, val_loss: float) -> bool:
@@ -66,27 +68,42 @@ class Checkpoints:
         tokenizer: Tokenizer,
         lora: LoRAConfig | None = None,
         chat_template: ChatTemplate | None = None,
-    ) -> None:
-        """Writes a checkpoint of whole `weights`, then removes those that are no longer among the best."""
+    ) -> str:
+        """Writes a checkpoint of whole `weights`, then removes those that are no longer among the best.
+
+        Returns why it could not be written, and an empty string where it is; those before it are as they were.
+        """
         entry = Entry(
             f"val{val_loss:.4f}_mb{macro_batch:06d}", macro_batch, val_loss, permanent=self._permanent(macro_batch)
         )
         best = sorted([*self.entries, entry], key=_rank)
         finite = [other for other in best if not math.isnan(other.val_loss)]
-        self.entries = [other for other in best if other.permanent or other in finite[: self.config.keep_best]]
-        if self.writes:
-            facts = asdict(entry)
-            save_checkpoint(self.folder / entry.name, weights, config, tokenizer, facts, lora, chat_template)
-            index = {"format": FORMAT, "checkpoints": [asdict(other) for other in self.entries]}
-            write_json(self.folder / INDEX, index)
-            self.prune()
+        entries = [other for other in best if other.permanent or other in finite[: self.config.keep_best]]
+
+        def write() -> str:
+            try:
+                folder = self.folder / entry.name
+                save_checkpoint(folder, weights, config, tokenizer, asdict(entry), lora, chat_template)
+                index = {"format": FORMAT, "checkpoints": [asdict(other) for other in entries]}
+                write_json(self.folder / INDEX, index)
+            except (OSError, SafetensorError) as error:
+                return str(error)
+            return ""
+
+        reason: str = self.ranks.from_main(write() if self.ranks.is_main else "")
+        if not reason:
+            self.entries = entries
+            if self.ranks.is_main:
+                self.prune()
+        return reason
 
     def prune(self) -> None:
-        """Removes every folder that the index does not name: worse ones, and what a crash left behind."""
+        """Removes every folder that the index does not name; one that cannot be removed stays until the next time."""
         kept = {entry.name for entry in self.entries}
         for path in self.folder.glob("val*"):
             if path.name not in kept:
-                shutil.rmtree(path)
+                with contextlib.suppress(OSError):
+                    remove(path)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
@@ -131,16 +148,20 @@ def save_checkpoint(
     partial.mkdir(parents=True)
     host = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     base, adapters = split_adapters(host)
-    if lora is not None and lora.rank is not None:
-        base = merge(base, adapters, lora.alpha / lora.rank)
-        described = {"format": "pt", "rank": str(lora.rank), "alpha": str(lora.alpha)}
-        save_file(adapters, partial / ADAPTERS, metadata=described)
-    save_file(base, partial / WEIGHTS, metadata={"format": "pt"})
-    write_json(partial / CONFIG, {"format": FORMAT, "model": to_json(config, model_kinds()), "facts": facts})
-    write_text(partial / TOKENIZER, tokenizer.to_json())
-    if chat_template is not None:
-        write_text(partial / CHAT_TEMPLATE, chat_template.to_json())
-    seal(partial, folder)
+    try:
+        if lora is not None and lora.rank is not None:
+            base = merge(base, adapters, lora.alpha / lora.rank)
+            described = {"format": "pt", "rank": str(lora.rank), "alpha": str(lora.alpha)}
+            save_file(adapters, partial / ADAPTERS, metadata=described)
+        save_file(base, partial / WEIGHTS, metadata={"format": "pt"})
+        write_json(partial / CONFIG, {"format": FORMAT, "model": to_json(config, model_kinds()), "facts": facts})
+        write_text(partial / TOKENIZER, tokenizer.to_json())
+        if chat_template is not None:
+            write_text(partial / CHAT_TEMPLATE, chat_template.to_json())
+        seal(partial, folder)
+    except (OSError, SafetensorError):
+        shutil.rmtree(partial, ignore_errors=True)  # it takes room that may be what is missing
+        raise
 
 
 @dataclass

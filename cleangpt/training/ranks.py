@@ -7,12 +7,13 @@ uses. They differ as soon as there are two machines.
 import contextlib
 import os
 import platform
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,8 +21,8 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from cleangpt.errors import RunFailedError
-from cleangpt.training.signals import without_sigterm
+from cleangpt.errors import RunFailedError, UserError
+from cleangpt.training.signals import without
 
 T = TypeVar("T")
 PATIENCE = timedelta(seconds=3)
@@ -37,6 +38,8 @@ class Ranks:
     world_size: int = 1
     notes: Store | None = field(default=None, repr=False, compare=False)
     """Where the processes leave word of themselves: their steps and errors. None: a process alone."""
+    launch: Store | None = field(default=None, repr=False, compare=False)
+    """Where torchrun keeps what its processes tell, also when it starts them anew."""
     timeout: timedelta = timedelta(minutes=10)
     """How long a process waits for the others."""
     owns_group: bool = True
@@ -70,6 +73,23 @@ class Ranks:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def on_main(self, work: Callable[[], T]) -> T:
+        """What `work` returns on the main process, on every process.
+
+        Raises:
+            UserError: that of `work`, on all of them.
+        """
+        outcome: Any = None
+        if self.is_main:
+            try:
+                outcome = work()
+            except UserError as error:
+                outcome = error
+        outcome = self.from_main(outcome)
+        if isinstance(outcome, UserError):
+            raise outcome
+        return cast(T, outcome)
+
     def gather(self, value: Any) -> list[Any]:
         """Every process's value, by rank, on every process."""
         if self.world_size == 1:
@@ -86,6 +106,13 @@ class Ranks:
         if self.notes is not None and self.is_main:
             self.notes.set("main_done", "")
         return result
+
+    def of_launch(self, name: str, value: str) -> str:
+        """The `value` that the first process of this launch gave under a name, before torchrun started any anew."""
+        if self.launch is None:
+            return value
+        first: bytes = self.launch.compare_set(f"cleangpt_{name}", "", value)
+        return first.decode()
 
     def note_step(self, step: int) -> None:
         """Leaves word of the step that this process has reached, for the others to find should it fall silent."""
@@ -106,7 +133,8 @@ class Ranks:
         if error is None:
             self.leave()
         elif self.notes is not None and _is_of_the_connection(error):
-            with without_sigterm():
+            # torchrun sends SIGTERM when one process has died, before the others can say so.
+            with without(signal.SIGTERM):
                 reason = _explain(self, self.notes, "timed out" in str(error).lower())
             raise RunFailedError(reason) from error
         elif self.notes is not None:
@@ -135,15 +163,16 @@ def join(timeout: int = 600) -> Ranks:
         torch.cuda.set_device(local)
     made = dist.is_initialized()
     if made:  # by Ray Train, which also sets the variables that torchrun sets
-        store = dist.distributed_c10d._get_default_store()
+        launch = store = dist.distributed_c10d._get_default_store()
     else:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         store, _, _ = next(rendezvous("env://", timeout=limit))
         # torchrun keeps its store when it starts processes again; without a prefix of their own, the new ones would
         # find the addresses of the dead ones there.
+        launch = store
         store = PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size(), timeout=limit)
-    ranks = Ranks(rank, local, world_size(), PrefixStore("notes", store), limit, owns_group=not made)
+    ranks = Ranks(rank, local, world_size(), PrefixStore("notes", store), launch, limit, owns_group=not made)
     ranks.note_step(0)
     return ranks
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import platform
 import subprocess
@@ -22,7 +23,7 @@ from cleangpt.corpora.mixture import Mixture
 from cleangpt.data.batches import Stream
 from cleangpt.data.mixture import MixedStore, Store, split_samples, stores, training_stream
 from cleangpt.errors import UserError
-from cleangpt.files import read_json, write_bytes, write_json
+from cleangpt.files import PARTIAL, read_json, write_bytes, write_json
 from cleangpt.interchange.hub import is_huggingface
 from cleangpt.models import build_model, flops_per_token, model_kinds
 from cleangpt.tracking.metrics import of_source
@@ -39,6 +40,7 @@ FIXED = {
 FIXED_PARTS = ("corpus.", "model.", "fine_tuning.lora.")
 EXPERIMENT, EXPERIMENT_FILE, ENVIRONMENT = "experiment.json", "experiment.py", "environment.json"
 LOCK = "lock"
+STATUS, STORES = "status.json", "stores.json"
 LAUNCH = "TORCHELASTIC_RUN_ID"
 """The variable by which torchrun tells its processes which of its launches they belong to."""
 
@@ -62,33 +64,36 @@ def open_run(experiment: Experiment, source: Path | None, overrides: Sequence[st
         overrides: the command line's words after the experiment, kept so that the run can be repeated.
 
     Raises:
-        UserError: the folder holds a run of another experiment.
+        UserError: the folder holds a run of another experiment, or another process trains it.
     """
     wanted = experiment_json(experiment)
-    if experiment.run_dir is not None and (Path(experiment.run_dir) / EXPERIMENT).is_file():
-        _check_same(Path(experiment.run_dir), read_json(Path(experiment.run_dir) / EXPERIMENT), wanted)
-        return Path(experiment.run_dir)
-    begun = _begun_before_restart(experiment.name) if experiment.run_dir is None else None
-    if begun is not None:
-        _check_same(begun, read_json(begun / EXPERIMENT), wanted)
-        return begun
-    run = Path(experiment.run_dir) if experiment.run_dir is not None else _new_folder(experiment.name)
-    run.mkdir(parents=True, exist_ok=True)
-    if source is not None:
-        write_bytes(run / EXPERIMENT_FILE, source.read_bytes())
-    write_json(run / ENVIRONMENT, environment(experiment, overrides))
-    write_json(run / EXPERIMENT, wanted)
+    if experiment.run_dir is not None:
+        run = Path(experiment.run_dir)
+        run.mkdir(parents=True, exist_ok=True)
+    else:
+        run = _begun_before_restart(experiment.name) or _new_folder(experiment.name)
+    with alone(run):
+        if (run / EXPERIMENT).is_file():
+            _check_same(run, read_json(run / EXPERIMENT), wanted)
+            return run
+        if source is not None:
+            write_bytes(run / EXPERIMENT_FILE, source.read_bytes())
+        write_json(run / ENVIRONMENT, environment(experiment, overrides))
+        write_json(run / EXPERIMENT, wanted)
     return run
 
 
 def check_folder(experiment: Experiment) -> None:
-    """Refuses a folder that is no run.
+    """Refuses a folder that is no run, nor the beginning of one that was killed.
 
     Raises:
         UserError: `experiment.run_dir` is a file, or a folder that holds something else.
     """
     run = Path(experiment.run_dir) if experiment.run_dir is not None else None
-    if run is not None and run.exists() and not (run / EXPERIMENT).is_file() and (run.is_file() or any(run.iterdir())):
+    if run is None or not run.exists() or (run / EXPERIMENT).is_file():
+        return
+    begun = {name + end for name in (EXPERIMENT_FILE, ENVIRONMENT, EXPERIMENT) for end in ("", PARTIAL)} | {LOCK}
+    if run.is_file() or {path.name for path in run.iterdir()} - begun:
         raise UserError(f"run_dir is {str(run)!r}, which holds something else; give another folder")
 
 
@@ -136,6 +141,13 @@ def alone(run: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def write_status(run: Path, status: str | None, reason: str | None = None) -> None:
+    """Notes how training ended, for a script that decides whether to start it again; None: it has not ended."""
+    (run / STATUS).unlink(missing_ok=True)
+    if status is not None:
+        write_json(run / STATUS, {"status": status, "reason": reason})
 
 
 def find_checkpoint(text: str) -> Path:
@@ -193,6 +205,35 @@ def check_store(experiment: Experiment, store: Store) -> None:
     """
     open_stream(experiment, store)
     split_samples(store, "val", experiment.data.seq_len)
+
+
+def check_data(run: Path, store: Store) -> None:
+    """Refuses to go on with other tokens than those that the run began with, which a new run notes in stores.json.
+
+    Raises:
+        UserError: names the first file that differs.
+    """
+    known = read_json(run / STORES) if (run / STORES).is_file() else {}
+    for name, part in stores(store).items():
+        if name in known:
+            part.check_same(known[name])
+    now = {name: {"folder": str(part.folder), **part.fingerprint()} for name, part in stores(store).items()}
+    if now != known:
+        write_json(run / STORES, now)
+
+
+@contextlib.contextmanager
+def claim(run: Path, experiment: Experiment, store: Store) -> Iterator[None]:
+    """Keeps the run for this process; notes the fields with which it goes on, and refuses other tokens than before.
+
+    Raises:
+        UserError: another process trains it, or the tokens are others.
+    """
+    with alone(run):
+        check_data(run, store)
+        if (wanted := experiment_json(experiment)) != read_json(run / EXPERIMENT):
+            write_json(run / EXPERIMENT, wanted)
+        yield
 
 
 def check_resumable(before: Experiment, now: Experiment) -> None:
@@ -287,12 +328,13 @@ def _begun_before_restart(name: str) -> Path | None:
 
 
 def _new_folder(name: str) -> Path:
+    """A folder that this process alone has made, however many start at the same moment."""
     stamp = time.strftime("%Y-%m-%d_%H%M%S")
-    folder = Path("runs") / name / stamp
-    number = 2
-    while folder.exists():
-        folder = folder.with_name(f"{stamp}_{number}")
-        number += 1
+    for number in itertools.count(1):
+        folder = Path("runs") / name / (stamp if number == 1 else f"{stamp}_{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            break
     return folder
 
 

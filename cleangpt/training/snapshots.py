@@ -12,10 +12,12 @@ so a snapshot may be loaded under another one and on another number of processes
 
 import contextlib
 import io
+import re
 import secrets
 import shutil
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
@@ -36,11 +38,12 @@ from torch.distributed.tensor import DTensor
 
 from cleangpt.config import SavingConfig
 from cleangpt.errors import UserError
-from cleangpt.files import MANIFEST, PARTIAL, damage, read_json, seal, write_json
+from cleangpt.files import MANIFEST, PARTIAL, damage, read_json, remove, seal, write_json
 from cleangpt.training.ranks import Ranks
 from cleangpt.training.shards import ShardReader, ShardWriter, read_index
 
 FORMAT = 2
+DAMAGED = ".damaged"
 STATE = "state.json"
 FLAT = (False, False)
 """For PyTorch's planners: the tensors come in one dict already."""
@@ -59,15 +62,21 @@ class Snapshots:
 
     With `saving.async_snapshots`, training pauses only while the tensors are copied to the host's memory. A thread
     writes the copy, over a process group of its own, so that its messages do not meet those of training. A process
-    waits `timeout` seconds for the others to write theirs.
+    waits `timeout` seconds for the others to write theirs. What the disk refuses is told to `say`, at once and by the
+    main process.
     """
 
-    def __init__(self, folder: Path, config: SavingConfig, ranks: Ranks | None = None, timeout: float = 600.0) -> None:
-        self.folder, self.config, self.ranks = folder, config, ranks or Ranks()
+    def __init__(
+        self, folder: Path, config: SavingConfig, ranks: Ranks | None = None, timeout: float = 600.0,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:  # fmt: skip
+        self.folder, self.config, self.ranks, self.say = folder, config, ranks or Ranks(), say
         several, limit = self.ranks.world_size > 1, timedelta(seconds=timeout)
         self.group = dist.new_group(backend="gloo", timeout=limit) if several else None
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
-        self.under_way: Future[Metadata] | None = None
+        self.under_way: Future[str] | None = None
+        self.longest = 0.0
+        """Seconds that a save has taken at the most, from the call to the disk."""
         self.host: dict[MetadataIndex, Tensor] = {}
         """The copy, kept for the next save: memory that is in use already is quicker to fill."""
         self.attempt = self.ranks.from_main(secrets.token_hex(4))
@@ -81,46 +90,61 @@ class Snapshots:
             state: a tree of dicts, lists, numbers, texts and tensors, the same on every process but for the parts of
                 sharded tensors; numbers and texts are taken from the main process.
 
-        Raises:
-            UserError: this snapshot, or the one that was under way, could not be written.
+        The one that is under way is waited for first; whether it is whole, `wait` tells before.
         """
         self.wait()
+        began = time.monotonic()
         tensors: dict[str, Tensor] = {}
         tree = _split(state, "", tensors)
         planner = Parts(_to_write(tensors, self.ranks), self.host if self.config.async_snapshots else None)
-        unfinished = self.folder / f"{name}.{self.attempt}{PARTIAL}"
-        writer = ShardWriter(unfinished, self.ranks.rank, partial(self._complete, unfinished, name, tree))
         _accept_one_process()
-        self.under_way = self.thread.submit(save, {}, storage_writer=writer, planner=planner, process_group=self.group)
+        self.under_way = self.thread.submit(self._write, name, tree, planner)
+        self.under_way.add_done_callback(lambda _: self._measure(began))
         if not self.config.async_snapshots:
-            self.wait()
+            self.under_way.exception()
 
-    def _complete(self, unfinished: Path, name: str, tree: Any, shards: Mapping[str, Any]) -> None:
-        """The main process's part, when the shards are on the disk."""
-        write_json(unfinished / STATE, {"format": FORMAT, "state": tree})
-        seal(unfinished, self.folder / name, shards)
-        for old in list_snapshots(self.folder)[self.config.keep_snapshots :]:
-            shutil.rmtree(old)
+    def _measure(self, began: float) -> None:
+        self.longest = max(self.longest, time.monotonic() - began)
 
-    def wait(self) -> None:
-        """Waits until the save under way is done.
+    def wait(self) -> str:
+        """Waits until the save under way is done; returns why it could not be, and an empty string where it is.
 
-        Raises:
-            UserError: it failed for what the system said, such as a full disk.
+        The processes get the same answer. Older snapshots are as they were.
         """
         task, self.under_way = self.under_way, None
-        if task is None:
-            return
-        try:
-            task.result()
-        except CheckpointException as error:
-            raise _failure("the snapshot could not be saved", error) from error
+        return task.result() if task is not None else ""
 
     def close(self) -> None:
         """Lets the save under way finish, if it can: for the end of a run that has failed for another reason."""
         with contextlib.suppress(Exception):
             self.wait()
         self.thread.shutdown()
+
+    def _write(self, name: str, tree: Any, planner: "Parts") -> str:
+        """What the thread does; returns what `wait` returns."""
+        unfinished = self.folder / f"{name}.{self.attempt}{PARTIAL}"
+        writer = ShardWriter(unfinished, self.ranks.rank, partial(self._complete, unfinished, name, tree))
+        try:
+            save({}, storage_writer=writer, planner=planner, process_group=self.group)
+        except CheckpointException as error:
+            reason = _reason(error, (OSError, SafetensorError))
+            if not reason:
+                raise RuntimeError(f"snapshot {name} could not be saved: {error}") from error
+            if self.ranks.is_main:
+                shutil.rmtree(unfinished, ignore_errors=True)  # it takes room that may be what is missing
+                self.say(f"snapshot {name} could not be saved: {reason}; those before it are as they were")
+            return reason
+        return ""
+
+    def _complete(self, unfinished: Path, name: str, tree: Any, shards: Mapping[str, Any]) -> None:
+        """The main process's part, when the shards are on the disk."""
+        write_json(unfinished / STATE, {"format": FORMAT, "state": tree})
+        seal(unfinished, self.folder / name, shards)
+        for old in list_snapshots(self.folder)[self.config.keep_snapshots :]:
+            try:
+                remove(old)
+            except OSError as error:
+                self.say(f"snapshot {old} could not be removed: {error}")
 
 
 class Parts(DefaultSavePlanner):
@@ -194,8 +218,8 @@ def _copy(tensor: Tensor, ranks: Ranks) -> tuple[int, int]:
 
 def list_snapshots(folder: Path) -> list[Path]:
     """The snapshots in `folder`, newest first, good or not."""
-    names = [path for path in folder.glob("mb*") if path.is_dir() and not path.name.endswith((PARTIAL, ".old"))]
-    return sorted(names, key=lambda path: path.name, reverse=True)
+    names = [path for path in folder.glob("mb*") if re.fullmatch(r"mb\d+(_b\d+)?", path.name) and path.is_dir()]
+    return sorted(names, key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)], reverse=True)
 
 
 def newest_snapshot(folder: Path, ranks: Ranks | None = None) -> tuple[Path | None, list[str]]:
@@ -209,8 +233,16 @@ def newest_snapshot(folder: Path, ranks: Ranks | None = None) -> tuple[Path | No
         wrong = next(filter(None, ranks.gather(_damage(path, ranks))), "")
         if not wrong:
             return path, complaints
-        complaints.append(f"snapshot {path} is damaged ({wrong}); using the one before it")
+        complaints.append(f"snapshot {path} is damaged ({wrong})")
     return None, complaints
+
+
+def set_aside(folder: Path, newest: Path) -> None:
+    """Renames the snapshots after the `newest` good one, which are damaged: they would count among those kept."""
+    for path in list_snapshots(folder):
+        if path == newest:
+            break
+        path.replace(path.with_name(f"{path.name}.{secrets.token_hex(4)}{DAMAGED}"))
 
 
 def _damage(path: Path, ranks: Ranks) -> str:
@@ -276,13 +308,8 @@ def _fill(path: Path, metadata: Metadata, tensors: dict[str, Any], group: dist.P
             tensors, storage_reader=ShardReader(path, metadata), planner=DefaultLoadPlanner(*FLAT), process_group=group
         )
     except CheckpointException as error:
-        raise _failure(f"{path} cannot be loaded", error) from error
-
-
-def clean(folder: Path) -> None:
-    """Removes what interrupted saves left behind; what a dying process is still writing goes the next time."""
-    for path in [*folder.glob("*" + PARTIAL), *folder.glob("*.old")]:
-        shutil.rmtree(path, ignore_errors=True)
+        reason = _reason(error, (OSError, SafetensorError, ValueError))
+        raise (UserError if reason else RuntimeError)(f"{path} cannot be loaded: {reason or error}") from error
 
 
 # The tree ------------------------------------------------------------------------------------------------------------
@@ -316,9 +343,7 @@ def _accept_one_process() -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
-def _failure(what: str, error: CheckpointException) -> Exception:
-    """One line for what the system or a file is to blame for; the cause itself where the program is."""
+def _reason(error: CheckpointException, expected: tuple[type[Exception], ...]) -> str:
+    """What the system or a file is to blame for, in a few words; empty where the cause is another than `expected`."""
     rank, (cause, _) = min(error.failures.items())
-    if isinstance(cause, (OSError, SafetensorError, ValueError)):
-        return UserError(f"{what}: {cause} (process {rank})")
-    return RuntimeError(f"{what}: {cause!r} (process {rank})")
+    return f"{cause} (process {rank})" if isinstance(cause, expected) else ""

@@ -1,5 +1,7 @@
 """The life of a run, on one screen: `Trainer.train`."""
 
+import contextlib
+import math
 import time
 from functools import partial
 from pathlib import Path
@@ -10,12 +12,13 @@ from torch import nn
 
 from cleangpt.config import Experiment, samples_per_macro_batch
 from cleangpt.corpora.mixture import tasks
-from cleangpt.data.batches import Batch, BatchLoader, validation_batches
+from cleangpt.data.batches import Batch, BatchLoader, StreamWithout, validation_batches, with_range
 from cleangpt.data.mixture import Store, mean_shares, split_samples, stores
 from cleangpt.data.tokenizers import same_tokens
-from cleangpt.errors import DivergedError, UserError
+from cleangpt.errors import DivergedError, RunFailedError, UserError
 from cleangpt.evaluation import SCORES
 from cleangpt.evaluation.validate import loss_figures, mean_loss, source_figures
+from cleangpt.files import clean, damage
 from cleangpt.inference.text import sample_text
 from cleangpt.interchange.huggingface import open_checkpoint
 from cleangpt.models import build_model, flops_per_token
@@ -26,6 +29,7 @@ from cleangpt.tracking.progress import ProgressBar
 from cleangpt.training import schedules
 from cleangpt.training.balancing import Balancing
 from cleangpt.training.checkpoints import Checkpoints, differing_fields, fill
+from cleangpt.training.deadline import WRITE_RATE, Deadline
 from cleangpt.training.device import (
     RandomState,
     autocast,
@@ -48,23 +52,37 @@ from cleangpt.training.parallel import (
     gather_to_host,
     parallelize,
     recompute,
+    state_bytes,
     with_gradient_exchange,
     without_sync,
 )
 from cleangpt.training.position import Meter, Position
 from cleangpt.training.ranks import Ranks
-from cleangpt.training.run import experiment_json, find_moments, open_stream
+from cleangpt.training.run import experiment_json, find_moments, open_stream, write_status
 from cleangpt.training.signals import StopRequest
-from cleangpt.training.snapshots import Snapshots, clean, load_snapshot, newest_snapshot, snapshot_name
+from cleangpt.training.snapshots import (
+    Snapshots,
+    list_snapshots,
+    load_snapshot,
+    newest_snapshot,
+    set_aside,
+    snapshot_name,
+)
+from cleangpt.training.spikes import Spikes, first_not_finite
 from cleangpt.training.width import scale_initial, width_factors
+
+PAUSE = 10
+"""Seconds between two tries to save the last snapshot of a run."""
 
 
 class Trainer:
     """Trains the experiment of a run, from its newest snapshot where there is one."""
 
     def __init__(
-        self, experiment: Experiment, run: Path, store: Store, progress: ProgressBar, ranks: Ranks | None = None
-    ) -> None:
+        self, experiment: Experiment, run: Path, store: Store, progress: ProgressBar, ranks: Ranks | None = None,
+        end: float | None = None,
+    ) -> None:  # fmt: skip
+        """`end` is when the run must have saved and ended, in seconds since 1970; None: when it is done."""
         self.experiment, self.run, self.store, self.progress = experiment, run, store, progress
         self.ranks = ranks or Ranks()
         training, data = experiment.training, experiment.data
@@ -83,9 +101,12 @@ class Trainer:
             seed_everything(training.seed + self.ranks.rank)  # every process drops out activations of its own
         self.objective = choose_objective(experiment.objective, training.loss_chunk)
         self.micro_batch_size = training.micro_batch_size or data.batch_size // self.layout.parts
-        self.stream = open_stream(experiment, store)
+        self.stream = StreamWithout(open_stream(experiment, store), [])
         self.val_samples, self.val_losses = split_samples(store, "val", data.seq_len), dict[str, float]()
         self.stop, self.stopping, self.failing = StopRequest(), False, False
+        self.reason: str | None = None
+        """Why it stops before its end."""
+        self.deadline = Deadline(end, state_bytes(self.model) / WRITE_RATE)
         self.position, self.meter = Position(), Meter(self.device)
         self.optimizer = Optimizer(
             self.model, experiment.optimizer, scale_loss=training.precision == "fp16",
@@ -93,16 +114,23 @@ class Trainer:
             width_factors={name: factor.lr for name, factor in widths.items()},
         )  # fmt: skip
         self.balancing = Balancing(self.model, self.ranks.sum_tensor, frozen_names(self.model, tuning))
-        self.early_stopping = EarlyStopping(experiment.early_stopping)
-        self.checkpoints = Checkpoints(run / "checkpoints", experiment.saving, self.ranks.is_main)
-        self.snapshots = Snapshots(run / "snapshots", experiment.saving, self.ranks, experiment.parallel.timeout)
+        self.early_stopping, self.spikes = EarlyStopping(experiment.early_stopping), Spikes(training)
+        self.checkpoints = Checkpoints(run / "checkpoints", experiment.saving, self.ranks)
+        self.snapshots = Snapshots(
+            run / "snapshots", experiment.saving, self.ranks, experiment.parallel.timeout, progress.say
+        )
         self.saved = ""
         snapshot = self._restore()
         told_until = self.position.macro_batch if snapshot else None
         self.trackers = Silence(run) if not self.ranks.is_main else open_trackers(
             experiment, experiment_json(experiment), run, snapshot.get("trackers"), told_until, progress.say
         )  # fmt: skip
-        self.loader = BatchLoader(
+        self.loader = self._open_loader()
+
+    def _open_loader(self) -> BatchLoader:
+        data = self.experiment.data
+        self.stream.left_out = self.position.left_out
+        return BatchLoader(
             self.stream,
             data.batch_size,
             self.position.samples,
@@ -144,11 +172,13 @@ class Trainer:
     def train(self) -> str:
         """Runs macro-batches until the last, until early stopping or until a signal; returns which of these."""
         status = "failed"
-        self._start()
-        try:
-            with self.stop:
+        with self.stop:
+            self._start()
+            try:
                 while not (ended := self._ended()):
                     self.train_macro_batch()
+                    if self.go_back_at_spike():
+                        continue
                     val_loss = self.validate()
                     if self.stopping:
                         continue
@@ -158,10 +188,10 @@ class Trainer:
                     self.early_stopping.update(val_loss)
                     if self.position.macro_batch % self.experiment.saving.snapshot_every == 0:
                         self.save_snapshot()
-                self.save_snapshot()
-            status = ended
-        finally:
-            self._end(status)
+                self.save_last_snapshot()
+                status = ended
+            finally:
+                self._end(status)
         return status
 
     def train_macro_batch(self) -> None:
@@ -170,7 +200,7 @@ class Trainer:
         size = samples_per_macro_batch(self.experiment)
         end = (self.position.macro_batch + 1) * size
         started, waited, told = time.perf_counter(), self.loader.wait_time, time.perf_counter()
-        while self.position.samples < end and not self._agree_to_stop():
+        while self.position.samples < end and not self._agree_to_stop() and self.spikes.found is None:
             self.step()
             if time.perf_counter() - told > 0.25:
                 told = time.perf_counter()
@@ -187,6 +217,7 @@ class Trainer:
         lr = schedules.learning_rate(self.experiment, self.position.samples, count)
         weight_decay = schedules.weight_decay(self.experiment, self.position.samples, count)
         batches = [self.loader.next() for _ in range(count)]
+        before = self.meter.sums[0].clone() if self.spikes.enabled else None
         (targets,) = self.ranks.sum(sum(batch.num_targets for batch in batches) / self.layout.tensor)
         for number, batch in enumerate(batches, start=1):
             self._backward(batch, targets, last=number == count)
@@ -198,6 +229,9 @@ class Trainer:
         self.meter.samples += count * self.experiment.data.batch_size
         self.position.samples += count * self.experiment.data.batch_size
         self.position.step += 1
+        if before is not None:
+            loss = (self.meter.sums[0] - before) / max(targets, 1)
+            self.spikes.note(self.position.samples, loss, self.optimizer.skipped[1])
 
     def _backward(self, batch: Batch, targets: float, last: bool = True) -> None:
         """Adds a batch's share to the gradient, a micro-batch at a time; the `last` one exchanges it with the others.
@@ -229,7 +263,10 @@ class Trainer:
                 self.forward_model, self.objective, batches, self.device, self.context,
                 self._agree_to_stop, self.ranks.sum_tensor,
             )  # fmt: skip
-        return sum(share * self.val_losses[name] for name, share in mean_shares(self.store).items())
+        val_loss = sum(share * self.val_losses[name] for name, share in mean_shares(self.store).items())
+        if not math.isfinite(val_loss) and not self.stopping:
+            self._check_weights()
+        return val_loss
 
     # What it leaves behind ----------------------------------------------------------------------------------------
 
@@ -240,6 +277,7 @@ class Trainer:
         self.trackers.record(figures)
         self.progress.record(figures)
         self.meter = Meter(self.device)
+        self.deadline.begin_macro_batch()
 
     def keep_checkpoint(self, val_loss: float) -> None:
         """Saves a checkpoint, and a sample of what the model writes, if the loss is among the best."""
@@ -248,10 +286,12 @@ class Trainer:
             return
         weights = gather_to_host(self.model.state_dict(), keep=self.ranks.is_main)
         experiment, store = self.experiment, self.store
-        self.checkpoints.save(
+        reason = self.checkpoints.save(
             macro_batch, val_loss, weights, experiment.model, store.tokenizer,
             experiment.fine_tuning.lora, store.chat_template,
         )  # fmt: skip
+        if reason:
+            self.progress.say(f"the checkpoint of macro-batch {macro_batch} could not be saved: {reason}")
         if tracking.sample_tokens:
             first, *_ = stores(self.store).values()
             with uncompiled():
@@ -263,27 +303,50 @@ class Trainer:
     def save_snapshot(self) -> None:
         """Saves everything that a resumed run needs; this is the one list of it (design rule 5).
 
-        It is written while training goes on; the last one of a run is waited for.
+        It is written while training goes on. One that could not be written is made up for by the next.
         """
         self._read_clock()
+        if self.snapshots.wait():
+            self.saved = ""
         size = samples_per_macro_batch(self.experiment)
         batches = (self.position.samples - self.position.macro_batch * size) // self.experiment.data.batch_size
         name = snapshot_name(self.position.macro_batch, batches)
         if name != self.saved:
+            self._check_weights()
             state = {
                 "position": self.position.state_dict(),
                 "meter": self.meter.state_dict(self.ranks),
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "early_stopping": self.early_stopping.state_dict(),
+                "spikes": self.spikes.state_dict(),
                 "checkpoints": self.checkpoints.state_dict(),
                 "trackers": self.trackers.state_dict(),
                 "random": self.ranks.gather(RandomState(self.device).state_dict()),
             }
             self.snapshots.save(name, state)
             self.saved = name
-        if self._ended():
-            self.snapshots.wait()
+
+    def save_last_snapshot(self) -> None:
+        """Saves where the run ends and waits for it; on a full disk tries again, for then nothing else has the state.
+
+        Raises:
+            RunFailedError: it could not be saved within `saving.patience` seconds.
+        """
+        patience = self.experiment.saving.patience
+        for waited in range(0, patience + 1, PAUSE):
+            self.save_snapshot()
+            reason = self.snapshots.wait()
+            if not reason:
+                return
+            self.saved = ""
+            if waited == 0 and patience:
+                self.progress.say(f"trying again for {patience} s; make room, or end without it by Ctrl-C twice")
+            if waited + PAUSE <= patience:
+                time.sleep(PAUSE)
+        path, _ = newest_snapshot(self.run / "snapshots", self.ranks)
+        where = f"resume goes on from {path}" if path else "resume begins anew"
+        raise RunFailedError(f"the last snapshot could not be saved: {reason}; {where}")
 
     def _restore(self) -> dict[str, Any]:
         """Puts every part where the newest good snapshot left it; without one, loads `init_from`."""
@@ -291,6 +354,9 @@ class Trainer:
         if path is None:
             self._initialise()
             return {}
+        return self._load(path)
+
+    def _load(self, path: Path) -> dict[str, Any]:
         live = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         state = load_snapshot(path, live, self.snapshots.group)
         self.position.load_state_dict(state["position"])
@@ -298,6 +364,8 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.early_stopping.load_state_dict(state["early_stopping"])
+        if "spikes" in state:  # not in snapshots of version 0.1.0
+            self.spikes.load_state_dict(state["spikes"])
         self.checkpoints.load_state_dict(state["checkpoints"])
         if self.ranks.rank < len(state["random"]):
             RandomState(self.device).load_state_dict(state["random"][self.ranks.rank])
@@ -306,15 +374,29 @@ class Trainer:
         return state
 
     def _newest_snapshot(self) -> Path | None:
-        """The newest good snapshot; removes what an interrupted one left, and complains of a damaged one."""
+        """The newest good snapshot; cleans up after a crash, and sets damaged ones aside.
+
+        Raises:
+            UserError: there are some, but none is whole; to begin anew would lose what else the run has.
+        """
+        folder = self.run / "snapshots"
         if self.ranks.is_main:
-            clean(self.run / "snapshots")
-        return self._newest_snapshot_in(self.run / "snapshots")
+            for place in (self.run, folder, self.run / "checkpoints"):
+                clean(place)
+        path = self._newest_snapshot_in(folder)
+        if path is None and self.ranks.from_main(list_snapshots(folder)):
+            raise UserError(
+                f"no snapshot in {folder} is whole; remove the folder to begin anew, or start another run with "
+                f"init_from={str(self.run)!r}"
+            )
+        if path is not None and self.ranks.is_main:
+            set_aside(folder, path)
+        return path
 
     def _newest_snapshot_in(self, folder: Path) -> Path | None:
         path, complaints = newest_snapshot(folder, self.ranks)
         for line in complaints:
-            self.progress.say(line)
+            self.progress.say(line + ("; using the one before it" if path else ""))
         return path
 
     def _initialise(self) -> None:
@@ -365,7 +447,13 @@ class Trainer:
             "time_trained": position.time_trained,
             "peak_memory": None if None in peaks else max(peaks),
             "skipped_steps": int(self.optimizer.skipped[0].item()),
+            **self._left_out(),
         }
+
+    def _left_out(self) -> dict[str, int]:
+        """What spikes of the loss have cost, where they are watched for."""
+        samples = sum(end - start for start, end in self.position.left_out)
+        return {"rollbacks": self.spikes.rollbacks, "samples_left_out": samples} if self.spikes.enabled else {}
 
     def _score(self) -> dict[str, float]:
         """The corpus's task score (those of a mixture's sources), on the same few validation samples every time."""
@@ -402,18 +490,85 @@ class Trainer:
         flops = rate * flops_per_token(self.model, seq_len) / self.ranks.world_size
         return {"tokens_per_second": rate, "mfu": flops / peak if peak else None}
 
+    # Numbers gone wrong ------------------------------------------------------------------------------------------
+
+    def go_back_at_spike(self) -> bool:
+        """Where the loss has spiked, goes back to a snapshot and leaves out batches up to the spike's; else False.
+
+        After Chowdhery et al. 2022 ("PaLM", section 5.1), who did it by hand.
+        """
+        found = self.spikes.judge(self.ranks)
+        if self.spikes.enabled and found is None and self._not_finite():
+            found = self.position.samples
+        if found is None:
+            return False
+        training, data, step = self.experiment.training, self.experiment.data, self.position.step
+        begin, rollbacks, left_out = found - training.spike_skip * data.batch_size, self.spikes.rollbacks, []
+        self._read_clock()
+        path, spent = self._snapshot_before(begin), self.position.time_trained
+        if path is None or rollbacks >= training.max_rollbacks:
+            why = "no whole snapshot is left" if path is None else f"training.max_rollbacks is {rollbacks}"
+            raise DivergedError(f"the loss has spiked before step {step:,}, and {why}; a lower optimizer.lr may help")
+        first, last = self.stream.place(max(begin, self._samples(path))), self.stream.place(found - 1) + 1
+        left_out = with_range(self.position.left_out, first, last)
+        state = self._load(path)
+        self.position.left_out, self.position.time_trained = left_out, spent
+        self.spikes.rollbacks, self.failing = rollbacks + 1, False
+        self.trackers.go_back(state["trackers"], self.position.macro_batch)
+        self.loader.close()
+        self.loader = self._open_loader()
+        self.progress.say(f"the loss has spiked; samples {first:,} to {last - 1:,} of the data are left out")
+        return True
+
+    def _snapshot_before(self, samples: int) -> Path | None:
+        """Of the whole snapshots at the end of macro-batches, the newest before a position, else the oldest.
+
+        Those that a signal has left are passed over: a run without signals has not got them.
+        """
+        self.snapshots.wait()
+        found: list[Path] = self.ranks.from_main(list_snapshots(self.snapshots.folder))
+        paths = [path for path in found if "_" not in path.name]
+        older = [path for path in paths if self._samples(path) <= samples]
+        newer = [path for path in reversed(paths) if path not in older]
+        for path in older + newer:
+            if not any(self.ranks.gather(damage(path, self.ranks.rank, self.ranks.world_size))):
+                return path
+        return None
+
+    def _samples(self, snapshot: Path) -> int:
+        """The position of a snapshot at the end of a macro-batch."""
+        return int(snapshot.name.removeprefix("mb")) * samples_per_macro_batch(self.experiment)
+
+    def _not_finite(self) -> str:
+        """The first weight or moment that is not finite, on any process; empty: there is none."""
+        moments = self.optimizer.state_dict()["moments"].items()
+        tensors = dict(self.model.named_parameters())
+        tensors |= {f"{key} of {name}": tensor for name, entry in moments for key, tensor in entry.items()}
+        return next(filter(None, self.ranks.gather(first_not_finite(tensors))), "")
+
+    def _check_weights(self) -> None:
+        """Ends the run before weights that are not finite take the place of good ones in snapshots."""
+        if name := self._not_finite():
+            raise DivergedError(f"{name} is not finite after step {self.position.step:,}; {self._last_good()}")
+
     def _check_skipped(self) -> None:
         """Ends the run when too many steps in a row had a loss or gradient that was not finite."""
         if not self._skipped_too_many():
             return
+        if self.spikes.enabled:
+            self.spikes.judge(self.ranks)
+            return
         limit = self.experiment.training.max_skipped_steps
+        raise DivergedError(
+            f"{limit} steps in a row up to step {self.position.step:,} had a loss or gradient that is not finite; "
+            f"{self._last_good()}"
+        )
+
+    def _last_good(self) -> str:
         self.snapshots.wait()
         path, _ = newest_snapshot(self.run / "snapshots", self.ranks)
         where = f"the last good snapshot is {path}" if path else "there is no snapshot yet"
-        raise DivergedError(
-            f"{limit} steps in a row up to step {self.position.step:,} had a loss or gradient that is not finite; "
-            f"{where}; a lower optimizer.lr or longer schedule.lr.warmup may help"
-        )
+        return f"{where}; a lower optimizer.lr or longer schedule.lr.warmup may help"
 
     def _skipped_too_many(self) -> bool:
         return int(self.optimizer.skipped[2].item()) >= self.experiment.training.max_skipped_steps
@@ -425,6 +580,9 @@ class Trainer:
         done = self.position.samples // self.experiment.data.batch_size
         self.progress.start(training.macro_batches, training.batches_per_macro_batch, done)
         self._clock = time.perf_counter()
+        self._note(None)
+        if self.spikes.enabled and not self.saved:
+            self.save_snapshot()  # so that there is one to go back to
 
     def _ended(self) -> str:
         """Why the run is over; empty while it is not."""
@@ -435,18 +593,39 @@ class Trainer:
         return "stopped early" if self.early_stopping.should_stop else ""
 
     def _agree_to_stop(self) -> bool:
-        """Whether any process has been asked to stop; all get the same answer, and fail together where one must."""
-        asked, failing = self.ranks.sum(self.stop.requested is not None, self.failing)
+        """Whether any process has been asked to stop or has no more time; all get the same answer.
+
+        Where one has been asked to save, all save now; where one must fail, all do.
+        """
+        asked, late, save, failing = self.ranks.sum(
+            self.stop.requested is not None, self.deadline.near(self.snapshots.longest), self.stop.save_requested,
+            self.failing,
+        )  # fmt: skip
         if failing:
             self._check_skipped()
-        self.stopping = asked > 0
+        if late and not self.stopping:
+            self.progress.say(f"{max(self.deadline.left, 0):.0f} s before the time limit: saving")
+        self.stopping = asked + late > 0
+        if self.stopping:
+            self.reason = self.reason or ("signal" if asked else "time limit")
+        if save and not self.stopping and self.spikes.judge(self.ranks) is None:
+            self.stop.save_requested = False
+            self.save_snapshot()
+            self.progress.say(f"saving {self.snapshots.folder / self.saved}")
         return self.stopping
 
     def _end(self, status: str) -> None:
         self.snapshots.close()
         self.progress.close()
+        self._note(status)
         self.trackers.close(status)
         self.loader.close()
+
+    def _note(self, status: str | None) -> None:
+        """Leaves word of how the run has ended, where there is room for it on the disk."""
+        if self.ranks.is_main:
+            with contextlib.suppress(OSError):
+                write_status(self.run, status, self.reason)
 
     def _read_clock(self) -> None:
         now = time.perf_counter()

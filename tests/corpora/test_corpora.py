@@ -116,6 +116,14 @@ def test_again_makes_it_anew(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "data").iterdir()] == [store.folder.name]
 
 
+def test_a_store_that_was_being_replaced_when_a_crash_came_is_opened(tmp_path: Path) -> None:
+    store = prepare(Adder(digits=1), tmp_path, console=QUIET)
+    made = (store.folder / "store.json").stat().st_mtime_ns
+    store.folder.rename(store.folder.with_name(store.folder.name + ".old"))
+    assert (prepare(Adder(digits=1), tmp_path, console=QUIET).folder / "store.json").stat().st_mtime_ns == made
+    assert list(tmp_path.iterdir()) == [store.folder]
+
+
 def test_the_card_tells_the_facts(tmp_path: Path) -> None:
     said = io.StringIO()
     texts = ["x" * length for length in (1, 2, 3, 4, 7, 8, 100)] * 20

@@ -75,3 +75,9 @@ def test_a_packed_corpus_has_a_sample_per_row_and_no_padding_as_target(tmp_path:
 def test_a_row_of_no_token_is_refused() -> None:
     with pytest.raises(UserError, match=r"corpus.pack is 0; allowed: a whole number of 1 or more"):
         Text(files=("a",), pack=0).check()
+
+
+def test_documents_of_no_tokens_take_no_room() -> None:
+    rows, mask = pack([np.array([], np.int64), np.array([1, 2, 3]), np.array([], np.int64)], 5)
+    assert rows.tolist() == [[1, 2, 3, 0, 0]] and mask.tolist() == [[0, 1, 1, 0, 0]]
+    assert pack([np.array([], np.int64)], 5)[0].shape == (0, 5)

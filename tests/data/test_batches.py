@@ -10,11 +10,15 @@ from hypothesis import strategies as st
 
 from cleangpt.data.batches import IGNORED, BatchLoader, Samples, SplitStream, validation_batches
 from cleangpt.data.order import Order
+from cleangpt.data.store import StoreWriter
+from cleangpt.data.tokenizers import ByteTokenizer
 from cleangpt.errors import UserError
 
 
 class Memory:
     """A split held in memory, as an independent stand-in for a memory-mapped one."""
+
+    vocab_size = 2**62
 
     def __init__(self, tokens: np.ndarray, row_length: int | None = None, mask: np.ndarray | None = None) -> None:
         self.array, self.mask, self.row_length = tokens, mask, row_length
@@ -129,8 +133,6 @@ def test_a_sequence_that_is_not_the_row_is_refused() -> None:
 
 
 def test_a_real_store_gives_the_same_batches_as_memory(tmp_path: Path) -> None:
-    from cleangpt.data.store import StoreWriter
-    from cleangpt.data.tokenizers import ByteTokenizer
 
     tokens = np.random.default_rng(0).integers(0, 256, 5000)
     writer = StoreWriter(tmp_path / "store", {}, ByteTokenizer(), shard_tokens=777)
@@ -140,3 +142,21 @@ def test_a_real_store_gives_the_same_batches_as_memory(tmp_path: Path) -> None:
     for _ in range(100):
         assert (stored.next().inputs == memory.next().inputs).all()
     stored.close(), memory.close()
+
+
+def test_an_id_beyond_the_vocabulary_is_named_with_its_place(tmp_path: Path) -> None:
+    """In the second shard of a store of which somebody has changed two bytes."""
+    writer = StoreWriter(tmp_path / "store", {}, ByteTokenizer(), shard_tokens=100)
+    writer.append("train", np.arange(250) % 250, np.array([250]))
+    split = writer.finish(lambda _: "").splits["train"]
+    assert Samples(split, 16).batch(np.arange(15), np.zeros(15, np.int64)).num_targets == 15 * 16
+    with (tmp_path / "store" / "train_00001.bin").open("r+b") as file:
+        file.seek(2 * 37)
+        file.write((257).to_bytes(2, "little"))
+    wrong = rf"^{tmp_path}/store/train_00001.bin, token 37, is 257; allowed: ids below 257, the vocabulary"
+    with pytest.raises(UserError, match=wrong):
+        Samples(split, 16).batch(np.arange(15), np.zeros(15, np.int64))
+    batches = BatchLoader(SplitStream(Samples(split, 16), 7), 15, 0)
+    with pytest.raises(UserError, match=wrong):
+        batches.next()
+    batches.close()

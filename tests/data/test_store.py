@@ -218,3 +218,72 @@ def test_a_cut_missing_or_foreign_store_is_one_line(tmp_path: Path) -> None:
         TokenStore(store.folder)
     with pytest.raises(UserError, match="not a token store"):
         TokenStore(tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [-1, 257, 65_536 + 5])
+def test_an_id_beyond_the_vocabulary_is_refused_when_it_is_written(tmp_path: Path, wrong: int) -> None:
+    """65,541 would be 5 in two bytes."""
+    made = writer(tmp_path / "s")
+    made.append("train", ids(1, 2, 256), ids(3))
+    with pytest.raises(UserError, match=rf"^token 4 of the split train would be {wrong}; allowed: ids below 257, the"):
+        made.append("train", ids(3, wrong, 4), ids(3))
+    made.close()
+
+
+def made_store(folder: Path) -> TokenStore:
+    made = writer(folder)
+    for split in ("train", "val"):
+        made.append(split, np.arange(250), ids(250))
+    return finish(made)
+
+
+def test_a_fingerprint_is_that_of_the_same_files_wherever_and_whenever_they_were_made(tmp_path: Path) -> None:
+    one, two = made_store(tmp_path / "one"), made_store(tmp_path / "two")
+    assert one.fingerprint()["sha256"] == two.fingerprint()["sha256"]
+    assert set(one.fingerprint()["sha256"]) >= {"train_00000.bin", "val_documents.bin", "tokenizer.json"}
+    two.check_same(one.fingerprint())
+
+
+def test_a_file_changed_in_place_is_found_by_its_time_and_its_checksum(tmp_path: Path) -> None:
+    store = made_store(tmp_path / "s")
+    before = store.fingerprint()
+    path = tmp_path / "s" / "train_00000.bin"
+    content = path.read_bytes()
+    path.write_bytes(content)
+    store.check_same(before)
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"train_00000.bin has changed since it was prepared; run cleangpt prepare"):
+        store.check_same(before)
+
+
+def test_only_files_with_another_time_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cleangpt.data import store as room
+
+    made, read = made_store(tmp_path / "s"), []
+    before = made.fingerprint()
+    sha256 = room.sha256
+    monkeypatch.setattr(room, "sha256", lambda path: (read.append(path.name), sha256(path))[1])
+    made.check_same(before)
+    assert read == ["tokenizer.json"]
+    (tmp_path / "s" / "val_00000.bin").touch()
+    made.check_same(before)
+    assert read == ["tokenizer.json"] * 2 + ["val_00000.bin"]
+
+
+@pytest.mark.parametrize("name", ["train_00000.bin", "tokenizer.json"])
+def test_another_store_in_its_place_is_refused(tmp_path: Path, name: str) -> None:
+    store = made_store(tmp_path / "s")
+    before = store.fingerprint()
+    before["sha256"][name] = "0" * 64
+    with pytest.raises(UserError, match=rf"{name} is not the one that this run began with; prepare the corpus from wh"):
+        store.check_same(before)
+
+
+def test_documents_of_no_tokens_are_kept_and_counted(tmp_path: Path) -> None:
+    made = writer(tmp_path / "s")
+    made.append("train", ids(7, 8), ids(0, 2, 0, 0))
+    made.append("train", ids(), ids(0))
+    made.append("train", ids(9), ids(1))
+    split = finish(made).splits["train"]
+    assert (split.documents, split.tokens) == (6, 3)
+    assert split.document_starts().tolist() == [0, 0, 2, 2, 2, 2]

@@ -1,5 +1,6 @@
 """The files of figures: strict JSON, nothing lost, nothing of an abandoned future kept."""
 
+import contextlib
 import json
 import math
 import re
@@ -20,6 +21,11 @@ from cleangpt.tracking.metrics import (
     show_count,
     show_time,
 )
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 EVERY = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 VALUES = st.none() | st.integers(-(2**60), 2**60) | st.floats()
@@ -113,9 +119,66 @@ def test_a_run_without_metrics_has_none(tmp_path):
     assert read_metrics(tmp_path) == []
 
 
-def test_a_file_that_cannot_be_written_is_told(tmp_path):
-    with pytest.raises(OSError):
-        MetricsFiles(tmp_path / "nowhere").record({"macro_batch": 1})
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """While entered, the system refuses what would make a file longer, after it has written what fits."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.skipif(resource is None, reason="limits are POSIX")
+def test_lines_that_find_no_room_wait_and_are_written_whole_and_in_order(tmp_path):
+    said = []
+    files = MetricsFiles(tmp_path, said.append)
+    files.open(None)
+    files.record({"macro_batch": 1})
+    with files_of_at_most((tmp_path / "metrics.jsonl").stat().st_size + 5):
+        files.record({"macro_batch": 2})
+        files.sample(2, "two")
+        files.record({"macro_batch": 3})
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"macro_batch": 1}\n'  # of line 2, five bytes were written
+    files.record({"macro_batch": 4})
+    assert read_metrics(tmp_path) == [{"macro_batch": number} for number in (1, 2, 3, 4)]
+    assert read_samples(tmp_path) == [{"macro_batch": 2, "text": "two"}]
+    assert said == [
+        "metrics.jsonl cannot be written: [Errno 27] File too large; training goes on, and lines wait until it can",
+        "every line that waited is written",
+    ]
+    assert files.state_dict() == {"waiting": []}
+
+
+@pytest.mark.parametrize("written_after", [False, True])
+def test_lines_that_wait_survive_in_the_snapshot(tmp_path, written_after):
+    """Each is there once, whether or not it found room after the snapshot and before the crash."""
+    files = new(tmp_path)
+    files.record({"macro_batch": 1})
+    (tmp_path / "metrics.jsonl").rename(tmp_path / "hidden")
+    (tmp_path / "metrics.jsonl").mkdir()
+    files.record({"macro_batch": 2})
+    files.record({"macro_batch": 3, "val_loss": math.nan})
+    state = json.loads(json.dumps(files.state_dict()))
+    (tmp_path / "metrics.jsonl").rmdir()
+    (tmp_path / "hidden").rename(tmp_path / "metrics.jsonl")
+    if written_after:
+        files.record({"macro_batch": 4})
+    resumed = MetricsFiles(tmp_path)
+    resumed.load_state_dict(state)
+    resumed.open(3)
+    assert [row["macro_batch"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+    assert math.isnan(read_metrics(tmp_path)[2]["val_loss"])
+
+
+def test_what_finds_no_room_to_the_end_is_named(tmp_path):
+    said = []
+    files = MetricsFiles(tmp_path / "nowhere", said.append)
+    files.record({"macro_batch": 1})
+    files.record({"macro_batch": 2})
+    files.close("finished")
+    assert said[1:] == ["metrics.jsonl lacks macro-batch 1, 2; resume writes what the last snapshot has of it"]
 
 
 def test_any_unknown_key_is_a_score():

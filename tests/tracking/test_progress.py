@@ -163,3 +163,24 @@ def test_letters_that_the_screen_cannot_show_become_question_marks():
     bar = ProgressBar(console=Console(file=screen))
     bar.say("你好 é")
     assert raw.getvalue().decode("cp1252") == "?? é\n"
+
+
+class Full(io.StringIO):
+    """A file on a disk that may be full."""
+
+    full = True
+
+    def write(self, text):
+        if self.full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(text)
+
+
+def test_a_full_disk_under_the_output_and_the_log_does_not_end_the_training(tmp_path):
+    file = Full()
+    (tmp_path / "log.txt").mkdir()  # cannot be written either
+    bar = ProgressBar(tmp_path, console=Console(file=file))
+    bar.say("unheard")
+    file.full = False
+    bar.say("there is room again")
+    assert "there is room again" in file.getvalue()

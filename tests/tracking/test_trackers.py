@@ -1,4 +1,4 @@
-"""All trackers together: contract with the trainer, and none but metrics.jsonl may stop it."""
+"""All trackers together: contract with the trainer, and none may stop it."""
 
 import random
 import sys
@@ -57,9 +57,13 @@ class Faulty:
         self._do("close")
 
     def state_dict(self):
+        if self.what == "state_dict":
+            raise ConnectionError(f"cannot {self.what}:\n no network")
         return self.state
 
     def load_state_dict(self, state):
+        if self.what == "load_state_dict":
+            raise ConnectionError(f"cannot {self.what}:\n no network")
         self.state = state or self.state
 
 
@@ -79,18 +83,24 @@ def test_a_tracker_that_fails_is_told_once_and_left_out(tmp_path, what, calls):
     assert len(read_samples(tmp_path)) == 2
 
 
-def test_a_write_error_of_metrics_is_not_swallowed(tmp_path):
-    trackers = open_trackers(experiment(), {}, tmp_path, None, None)
+def test_metrics_that_cannot_be_written_are_told_once_and_do_not_stop_the_training(tmp_path):
+    said = []
+    trackers = open_trackers(experiment(), {}, tmp_path, None, None, said.append)
     (tmp_path / "metrics.jsonl").mkdir()
-    with pytest.raises(OSError):
-        trackers.record({"macro_batch": 1})
+    trackers.record({"macro_batch": 1})
+    trackers.record({"macro_batch": 2})
+    assert len(said) == 1 and said[0].startswith("metrics.jsonl cannot be written: [Errno")
+    (tmp_path / "metrics.jsonl").rmdir()
+    trackers.close("finished")
+    assert [row["macro_batch"] for row in read_metrics(tmp_path)] == [1, 2]
 
 
 def test_state_survives_a_failure_and_a_tracker_switched_off(tmp_path):
     trackers = Trackers(MetricsFiles(tmp_path), {"faulty": Faulty("open")}, lambda _: None)
     trackers.load_state_dict({"faulty": {"id": "old"}, "wandb": {"id": "kept"}})
     trackers.open(3)
-    assert trackers.state_dict() == {"faulty": {"id": "old"}, "wandb": {"id": "kept"}}
+    waiting = {"files": {"waiting": []}}
+    assert trackers.state_dict() == {"faulty": {"id": "old"}, "wandb": {"id": "kept"}} | waiting
 
 
 @pytest.mark.parametrize(
@@ -130,3 +140,36 @@ def test_tracking_draws_no_random_number(tmp_path):
     trackers.sample(1, "text")
     trackers.close("finished")
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+
+
+@pytest.mark.parametrize("what", ["state_dict", "load_state_dict"])
+def test_a_tracker_that_cannot_tell_or_take_its_state_costs_no_snapshot(tmp_path, what):
+    """What it told last is kept, so that it may come back."""
+    said = []
+    trackers = Trackers(MetricsFiles(tmp_path), {"faulty": Faulty(what)}, said.append)
+    trackers.load_state_dict({"faulty": {"id": "old"}})
+    trackers.open(None)
+    trackers.record({"macro_batch": 1})
+    kept = [trackers.state_dict()["faulty"] for _ in range(2)]
+    assert kept == [{"id": "old" if what == "state_dict" else "new"}] * 2
+    told = f"faulty is left out from now on, training goes on without it: cannot {what}: no network"
+    assert said == [told]
+    assert [row["macro_batch"] for row in read_metrics(tmp_path)] == [1]
+
+
+@pytest.mark.slow
+def test_a_server_of_wandb_that_cannot_be_reached_costs_its_figures_alone(tmp_path, monkeypatch):
+    """Really tried, at a port where nobody listens."""
+    pytest.importorskip("wandb")
+    for name, value in {
+        "BASE_URL": "http://127.0.0.1:9", "API_KEY": "0" * 40, "INIT_TIMEOUT": "3", "SILENT": "true", "MODE": "online",
+        "CONFIG_DIR": str(tmp_path / "config"), "CACHE_DIR": str(tmp_path / "cache"),
+    }.items():  # fmt: skip
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    said = []
+    trackers = open_trackers(experiment(wandb="online"), {}, tmp_path, None, None, said.append)
+    trackers.record({"macro_batch": 1})
+    trackers.close("finished")
+    assert len(said) == 1 and said[0].startswith("wandb is left out from now on, training goes on without it: ")
+    assert [row["macro_batch"] for row in read_metrics(tmp_path)] == [1]
+    assert trackers.state_dict()["wandb"]["id"]

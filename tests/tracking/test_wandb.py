@@ -159,3 +159,10 @@ def test_only_a_failed_run_ends_as_crashed(tmp_path, status, code):
     assert [json.loads(entry.value_json) for entry in updates if "status" in (entry.key, *entry.nested_key)][
         -1
     ] == status
+
+
+def test_the_end_of_a_run_waits_for_a_server_for_a_minute_at_most(tmp_path):
+    trackers = open_trackers(EXPERIMENT, EXPERIMENT_JSON, tmp_path, None, None)
+    settings = trackers._others["wandb"]._run.settings
+    assert (settings.finish_timeout, settings.finish_timeout_raises) == (60, True)
+    trackers.close("finished")

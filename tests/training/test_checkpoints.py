@@ -7,12 +7,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from cleangpt.config import SavingConfig
 from cleangpt.data.tokenizers import CharTokenizer
 from cleangpt.errors import UserError
 from cleangpt.files import read_json, write_json
 from cleangpt.models.gpt import GPT, GPTConfig
+from cleangpt.training import checkpoints as module
 from cleangpt.training.checkpoints import Checkpoints, best_checkpoint, fill, load_checkpoint
 
 CONFIG = GPTConfig(vocab_size=5, max_seq_len=4, n_layers=1, n_heads=1, dim=4)
@@ -71,6 +73,27 @@ def test_the_index_survives_a_resume_from_before_a_checkpoint(tmp_path: Path) ->
     offer(resumed, 2, 1.0)
     assert kept(tmp_path) == {"val2.0000_mb000001", "val1.0000_mb000002"}
     assert [entry["macro_batch"] for entry in read_json(tmp_path / "index.json")["checkpoints"]] == [2, 1]
+
+
+@pytest.mark.parametrize("broken", ["save_file", "write_json"])
+def test_a_full_disk_is_told_and_leaves_the_checkpoints_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    run = Checkpoints(tmp_path / "checkpoints", SavingConfig(keep_best=1))
+    offer(run, 1, 2.0)
+
+    def full(*given: object, **named: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, broken, full)
+        reason = run.save(2, 1.0, MODEL.state_dict(), CONFIG, TOKENIZER)
+    assert reason == "I/O error: No space left on device (os error 28)"
+    assert best_checkpoint(tmp_path).name == "val2.0000_mb000001"
+    assert load_checkpoint(best_checkpoint(tmp_path)).facts["macro_batch"] == 1
+    assert not list(run.folder.glob("*.partial"))  # half of one would take room
+    offer(run, 3, 1.5)
+    assert kept(run.folder) == {"val1.5000_mb000003"}
 
 
 def test_an_entry_whose_folder_is_gone_is_forgotten(tmp_path: Path) -> None:

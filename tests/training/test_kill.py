@@ -134,12 +134,13 @@ def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(workplace: Pat
     (workplace / "killed.py").write_text(EXPERIMENT)
     first = start("train", "killed.py", "--run-dir", "run", "--training.macro-batches", "1000")
     wait_for(lambda: Path("run/metrics.jsonl").exists() and len(read_metrics(Path("run"))) >= 1, first)
-    before = Path("run/metrics.jsonl").read_bytes()
-    second = start("resume", "run")
+    before, experiment = Path("run/metrics.jsonl").read_bytes(), Path("run/experiment.json").read_bytes()
+    second = start("resume", "run", "--optimizer.lr", "0.5")
     output, _ = second.communicate(timeout=60)
     assert second.returncode == 2
     assert output.decode() == "error: run is being trained by another process; wait for it, or stop it first\n"
     assert Path("run/metrics.jsonl").read_bytes().startswith(before)
+    assert Path("run/experiment.json").read_bytes() == experiment
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
     done = len(read_metrics(Path("run")))

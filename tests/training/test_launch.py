@@ -1,6 +1,7 @@
 """Runs of several processes, on one machine and on two: who hangs or dies is named, the others end and start again."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cleangpt.files import read_json
 from cleangpt.tracking.metrics import read_metrics
 from cleangpt.training.checkpoints import WEIGHTS, best_checkpoint
 from cleangpt.training.snapshots import newest_snapshot
@@ -283,3 +285,67 @@ def test_two_machines_share_the_data_by_rank_and_learn_what_one_process_does() -
     assert len({row.split(" ", 1)[1] for rows in seen for row in rows}) == 96
     assert len(read_metrics(Path("run"))) == 3
     assert_like_one_process()
+
+
+# Signals and time limits ---------------------------------------------------------------------------------------------
+
+
+def wait_for_steps(rank: int, steps: int, process: "subprocess.Popen[str]") -> None:
+    """Waits until a process has made so many steps."""
+    path, deadline = Path(f"weights_{rank}.txt"), time.monotonic() + 60
+    while not path.exists() or len(path.read_text().splitlines()) < steps:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+
+
+def workers() -> list[int]:
+    """The processes that train in this folder, without torchrun."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            if (entry / "cwd").resolve() == Path.cwd() and b"cleangpt" in words and b"-u" in words:
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.slow
+def test_a_hangup_of_torchrun_saves_all_after_the_same_step() -> None:
+    process = torchrun("--standalone", "--nproc_per_node=2", words=("--training.macro-batches", "500"), PAUSE="0.01")
+    wait_for_steps(1, 6, process)
+    process.send_signal(signal.SIGHUP)
+    _, errors = process.communicate(timeout=120)
+    assert "Traceback (most recent call last):\n  File" not in errors.split("SignalException")[0], errors[-3000:]
+    assert read_json(Path("run/status.json")) == {"status": "interrupted", "reason": "signal"}
+    assert newest_snapshot(Path("run/snapshots"))[0] is not None
+    first, second = (Path(f"weights_{rank}.txt").read_text().splitlines() for rank in (0, 1))
+    assert first == second
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds the processes in /proc")
+def test_a_request_to_save_to_any_process_makes_all_save_and_go_on() -> None:
+    process = torchrun("--standalone", "--nproc_per_node=2", words=("--training.macro-batches", "12"), PAUSE="0.05")
+    wait_for_steps(1, 6, process)
+    os.kill(workers()[-1], signal.SIGUSR1)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors[-3000:]
+    assert Path("run/log.txt").read_text().count("saving run/snapshots/mb") == 1
+    assert len(read_metrics(Path("run"))) == 12
+
+
+@pytest.mark.slow
+def test_the_time_limit_counts_from_the_launch_when_torchrun_has_started_the_processes_anew() -> None:
+    """The first attempt is killed when most of its time has gone; the second would last minutes."""
+    words = ("--training.macro-batches", "3000", "--time-limit", "0:40")
+    began = time.monotonic()
+    process = torchrun(
+        "--standalone", "--nproc_per_node=2", "--max-restarts=2", words=words, FAULT="kill 30 1", PAUSE="0.3"
+    )
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors[-3000:]
+    assert time.monotonic() - began < 55, "counted from the restart, it would be more than 60 s"
+    assert read_json(Path("run/status.json")) == {"status": "interrupted", "reason": "time limit"}
+    assert "going on from run/snapshots" in Path("run/log.txt").read_text()

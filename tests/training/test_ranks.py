@@ -59,3 +59,19 @@ def test_a_process_alone_needs_no_store(monkeypatch: pytest.MonkeyPatch) -> None
     with join(5) as alone:
         alone.note_step(1)
         assert alone == Ranks() and alone.after_main(lambda: 7) == 7
+
+
+def test_an_error_of_the_main_process_alone_is_raised_where_there_is_no_other() -> None:
+    def refuse() -> int:
+        raise UserError("no")
+
+    assert Ranks().on_main(lambda: 3) == 3
+    with pytest.raises(UserError, match="no"):
+        Ranks().on_main(refuse)
+
+
+def test_what_the_first_process_of_a_launch_says_holds_after_restarts_too() -> None:
+    store = HashStore()
+    assert Ranks().of_launch("end", "7") == "7"
+    assert [Ranks(launch=store).of_launch("end", value) for value in ("5", "6", "4")] == ["5"] * 3
+    assert Ranks(launch=store).of_launch("other", "6") == "6"

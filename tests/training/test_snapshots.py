@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from cleangpt.config import SavingConfig
 from cleangpt.errors import UserError
-from cleangpt.files import damage, read_json, write_json
+from cleangpt.files import clean, damage, read_json, write_json
 from cleangpt.training import shards
-from cleangpt.training.snapshots import Snapshots, clean, list_snapshots, load_snapshot, newest_snapshot
+from cleangpt.training.snapshots import Snapshots, list_snapshots, load_snapshot, newest_snapshot, set_aside
 
 STATE = {
     "position": {"samples": 12, "time": 0.1 + 0.2},
@@ -143,17 +143,33 @@ def full_disk(tensors: dict[str, torch.Tensor], path: Path) -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_a_full_disk_is_told_by_the_next_save_and_leaves_the_older_snapshot(
+def test_a_full_disk_is_told_at_once_and_the_next_save_makes_up_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    snapshots = Snapshots(tmp_path, SavingConfig(keep_snapshots=1))
+    said: list[str] = []
+    snapshots = Snapshots(tmp_path, SavingConfig(keep_snapshots=1), say=said.append)
     snapshots.save("mb000001", STATE)
-    snapshots.wait()
-    monkeypatch.setattr(shards, "save_file", full_disk)
-    snapshots.save("mb000002", STATE)
-    with pytest.raises(UserError, match=r"could not be saved: \[Errno 28\] No space left on device \(process 0\)"):
-        snapshots.save("mb000003", STATE)
-    assert newest_snapshot(tmp_path) == (tmp_path / "mb000001", [])
+    assert snapshots.wait() == ""
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "save_file", full_disk)
+        snapshots.save("mb000002", STATE)
+        assert snapshots.wait() == "[Errno 28] No space left on device (process 0)"
+    assert said == [
+        "snapshot mb000002 could not be saved: [Errno 28] No space left on device (process 0); "
+        "those before it are as they were"
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["mb000001"]  # nothing half-written takes what room there is
+    snapshots.save("mb000003", STATE)
+    assert snapshots.wait() == ""
+    assert newest_snapshot(tmp_path) == (tmp_path / "mb000003", [])
+    snapshots.close()
+
+
+def test_an_error_of_the_program_is_none_of_the_disk(tmp_path: Path) -> None:
+    snapshots = Snapshots(tmp_path, SavingConfig())
+    snapshots.save("mb000001", {"what": {1, 2}})  # no JSON
+    with pytest.raises(RuntimeError, match="not JSON serializable"):
+        snapshots.wait()
     snapshots.close()
 
 
@@ -234,9 +250,29 @@ def test_a_shard_that_does_not_belong_to_a_snapshot_is_named(tmp_path: Path) -> 
     (tmp_path / "mb000001" / "shard_00007.safetensors").write_bytes(b"of another run")
     assert newest_snapshot(tmp_path) == (
         None,
-        [f"snapshot {tmp_path / 'mb000001'} is damaged (shard_00007.safetensors is not in manifest.json); "
-         "using the one before it"],
-    )  # fmt: skip
+        [f"snapshot {tmp_path / 'mb000001'} is damaged (shard_00007.safetensors is not in manifest.json)"],
+    )
+
+
+def test_damaged_snapshots_do_not_count_among_those_kept(tmp_path: Path) -> None:
+    """Saved after a good one that damaged ones followed, a snapshot would have been the oldest, and removed at once."""
+    for name in ("mb000003", "mb000004", "mb000005"):
+        save(tmp_path, name, keep_snapshots=3)
+    for name in ("mb000004", "mb000005"):
+        (tmp_path / name / "index.json").write_text("{}", encoding="utf-8")
+    newest, _ = newest_snapshot(tmp_path)
+    assert newest == tmp_path / "mb000003"
+    set_aside(tmp_path, newest)
+    save(tmp_path, "mb000003_b00002", keep_snapshots=2)
+    assert [path.name for path in list_snapshots(tmp_path)] == ["mb000003_b00002", "mb000003"]
+    assert len(list(tmp_path.glob("mb00000[45].*.damaged"))) == 2  # perhaps not all is lost of them
+
+
+def test_snapshots_are_in_order_however_long_the_run_is(tmp_path: Path) -> None:
+    names = ["mb999999", "mb1000000", "mb1000000_b99999", "mb1000000_b100000"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    assert [path.name for path in list_snapshots(tmp_path)] == names[::-1]
 
 
 def test_processes_look_for_damage_together(tmp_path: Path) -> None:

@@ -1,0 +1,141 @@
+"""NaN and infinity in losses, gradients and weights, and losses that jump, with the run killed around them."""
+
+import functools
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+from cleangpt.data import batches
+from cleangpt.tracking.metrics import read_metrics
+from cleangpt.training.optimizer import Optimizer
+from cleangpt.training.snapshots import list_snapshots
+from cleangpt.training.trainer import Trainer
+from tests.faults import _disk, fault
+from tests.faults._disk import operations
+from tests.faults._runs import (
+    EXPERIMENT,
+    TRAIN,
+    check_whole,
+    differing,
+    newest_state,
+    output,
+    run,
+    start_two,
+    unbroken,
+    victim,
+)
+from tests.faults._runs import finish as ended
+
+VALUES = (math.nan, math.inf, -math.inf)
+
+
+def spoil(what: str, step: int, value: float, dies_at: int | None = None) -> None:
+    """Puts a value into the loss, a gradient or a weight of a step; perhaps kills the process at an operation."""
+    if dies_at is not None:
+        _disk.install("kill", dies_at)
+    plain, update = Trainer.step, Optimizer.step
+
+    def spoilt_update(self: Optimizer, *given: Any) -> Any:
+        gradient = self.parameters[0].grad
+        assert gradient is not None
+        gradient.view(-1)[0] = value
+        return update(self, *given)
+
+    def spoilt(self: Trainer) -> None:
+        here, objective = self.position.step == step, self.objective
+        if here and what == "loss":
+            self.objective = lambda *given: objective(*given) * value
+        Optimizer.step = spoilt_update if here and what == "gradient" else update  # type: ignore[method-assign]
+        plain(self)
+        self.objective = objective
+        if here and what == "weight":
+            next(self.model.parameters()).data.view(-1)[0] = value
+
+    Trainer.step = spoilt  # type: ignore[method-assign]
+
+
+@fault("NaN or infinity in the loss or a gradient, and a kill", short=2, long=40)
+def skipped(seed: int, folder: Path) -> None:
+    """The step is skipped, and the killed run ends like one that met the same and was not killed."""
+    what, value, step = ("loss", "gradient")[seed % 2], VALUES[seed % 3], seed % 9
+    reference, broken = folder / "reference", folder / "broken"
+    for place in (reference, broken):
+        place.mkdir()
+        victim(place)
+    assert run(reference, *TRAIN, hook=functools.partial(spoil, what, step, value)) == 0, output(reference)
+    assert read_metrics(reference / "run")[-1]["skipped_steps"] == 1
+    dying = functools.partial(spoil, what, step, value, seed * 31 % operations("kill"))
+    assert run(broken, *TRAIN, hook=dying) in (0, -signal.SIGKILL), output(broken)
+    assert run(broken, *TRAIN, hook=functools.partial(spoil, what, step, value)) == 0, output(broken)
+    check_whole(broken, reference)
+
+
+@fault("a weight that is NaN or infinite", short=2, long=30)
+def poisoned(seed: int, folder: Path) -> None:
+    """The run ends and saves nothing of it; what was good is gone on from."""
+    victim(folder)
+    code = run(folder, *TRAIN, hook=functools.partial(spoil, "weight", seed % 10, VALUES[seed % 3]))
+    said = output(folder)
+    assert code == 1 and "is not finite after step" in said and "Traceback" not in said, f"{code}: {said}"
+    assert run(folder, *TRAIN) == 0, output(folder)
+    check_whole(folder)
+
+
+@fault("a weight of one of two processes that is NaN", short=1, long=4)
+def poisoned_part(seed: int, folder: Path) -> None:
+    victim(folder)
+    hooks: list[Any] = [None, None]
+    hooks[seed % 2] = functools.partial(spoil, "weight", 3 + seed, math.nan)
+    codes = [ended(process) for process in start_two(folder, *TRAIN, hooks=hooks)]
+    assert codes == [1, 1] and "is not finite after step" in output(folder), f"{codes}: {output(folder)}"
+    assert [ended(process) for process in start_two(folder, *TRAIN)] == [0, 0], output(folder)
+    check_whole(folder, unbroken(processes=2))
+
+
+# Spikes --------------------------------------------------------------------------------------------------------------
+
+WATCHED = EXPERIMENT.replace(
+    "macro_batches=4,", "macro_batches=6, spike_threshold=0.7, spike_window=4, spike_skip=2,"
+).replace("SavingConfig(", "SavingConfig(keep_snapshots=3, ")
+BAD = range(64, 72)
+"""Samples of the data whose targets are wrong."""
+
+
+def bad_data(dies_at: int | None = None) -> None:
+    if dies_at is not None:
+        _disk.install("kill", dies_at)
+    plain = batches.SplitStream.batch
+
+    def batch(self: batches.SplitStream, start: int, count: int) -> batches.Batch:
+        read = plain(self, start, count)
+        for row in range(count):
+            if start + row in BAD:
+                read.targets[row].fill_(12)
+        return read
+
+    batches.SplitStream.batch = batch  # type: ignore[method-assign]
+
+
+@functools.cache
+def spiked() -> Path:
+    """A run that has met the bad data, gone back and left it out."""
+    folder = unbroken(WATCHED).parent / f"{unbroken(WATCHED).name}_spiked"
+    folder.mkdir()
+    victim(folder, WATCHED)
+    assert run(folder, *TRAIN, hook=bad_data) == 0, output(folder)
+    assert newest_state(folder / "run")["position"]["left_out"], output(folder)
+    return folder
+
+
+@fault("a spike of the loss, and a kill at an operation on the disk", short=2, long=60)
+def spike(seed: int, folder: Path) -> None:
+    reference = spiked()
+    victim(folder, WATCHED)
+    at = seed * 7919 % (2 * operations("kill"))
+    assert run(folder, *TRAIN, hook=functools.partial(bad_data, at)) in (0, -signal.SIGKILL), output(folder)
+    assert run(folder, *TRAIN, hook=bad_data) == 0, output(folder)
+    one, two = (newest_state(place / "run") for place in (folder, reference))
+    assert (difference := differing(one, two)) == "", difference
+    assert [row["macro_batch"] for row in read_metrics(folder / "run")] == [1, 2, 3, 4, 5, 6]
+    assert list_snapshots(folder / "run" / "snapshots")[0].name == "mb000006"
