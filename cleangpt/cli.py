@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from cleangpt import __version__
-from cleangpt.errors import RunFailedError, UserError, nearest
+from cleangpt.errors import RunFailedError, UserError, nearest, one_line
 from cleangpt.options import parse
 
 if TYPE_CHECKING:
@@ -54,10 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(words)
     except UserError as error:
-        print(f"{_speaker()}error: {error}", file=sys.stderr)
+        print(f"{_speaker()}error: {one_line(error)}", file=sys.stderr)
         return 2
     except RunFailedError as error:
-        print(f"{_speaker()}stopped: {error}", file=sys.stderr)
+        print(f"{_speaker()}stopped: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped at once; what was saved before is whole", file=sys.stderr)

@@ -12,7 +12,7 @@ from typing import Any
 
 from cleangpt import config
 from cleangpt.config import Experiment
-from cleangpt.errors import UserError, nearest
+from cleangpt.errors import UserError, blaming, nearest
 from cleangpt.files import read_json
 
 MODULE = "cleangpt_experiment"
@@ -94,8 +94,9 @@ def recorded_overrides(path: Path) -> list[str]:
     """The overrides that the run was started with, where `path` is the experiment.py of a run directory."""
     if path.name != "experiment.py" or not (path.parent / "environment.json").is_file():
         return []
-    words = read_json(path.parent / "environment.json").get("overrides", [])
-    return _without_run([str(word) for word in words])
+    facts = read_json(path.parent / "environment.json")
+    with blaming(path.parent / "environment.json"):
+        return _without_run([str(word) for word in facts.get("overrides", [])])
 
 
 def _without_run(words: list[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """The plan of an experiment: which strategies fit on so many devices, how fast they are and what they cost."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,9 +12,8 @@ from torch import nn
 from cleangpt.config import Experiment, FineTuningConfig, TrainingConfig, check_experiment, total_samples
 from cleangpt.corpora import store_folder
 from cleangpt.corpora.mixture import Mixture
-from cleangpt.data.store import STORE
+from cleangpt.data.store import STORE, TokenStore
 from cleangpt.errors import UserError, nearest
-from cleangpt.files import read_json
 from cleangpt.models import build_model, flops_per_token
 from cleangpt.objectives import OBJECTIVES
 from cleangpt.planning.devices import Device
@@ -102,7 +102,7 @@ def with_vocabulary(experiment: Experiment) -> Experiment:
     facts = store_folder(corpus, Path(experiment.data.folder)) / STORE
     if not facts.is_file():
         raise UserError("model.vocab_size is None and the corpus is not prepared; give --model.vocab-size")
-    return replace(experiment, model=replace(experiment.model, vocab_size=read_json(facts)["vocab_size"]))
+    return replace(experiment, model=replace(experiment.model, vocab_size=TokenStore(facts.parent).vocab_size))
 
 
 def make_plan(
@@ -201,7 +201,8 @@ class _Planner:
         """The largest divisor of a device's part of a batch that `training.micro_batch_size` allows."""
         part = self.experiment.data.batch_size // place.parts
         most = min(training.micro_batch_size or part, part)
-        return next(size for size in range(most, 0, -1) if part % size == 0)
+        small = [size for size in range(1, min(most, math.isqrt(part)) + 1) if part % size == 0]
+        return max([*small, *(part // size for size in small if part // size <= most)])
 
     def workload(self, micro_batch: int, place: Layout) -> Workload:
         """Of a micro-batch; under fsdp, weights are gathered in the precision of products, else autocast copies."""

@@ -25,8 +25,8 @@ class Position:
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state_dict`."""
-        vars(self).update(state)
+        """Goes on from `state_dict`; raises ValueError for what is none."""
+        _take_numbers(self, state)
 
 
 class Meter:
@@ -50,8 +50,18 @@ class Meter:
         return {name: value for name, value in vars(self).items() if name != "device"} | {"sums": sums}
 
     def load_state_dict(self, state: dict[str, Any], ranks: Ranks) -> None:
-        """Goes on from `state_dict`; the main process takes the loss of all."""
-        vars(self).update(state)
-        self.sums = state["sums"].to(self.device)
+        """Goes on from `state_dict`; the main process takes the loss of all. Raises ValueError for what is none."""
+        sums: torch.Tensor = state["sums"]
+        _take_numbers(self, {name: value for name, value in state.items() if name != "sums"})
+        self.sums = sums.to(self.device, self.sums.dtype).reshape(2)
         if not ranks.is_main:
             self.sums[0] = 0
+
+
+def _take_numbers(target: object, state: dict[str, Any]) -> None:
+    """Sets attributes that `target` has, each to a number that may be one of its values."""
+    for name, value in state.items():
+        kinds = (int,) if type(vars(target)[name]) is int else (int, float)
+        if type(value) not in kinds or not 0 <= value < 2**63:
+            raise ValueError(f"{name} is {value!r}")
+        setattr(target, name, value)

@@ -35,10 +35,10 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from cleangpt.config import SavingConfig
-from cleangpt.errors import UserError
+from cleangpt.errors import UserError, blaming
 from cleangpt.files import MANIFEST, PARTIAL, damage, read_json, seal, write_json
 from cleangpt.training.ranks import Ranks
-from cleangpt.training.shards import ShardReader, ShardWriter, read_index
+from cleangpt.training.shards import INDEX, ShardReader, ShardWriter, read_index
 
 FORMAT = 2
 STATE = "state.json"
@@ -215,7 +215,7 @@ def newest_snapshot(folder: Path, ranks: Ranks | None = None) -> tuple[Path | No
 
 def _damage(path: Path, ranks: Ranks) -> str:
     """`damage` of this process's part of a snapshot; a shard that does not belong to it counts as well."""
-    if wrong := damage(path, ranks.rank, ranks.world_size):
+    if wrong := damage(path, ranks.rank, ranks.world_size, (STATE, INDEX)):
         return wrong
     strange = {shard.name for shard in path.glob("shard_*")} - read_json(path / MANIFEST).keys()
     return f"{min(strange)} is not in {MANIFEST}" if strange else ""
@@ -236,8 +236,9 @@ def load_snapshot(
         UserError: the snapshot has a format that this version does not read, or tensors that do not fit `into`.
     """
     content = read_json(path / STATE)
-    if content.get("format") != FORMAT:
-        raise UserError(f"{path} has snapshot format {content.get('format')}; this version reads {FORMAT}")
+    with blaming(path / STATE):
+        if content.get("format") != FORMAT:
+            raise UserError(f"{path} has snapshot format {content.get('format')}; this version reads {FORMAT}")
     metadata = read_index(path)
     tensors: dict[str, Any] = {}
     _split(into or {}, "", tensors)
@@ -246,7 +247,8 @@ def load_snapshot(
         if name not in tensors:
             tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
     _fill(path, metadata, tensors, group)
-    state: dict[str, Any] = _join(content["state"], tensors)
+    with blaming(path / STATE):
+        state: dict[str, Any] = _join(content["state"], tensors)
     return state
 
 
@@ -319,6 +321,6 @@ def _accept_one_process() -> None:
 def _failure(what: str, error: CheckpointException) -> Exception:
     """One line for what the system or a file is to blame for; the cause itself where the program is."""
     rank, (cause, _) = min(error.failures.items())
-    if isinstance(cause, (OSError, SafetensorError, ValueError)):
+    if isinstance(cause, (OSError, SafetensorError, LookupError, TypeError, ValueError)):
         return UserError(f"{what}: {cause} (process {rank})")
     return RuntimeError(f"{what}: {cause!r} (process {rank})")
