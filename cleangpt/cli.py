@@ -4,6 +4,7 @@ Everything heavy is imported where it is used, so that --help and --version answ
 """
 
 import dataclasses
+import errno
 import math
 import os
 import sys
@@ -42,6 +43,10 @@ usage: cleangpt COMMAND [ARGUMENTS] [--help]
   export RUN            a run's best checkpoint for Hugging Face or llama.cpp
 
 RUN is a run's folder, or an experiment's name for its newest run. cleangpt COMMAND --help tells the options."""
+
+
+UNUSABLE = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
+"""How the system says that a path cannot be one of a file."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,7 +89,12 @@ def _dispatch(words: list[str]) -> int:
         return 0
     if words[0] not in COMMANDS:
         raise UserError(f"{words[0]!r} is not a command{nearest(words[0], COMMANDS)}; allowed: {', '.join(COMMANDS)}")
-    COMMANDS[words[0]](words[1:])
+    try:
+        COMMANDS[words[0]](words[1:])
+    except OSError as error:
+        if error.errno not in UNUSABLE:
+            raise
+        raise UserError(f"{error.filename}: {error.strerror}") from error
     return 0
 
 

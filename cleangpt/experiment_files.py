@@ -3,6 +3,7 @@
 An experiment file *is* code and runs as such when it is trained; only train, resume and --code do that.
 """
 
+import ast
 import dataclasses
 import importlib.util
 import re
@@ -13,7 +14,7 @@ from typing import Any
 from cleangpt import config
 from cleangpt.config import Experiment
 from cleangpt.errors import UserError, blaming, nearest
-from cleangpt.files import read_json
+from cleangpt.files import read_json, read_text
 
 MODULE = "cleangpt_experiment"
 
@@ -76,6 +77,7 @@ def run_file(path: Path) -> Any:
     sys.modules[MODULE] = module
     sys.path.insert(0, str(path.parent))
     try:
+        _check_python(path)
         spec.loader.exec_module(module)
     except SyntaxError as error:
         raise UserError(f"{path}, line {error.lineno}: {error.msg}") from None
@@ -88,6 +90,15 @@ def run_file(path: Path) -> Any:
     finally:
         sys.path.remove(str(path.parent))
     return module
+
+
+def _check_python(path: Path) -> None:
+    """Raises UserError where Python's parser gives up on a file in another way than by a SyntaxError."""
+    source = read_text(path)
+    try:
+        ast.parse(source)
+    except (MemoryError, RecursionError, ValueError) as error:
+        raise UserError(f"{path} is not Python: {error or 'it is nested too deeply'}") from None
 
 
 def recorded_overrides(path: Path) -> list[str]:

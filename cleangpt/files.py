@@ -140,6 +140,14 @@ def seal(partial: Path, folder: Path, flushed: Mapping[str, Any] | None = None) 
     shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_folder(path: Path) -> None:
+    """Removes a folder; of a link to one, the link alone."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
 def damage(folder: Path, part: int = 0, parts: int = 1, needed: Iterable[str] = ()) -> str:
     """Says in a few words what is wrong with a sealed folder, or returns an empty string when it is whole.
 

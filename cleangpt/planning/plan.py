@@ -136,10 +136,11 @@ def make_plan(
             advice.append(planner.advise(count, ways))
     if not estimates:
         raise UserError(f"no strategy can run: {refused[0]}")
-    flops = flops_per_token(planner.model, experiment.data.seq_len)
     parameters = sum(parameter.numel() for parameter in planner.model.parameters())
     precision = planner.machine.precision
-    return Plan(experiment.name, parameters, flops, planner.tokens, device, precision, estimates, refused, advice)
+    return Plan(
+        experiment.name, parameters, planner.flops, planner.tokens, device, precision, estimates, refused, advice
+    )
 
 
 def _check(experiment: Experiment, counts: Sequence[int], per_node: int, tokens: int | None) -> None:
@@ -167,9 +168,11 @@ class _Planner:
         try:
             with torch.device("meta"):
                 self.model = build_model(experiment.model)
-                self.trained = trained_share(build_model(experiment.model), experiment.fine_tuning)
+                whole = experiment.fine_tuning == FineTuningConfig()
+                self.trained = 1.0 if whole else trained_share(build_model(experiment.model), experiment.fine_tuning)
         except RuntimeError as error:
             raise UserError(f"the model cannot be built: {str(error).splitlines()[0]}") from None
+        self.flops = flops_per_token(self.model, experiment.data.seq_len)
         self.measured: dict[tuple[int, bool], Workload] = {}
 
     def ways(self, count: int) -> list[Way]:
@@ -228,7 +231,6 @@ class _Planner:
         time = step_time(work, blocks, place, pace, self.machine)
         speed = in_step * data.seq_len / time.total
         hours = self.tokens / speed / 3600
-        flops = flops_per_token(self.model, data.seq_len)
         return Estimate(
             devices=count,
             strategy=strategy,
@@ -240,7 +242,7 @@ class _Planner:
             time=time,
             exchanged=exchanged_bytes(work, blocks, place, pace, self.machine),
             tokens_per_second=speed,
-            mfu=speed * flops / count / (device.bf16 or device.fp16 or device.fp32),
+            mfu=speed * self.flops / count / (device.bf16 or device.fp16 or device.fp32),
             hours=hours,
             cost=hours * count * device.price,
             fits=memory.total <= device.memory,

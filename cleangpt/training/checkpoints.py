@@ -24,7 +24,7 @@ from cleangpt.data.chat import CHAT_TEMPLATE, ChatTemplate, find_template
 from cleangpt.data.store import TOKENIZER
 from cleangpt.data.tokenizers import Tokenizer, load_tokenizer
 from cleangpt.errors import UserError, blaming
-from cleangpt.files import PARTIAL, damage, plain_name, read_json, seal, write_json, write_text
+from cleangpt.files import PARTIAL, damage, plain_name, read_json, remove_folder, seal, write_json, write_text
 from cleangpt.models import build_model, model_kinds
 from cleangpt.training.lora import is_adapter, merge, split_adapters
 from cleangpt.training.parallel import load_weights, whole
@@ -85,8 +85,8 @@ class Checkpoints:
         """Removes every folder that the index does not name: worse ones, and what a crash left behind."""
         kept = {entry.name for entry in self.entries}
         for path in self.folder.glob("val*"):
-            if path.name not in kept:
-                shutil.rmtree(path)
+            if path.name not in kept and path.is_dir():
+                remove_folder(path)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""

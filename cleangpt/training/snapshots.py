@@ -36,7 +36,7 @@ from torch.distributed.tensor import DTensor
 
 from cleangpt.config import SavingConfig
 from cleangpt.errors import UserError, blaming
-from cleangpt.files import MANIFEST, PARTIAL, damage, read_json, seal, write_json
+from cleangpt.files import MANIFEST, PARTIAL, damage, read_json, remove_folder, seal, write_json
 from cleangpt.training.ranks import Ranks
 from cleangpt.training.shards import INDEX, ShardReader, ShardWriter, read_index
 
@@ -100,7 +100,7 @@ class Snapshots:
         write_json(unfinished / STATE, {"format": FORMAT, "state": tree})
         seal(unfinished, self.folder / name, shards)
         for old in list_snapshots(self.folder)[self.config.keep_snapshots :]:
-            shutil.rmtree(old)
+            remove_folder(old)
 
     def wait(self) -> None:
         """Waits until the save under way is done.

@@ -80,7 +80,7 @@ def runs() -> Path:
 def changed(pattern: str, seed: int, folder: Path) -> str:
     """Copies `runs` to `folder` and changes the file that `pattern` names; says how."""
     shutil.copytree(runs(), folder, dirs_exist_ok=True)
-    path, chance = sorted(folder.glob(pattern))[-1], random.Random(seed)
+    path, chance = sorted(folder.glob(pattern))[-1], random.Random(f"{pattern} {seed}")
     content = path.read_bytes()
     if path.suffix in (".json", ".jsonl") and chance.random() < 0.7:
         said, content = _change_json(content, chance, lines=path.suffix == ".jsonl")
