@@ -1,6 +1,7 @@
 """Files as a stranger might have made them: those of runs trained here, each changed in one place."""
 
 import atexit
+import gzip
 import hashlib
 import json
 import os
@@ -12,6 +13,10 @@ from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
+
+import pyarrow
+import zstandard
+from pyarrow import parquet
 
 from tests.faults._runs import output, run
 
@@ -68,7 +73,12 @@ def runs() -> Path:
              for n in range(30)]  # fmt: skip
     (folder / "chat.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
     (folder / "chat.jinja").write_text(TEMPLATE)
-    (folder / "tale.txt").write_text("once upon a time there was a fox who lived in a wood\n" * 60)
+    tale = "once upon a time there was a fox who lived in a wood\n"
+    (folder / "tale.txt").write_text(tale * 60)
+    tales = "".join(json.dumps({"text": f"{number} {tale}"}) + "\n" for number in range(60)).encode()
+    (folder / "tale.jsonl.gz").write_bytes(gzip.compress(tales))
+    (folder / "tale.jsonl.zst").write_bytes(zstandard.compress(tales))
+    parquet.write_table(pyarrow.table({"text": [f"{number} {tale}" for number in range(60)]}), folder / "tale.parquet")
     for name, fields in RUNS.items():
         (folder / f"{name}.py").write_text(EXPERIMENT.format(name=name, **fields))
         for words in (f"train {name}.py --run-dir {name}", f"export {name} --out hf-{name}", f"evaluate {name}"):
@@ -85,7 +95,7 @@ def changed(pattern: str, seed: int, folder: Path) -> str:
     if path.suffix in (".json", ".jsonl") and chance.random() < 0.7:
         said, content = _change_json(content, chance, lines=path.suffix == ".jsonl")
     elif chance.random() < 0.9:
-        said, content = _change_bytes(content, chance)
+        said, content = change_bytes(content, chance)
     else:
         return _change_kind(path, chance)
     path.write_bytes(content)
@@ -156,7 +166,8 @@ def _places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
             yield from _places(tree[index], (*path, index))
 
 
-def _change_bytes(content: bytes, chance: random.Random) -> tuple[str, bytes]:
+def change_bytes(content: bytes, chance: random.Random) -> tuple[str, bytes]:
+    """How some bytes were changed in one place, and what they are now."""
     at = chance.randrange(len(content))
     near = chance.randrange(min(16, len(content)))
     flipped = bytes([content[at] ^ 1 << chance.randrange(8)])

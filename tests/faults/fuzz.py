@@ -64,6 +64,9 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "a snapshot's tensors": ("sums/snapshots/mb000002/shard*", ["resume sums --training.macro-batches 3"]),
     "conversations": ("chat.jsonl", ["prepare chat --files chat.jsonl --pack 32 --folder new"]),
     "a text": ("tale.txt", ["prepare text --files tale.txt --folder new", "prepare text --files . --folder newer"]),
+    "a text in Parquet": ("tale.parquet", ["prepare text --files tale.parquet --folder new"]),
+    "a text in .jsonl.gz": ("tale.jsonl.gz", ["prepare text --files tale.jsonl.gz --folder new"]),
+    "a text in .jsonl.zst": ("tale.jsonl.zst", ["prepare text --files tale.jsonl.zst --folder new"]),
     "a chat template of one's own": (
         "chat.jinja",
         ["prepare chat --files chat.jsonl --pack 32 --chat-template chat.jinja --folder new"],

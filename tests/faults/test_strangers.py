@@ -8,8 +8,10 @@ import json
 import math
 import os
 import pickle
+import random
 import shutil
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ from cleangpt.training.run import kinds
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="fork and links are POSIX")
 if sys.platform != "win32":
-    from tests.faults._strangers import VALUES, reseal, runs
+    from tests.faults._strangers import VALUES, change_bytes, reseal, runs
 
 AFTER = (
     "sample sums --max-new-tokens 2",
@@ -111,7 +113,7 @@ class Payload:
 @pytest.mark.parametrize(
     "patterns",
     [
-        ("hf-sums/*", "sums/snapshots/mb000002/*"),
+        ("hf-sums/*", "sums/checkpoints/val*/*.safetensors"),
         pytest.param(("sums/**/*", "talk/**/*", "hf-*/*", "data/**/*"), marks=pytest.mark.slow),
     ],
     ids=["a few", "all"],
@@ -377,3 +379,26 @@ def test_any_value_of_any_field_is_taken_or_refused_in_one_line(data: st.DataObj
         experiment.corpus.check()  # type: ignore[attr-defined]
     except UserError as error:
         assert "\n" not in str(error) or any("\n" in str(value) for value in VALUES)
+
+
+@settings(max_examples=100)
+@given(seed=st.integers(0, 2**32))
+def test_an_experiment_file_is_told_in_one_line_where_it_is_not_python(seed: int, tmp_path_factory: Any) -> None:
+    """What Python can run is the user's own code: its error keeps the traceback, which ends in that file."""
+    path = tmp_path_factory.mktemp("own") / "own.py"
+    path.write_bytes(change_bytes((runs() / "sums.py").read_bytes(), random.Random(seed))[1])
+    try:
+        load_experiment(path)
+    except UserError as error:
+        assert str(path) in str(error)
+    except Exception as error:
+        assert traceback.extract_tb(error.__traceback__)[-1].filename == str(path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"x = " + b"(" * 10_000, b"x = " + b"-" * 100_000 + b"1", b"x = 1\0", b"\xff", b"x = '"]
+)
+def test_what_python_s_parser_cannot_read_is_one_line(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_bytes(content)
+    with pytest.raises(UserError, match=r"own\.py"):
+        load_experiment(tmp_path / "own.py")
