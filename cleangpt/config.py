@@ -363,7 +363,7 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
             "model.logit_soft_cap",
             "model.balance_rate",
         ],
-        (lambda value: value > 0, "more than 0"),
+        (lambda value: 0 < value <= 1e30, "more than 0, at most 1e30"),
     ),
     "model.rope_factor": (lambda value: value >= 1, "1 or more"),
     "model.head_dim": (lambda value: 2 <= value <= 2**20 and value % 2 == 0, "an even number of 2 or more"),

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -74,6 +75,19 @@ def plain_name(name: str, place: Path) -> str:
     return name
 
 
+def parse_json(text: str) -> Any:
+    """The JSON value in a text.
+
+    Raises:
+        ValueError: it is not JSON, or has half a surrogate pair, which is no character and cannot be written again.
+        RecursionError: it is nested too deeply.
+    """
+    value = json.loads(text)
+    if re.search(r"\\u[dD]", text):
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
+
+
 def read_json(path: Path) -> Any:
     """The JSON value in `path`.
 
@@ -81,7 +95,7 @@ def read_json(path: Path) -> Any:
         UserError: as `read_text`, or the file is not valid JSON.
     """
     try:
-        return json.loads(read_text(path))
+        return parse_json(read_text(path))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cleangpt.errors import UserError, require
-from cleangpt.files import read_text
+from cleangpt.files import parse_json, read_text
 from cleangpt.interchange.hub import fetch, is_huggingface
 
 END_OF_TEXT = "<|endoftext|>"
@@ -261,7 +261,7 @@ def from_json(text: str) -> Tokenizer:
         UserError: the text is not JSON, or no tokenizer.
     """
     try:
-        facts: Any = json.loads(text)
+        facts: Any = parse_json(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"the tokenizer is not valid JSON: {error}") from None
     if not isinstance(facts, dict):

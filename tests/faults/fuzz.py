@@ -91,7 +91,7 @@ SHORT = (
 def register(name: str, pattern: str, commands: list[str]) -> None:
     """Makes a row of the table."""
 
-    @fault(f"a stranger changed {name}", short=int(name in SHORT), long=40)
+    @fault(f"a stranger changed {name}", short=int(name in SHORT), long=25)
     def trial(seed: int, folder: Path) -> None:
         said = changed(pattern, seed, folder)
         for command in commands:

@@ -290,6 +290,29 @@ def test_a_line_of_error_is_fit_for_a_terminal(place: Path) -> None:
     assert code == 2 and len(line) < 1100 and line.isprintable()
 
 
+@pytest.mark.parametrize("format", ["hf", "gguf"])
+def test_what_another_program_s_format_cannot_hold_is_refused_when_it_is_read(place: Path, format: str) -> None:
+    path = checkpoint("tale") / "config.json"
+    config = read_json(path)
+    write_json(path, config | {"model": config["model"] | {"rope_theta": 1e308}})
+    reseal(path.parent)
+    assert tell(f"export tale --format {format} --out out")[1].startswith(
+        "error: model.rope_theta is 1e+308; allowed: "
+    )
+    (checkpoint("talk") / "chat_template.json").write_text(json.dumps({"template": "", "eos_token": "\ud800"}))
+    reseal(checkpoint("talk"))
+    code, line = tell(f"export talk --format {format} --out out")
+    assert code == 2 and "chat_template.json is not valid JSON" in line
+
+
+def test_a_tokenizer_that_makes_its_library_panic_is_told(place: Path) -> None:
+    content = read_json(Path("hf-tale/tokenizer.json"))
+    content["model"]["continuing_subword_prefix"] = "/etc/passwd"
+    write_json(Path("hf-tale/tokenizer.json"), content)
+    code, line = tell("sample hf:hf-tale")
+    assert code == 2 and "this is not a tokenizer of Hugging Face's tokenizers" in line
+
+
 # Words and fields ----------------------------------------------------------------------------------------------------
 
 OPTIONS = (
