@@ -1,6 +1,6 @@
 """Experiment files: where they are found, and how one becomes an `Experiment`.
 
-An experiment file *is* code and runs as such when it is trained; only train, resume and --code do that.
+An experiment file *is* code and runs as such: in train, resume, plan, report --schedule and --code, and nowhere else.
 """
 
 import ast

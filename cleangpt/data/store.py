@@ -35,6 +35,7 @@ FORMAT = 1
 STORE, TOKENIZER, CARD, JOURNAL = "store.json", "tokenizer.json", "card.md", "journal.json"
 SPLITS = ("train", "val", "test")
 SHARD_TOKENS = 2**28
+COUNTS = ("tokens", "documents", "text_bytes")
 
 
 @dataclass
@@ -71,9 +72,7 @@ class Split:
     """One split of a token store, opened."""
 
     def __init__(self, folder: Path, facts: dict[str, Any], dtype: np.dtype[Any], row_length: int | None) -> None:
-        self.tokens: int = facts["tokens"]
-        self.documents: int = facts["documents"]
-        self.text_bytes: int = facts["text_bytes"]
+        self.tokens, self.documents, self.text_bytes = (_count(facts, name) for name in COUNTS)
         self.row_length = row_length
         self.masked: bool = facts["masked"]
         self._folder = folder
@@ -86,6 +85,8 @@ class Split:
             self._starts.append(self._starts[-1] + shard["tokens"])
         if self._starts[-1] != self.tokens:
             raise UserError(f"{folder / STORE}: shards hold {self._starts[-1]:,} tokens, not {self.tokens:,}")
+        if row_length is not None and row_length * self.documents != self.tokens:
+            raise UserError(f"{folder / STORE}: {self.documents} rows of {row_length} are not {self.tokens:,} tokens")
 
     def read(self, start: int, length: int) -> NDArray[Any]:
         """Tokens `start` to `start + length`, across shards; a view of the file where one shard holds them all."""
@@ -135,6 +136,8 @@ class TokenStore:
         self.chat_template: ChatTemplate | None = find_template(folder)
         self.vocab_size: int = facts["vocab_size"]
         self.row_length: int | None = facts["row_length"]
+        if facts["dtype"] not in ("uint16", "uint32"):
+            raise ValueError(f"dtype is {facts['dtype']!r}")
         dtype = np.dtype(facts["dtype"]).newbyteorder("<")
         self.source: dict[str, Any] = dict(facts["source"] or {})
         self.splits = {name: Split(folder, split, dtype, self.row_length) for name, split in facts["splits"].items()}
@@ -341,6 +344,14 @@ def _rank(split: str) -> tuple[int, str]:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else -1
+
+
+def _count(facts: Mapping[str, Any], name: str) -> int:
+    """A count from the description of a split; raises ValueError for anything else."""
+    count = facts[name]
+    if type(count) is not int or count < 0:
+        raise ValueError(f"{name} is {count!r}")
+    return count
 
 
 def _within(folder: Path, name: str) -> Path:

@@ -40,8 +40,9 @@ def watch() -> None:
             "memory": int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"),
             "descriptors": len(list(Path("/proc/self/fd").iterdir())),
             "threads": threading.active_count(),
-            "files": sum(len(names) for _, _, names in os.walk(trainer.run)),
-            "snapshots": len(list((trainer.run / "snapshots").glob("mb*[0-9]"))),
+            # One snapshot is being written, and perhaps one removed, in a thread.
+            "files": sum(len(names) for path, _, names in os.walk(trainer.run) if "snapshots" not in path),
+            "snapshots": len(list((trainer.run / "snapshots").iterdir())),
             **opened,
         }
         opened.clear()
@@ -62,19 +63,19 @@ def endure(macro_batches: int, folder: Path) -> None:
     notes = [json.loads(line) for line in (folder / NOTES).read_text().splitlines()]
     assert len(notes) >= macro_batches
     size = len(notes) // 4
-    second, last = notes[size : 2 * size], notes[-size:]
-    for name in ("descriptors", "threads", "files", "snapshots"):
+    first, second, last = notes[:size], notes[size : 2 * size], notes[-size:]
+    took = [(part[-1]["seconds"] - part[0]["seconds"]) / (size - 1) for part in (first, last)]
+    each = " and ".join(f"{1000 * seconds:.1f} ms" for seconds in took)
+    most = " and ".join(f"{max(note['memory'] for note in part) / 2**20:.0f} MiB" for part in (first, last))
+    print(f"first and last quarter of {macro_batches:,} macro-batches: {each} each, at most {most}", flush=True)
+    for name in ("descriptors", "threads", "files"):
         assert max(note[name] for note in last) <= max(note[name] for note in second), name
+    assert max(note["snapshots"] for note in notes) <= 4, "two are kept"
     assert max(note["memory"] for note in last) <= max(note["memory"] for note in second) + MARGIN, "memory grows"
     opens = [sum(note["opened"] for note in part) for part in (second, last)]
     assert opens[1] <= opens[0] + size // 10, f"files opened in two quarters: {opens}"
     assert not any(note.get("metrics read") for note in notes[1:]), "metrics.jsonl is read again"
     assert len((folder / "run" / "metrics.jsonl").read_text().splitlines()) == macro_batches
-    took = [(part[-1]["seconds"] - part[0]["seconds"]) / (size - 1) for part in (notes[:size], last)]
-    peaks = [max(note["memory"] for note in part) / 2**20 for part in (notes[:size], last)]
-    each = " and ".join(f"{1000 * seconds:.1f} ms" for seconds in took)
-    most = " and ".join(f"{peak:.0f} MiB" for peak in peaks)
-    print(f"first and last quarter of {macro_batches:,} macro-batches: {each} each, at most {most}")
 
 
 LONG = EXPERIMENT.replace("tracking=TrackingConfig(", "tracking=TrackingConfig(progress=False, ")

@@ -305,6 +305,26 @@ def test_what_another_program_s_format_cannot_hold_is_refused_when_it_is_read(pl
     assert code == 2 and "chat_template.json is not valid JSON" in line
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("text_bytes", {"a": 1}), ("documents", None), ("tokens", -1), ("tokens", True)]
+)
+def test_counts_of_a_store_are_counts(place: Path, name: str, value: Any) -> None:
+    for run, pattern in (("tale", "text*"), ("sums", "adder*")):
+        (store,) = Path("data").glob(pattern)
+        facts = read_json(store / "store.json")
+        facts["splits"]["val"][name] = value
+        write_json(store / "store.json", facts)
+        code, line = tell(f"evaluate {run}")
+        assert code == 2 and str(store) in line, line
+
+
+def test_a_report_does_without_a_figure_that_is_missing(place: Path) -> None:
+    lines = Path("sums/metrics.jsonl").read_text().splitlines()
+    rows = [{name: value for name, value in json.loads(line).items() if name != "tokens"} for line in lines]
+    Path("sums/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert tell("report sums") == (0, "")
+
+
 def test_a_tokenizer_that_makes_its_library_panic_is_told(place: Path) -> None:
     content = read_json(Path("hf-tale/tokenizer.json"))
     content["model"]["continuing_subword_prefix"] = "/etc/passwd"
