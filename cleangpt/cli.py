@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from cleangpt import __version__
-from cleangpt.errors import RunFailedError, UserError, nearest
+from cleangpt.errors import RunFailedError, UserError, nearest, one_line
 from cleangpt.options import parse
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ RUN is a run's folder, or an experiment's name for its newest run. cleangpt COMM
 
 REFUSED = {"ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ESTALE", "EMFILE", "ENFILE"}
 """How the system says that a disk is full, read-only, closed to the user or broken: no fault of the program."""
+UNUSABLE = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
+"""How the system says that a path cannot be one of a file."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,10 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(words)
     except UserError as error:
-        print(f"{_speaker()}error: {error}", file=sys.stderr)
+        print(f"{_speaker()}error: {one_line(error)}", file=sys.stderr)
         return 2
     except RunFailedError as error:
-        print(f"{_speaker()}stopped: {error}", file=sys.stderr)
+        print(f"{_speaker()}stopped: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped at once; what was saved before is whole", file=sys.stderr)
@@ -99,7 +101,12 @@ def _dispatch(words: list[str]) -> int:
         return 0
     if words[0] not in COMMANDS:
         raise UserError(f"{words[0]!r} is not a command{nearest(words[0], COMMANDS)}; allowed: {', '.join(COMMANDS)}")
-    COMMANDS[words[0]](words[1:])
+    try:
+        COMMANDS[words[0]](words[1:])
+    except OSError as error:
+        if error.errno not in UNUSABLE:
+            raise
+        raise UserError(f"{error.filename}: {error.strerror}") from error
     return 0
 
 

@@ -11,6 +11,7 @@ import re
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from cleangpt.errors import UserError, nearest
@@ -339,35 +340,37 @@ def total_samples(experiment: Experiment) -> int:
 
 # Checking ------------------------------------------------------------------------------------------------------------
 
-AT_LEAST_ONE = "a whole number of 1 or more"
+LARGEST = 2**40
+AT_LEAST_ONE = f"a whole number of 1 or more, at most {LARGEST:,}"
+MOST = {
+    **dict.fromkeys(["model.n_layers", "model.n_experts"], 4096),
+    **dict.fromkeys(["model.n_heads", "model.n_kv_heads", "model.dim", "data.prefetch", "training.threads"], 2**20),
+    **dict.fromkeys(["model.hidden_dim", "model.expert_hidden_dim"], 2**24),
+    **dict.fromkeys(["model.vocab_size", "model.max_seq_len", "data.seq_len"], 2**31),
+}
+"""Where numbers end that have a meaning, so that what is made of several of them still fits into 64 bits."""
+
+
+def _up_to(most: int, value: int) -> bool:
+    return 1 <= value <= most
+
+
 SHARE = "from 0 to 1"
 RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
         [
-            "data.seq_len",
             "data.batch_size",
             "data.val_samples",
-            "data.prefetch",
-            "model.vocab_size",
-            "model.max_seq_len",
-            "model.n_layers",
-            "model.n_heads",
-            "model.dim",
-            "model.n_kv_heads",
-            "model.hidden_dim",
             "model.sliding_window",
             "model.global_every",
             "model.rope_original_seq_len",
-            "model.n_experts",
             "model.experts_per_token",
-            "model.expert_hidden_dim",
             "model.ngram_rows",
             "training.macro_batches",
             "training.batches_per_macro_batch",
             "training.accumulation",
             "training.micro_batch_size",
             "training.recompute_every",
-            "training.threads",
             "training.loss_chunk",
             "training.max_skipped_steps",
             "optimizer.muon.iterations",
@@ -385,8 +388,9 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
             "saving.keep_best",
             "saving.checkpoint_every",
         ],
-        (lambda value: value >= 1, AT_LEAST_ONE),
+        (lambda value: 1 <= value <= LARGEST, AT_LEAST_ONE),
     ),
+    **{name: (partial(_up_to, most), f"a whole number of 1 or more, at most {most:,}") for name, most in MOST.items()},
     **dict.fromkeys(
         ["tracking.sample_tokens", "tracking.score_samples", "training.seed", "saving.patience"],
         (lambda value: 0 <= value < 2**63, "a whole number of 0 or more"),
@@ -418,13 +422,12 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
             "model.logit_soft_cap",
             "model.balance_rate",
         ],
-        (lambda value: value > 0, "more than 0"),
+        (lambda value: 0 < value <= 1e30, "more than 0, at most 1e30"),
     ),
     "model.rope_factor": (lambda value: value >= 1, "1 or more"),
-    "model.head_dim": (lambda value: value >= 2 and value % 2 == 0, "an even number of 2 or more"),
-    **dict.fromkeys(
-        ["model.n_shared_experts", "model.separator"], (lambda value: value >= 0, "a whole number of 0 or more")
-    ),
+    "model.head_dim": (lambda value: 2 <= value <= 2**20 and value % 2 == 0, "an even number of 2 or more"),
+    "model.n_shared_experts": (lambda value: 0 <= value <= 4096, "a whole number of 0 or more, at most 4,096"),
+    "model.separator": (lambda value: value >= 0, "a whole number of 0 or more"),
     **dict.fromkeys(
         ["model.dropout", "fine_tuning.lora.dropout"], (lambda value: 0 <= value < 1, "from 0 to below 1")
     ),
@@ -505,6 +508,8 @@ def check_experiment(experiment: Experiment, devices: int = 1) -> None:
             )
     if experiment.optimizer.muon.lr is not None and experiment.optimizer.lr == 0:
         raise UserError(f"optimizer.lr is {experiment.optimizer.lr}; allowed with optimizer.muon.lr: more than 0")
+    if (tokens := total_samples(experiment) * data.seq_len) >= 2**63:
+        raise UserError(f"the run has {tokens:,} tokens; allowed: less than 2**63")
     _check_fine_tuning(experiment)
 
 

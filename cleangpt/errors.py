@@ -1,8 +1,9 @@
 """The one kind of exception that reaches a user as a single line, without a traceback."""
 
+import contextlib
 import difflib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 
 
@@ -19,6 +20,44 @@ class RunFailedError(Exception):
 
 class DivergedError(RunFailedError):
     """A run whose losses or gradients are no longer finite."""
+
+
+LONGEST_LINE = 1000
+BLAMED: tuple[type[Exception], ...] = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
+
+@contextlib.contextmanager
+def blaming(place: object, *also: type[Exception]) -> Iterator[None]:
+    """Blames a file for what fails while its content is taken apart, since a stranger's may hold anything.
+
+    Args:
+        place: the file.
+        also: kinds of error to blame it for, besides those of Python's own operations.
+
+    Raises:
+        UserError: something failed; names the `place`.
+    """
+    try:
+        yield
+    except BLAMED + also as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(f"{place} is not what CleanGPT writes: {type(error).__name__}: {reason}") from error
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, as one line that is fit for a terminal, whatever a file or a word put into it."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]}…"
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

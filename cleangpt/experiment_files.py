@@ -1,8 +1,9 @@
 """Experiment files: where they are found, and how one becomes an `Experiment`.
 
-An experiment file *is* code and runs as such when it is trained; only train, resume and --code do that.
+An experiment file *is* code and runs as such: in train, resume, plan, report --schedule and --code, and nowhere else.
 """
 
+import ast
 import dataclasses
 import importlib.util
 import re
@@ -12,8 +13,8 @@ from typing import Any
 
 from cleangpt import config
 from cleangpt.config import Experiment
-from cleangpt.errors import UserError, nearest
-from cleangpt.files import read_json
+from cleangpt.errors import UserError, blaming, nearest
+from cleangpt.files import read_json, read_text
 
 MODULE = "cleangpt_experiment"
 
@@ -76,6 +77,7 @@ def run_file(path: Path) -> Any:
     sys.modules[MODULE] = module
     sys.path.insert(0, str(path.parent))
     try:
+        _check_python(path)
         spec.loader.exec_module(module)
     except SyntaxError as error:
         raise UserError(f"{path}, line {error.lineno}: {error.msg}") from None
@@ -90,12 +92,22 @@ def run_file(path: Path) -> Any:
     return module
 
 
+def _check_python(path: Path) -> None:
+    """Raises UserError where Python's parser gives up on a file in another way than by a SyntaxError."""
+    source = read_text(path)
+    try:
+        ast.parse(source)
+    except (MemoryError, RecursionError, ValueError) as error:
+        raise UserError(f"{path} is not Python: {error or 'it is nested too deeply'}") from None
+
+
 def recorded_overrides(path: Path) -> list[str]:
     """The overrides that the run was started with, where `path` is the experiment.py of a run directory."""
     if path.name != "experiment.py" or not (path.parent / "environment.json").is_file():
         return []
-    words = read_json(path.parent / "environment.json").get("overrides", [])
-    return _without_run([str(word) for word in words])
+    facts = read_json(path.parent / "environment.json")
+    with blaming(path.parent / "environment.json"):
+        return _without_run([str(word) for word in facts.get("overrides", [])])
 
 
 def _without_run(words: list[str]) -> list[str]:

@@ -4,8 +4,9 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from cleangpt.errors import UserError
 
 MANIFEST = "manifest.json"
 PARTIAL, OLD = ".partial", ".old"
+LONGEST = 2**28
+"""Bytes of text or JSON that are read at once, at most."""
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -42,16 +45,63 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_text(path: Path) -> str:
+    """The UTF-8 text in `path`.
+
+    Raises:
+        UserError: the file is missing, no file but a device or a pipe, longer than `LONGEST`, or not UTF-8.
+    """
+    check_regular(path)
+    if (size := path.stat().st_size) > LONGEST:
+        raise UserError(f"{path} has {size:,} bytes; allowed: at most {LONGEST:,}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not valid UTF-8: {error.reason} at byte {error.start:,}") from None
+
+
+def check_regular(path: Path) -> None:
+    """Refuses what would be read without end, such as a link to /dev/zero.
+
+    Raises:
+        UserError: the file is missing, or a folder, a device or a pipe.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
+
+
+def plain_name(name: str, place: Path) -> str:
+    """The name of a file, as read from the file `place`, which may name no file but its neighbours.
+
+    Raises:
+        UserError: it leads to another folder.
+    """
+    if not isinstance(name, str) or name in ("", ".", "..") or any(letter in name for letter in "/\\:\0"):
+        raise UserError(f"{place} names {name!r}; allowed: a file's name without a folder")
+    return name
+
+
+def parse_json(text: str) -> Any:
+    """The JSON value in a text.
+
+    Raises:
+        ValueError: it is not JSON, or has half a surrogate pair, which is no character and cannot be written again.
+        RecursionError: it is nested too deeply.
+    """
+    value = json.loads(text)
+    if re.search(r"\\u[dD]", text):
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
+
+
 def read_json(path: Path) -> Any:
     """The JSON value in `path`.
 
     Raises:
-        UserError: the file is missing or not valid JSON.
+        UserError: as `read_text`, or the file is not valid JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
+        return parse_json(read_text(path))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
 
@@ -131,14 +181,17 @@ def clean(folder: Path) -> None:
     for old in folder.glob("*" + OLD):
         restore(old.with_suffix(""))
     for partial in folder.glob("*" + PARTIAL):
-        if partial.is_dir():
+        if partial.is_dir() and not partial.is_symlink():
             shutil.rmtree(partial, ignore_errors=True)  # what a dying process is still writing goes the next time
         else:
             partial.unlink(missing_ok=True)
 
 
 def remove(folder: Path) -> None:
-    """Removes a folder: after a crash it is whole, or not there."""
+    """Removes a folder: after a crash it is whole, or not there. Of a link to one, the link alone."""
+    if folder.is_symlink():
+        folder.unlink()
+        return
     partial = folder.with_name(folder.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     folder.replace(partial)
@@ -146,13 +199,16 @@ def remove(folder: Path) -> None:
     shutil.rmtree(partial)
 
 
-def damage(folder: Path, part: int = 0, parts: int = 1) -> str:
+def damage(folder: Path, part: int = 0, parts: int = 1, needed: Iterable[str] = ()) -> str:
     """Says in a few words what is wrong with a sealed folder, or returns an empty string when it is whole.
 
-    Several processes may share the work: each looks at one of so many `parts` of the files.
+    Several processes may share the work: each looks at one of so many `parts` of the files. The manifest must name
+    those that are `needed`.
     """
     try:
         manifest = read_json(folder / MANIFEST)
+        if missing := sorted(set(needed) - manifest.keys()):
+            return f"{missing[0]} is not in {MANIFEST}"
         for name, entry in list(manifest.items())[part::parts]:
             path = folder / name
             if Path(name).name != name or not path.is_file():
@@ -163,6 +219,6 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str:
                 return f"{name} does not match its checksum"
     except (UserError, OSError) as error:  # a disk that fails says so when it is read
         return str(error)
-    except (AttributeError, KeyError, TypeError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         return f"{MANIFEST} is not a manifest"
     return ""

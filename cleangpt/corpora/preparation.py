@@ -26,9 +26,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from cleangpt.config import CorpusConfig, to_json
 from cleangpt.corpora.reading import Piece, TextFile
 from cleangpt.data.chat import ChatTemplate
-from cleangpt.data.store import StoreWriter, TokenStore
+from cleangpt.data.store import STORE, StoreWriter, TokenStore
 from cleangpt.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer, train_bpe
-from cleangpt.errors import UserError
+from cleangpt.errors import UserError, blaming
 from cleangpt.files import PARTIAL
 
 GROUP = 2**21
@@ -270,10 +270,11 @@ def one_line(folder: Path) -> Iterator[None]:
 
 def changed(store: TokenStore) -> str:
     """The first file of text that has changed since the store was made of it, or an empty string."""
-    for name, size, modified in (store.facts["source"] or {}).get("files", []):
-        path = Path(name)
-        if path.is_file() and (path.stat().st_size, path.stat().st_mtime_ns) != (size, modified):
-            return str(path)
+    with blaming(store.folder / STORE):
+        for name, size, modified in store.source.get("files", []):
+            path = Path(name)
+            if path.is_file() and (path.stat().st_size, path.stat().st_mtime_ns) != (size, modified):
+                return str(path)
     return ""
 
 

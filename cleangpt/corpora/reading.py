@@ -22,6 +22,8 @@ BLOCK = 2**16
 """Bytes of plain text read at once."""
 LONGEST = 2**26
 """Characters that a document between separators may have."""
+LONGEST_LINE = 2**28
+"""Bytes that a line of JSON may have: a small file that was compressed may hold a very long one."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +133,10 @@ def json_lines(path: Path) -> Iterator[tuple[Any, str, int]]:
     with path.open("rb") as raw:
         try:
             for number, line in enumerate(_decompressed(path, raw), start=1):
+                place = f"{path}, line {number:,}"
+                if len(line) > LONGEST_LINE:
+                    raise UserError(f"{place} has more than {LONGEST_LINE:,} bytes; allowed: at most so many")
                 if line.strip():
-                    place = f"{path}, line {number:,}"
                     yield _parsed(line, place), place, raw.tell()
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise UserError(f"{path} is damaged: {error}") from None
@@ -230,18 +234,24 @@ def _decode(data: bytes, path: Path, at: int) -> str:
 
 
 def _decompressed(path: Path, raw: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file that may be compressed."""
+    """The lines of a file that may be compressed, each up to one byte more than a line may have."""
     if path.suffix.lower() == ".gz":
         with gzip.open(raw) as file:
-            yield from file
+            yield from _lines(file)
     elif path.suffix.lower() == ".zst":
         library = require("zstandard", "zstd")
         try:
-            yield from io.BufferedReader(library.ZstdDecompressor().stream_reader(raw, read_across_frames=True), BLOCK)
+            stream = library.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+            yield from _lines(io.BufferedReader(stream, BLOCK))
         except library.ZstdError as error:
             raise UserError(f"{path} is damaged: {error}") from None
     else:
-        yield from raw
+        yield from _lines(raw)
+
+
+def _lines(file: Any) -> Iterator[bytes]:
+    while line := file.readline(LONGEST_LINE + 1):
+        yield line
 
 
 def _parsed(line: bytes, place: str) -> Any:

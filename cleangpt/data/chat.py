@@ -3,22 +3,21 @@
 A conversation is a list of messages, each with a role (system, user, assistant) and its content. A template in Jinja,
 the form in which Hugging Face's tokenizers carry theirs, says how it is written. It comes from a file, so it runs in
 Jinja's sandbox: it sees the messages, the names of special tokens and the date, and can neither call nor change
-anything else, though it can waste time. It lies as `chat_template.json` beside every token store of conversations and
-in every checkpoint trained on one.
+anything else; and it runs in a process of its own, which ends when it takes too long (`data/rendering.py`). It lies as
+`chat_template.json` beside every token store of conversations and in every checkpoint trained on one.
 """
 
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cleangpt.data.rendering import BEGIN, END, Renderer, TemplateError, render_here
 from cleangpt.data.tokenizers import (
     BEGINS_OF_TEXT,
     END_OF_TEXT,
@@ -28,15 +27,14 @@ from cleangpt.data.tokenizers import (
     Tokenizer,
     ends_of,
 )
-from cleangpt.errors import UserError, require
-from cleangpt.files import read_json
+from cleangpt.errors import UserError, blaming, require
+from cleangpt.files import read_json, read_text
 from cleangpt.interchange.hub import fetch, is_huggingface
 
 CHAT_TEMPLATE = "chat_template.json"
 THEIR_TEMPLATE, THEIR_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 ASSISTANT = "assistant"
-BEGIN, END = "\ufdd0", "\ufdd1"
-"""Stand around an answer while a template runs; Unicode keeps both from ever being characters."""
+RENDERER = Renderer()
 PLAIN = """\
 {%- for message in messages -%}
 {{ message['role'] + '\\n' }}
@@ -106,16 +104,15 @@ class ChatTemplate:
         return json.dumps({"template": self.source, **self.special}, ensure_ascii=False, indent=2) + "\n"
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        require("jinja2", "chat")
+        values = {
+            "messages": [dict(message) for message in messages], "add_generation_prompt": add_generation_prompt,
+            "tools": None, "documents": None, **self.special,
+        }  # fmt: skip
         try:
-            text = _compiled(self.source).render(
-                messages=[dict(message) for message in messages], add_generation_prompt=add_generation_prompt,
-                tools=None, documents=None, **self.special,
-            )  # fmt: skip
-        except UserError:
-            raise
-        except Exception as error:  # someone else's template may fail in any way
-            raise UserError(f"the chat template fails: {_first_line(error)}") from None
-        return str(text)
+            return render_here(self.source, values) if self.source == PLAIN else RENDERER.render(self.source, values)
+        except TemplateError as error:
+            raise UserError(str(error)) from None
 
 
 # Where a template comes from -----------------------------------------------------------------------------------------
@@ -165,7 +162,8 @@ def find_template(folder: Path) -> ChatTemplate | None:
         raise UserError(f"{folder / THEIR_CONFIG} is not a JSON object")
     source = config.get("chat_template")
     if isinstance(source, list):  # several by name
-        source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
+        with blaming(folder / THEIR_CONFIG):
+            source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
     if (folder / THEIR_TEMPLATE).is_file():
         source = _read(folder / THEIR_TEMPLATE)
     return ChatTemplate(source, _special_of(config)) if isinstance(source, str) else None
@@ -190,11 +188,9 @@ def _names(tokenizer: Tokenizer) -> dict[str, str]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; give a chat template, a file in Jinja") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not valid UTF-8; give a chat template, a file in Jinja") from None
+        return read_text(path)
+    except UserError as error:
+        raise UserError(f"{error}; give a chat template, a file in Jinja") from None
 
 
 # Tokens --------------------------------------------------------------------------------------------------------------
@@ -283,56 +279,7 @@ def _from_to(starts: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.stack([starts, starts + 1], axis=1)
 
 
-# The sandbox ---------------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=16)
-def _compiled(source: str) -> Any:
-    environment = _sandbox()
-    try:
-        return environment.from_string(source)
-    except Exception as error:  # a syntax error, or one of Python's own where Jinja lets it through
-        raise UserError(f"the chat template is not valid Jinja: {_first_line(error)}") from None
-
-
-@lru_cache(maxsize=1)
-def _sandbox() -> Any:
-    """Jinja as templates of the field expect it; needs cleangpt[chat]."""
-    jinja2 = require("jinja2", "chat")
-    sandbox, extensions = require("jinja2.sandbox", "chat"), require("jinja2.ext", "chat")
-
-    class Generation(extensions.Extension):  # type: ignore[misc, name-defined]
-        """``{% generation %}...{% endgeneration %}`` stands around what the assistant says."""
-
-        tags = frozenset({"generation"})
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
-
-        def _marked(self, caller: Any) -> str:
-            return f"{BEGIN}{caller()}{END}"
-
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, extensions.loopcontrols]
-    )
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": _strftime_now}
-    environment.filters["tojson"] = _to_json
-    return environment
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    """As JSON; Jinja's own filter writes it for a web page."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+# The text ------------------------------------------------------------------------------------------------------------
 
 
 def _unmarked(text: str) -> tuple[str, Spans]:
@@ -346,7 +293,3 @@ def _unmarked(text: str) -> tuple[str, Spans]:
         else:
             plain += part
     return plain, spans
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

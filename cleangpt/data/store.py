@@ -28,13 +28,14 @@ from numpy.typing import NDArray
 
 from cleangpt.data.chat import CHAT_TEMPLATE, ChatTemplate, find_template
 from cleangpt.data.tokenizers import Tokenizer, load_tokenizer
-from cleangpt.errors import UserError
-from cleangpt.files import PARTIAL, read_json, seal, sha256, write_json, write_text
+from cleangpt.errors import UserError, blaming
+from cleangpt.files import PARTIAL, plain_name, read_json, seal, sha256, write_json, write_text
 
 FORMAT = 1
 STORE, TOKENIZER, CARD, JOURNAL = "store.json", "tokenizer.json", "card.md", "journal.json"
 SPLITS = ("train", "val", "test")
 SHARD_TOKENS = 2**28
+COUNTS = ("tokens", "documents", "text_bytes")
 
 
 @dataclass
@@ -73,22 +74,22 @@ class Split:
     def __init__(
         self, folder: Path, facts: dict[str, Any], dtype: np.dtype[Any], row_length: int | None, vocab_size: int
     ) -> None:
-        self.tokens: int = facts["tokens"]
-        self.documents: int = facts["documents"]
-        self.text_bytes: int = facts["text_bytes"]
+        self.tokens, self.documents, self.text_bytes = (_count(facts, name) for name in COUNTS)
         self.row_length, self.vocab_size = row_length, vocab_size
         self.masked: bool = facts["masked"]
         self._folder = folder
-        self._document_file = folder / facts["document_file"] if facts["document_file"] else None
+        self._document_file = _within(folder, facts["document_file"]) if facts["document_file"] else None
         self._starts, self._shards, self._masks = [0], [], []
-        self._files = [folder / shard["file"] for shard in facts["shards"]]
+        self._files = [_within(folder, shard["file"]) for shard in facts["shards"]]
         for shard in facts["shards"]:
-            self._shards.append(_map(folder / shard["file"], dtype, shard["tokens"]))
+            self._shards.append(_map(_within(folder, shard["file"]), dtype, shard["tokens"]))
             if self.masked:
-                self._masks.append(_map(folder / shard["mask_file"], np.dtype(np.uint8), shard["tokens"]))
+                self._masks.append(_map(_within(folder, shard["mask_file"]), np.dtype(np.uint8), shard["tokens"]))
             self._starts.append(self._starts[-1] + shard["tokens"])
         if self._starts[-1] != self.tokens:
             raise UserError(f"{folder / STORE}: shards hold {self._starts[-1]:,} tokens, not {self.tokens:,}")
+        if row_length is not None and row_length * self.documents != self.tokens:
+            raise UserError(f"{folder / STORE}: {self.documents} rows of {row_length} are not {self.tokens:,} tokens")
 
     def read(self, start: int, length: int) -> NDArray[Any]:
         """Tokens `start` to `start + length`, across shards; a view of the file where one shard holds them all."""
@@ -132,18 +133,30 @@ class TokenStore:
         if not (folder / STORE).is_file():
             raise UserError(f"{folder} is not a token store: it has no {STORE}; make one with cleangpt prepare")
         facts = read_json(folder / STORE)
-        if facts.get("format") != FORMAT:
-            raise UserError(f"{folder} has token store format {facts.get('format')}; this version reads {FORMAT}")
+        with blaming(folder / STORE):
+            if facts.get("format") != FORMAT:
+                raise UserError(f"{folder} has token store format {facts.get('format')}; this version reads {FORMAT}")
+            self._open(folder, facts)
+
+    def _open(self, folder: Path, facts: dict[str, Any]) -> None:
         self.folder, self.facts = folder, facts
         self.tokenizer: Tokenizer = load_tokenizer(folder / TOKENIZER)
         self.chat_template: ChatTemplate | None = find_template(folder)
         self.vocab_size: int = facts["vocab_size"]
         self.row_length: int | None = facts["row_length"]
+        if facts["dtype"] not in ("uint16", "uint32"):
+            raise ValueError(f"dtype is {facts['dtype']!r}")
         dtype = np.dtype(facts["dtype"]).newbyteorder("<")
+        self.source: dict[str, Any] = dict(facts["source"] or {})
         self.splits = {
             name: Split(folder, split, dtype, self.row_length, self.vocab_size)
             for name, split in facts["splits"].items()
         }
+        if self.vocab_size != self.tokenizer.vocab_size:
+            raise UserError(
+                f"{folder / STORE}: vocab_size is {self.vocab_size!r}; allowed: the tokenizer's, which is "
+                f"{self.tokenizer.vocab_size:,}"
+            )
 
     def fingerprint(self) -> dict[str, Any]:
         """The checksum of every file of tokens, as noted when it was made, and of the tokenizer; sizes and times."""
@@ -375,6 +388,18 @@ def _rank(split: str) -> tuple[int, str]:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else -1
+
+
+def _count(facts: Mapping[str, Any], name: str) -> int:
+    """A count from the description of a split; raises ValueError for anything else."""
+    count = facts[name]
+    if type(count) is not int or count < 0:
+        raise ValueError(f"{name} is {count!r}")
+    return count
+
+
+def _within(folder: Path, name: str) -> Path:
+    return folder / plain_name(name, folder / STORE)
 
 
 def _map(path: Path, dtype: np.dtype[Any], length: int) -> NDArray[Any]:

@@ -5,8 +5,9 @@ that `tokenizers` made is kept in that library's own format, so that it can be e
 `encode` took, `decode` gives back.
 """
 
+import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cleangpt.errors import UserError, require
+from cleangpt.files import parse_json, read_text
 from cleangpt.interchange.hub import fetch, is_huggingface
 
 END_OF_TEXT = "<|endoftext|>"
@@ -118,10 +120,8 @@ class BPETokenizer:
 
     def __init__(self, text: str) -> None:
         library = require("tokenizers", "bpe")
-        try:
+        with _library():
             self._tokenizer = library.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(f"this is not a tokenizer of Hugging Face's tokenizers: {error}") from None
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -144,7 +144,7 @@ class BPETokenizer:
         """What becomes of a text; empty where it cannot be encoded."""
         try:
             return self.decode(self.encode(text).tolist())
-        except Exception:  # the library raises bare Exception, here at a character that it does not know
+        except UserError:  # such as a character that it does not know
             return ""
 
     def encode(self, text: str) -> NDArray[np.int64]:
@@ -157,14 +157,16 @@ class BPETokenizer:
             _utf8(text)
         if self._loses_blank:
             texts = [f" {text}" if text.startswith(" ") else text for text in texts]
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        with _library():
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.int64) for encoding in encodings]
 
     def encode_special(self, texts: list[str]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """Token ids `(length,)` of texts in which special tokens are read, and the characters of each `(length, 2)`."""
         for text in texts:
             _utf8(text)
-        encodings = self._reading_special.encode_batch(texts, add_special_tokens=False)
+        with _library():
+            encodings = self._reading_special.encode_batch(texts, add_special_tokens=False)
         return [
             (np.array(encoding.ids, np.int64), np.array(encoding.offsets, np.int64).reshape(-1, 2))
             for encoding in encodings
@@ -178,11 +180,24 @@ class BPETokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the tokens; special tokens are left out."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+        with _library():
+            return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def to_json(self) -> str:
         """The library's own format."""
         return str(self._tokenizer.to_str(pretty=True))
+
+
+@contextlib.contextmanager
+def _library() -> Iterator[None]:
+    """Tells what `tokenizers` makes of a tokenizer that it does not understand; it raises bare Exception, and panics,
+    which are no Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise UserError(f"this is not a tokenizer of Hugging Face's tokenizers: {error}") from None
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
@@ -246,7 +261,7 @@ def from_json(text: str) -> Tokenizer:
         UserError: the text is not JSON, or no tokenizer.
     """
     try:
-        facts: Any = json.loads(text)
+        facts: Any = parse_json(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"the tokenizer is not valid JSON: {error}") from None
     if not isinstance(facts, dict):
@@ -285,11 +300,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
         if not (path / "tokenizer.json").is_file() and (path / "merges.txt").is_file():
             return _read_merges(path)
         path = path / "tokenizer.json"
+    text = read_text(path)
     try:
-        return from_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (UserError, UnicodeDecodeError) as error:
+        return from_json(text)
+    except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 

@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from cleangpt.config import Experiment, check_experiment
 from cleangpt.corpora import prepare
 from cleangpt.corpora.mixture import tasks
 from cleangpt.data.batches import validation_batches
@@ -17,7 +18,7 @@ from cleangpt.evaluation.validate import loss_figures, mean_loss, source_figures
 from cleangpt.files import write_json
 from cleangpt.objectives import OBJECTIVES
 from cleangpt.tracking.metrics import of_source
-from cleangpt.training.checkpoints import best_checkpoint, load_checkpoint
+from cleangpt.training.checkpoints import Checkpoint, best_checkpoint, load_checkpoint
 from cleangpt.training.device import autocast, compute_dtype
 from cleangpt.training.run import read_experiment
 
@@ -32,13 +33,15 @@ def evaluate_run(run: Path, checkpoint: str | None, split: str | None, device: t
     folder = best_checkpoint(run) if checkpoint is None else _named(run, checkpoint)
     loaded = load_checkpoint(folder)
     store = prepare(experiment.corpus, Path(experiment.data.folder))
+    _check(experiment, loaded, store)
     name = _split(store, split)
     model, splits = loaded.model(device), {source: part.splits[name] for source, part in stores(store).items()}
     samples = split_samples(store, name, experiment.data.seq_len)
     context = autocast(device, compute_dtype(device, experiment.training.precision))
     losses = {}
     for source, part in samples.items():
-        batches = validation_batches(part, experiment.training.micro_batch_size or experiment.data.batch_size)
+        size = experiment.training.micro_batch_size or experiment.data.batch_size
+        batches = validation_batches(part, min(size, part.num_validation))
         losses[source] = mean_loss(model, OBJECTIVES[experiment.objective], batches, device, context)
     loss = sum(share * losses[source] for source, share in mean_shares(store).items())
     figures: dict[str, Any] = {
@@ -63,6 +66,20 @@ def table(figures: dict[str, Any]) -> None:
         if value is not None:
             rows.add_row(name.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else str(value))
     Console().print(rows)
+
+
+def _check(experiment: Experiment, checkpoint: Checkpoint, store: Store) -> None:
+    """Refuses a run whose parts do not belong together."""
+    check_experiment(experiment)
+    if experiment.objective not in OBJECTIVES:
+        raise UserError(f"objective is {experiment.objective!r}; allowed: {', '.join(OBJECTIVES)}")
+    model = checkpoint.config
+    for name, needed, most in (
+        ("tokens", store.vocab_size, model.vocab_size or 0),
+        ("positions", experiment.data.seq_len, model.max_seq_len),
+    ):
+        if needed > most:
+            raise UserError(f"{checkpoint.folder} knows {most:,} {name}, its run has {needed:,}: it is of another run")
 
 
 def _split(store: Store, wanted: str | None) -> str:

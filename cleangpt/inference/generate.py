@@ -4,15 +4,19 @@ A model reads at most `max_seq_len` tokens. A text that grows longer goes on aft
 of a token stays the same on the average, with a cache.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+import math
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from cleangpt.errors import UserError
 from cleangpt.inference.sampling import GREEDY, Draws, Sampling, distribution
 from cleangpt.models.cache import KVCache
 from cleangpt.models.parts import take
+
+CACHE_STEP = 256
 
 
 class Token(NamedTuple):
@@ -39,6 +43,10 @@ class Context:
         cached: whether to use a KV cache, where the model has one.
         compiled: whether to compile the reading of single tokens, with a cache.
         spare: by how many tokens rows may be taken back.
+        room: tokens that will be added to a row at most, so that a cache takes no memory for more; none: not known.
+
+    Raises:
+        UserError: a row has no tokens, or one that the model does not have.
     """
 
     def __init__(
@@ -51,9 +59,14 @@ class Context:
         cached: bool = True,
         compiled: bool = False,
         spare: int = 0,
+        room: int | None = None,
     ) -> None:
         self.model, self.rows, self.device, self.vocab_size = model, [list(row) for row in rows], device, vocab_size
-        self.cached, self.spare = cached and getattr(model, "new_cache", None) is not None, spare
+        self.cached, self.spare, self.room = cached and getattr(model, "new_cache", None) is not None, spare, room
+        if not all(self.rows):
+            raise UserError("the prompt has no tokens")
+        if (largest := max(map(max, self.rows))) >= (known := cast(Any, model).config.vocab_size):
+            raise UserError(f"the prompt has the token {largest}; this model has {known:,} tokens, from 0 on")
         self.limit = max_seq_len(model)
         self._cache: KVCache | None = None
         self._reads_new = cast(nn.Module, torch.compile(model)) if compiled and self.cached else model
@@ -95,6 +108,9 @@ class Context:
         if not self.cached:
             return take(self.model(tokens), wanted)
         self._cache = cache = cast(Any, self.model).new_cache(self.spare + longest - min(lengths))
+        if self.room is not None:
+            # In steps, so that a compiled model meets few sizes.
+            cache.limit(-(-(longest + self.room + self.spare) // CACHE_STEP) * CACHE_STEP)
         logits: Tensor = self.model(tokens, cache, wanted)
         cache.rewind(lengths)
         return logits
@@ -139,7 +155,9 @@ def generate(
         cached: whether to use a KV cache, where the model has one.
         compiled: whether to compile the reading of single tokens, with a cache.
     """
-    context = Context(model, prompts, device, vocab_size=vocab_size, cached=cached, compiled=compiled)
+    context = Context(
+        model, prompts, device, vocab_size=vocab_size, cached=cached, compiled=compiled, room=max_new_tokens
+    )
     draws = Draws(sampling.seed + row for row in range(len(prompts)))
     ended = [False] * len(prompts)
     for _ in range(max_new_tokens):
@@ -147,11 +165,18 @@ def generate(
         drawn = draws.tokens(_next(context, logits, sampling))
         logprobs = logits.log_softmax(dim=-1).gather(1, drawn[:, None])[:, 0].tolist()
         tokens = drawn.tolist()
+        _check_numbers(logprobs)
         ended = [before or token in ends for before, token in zip(ended, tokens, strict=True)]
         if all(ended):
             return
         yield [None if over else Token(*pair) for over, *pair in zip(ended, tokens, logprobs, strict=True)]
         context.add(tokens)
+
+
+def _check_numbers(logprobs: Iterable[float]) -> None:
+    """Raises UserError where the logits were not finite: no token follows from them."""
+    if any(map(math.isnan, logprobs)):
+        raise UserError("the model's logits are not finite: it has diverged, or its weights are damaged")
 
 
 def _next(context: Context, logits: Tensor, sampling: Sampling, without: int = 0) -> Tensor:
@@ -197,7 +222,12 @@ def speculate(
         ends: tokens to stop at; they are not given out.
         compiled: whether to compile the reading of new tokens.
     """
-    given: dict[str, Any] = {"vocab_size": vocab_size, "spare": draft_tokens + 1, "compiled": compiled}
+    given: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "spare": draft_tokens + 1,
+        "compiled": compiled,
+        "room": max_new_tokens,
+    }
     large, small = (Context(one, [prompt], device, **given) for one in (model, draft))
     draws, left = Draws([sampling.seed]), max_new_tokens
     while left > 0:
@@ -238,4 +268,6 @@ def _check(context: Context, guesses: Sequence[tuple[int, Tensor]], draws: Draws
             break
     chosen = context.rows[0][len(context.rows[0]) - place - 1 :]
     logprobs = logits.log_softmax(dim=-1)
-    return [Token(token, float(logprobs[number, token])) for number, token in enumerate(chosen)]
+    tokens = [Token(token, float(logprobs[number, token])) for number, token in enumerate(chosen)]
+    _check_numbers(token.logprob for token in tokens)
+    return tokens

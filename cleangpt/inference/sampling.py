@@ -85,4 +85,5 @@ class Draws:
         reached = probabilities.double().cumsum(dim=-1)
         drawn = self.uniform().to(reached.device)[:, None] * reached[:, -1:]
         # To the right of equal sums, so that a token of probability 0 is never drawn.
-        return torch.searchsorted(reached, drawn, right=True)[:, 0]
+        # Probabilities that are no numbers give a place behind the last.
+        return torch.searchsorted(reached, drawn, right=True)[:, 0].clamp(max=reached.shape[1] - 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from cleangpt.config import ModelConfig
 from cleangpt.data.chat import THEIR_TEMPLATE, find_template, stop_tokens
 from cleangpt.data.store import TOKENIZER
-from cleangpt.errors import UserError
+from cleangpt.errors import UserError, blaming
 from cleangpt.files import read_json, write_json, write_text
 from cleangpt.interchange.hub import fetch, is_huggingface
 from cleangpt.interchange.vocabularies import ends, name_of, read_tokenizer, to_tokenizers, word_split
@@ -63,8 +63,10 @@ def read_huggingface(folder: Path) -> Checkpoint:
         raise UserError(f"{folder / CONFIG}: model_type is {kind!r}; allowed: {', '.join(MODEL_TYPES)}")
     mapping = MODEL_TYPES[kind]
     try:
-        config: ModelConfig = mapping.config_from_huggingface(entries)
-        weights: dict[str, Tensor] = mapping.from_huggingface(config, _read_weights(folder))
+        with blaming(CONFIG):
+            config: ModelConfig = mapping.config_from_huggingface(entries)
+        with blaming(WEIGHTS, RuntimeError):
+            weights: dict[str, Tensor] = mapping.from_huggingface(config, _read_weights(folder))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     return Checkpoint(folder, config, read_tokenizer(folder), weights, {"model_type": kind}, find_template(folder))

@@ -17,7 +17,7 @@ from cleangpt.data.tokenizers import (
     Tokenizer,
     load_tokenizer,
 )
-from cleangpt.errors import UserError
+from cleangpt.errors import UserError, blaming
 from cleangpt.files import read_json
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -87,15 +87,16 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     """
     path = folder / TOKENIZER
     content = read_json(path) if path.is_file() else None
-    if isinstance(content, dict) and isinstance(content.get("model"), dict):
-        vocabulary: Any = content["model"].get("vocab")
-        if content == to_tokenizers(ByteTokenizer()):
-            return ByteTokenizer()
-        if content["model"].get("type") == "WordLevel" and all(len(name) == 1 for name in vocabulary):
-            end = next((entry["content"] for entry in content["added_tokens"]), None)
-            ours = CharTokenizer("".join(sorted(vocabulary, key=vocabulary.__getitem__)), end)
-            if content == to_tokenizers(ours):
-                return ours
+    with blaming(path):
+        if isinstance(content, dict) and isinstance(content.get("model"), dict):
+            vocabulary: Any = content["model"].get("vocab")
+            if content == to_tokenizers(ByteTokenizer()):
+                return ByteTokenizer()
+            if content["model"].get("type") == "WordLevel" and all(len(name) == 1 for name in vocabulary):
+                end = next((entry["content"] for entry in content["added_tokens"]), None)
+                ours = CharTokenizer("".join(sorted(vocabulary, key=vocabulary.__getitem__)), end)
+                if content == to_tokenizers(ours):
+                    return ours
     return load_tokenizer(folder)
 
 

@@ -88,6 +88,12 @@ class KVCache:
         """What the tokens being read see in a block, by its window: a mask `(batch, 1, seq, seen)`, or none."""
         self.blocks = [BlockCache(self, window) for window in windows]
 
+    def limit(self, tokens: int) -> None:
+        """Keeps room for no more than `tokens` in a row; before the first are read."""
+        self.max_len = min(self.max_len, tokens)
+        for block in self.blocks:
+            block.slots = self.slots(block.window)
+
     def slots(self, window: int | None) -> int:
         """Tokens that a block with this window keeps."""
         return self.max_len if window is None else min(self.max_len, window + self.spare)

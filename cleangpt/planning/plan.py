@@ -1,5 +1,6 @@
 """The plan of an experiment: which strategies fit on so many devices, how fast they are and what they cost."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,9 +12,8 @@ from torch import nn
 from cleangpt.config import Experiment, FineTuningConfig, TrainingConfig, check_experiment, total_samples
 from cleangpt.corpora import store_folder
 from cleangpt.corpora.mixture import Mixture
-from cleangpt.data.store import STORE
+from cleangpt.data.store import STORE, TokenStore
 from cleangpt.errors import UserError
-from cleangpt.files import read_json
 from cleangpt.models import build_model, flops_per_token
 from cleangpt.objectives import choose_objective
 from cleangpt.planning.devices import Device
@@ -102,7 +102,7 @@ def with_vocabulary(experiment: Experiment) -> Experiment:
     facts = store_folder(corpus, Path(experiment.data.folder)) / STORE
     if not facts.is_file():
         raise UserError("model.vocab_size is None and the corpus is not prepared; give --model.vocab-size")
-    return replace(experiment, model=replace(experiment.model, vocab_size=read_json(facts)["vocab_size"]))
+    return replace(experiment, model=replace(experiment.model, vocab_size=TokenStore(facts.parent).vocab_size))
 
 
 def make_plan(
@@ -136,10 +136,11 @@ def make_plan(
             advice.append(planner.advise(count, ways))
     if not estimates:
         raise UserError(f"no strategy can run: {refused[0]}")
-    flops = flops_per_token(planner.model, experiment.data.seq_len)
     parameters = sum(parameter.numel() for parameter in planner.model.parameters())
     precision = planner.machine.precision
-    return Plan(experiment.name, parameters, flops, planner.tokens, device, precision, estimates, refused, advice)
+    return Plan(
+        experiment.name, parameters, planner.flops, planner.tokens, device, precision, estimates, refused, advice
+    )
 
 
 def _check(experiment: Experiment, counts: Sequence[int], per_node: int, tokens: int | None) -> None:
@@ -165,9 +166,11 @@ class _Planner:
         try:
             with torch.device("meta"):
                 self.model = build_model(experiment.model)
-                self.trained = trained_share(build_model(experiment.model), experiment.fine_tuning)
+                whole = experiment.fine_tuning == FineTuningConfig()
+                self.trained = 1.0 if whole else trained_share(build_model(experiment.model), experiment.fine_tuning)
         except RuntimeError as error:
             raise UserError(f"the model cannot be built: {str(error).splitlines()[0]}") from None
+        self.flops = flops_per_token(self.model, experiment.data.seq_len)
         self.measured: dict[tuple[int, bool], Workload] = {}
 
     def ways(self, count: int) -> list[Way]:
@@ -199,7 +202,8 @@ class _Planner:
         """The largest divisor of a device's part of a batch that `training.micro_batch_size` allows."""
         part = self.experiment.data.batch_size // place.parts
         most = min(training.micro_batch_size or part, part)
-        return next(size for size in range(most, 0, -1) if part % size == 0)
+        small = [size for size in range(1, min(most, math.isqrt(part)) + 1) if part % size == 0]
+        return max([*small, *(part // size for size in small if part // size <= most)])
 
     def workload(self, micro_batch: int, place: Layout) -> Workload:
         """Of a micro-batch; under fsdp, weights are gathered in the precision of products, else autocast copies."""
@@ -225,7 +229,6 @@ class _Planner:
         time = step_time(work, blocks, place, pace, self.machine)
         speed = in_step * data.seq_len / time.total
         hours = self.tokens / speed / 3600
-        flops = flops_per_token(self.model, data.seq_len)
         return Estimate(
             devices=count,
             strategy=strategy,
@@ -237,7 +240,7 @@ class _Planner:
             time=time,
             exchanged=exchanged_bytes(work, blocks, place, pace, self.machine),
             tokens_per_second=speed,
-            mfu=speed * flops / count / (device.bf16 or device.fp16 or device.fp32),
+            mfu=speed * self.flops / count / (device.bf16 or device.fp16 or device.fp32),
             hours=hours,
             cost=hours * count * device.price,
             fits=memory.total <= device.memory,

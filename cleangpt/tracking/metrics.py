@@ -14,10 +14,11 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from cleangpt.errors import UserError
-from cleangpt.files import write_bytes
+from cleangpt.errors import UserError, blaming
+from cleangpt.files import check_regular, write_bytes
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 NOT_FINITE = "not_finite"
@@ -195,11 +196,16 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The figures of every macro-batch of a run, in order; an empty list before the first one.
 
     Raises:
-        UserError: a line other than a torn last one is not a JSON object.
+        UserError: a line other than a torn last one is not a JSON object, or has something else than numbers.
     """
     rows = _read_lines(run / METRICS)
-    for row in rows:
-        row.update({name: float(kind) for name, kind in row.pop(NOT_FINITE, {}).items()})
+    for number, row in enumerate(rows, start=1):
+        with blaming(f"{run / METRICS}, line {number},"):
+            row.update({name: float(kind) for name, kind in row.pop(NOT_FINITE, {}).items()})
+            for name, value in row.items():
+                if type(value) not in (int, float, NoneType):
+                    raise ValueError(f"{name} is {value!r}")
+                row[name] = value if value is None or abs(value) < 2**1000 else float(value)
     return rows
 
 
@@ -236,7 +242,10 @@ def _append(path: Path, entry: dict[str, Any]) -> None:
 
 def _lines(path: Path) -> list[bytes]:
     """The whole lines of a file, without the torn one that a crash may have left at its end."""
-    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    if not path.exists():
+        return []
+    check_regular(path)
+    return path.read_bytes().split(b"\n")[:-1]
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
@@ -256,8 +265,9 @@ def _keep_lines(path: Path, keep_until: int | None) -> None:
     if not path.exists():
         return
     entries = zip(_lines(path), _read_lines(path), strict=True)
-    kept = b"".join(
-        line + b"\n" for line, entry in entries if keep_until is not None and entry["macro_batch"] <= keep_until
-    )
+    with blaming(path):
+        kept = b"".join(
+            line + b"\n" for line, entry in entries if keep_until is not None and entry["macro_batch"] <= keep_until
+        )
     if len(kept) != path.stat().st_size:
         write_bytes(path, kept)

@@ -128,11 +128,17 @@ def _draw_losses(figure: Figure, axis: Axes, runs: Runs) -> None:
         lowest = best(rows)
         if lowest is None:
             continue
-        words = f"best {lowest['val_loss']:.4f} at macro-batch {lowest['macro_batch']}"
+        words = f"best {lowest['val_loss']:.4f} at macro-batch {lowest.get('macro_batch')}"
         name = "validation" if alone else f"{run}: {words}"
         _line(axis, rows, "tokens", "val_loss", second, label=name, linewidth=2.0)
         star: Any = {"marker": "*", "markersize": 14, "markeredgecolor": "white", "linestyle": "", "zorder": 5}
-        axis.plot(lowest["tokens"], lowest["val_loss"], color=_colour(second), label=words if alone else None, **star)
+        axis.plot(
+            column([lowest], "tokens"),
+            column([lowest], "val_loss"),
+            color=_colour(second),
+            label=words if alone else None,
+            **star,
+        )
     _dress(axis, "val_loss")
     axis.set_ylabel("loss (nats per token)")
     axis.set_xlabel(_axis_label("tokens"))

@@ -136,7 +136,7 @@ def summary(run: Run) -> dict[str, str]:
         "model": model.get("kind") if isinstance(model, dict) else None,
         "parameters": run.environment.get("parameters", run.experiment.get("parameters")),
         "best validation loss": show("val_loss", first_best["val_loss"]) if first_best else None,
-        "… at macro-batch": f"{first_best['macro_batch']} of {last['macro_batch']}" if first_best else None,
+        "… at macro-batch": f"{first_best.get('macro_batch')} of {last.get('macro_batch')}" if first_best else None,
     }
     if isinstance(facts["parameters"], (int, float)):
         facts["parameters"] = f"{facts['parameters']:,}"

@@ -24,8 +24,8 @@ from cleangpt.config import LoRAConfig, ModelConfig, SavingConfig, from_json, to
 from cleangpt.data.chat import CHAT_TEMPLATE, ChatTemplate, find_template
 from cleangpt.data.store import TOKENIZER
 from cleangpt.data.tokenizers import Tokenizer, load_tokenizer
-from cleangpt.errors import UserError
-from cleangpt.files import PARTIAL, damage, read_json, remove, seal, write_json, write_text
+from cleangpt.errors import UserError, blaming
+from cleangpt.files import PARTIAL, damage, plain_name, read_json, remove, seal, write_json, write_text
 from cleangpt.models import build_model, model_kinds
 from cleangpt.training.lora import is_adapter, merge, split_adapters
 from cleangpt.training.parallel import load_weights, whole
@@ -101,7 +101,7 @@ class Checkpoints:
         """Removes every folder that the index does not name; one that cannot be removed stays until the next time."""
         kept = {entry.name for entry in self.entries}
         for path in self.folder.glob("val*"):
-            if path.name not in kept:
+            if path.name not in kept and path.is_dir():
                 with contextlib.suppress(OSError):
                     remove(path)
 
@@ -177,10 +177,24 @@ class Checkpoint:
     """How it was taught to converse; None: it was not."""
 
     def model(self, device: torch.device) -> nn.Module:
-        """The model with its weights, for use, on `device`."""
+        """The model with its weights, for use, on `device`.
+
+        Raises:
+            UserError: the weights are not those of such a model; that is found out before it takes any memory.
+        """
+        with blaming(self.folder / CONFIG, RuntimeError), torch.device("meta"):
+            wanted = build_model(self.config).state_dict()
+        self._check_weights(wanted)
         model = build_model(self.config)
         model.load_state_dict(self.weights)
         return model.to(device).eval()
+
+    def _check_weights(self, wanted: Mapping[str, Tensor]) -> None:
+        for name in sorted(wanted.keys() | self.weights.keys()):
+            theirs, ours = self.weights.get(name), wanted.get(name)
+            if theirs is None or ours is None or theirs.shape != ours.shape or not theirs.is_floating_point():
+                found, asked = ("none" if one is None else f"{one.dtype} {tuple(one.shape)}" for one in (theirs, ours))
+                raise UserError(f"{self.folder}: the weights {name} are {found}; the model's are {asked}")
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
@@ -191,18 +205,21 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} is not a checkpoint: it has no {CONFIG}")
-    if wrong := damage(folder):
+    if wrong := damage(folder, needed=(WEIGHTS, CONFIG, TOKENIZER)):
         raise UserError(f"checkpoint {folder} is damaged: {wrong}")
     content = read_json(folder / CONFIG)
-    if content.get("format") != FORMAT:
-        raise UserError(f"{folder} has checkpoint format {content.get('format')}; this version reads {FORMAT}")
-    config = from_json(ModelConfig, content["model"], model_kinds(), "model.")
+    with blaming(folder / CONFIG):
+        if content.get("format") != FORMAT:
+            raise UserError(f"{folder} has checkpoint format {content.get('format')}; this version reads {FORMAT}")
+        config, facts = from_json(ModelConfig, content["model"], model_kinds(), "model."), dict(content["facts"])
+        if config.vocab_size is None:
+            raise UserError(f"{folder / CONFIG}: model.vocab_size is None; allowed: a whole number of 1 or more")
     try:
         weights = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise UserError(f"{folder / WEIGHTS} is not a safetensors file: {error}") from None
     tokenizer = load_tokenizer(folder / TOKENIZER)
-    return Checkpoint(folder, config, tokenizer, weights, content["facts"], find_template(folder))
+    return Checkpoint(folder, config, tokenizer, weights, facts, find_template(folder))
 
 
 def best_checkpoint(run: Path) -> Path:
@@ -212,10 +229,12 @@ def best_checkpoint(run: Path) -> Path:
         UserError: the run has none.
     """
     index = run / "checkpoints" / INDEX
-    entries = [Entry(**entry) for entry in read_json(index)["checkpoints"]] if index.exists() else []
-    if not entries:
-        raise UserError(f"{run} has no checkpoint yet; one is saved after each macro-batch that improves")
-    return run / "checkpoints" / min(entries, key=_rank).name
+    content = read_json(index) if index.exists() else {"checkpoints": []}
+    with blaming(index):
+        entries = [Entry(**entry) for entry in content["checkpoints"]]
+        if not entries:
+            raise UserError(f"{run} has no checkpoint yet; one is saved after each macro-batch that improves")
+        return run / "checkpoints" / plain_name(min(entries, key=_rank).name, index)
 
 
 POSITION_ROWS = ("position_embedding.weight",)

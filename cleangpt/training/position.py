@@ -28,8 +28,12 @@ class Position:
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state_dict`."""
-        vars(self).update(state)
+        """Goes on from `state_dict`; raises ValueError for what is none."""
+        _take_numbers(self, {name: value for name, value in state.items() if name != "left_out"})
+        ranges: list[list[int]] = state.get("left_out", [])
+        if any(type(end) is not int or not 0 <= end < 2**63 for first, last in ranges for end in (first, last)):
+            raise ValueError(f"left_out is {ranges!r}")
+        self.left_out = [[first, last] for first, last in ranges]
 
 
 class Meter:
@@ -52,9 +56,23 @@ class Meter:
         return own | {"sums": self.sums.cpu(), "losses": ranks.gather(self.sums[0].item())}
 
     def load_state_dict(self, state: dict[str, Any], ranks: Ranks) -> None:
-        """Goes on from `state_dict`; where the number of processes is another, the main one takes the loss of all."""
-        losses: list[float] = state.get("losses", [state["sums"][0].item()])
-        vars(self).update({name: value for name, value in state.items() if name != "losses"})
-        self.sums = state["sums"].to(self.device, copy=True)
+        """Goes on from `state_dict`; where the number of processes is another, the main one takes the loss of all.
+
+        Raises:
+            ValueError: it is none.
+        """
+        sums: torch.Tensor = state["sums"]
+        losses: list[float] = state.get("losses", [sums[0].item()])
+        _take_numbers(self, {name: value for name, value in state.items() if name not in ("sums", "losses")})
+        self.sums = sums.to(self.device, self.sums.dtype, copy=True).reshape(2)
         same = len(losses) == ranks.world_size
         self.sums[0] = losses[ranks.rank] if same else math.fsum(losses) * ranks.is_main
+
+
+def _take_numbers(target: object, state: dict[str, Any]) -> None:
+    """Sets attributes that `target` has, each to a number that may be one of its values."""
+    for name, value in state.items():
+        kinds = (int,) if type(vars(target)[name]) is int else (int, float)
+        if type(value) not in kinds or not 0 <= value < 2**63:
+            raise ValueError(f"{name} is {value!r}")
+        setattr(target, name, value)

@@ -29,9 +29,11 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from cleangpt.files import flush, read_json, write_text
+from cleangpt.errors import blaming
+from cleangpt.files import flush, plain_name, read_json, write_text
 
 INDEX = "index.json"
+DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 
 class ShardWriter(FileSystemWriter):
@@ -101,15 +103,18 @@ def read_index(folder: Path) -> Metadata:
         UserError: the index is missing or not valid JSON.
     """
     metadata = Metadata({}, storage_data={})
-    for name, entry in read_json(folder / INDEX).items():
-        tensor = TensorStorageMetadata(
-            TensorProperties(dtype=getattr(torch, entry["dtype"])), torch.Size(entry["shape"]), []
-        )
-        for part in entry["parts"]:
-            chunk = ChunkStorageMetadata(torch.Size(part["offset"]), torch.Size(part["shape"]))
-            tensor.chunks.append(chunk)
-            metadata.storage_data[MetadataIndex(name, chunk.offsets)] = part["file"]
-        metadata.state_dict_metadata[name] = tensor
+    content = read_json(folder / INDEX)
+    with blaming(folder / INDEX):
+        for name, entry in content.items():
+            tensor = TensorStorageMetadata(
+                TensorProperties(dtype=DTYPES[entry["dtype"]]), torch.Size(entry["shape"]), []
+            )
+            for part in entry["parts"]:
+                chunk = ChunkStorageMetadata(torch.Size(part["offset"]), torch.Size(part["shape"]))
+                tensor.chunks.append(chunk)
+                file = plain_name(part["file"], folder / INDEX)
+                metadata.storage_data[MetadataIndex(name, chunk.offsets)] = file
+            metadata.state_dict_metadata[name] = tensor
     return metadata
 
 

@@ -37,10 +37,10 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from cleangpt.config import SavingConfig
-from cleangpt.errors import UserError
+from cleangpt.errors import UserError, blaming
 from cleangpt.files import MANIFEST, PARTIAL, damage, read_json, remove, seal, write_json
 from cleangpt.training.ranks import Ranks
-from cleangpt.training.shards import ShardReader, ShardWriter, read_index
+from cleangpt.training.shards import INDEX, ShardReader, ShardWriter, read_index
 
 FORMAT = 2
 DAMAGED = ".damaged"
@@ -247,7 +247,7 @@ def set_aside(folder: Path, newest: Path) -> None:
 
 def _damage(path: Path, ranks: Ranks) -> str:
     """`damage` of this process's part of a snapshot; a shard that does not belong to it counts as well."""
-    if wrong := damage(path, ranks.rank, ranks.world_size):
+    if wrong := damage(path, ranks.rank, ranks.world_size, (STATE, INDEX)):
         return wrong
     strange = {shard.name for shard in path.glob("shard_*")} - read_json(path / MANIFEST).keys()
     return f"{min(strange)} is not in {MANIFEST}" if strange else ""
@@ -268,8 +268,9 @@ def load_snapshot(
         UserError: the snapshot has a format that this version does not read, or tensors that do not fit `into`.
     """
     content = read_json(path / STATE)
-    if content.get("format") != FORMAT:
-        raise UserError(f"{path} has snapshot format {content.get('format')}; this version reads {FORMAT}")
+    with blaming(path / STATE):
+        if content.get("format") != FORMAT:
+            raise UserError(f"{path} has snapshot format {content.get('format')}; this version reads {FORMAT}")
     metadata = read_index(path)
     tensors: dict[str, Any] = {}
     _split(into or {}, "", tensors)
@@ -278,7 +279,8 @@ def load_snapshot(
         if name not in tensors:
             tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
     _fill(path, metadata, tensors, group)
-    state: dict[str, Any] = _join(content["state"], tensors)
+    with blaming(path / STATE):
+        state: dict[str, Any] = _join(content["state"], tensors)
     return state
 
 
@@ -308,7 +310,7 @@ def _fill(path: Path, metadata: Metadata, tensors: dict[str, Any], group: dist.P
             tensors, storage_reader=ShardReader(path, metadata), planner=DefaultLoadPlanner(*FLAT), process_group=group
         )
     except CheckpointException as error:
-        reason = _reason(error, (OSError, SafetensorError, ValueError))
+        reason = _reason(error, (OSError, SafetensorError, LookupError, TypeError, ValueError))
         raise (UserError if reason else RuntimeError)(f"{path} cannot be loaded: {reason or error}") from error
 
 

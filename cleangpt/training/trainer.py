@@ -15,7 +15,7 @@ from cleangpt.corpora.mixture import tasks
 from cleangpt.data.batches import Batch, BatchLoader, StreamWithout, validation_batches, with_range
 from cleangpt.data.mixture import Store, mean_shares, split_samples, stores
 from cleangpt.data.tokenizers import same_tokens
-from cleangpt.errors import DivergedError, RunFailedError, UserError
+from cleangpt.errors import DivergedError, RunFailedError, UserError, blaming
 from cleangpt.evaluation import SCORES
 from cleangpt.evaluation.validate import loss_figures, mean_loss, source_figures
 from cleangpt.files import clean, damage
@@ -358,17 +358,19 @@ class Trainer:
 
     def _load(self, path: Path) -> dict[str, Any]:
         live = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        state = load_snapshot(path, live, self.snapshots.group)
-        self.position.load_state_dict(state["position"])
-        self.meter.load_state_dict(state["meter"], self.ranks)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.early_stopping.load_state_dict(state["early_stopping"])
-        if "spikes" in state:  # not in snapshots of version 0.1.0
-            self.spikes.load_state_dict(state["spikes"])
-        self.checkpoints.load_state_dict(state["checkpoints"])
-        if self.ranks.rank < len(state["random"]):
-            RandomState(self.device).load_state_dict(state["random"][self.ranks.rank])
+        with blaming(path):
+            state = load_snapshot(path, live, self.snapshots.group)
+        with blaming(path, RuntimeError):
+            self.position.load_state_dict(state["position"])
+            self.meter.load_state_dict(state["meter"], self.ranks)
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.early_stopping.load_state_dict(state["early_stopping"])
+            if "spikes" in state:  # not in snapshots of version 0.1.0
+                self.spikes.load_state_dict(state["spikes"])
+            self.checkpoints.load_state_dict(state["checkpoints"])
+            if self.ranks.rank < len(state["random"]):
+                RandomState(self.device).load_state_dict(state["random"][self.ranks.rank])
         self.saved = path.name
         self.progress.say(f"going on from {path}, step {self.position.step:,}")
         return state

@@ -195,3 +195,15 @@ def test_files_are_found_by_path_glob_and_folder(tmp_path: Path) -> None:
             found(pattern)
     with pytest.raises(UserError, match="give at least one"):
         find_files([])
+
+
+def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "LONGEST_LINE", 1000)
+    content = b'{"text": "one"}\n{"text": "' + b"a" * 10**7
+    for name, packed in (("a.jsonl", content), ("a.jsonl.gz", gzip.compress(content)),
+                         ("a.jsonl.zst", zstandard.compress(content))):  # fmt: skip
+        (tmp_path / name).write_bytes(packed)
+        with pytest.raises(UserError, match=rf"{name}, line 2 has more than 1,000 bytes"):
+            list(read_pieces(tmp_path / name))

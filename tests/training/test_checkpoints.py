@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from cleangpt.config import SavingConfig
 from cleangpt.data.tokenizers import CharTokenizer
 from cleangpt.errors import UserError
-from cleangpt.files import read_json, write_json
+from cleangpt.files import flush, read_json, write_json
 from cleangpt.models.gpt import GPT, GPTConfig
 from cleangpt.training import checkpoints as module
 from cleangpt.training.checkpoints import Checkpoints, best_checkpoint, fill, load_checkpoint
@@ -124,7 +124,7 @@ def test_an_unknown_architecture_is_refused_in_one_line(tmp_path: Path) -> None:
     content = read_json(path / "config.json")
     content["model"]["kind"] = "gpd"
     write_json(path / "config.json", content)
-    (path / "manifest.json").write_text("{}")
+    write_json(path / "manifest.json", flush([path / name for name in read_json(path / "manifest.json")]))
     with pytest.raises(UserError, match="of kind 'gpd', which is not registered here; did you mean 'gpt'"):
         load_checkpoint(path)
 

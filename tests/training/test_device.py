@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from cleangpt.errors import UserError
 from cleangpt.models.gpt import GPT, GPTConfig
@@ -121,7 +122,7 @@ def test_a_machine_without_a_compiler_is_noticed(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.slow
 def test_compiled_blocks_share_one_compilation_and_keep_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """And step aside for inputs of changing shape."""
-    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    counter = CompileCounterWithBackend("inductor")
     plain, model = make_model(n_layers=4), make_model(n_layers=4)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     compile_blocks(model)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from cleangpt.config import Experiment, Schedule, ScheduleConfig
 from cleangpt.data.batches import IGNORED, Batch
@@ -446,7 +447,7 @@ def test_no_micro_batch_is_compiled_for_a_shape_of_its_own(
 ) -> None:
     """Neither the last of a validation split of 13 samples in micro-batches of 4, nor those of a growing step, nor the
     lengths that are sampled and scored: the whole run compiles once to train and once to validate."""
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     fields = GROWING | {"data__val_samples": 13, "training__micro_batch_size": 4, **fields}
     run = trainer(tiny(training__compile=compiled, **fields))
