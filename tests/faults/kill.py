@@ -88,7 +88,7 @@ def one_of_two_killed(seed: int, folder: Path) -> None:
     rank = seed % 2
     victim(folder)
     hooks = [impatient, impatient]
-    hooks[rank] = functools.partial(dying, place(seed, "kill") if rank == 0 else seed % 24)
+    hooks[rank] = functools.partial(dying, place(seed, "kill") if rank == 0 else seed % 12)
     codes = [finish(process) for process in start_two(folder, *TRAIN, hooks=hooks)]
     assert codes in ([-signal.SIGKILL, 1], [1, -signal.SIGKILL], [0, 0]), f"{codes}: {output(folder)}"
     check_two_go_on(folder)
