@@ -81,6 +81,8 @@ def error_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (["train", "own.py", "--objective", "next_tokens"], "did you mean 'next_token'?"),
         (["train", "own.py", "--init-from", "nowhere"], "nowhere is not a run"),
         (["train", "own.py", "--model.vocab-size", "5"], "model.vocab_size is 5; allowed: at least the tokenizer's 13"),
+        (["tune"], "cleangpt tune needs EXPERIMENT"),
+        (["tune", "own.py", "--optimizer.base-dim", "12"], "a width of 12 does not fit a model of dim 16, n_heads 2"),
         (["prepare"], "cleangpt prepare needs CORPUS"),
         (["prepare", "shakespear_char"], "did you mean 'shakespeare_char'?"),
         (["prepare", "text"], "--files is missing: Paths, globs or folders"),
