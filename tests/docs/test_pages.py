@@ -160,7 +160,8 @@ def test_the_experiments_are_all_listed(document: str, head: str) -> None:
 @pytest.mark.parametrize("name", sorted(experiments()))
 def test_an_experiment_is_as_large_and_as_long_as_the_documents_say(name: str) -> None:
     experiment = load_experiment(experiments()[name])
-    vocab_size = getattr(experiment.corpus, "vocab_size", None) if name.endswith("code") else None
+    bpe = getattr(experiment.corpus, "tokenizer", "") == "bpe"
+    vocab_size = getattr(experiment.corpus, "vocab_size", None) if bpe else None
     resolved = resolve(experiment, vocab_size or VOCABULARY[type(experiment.corpus).__name__])
     parameters = sum(parameter.numel() for parameter in build_model(resolved.model).parameters())
     training, data = experiment.training, experiment.data
