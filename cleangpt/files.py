@@ -195,8 +195,10 @@ def remove(folder: Path) -> None:
     partial = folder.with_name(folder.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     folder.replace(partial)
-    sync_folder(folder.parent)
-    shutil.rmtree(partial)
+    try:
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(partial)
 
 
 def damage(folder: Path, part: int = 0, parts: int = 1, needed: Iterable[str] = ()) -> str:
