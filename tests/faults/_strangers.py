@@ -18,7 +18,7 @@ import pyarrow
 import zstandard
 from pyarrow import parquet
 
-from tests.faults._runs import output, run
+from tests.faults._runs import finish, output, run, start
 
 EXPERIMENT = """
 from cleangpt.config import *
@@ -62,6 +62,8 @@ VALUES: list[Any] = [
 ]
 MEMORY = 12 * 2**30
 """Bytes of address space that a command may take; PyTorch itself reserves a part of that."""
+SECONDS = 60
+"""Of the processor that a command may take; the clock may show five times as much on a busy machine."""
 
 
 @cache
@@ -116,7 +118,7 @@ def reseal(folder: Path) -> None:
 def harmless(folder: Path, said: str, *words: str) -> None:
     """Asserts that a command ends with exit code 0, or in one line that says why not, in bounded time and memory."""
     (folder / "output.txt").unlink(missing_ok=True)
-    code = run(folder, *words, hook=partial(_limit, MEMORY))
+    code = finish(start(folder, *words, hook=partial(_limit, MEMORY, SECONDS)), seconds=5 * SECONDS)
     lines = output(folder).strip().splitlines()
     told = [line for line in lines if line.startswith(("error: ", "stopped: "))]
     where = f"{' '.join(words)}, after {said}: exit code {code}: " + "\n".join(lines[-30:])[-3000:]
@@ -124,8 +126,9 @@ def harmless(folder: Path, said: str, *words: str) -> None:
     assert "Traceback" not in "\n".join(lines), where
 
 
-def _limit(memory: int) -> None:
+def _limit(memory: int, seconds: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     os.environ["RUST_BACKTRACE"] = "0"
 
 
