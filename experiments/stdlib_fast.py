@@ -27,8 +27,8 @@ experiment = Experiment(
         ngrams=(2, 3), ngram_rows=32768,
     ),
     optimizer=OptimizerConfig(
-        lr=0.01, weight_decay=0.0, betas=(0.9, 0.95), clip_norm=None, muon=MuonConfig(lr=0.005, iterations=3),
-        lr_factors=(("head.*", 0.5), ("*norm*", 0.5)),
+        lr=0.005, weight_decay=0.0, betas=(0.9, 0.95), clip_norm=None, muon=MuonConfig(lr=0.005, iterations=3),
+        lr_factors=(("*embedding*", 2.0),),
     ),
     schedule=ScheduleConfig(lr=Schedule(shape="wsd", final=0.0, warmup=0.02, decay=0.6)),
     training=TrainingConfig(macro_batches=4, batches_per_macro_batch=100),

@@ -30,6 +30,11 @@ from tests.faults._runs import finish as ended
 VALUES = (math.nan, math.inf, -math.inf)
 
 
+def steps() -> int:
+    """How many the unbroken run has made."""
+    return int(newest_state(unbroken() / "run")["position"]["step"])
+
+
 def spoil(what: str, step: int, value: float, dies_at: int | None = None) -> None:
     """Puts a value into the loss, a gradient or a weight of a step; perhaps kills the process at an operation."""
     if dies_at is not None:
@@ -58,7 +63,7 @@ def spoil(what: str, step: int, value: float, dies_at: int | None = None) -> Non
 @fault("NaN or infinity in the loss or a gradient, and a kill", short=2, long=40)
 def skipped(seed: int, folder: Path) -> None:
     """The step is skipped, and the killed run ends like one that met the same and was not killed."""
-    what, value, step = ("loss", "gradient")[seed % 2], VALUES[seed % 3], seed % 9
+    what, value, step = ("loss", "gradient")[seed % 2], VALUES[seed % 3], seed % steps()
     reference, broken = folder / "reference", folder / "broken"
     for place in (reference, broken):
         place.mkdir()
@@ -75,7 +80,7 @@ def skipped(seed: int, folder: Path) -> None:
 def poisoned(seed: int, folder: Path) -> None:
     """The run ends and saves nothing of it; what was good is gone on from."""
     victim(folder)
-    code = run(folder, *TRAIN, hook=functools.partial(spoil, "weight", seed % 10, VALUES[seed % 3]))
+    code = run(folder, *TRAIN, hook=functools.partial(spoil, "weight", seed % steps(), VALUES[seed % 3]))
     said = output(folder)
     assert code == 1 and "is not finite after step" in said and "Traceback" not in said, f"{code}: {said}"
     assert run(folder, *TRAIN) == 0, output(folder)
@@ -86,7 +91,7 @@ def poisoned(seed: int, folder: Path) -> None:
 def poisoned_part(seed: int, folder: Path) -> None:
     victim(folder)
     hooks: list[Any] = [None, None]
-    hooks[seed % 2] = functools.partial(spoil, "weight", 3 + seed, math.nan)
+    hooks[seed % 2] = functools.partial(spoil, "weight", (3 + seed) % steps(), math.nan)
     codes = [ended(process) for process in start_two(folder, *TRAIN, hooks=hooks)]
     assert codes == [1, 1] and "is not finite after step" in output(folder), f"{codes}: {output(folder)}"
     assert [ended(process) for process in start_two(folder, *TRAIN)] == [0, 0], output(folder)
@@ -96,10 +101,11 @@ def poisoned_part(seed: int, folder: Path) -> None:
 # Spikes --------------------------------------------------------------------------------------------------------------
 
 WATCHED = EXPERIMENT.replace(
-    "macro_batches=4,", "macro_batches=6, spike_threshold=0.7, spike_window=4, spike_skip=2,"
+    "(macro_batches=3,", "(macro_batches=6, spike_threshold=0.7, spike_window=4, spike_skip=2,"
 ).replace("SavingConfig(", "SavingConfig(keep_snapshots=3, ")
 BAD = range(64, 72)
 """Samples of the data whose targets are wrong."""
+assert "macro_batches=6" in WATCHED and "keep_snapshots" in WATCHED
 
 
 def bad_data(dies_at: int | None = None) -> None:
