@@ -214,7 +214,7 @@ def steps(experiment: Experiment, setup: Setup) -> list[Row]:
     measures: dict[str, Callable[[], float]] = {"ours": lambda: train_macro_batch(trainer)[0]}
     measures |= {name: partial(loop, count) for name, loop in loops.items()}
     measures["its FLOPs at the rate of a large product"] = lambda: flops / product_rate()
-    taken = interleave(measures, setup.repetitions)
+    taken = interleave(measures, setup.repetitions if model.dim == 128 else min(3, setup.repetitions))
     close(trainer)
     ours = taken.pop("ours")
     what = f"{model.n_layers} × {model.dim}, {data.batch_size} × {data.seq_len}: a step"
