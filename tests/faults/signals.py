@@ -117,9 +117,9 @@ def late(look: int) -> None:
     Deadline.near = near  # type: ignore[method-assign]
 
 
-@fault("out of time at a look at the clock", short=2, long=28)
+@fault("out of time at a look at the clock", short=2, long=21)
 def out_of_time(seed: int, folder: Path) -> None:
-    look = seed * 5 % 28
+    look = seed * 5 % 21  # the run looks so many times
     victim(folder)
     code = run(folder, *TRAIN, "--time-limit", "1:00:00", hook=functools.partial(late, look))
     assert "before the time limit: saving" in output(folder), output(folder)
