@@ -68,14 +68,18 @@ def compare(layers: int, dim: int, folder: Path, setup: Setup) -> Row:
 
 
 def call(module: str, *words: str) -> float:
-    """Runs `python -m module words` to its end; returns the seconds from its start.
+    """Runs `python -m module words` to its end, as `checked` does."""
+    return checked([sys.executable, "-m", module, *words], PROJECT)
+
+
+def checked(command: Sequence[str], folder: Path) -> float:
+    """Runs a command in a folder to its end; returns the seconds from its start.
 
     Raises:
         RuntimeError: it failed; has what it said.
     """
-    command: Sequence[str] = [sys.executable, "-m", module, *words]
     start = time.perf_counter()
-    process = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT)
+    process = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     taken = time.perf_counter() - start
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{process.stdout}{process.stderr}")

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from benchmarks.loader import batch_loader
 from benchmarks.made import close, make_store, make_trainer, shipped, train_macro_batch
-from benchmarks.resume import PROJECT, call
+from benchmarks.resume import PROJECT, call, checked
 from benchmarks.runner import Row, Setup, interleave
 from benchmarks.step import Loss, adamw, nanogpt_loop, nanogpt_module, train_loop
 from cleangpt.config import DataConfig, Experiment
@@ -177,20 +177,6 @@ def start(peer: Path, folder: Path, words: Sequence[str], setup: Setup) -> Row:
         warm_up=True,
     )  # fmt: skip
     return Row("4 × 128: from the start to the first step", "s", taken["ours"], "nanoGPT", taken["nanoGPT"], START_GOAL)
-
-
-def checked(command: Sequence[str], folder: Path) -> float:
-    """Runs a command in a folder; returns the seconds it took.
-
-    Raises:
-        RuntimeError: it failed; has what it said.
-    """
-    began = time.perf_counter()
-    process = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-    taken = time.perf_counter() - began
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{process.stdout}{process.stderr}")
-    return taken
 
 
 # Steps ---------------------------------------------------------------------------------------------------------------

@@ -177,12 +177,18 @@ def _with_experiment(words: list[str], command: str, about: str, fields: list[tu
     from cleangpt.experiment_files import experiments, find_experiment, load_experiment, recorded_overrides
 
     path = find_experiment(_subject(words, command, "EXPERIMENT", lambda: list(experiments())))
-    experiment = load_experiment(path)
-    described = Annotated[type(experiment), tyro.conf.arg(name="")]  # type: ignore[valid-type]
-    options = dataclasses.make_dataclass("Options", [("experiment", described, experiment), *fields])
     overrides = [*recorded_overrides(path), *words[1:]]
     about = f"{about.format(path)}; options that name a field change it."
-    return parse(options, overrides, program=f"cleangpt {command} {words[0]}", about=about)
+    return _parse_over(load_experiment(path), fields, overrides, f"cleangpt {command} {words[0]}", about)
+
+
+def _parse_over(
+    experiment: Any, fields: list[tuple[str, Any, Any]], words: Sequence[str], program: str, about: str
+) -> Any:
+    """Options of a command's own `fields`, and of the `experiment`, whose fields stand among them without a prefix."""
+    described = Annotated[type(experiment), tyro.conf.arg(name="")]  # type: ignore[valid-type]
+    options = dataclasses.make_dataclass("Options", [("experiment", described, experiment), *fields])
+    return parse(options, words, program=program, about=about)
 
 
 def plan_command(words: list[str]) -> None:
@@ -299,12 +305,8 @@ def _parse_launch(experiment: Any, words: Sequence[str], program: str, about: st
     from cleangpt.training.deadline import read_time_limit
 
     began = time.time()
-    described = Annotated[type(experiment), tyro.conf.arg(name="")]  # type: ignore[valid-type]
     limit = tyro.conf.arg(help="Save and end within this time, as SLURM writes it (1:30:00), or slurm: within its job.")
-    options = dataclasses.make_dataclass(
-        "Options", [("experiment", described, experiment), ("time_limit", Annotated[str | None, limit], None)]
-    )
-    chosen: Any = parse(options, words, program=program, about=about)
+    chosen = _parse_over(experiment, [("time_limit", Annotated[str | None, limit], None)], words, program, about)
     end = None if chosen.time_limit is None else read_time_limit(chosen.time_limit, began)
     return chosen.experiment, end
 

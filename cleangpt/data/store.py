@@ -81,8 +81,8 @@ class Split:
         self._document_file = _within(folder, facts["document_file"]) if facts["document_file"] else None
         self._starts, self._shards, self._masks = [0], [], []
         self._files = [_within(folder, shard["file"]) for shard in facts["shards"]]
-        for shard in facts["shards"]:
-            self._shards.append(_map(_within(folder, shard["file"]), dtype, shard["tokens"]))
+        for file, shard in zip(self._files, facts["shards"], strict=True):
+            self._shards.append(_map(file, dtype, shard["tokens"]))
             if self.masked:
                 self._masks.append(_map(_within(folder, shard["mask_file"]), np.dtype(np.uint8), shard["tokens"]))
             self._starts.append(self._starts[-1] + shard["tokens"])
@@ -167,8 +167,11 @@ class TokenStore:
             "stamps": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
         }
 
-    def check_same(self, before: Mapping[str, Any]) -> None:
+    def check_same(self, before: Mapping[str, Any]) -> dict[str, Any]:
         """Compares with an earlier `fingerprint`; reads only files whose size or time is another than then.
+
+        Returns:
+            The fingerprint now.
 
         Raises:
             UserError: names the first file that differs.
@@ -181,6 +184,7 @@ class TokenStore:
                     "was then, or start another run"
                 )
         self.verify([name for name, stamp in now["stamps"].items() if stamp != before["stamps"].get(name)])
+        return now
 
     def verify(self, names: Collection[str] | None = None) -> None:
         """Reads files once (None: every one of tokens) and compares checksums.

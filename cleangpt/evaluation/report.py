@@ -16,7 +16,7 @@ from cleangpt.errors import UserError, nearest
 from cleangpt.evaluation import SCORES
 from cleangpt.evaluation.validate import loss_figures, mean_loss, source_figures
 from cleangpt.files import write_json
-from cleangpt.objectives import OBJECTIVES
+from cleangpt.objectives import choose_objective
 from cleangpt.tracking.metrics import of_source
 from cleangpt.training.checkpoints import Checkpoint, best_checkpoint, load_checkpoint
 from cleangpt.training.device import autocast, compute_dtype
@@ -42,7 +42,7 @@ def evaluate_run(run: Path, checkpoint: str | None, split: str | None, device: t
     for source, part in samples.items():
         size = experiment.training.micro_batch_size or experiment.data.batch_size
         batches = validation_batches(part, min(size, part.num_validation))
-        losses[source] = mean_loss(model, OBJECTIVES[experiment.objective], batches, device, context)
+        losses[source] = mean_loss(model, choose_objective(experiment.objective), batches, device, context)
     loss = sum(share * losses[source] for source, share in mean_shares(store).items())
     figures: dict[str, Any] = {
         "run": str(run),
@@ -71,8 +71,7 @@ def table(figures: dict[str, Any]) -> None:
 def _check(experiment: Experiment, checkpoint: Checkpoint, store: Store) -> None:
     """Refuses a run whose parts do not belong together."""
     check_experiment(experiment)
-    if experiment.objective not in OBJECTIVES:
-        raise UserError(f"objective is {experiment.objective!r}; allowed: {', '.join(OBJECTIVES)}")
+    choose_objective(experiment.objective)
     model = checkpoint.config
     for name, needed, most in (
         ("tokens", store.vocab_size, model.vocab_size or 0),

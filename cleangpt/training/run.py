@@ -214,10 +214,10 @@ def check_data(run: Path, store: Store) -> None:
         UserError: names the first file that differs.
     """
     known = read_json(run / STORES) if (run / STORES).is_file() else {}
+    now = {}
     for name, part in stores(store).items():
-        if name in known:
-            part.check_same(known[name])
-    now = {name: {"folder": str(part.folder), **part.fingerprint()} for name, part in stores(store).items()}
+        facts = part.check_same(known[name]) if name in known else part.fingerprint()
+        now[name] = {"folder": str(part.folder), **facts}
     if now != known:
         write_json(run / STORES, now)
 

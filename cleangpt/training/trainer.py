@@ -505,7 +505,7 @@ class Trainer:
         if found is None:
             return False
         training, data, step = self.experiment.training, self.experiment.data, self.position.step
-        begin, rollbacks, left_out = found - training.spike_skip * data.batch_size, self.spikes.rollbacks, []
+        begin, rollbacks = found - training.spike_skip * data.batch_size, self.spikes.rollbacks
         self._read_clock()
         path, spent = self._snapshot_before(begin), self.position.time_trained
         if path is None or rollbacks >= training.max_rollbacks:

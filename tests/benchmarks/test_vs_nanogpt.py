@@ -8,8 +8,9 @@ import torch
 
 from benchmarks import vs_nanogpt
 from benchmarks.machine import peak_resident_bytes
+from benchmarks.resume import checked
 from benchmarks.runner import Setup, quantity
-from benchmarks.vs_nanogpt import Outcome, checked, compare, peak_memory, product_rate, whole_runs
+from benchmarks.vs_nanogpt import Outcome, compare, peak_memory, product_rate, whole_runs
 
 MODEL = """
 import torch
