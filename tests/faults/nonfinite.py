@@ -26,6 +26,7 @@ from tests.faults._runs import (
     victim,
 )
 from tests.faults._runs import finish as ended
+from tests.faults.kill import check_codes, impatient
 
 VALUES = (math.nan, math.inf, -math.inf)
 
@@ -124,14 +125,26 @@ def bad_data(dies_at: int | None = None) -> None:
 
 
 @functools.cache
-def spiked() -> Path:
-    """A run that has met the bad data, gone back and left it out."""
-    folder = unbroken(WATCHED).parent / f"{unbroken(WATCHED).name}_spiked"
+def spiked(strategy: str = "") -> Path:
+    """A run that has met the bad data, gone back and left it out; with a strategy, one of two processes."""
+    folder = unbroken(WATCHED).parent / f"{unbroken(WATCHED).name}_spiked{strategy}"
     folder.mkdir()
     victim(folder, WATCHED)
-    assert run(folder, *TRAIN, hook=bad_data) == 0, output(folder)
+    codes = two(folder, strategy, [bad_data, bad_data]) if strategy else [run(folder, *TRAIN, hook=bad_data)]
+    assert set(codes) == {0}, output(folder)
     assert newest_state(folder / "run")["position"]["left_out"], output(folder)
     return folder
+
+
+def two(folder: Path, strategy: str, hooks: list[Any]) -> list[int]:
+    return [ended(process) for process in start_two(folder, *TRAIN, "--parallel.strategy", strategy, hooks=hooks)]
+
+
+def check_went_back(folder: Path, reference: Path) -> None:
+    one, two = (newest_state(place / "run") for place in (folder, reference))
+    assert (difference := differing(one, two)) == "", difference
+    assert [row["macro_batch"] for row in read_metrics(folder / "run")] == [1, 2, 3, 4, 5, 6]
+    assert list_snapshots(folder / "run" / "snapshots")[0].name == "mb000006"
 
 
 @fault("a spike of the loss, and a kill at an operation on the disk", short=2, long=60)
@@ -141,7 +154,22 @@ def spike(seed: int, folder: Path) -> None:
     at = seed * 7919 % (2 * operations("kill"))
     assert run(folder, *TRAIN, hook=functools.partial(bad_data, at)) in (0, -signal.SIGKILL), output(folder)
     assert run(folder, *TRAIN, hook=bad_data) == 0, output(folder)
-    one, two = (newest_state(place / "run") for place in (folder, reference))
-    assert (difference := differing(one, two)) == "", difference
-    assert [row["macro_batch"] for row in read_metrics(folder / "run")] == [1, 2, 3, 4, 5, 6]
-    assert list_snapshots(folder / "run" / "snapshots")[0].name == "mb000006"
+    check_went_back(folder, reference)
+
+
+@fault("a spike of the loss in two processes, of which one is killed", short=1, long=45)
+def spike_of_two(seed: int, folder: Path) -> None:
+    """The weights whole on each (ddp), in shards (fsdp), and cut with the sequence (tp)."""
+    strategy, rank = ("fsdp", "tp", "ddp")[seed % 3], seed // 3 % 2
+    reference = spiked(strategy)
+    victim(folder, WATCHED)
+    hooks: list[Any] = [impatient_with_bad_data] * 2
+    hooks[rank] = functools.partial(impatient_with_bad_data, seed * 7919 % (2 * operations("kill")))
+    check_codes(folder, two(folder, strategy, hooks))
+    assert two(folder, strategy, [bad_data, bad_data]) == [0, 0], output(folder)
+    check_went_back(folder, reference)
+
+
+def impatient_with_bad_data(dies_at: int | None = None) -> None:
+    impatient()
+    bad_data(dies_at)

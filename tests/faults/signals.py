@@ -150,5 +150,7 @@ def one_of_two(seed: int, folder: Path) -> None:
 def one_of_two_out_of_time(seed: int, folder: Path) -> None:
     victim(folder)
     hooks: list[Any] = [None, None]
-    hooks[1 - seed % 2] = functools.partial(late, 3 * seed)
-    check_two(folder, hooks)
+    hooks[1 - seed % 2] = functools.partial(late, 2 * seed)  # the run looks 21 times
+    codes = [finish(process) for process in start_two(folder, *TRAIN, "--time-limit", "1:00:00", hooks=hooks)]
+    assert "before the time limit: saving" in output(folder), f"{codes}: {output(folder)}"
+    check_two(folder, [None, None])
