@@ -79,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     except OSError as error:
-        if errno.errorcode.get(error.errno or 0) not in REFUSED:
+        full = "No usable temporary directory" in str(error)  # how Python says so where even /tmp is
+        if errno.errorcode.get(error.errno or 0) not in REFUSED and not full:
             raise
         print(f"{_speaker()}stopped: {error}", file=sys.stderr)
         return 1

@@ -20,7 +20,7 @@ from cleangpt.models.llama import LlamaConfig
 
 experiment = Experiment(
     name="shakespeare_char_minute",
-    corpus=ShakespeareChar(held_out=0.05),
+    corpus=ShakespeareChar(),
     data=DataConfig(seq_len=128, batch_size=8),
     model=LlamaConfig(
         max_seq_len=128, n_layers=3, n_heads=4, dim=128, hidden_dim=512, activation="relu2", qk_norm=True,

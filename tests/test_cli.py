@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,21 @@ def test_a_disk_that_refuses_is_told_in_one_line(
     assert main(["train", str(own)]) == 1
     said = capsys.readouterr().err.splitlines()
     assert said[-1] == f"stopped: [Errno {number}] {os.strerror(number)}: 'run/experiment.json'"
+
+
+def test_no_room_for_temporary_files_is_told_in_one_line(
+    own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where PyTorch's compiler is loaded while all disks are full."""
+
+    def without_room(*given: object) -> None:
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere"])
+        tempfile.gettempdir()
+
+    monkeypatch.setattr("cleangpt.training.run.write_json", without_room)
+    assert main(["train", str(own)]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("stopped: [Errno 2] No usable temporary directory")
 
 
 def test_another_error_of_the_system_keeps_its_traceback(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:

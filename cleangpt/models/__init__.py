@@ -6,9 +6,13 @@ before training and used for the MFU. One whose `forward` takes a `reduce` lets 
 (`objectives/chunks.py`). It knows nothing of devices, precision or training.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from cleangpt.config import ModelConfig
 from cleangpt.models.gpt import GPT, GPTConfig
@@ -36,6 +40,23 @@ def model_class(config: ModelConfig) -> type[nn.Module]:
 def build_model(config: ModelConfig) -> nn.Module:
     """The untrained model of a configuration whose `vocab_size` is known."""
     return model_class(config)(config)
+
+
+class NothingDrawn(TorchFunctionMode):
+    """A context in which models have no initial values; what stands in their memory is left over from others."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls a function of PyTorch, unless it is one of `torch.nn.init`."""
+        if getattr(function, "__module__", "") == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """A context in which models have shapes alone. To draw nothing, PyTorch would load its compiler first."""
+    with torch.device("meta"), NothingDrawn():
+        yield
 
 
 def flops_per_token(model: nn.Module, seq_len: int) -> int:

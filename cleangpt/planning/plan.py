@@ -14,7 +14,7 @@ from cleangpt.corpora import store_folder
 from cleangpt.corpora.mixture import Mixture
 from cleangpt.data.store import STORE, TokenStore
 from cleangpt.errors import UserError
-from cleangpt.models import build_model, flops_per_token
+from cleangpt.models import build_model, flops_per_token, on_meta
 from cleangpt.objectives import choose_objective
 from cleangpt.planning.devices import Device
 from cleangpt.planning.memory import Memory, Pace, device_memory, kinds_of_blocks
@@ -164,7 +164,7 @@ class _Planner:
         self.machine = Machine(device, precision, training.compile != "off", per_node)
         self.tokens = tokens or total_samples(experiment) * experiment.data.seq_len
         try:
-            with torch.device("meta"):
+            with on_meta():
                 self.model = build_model(experiment.model)
                 whole = experiment.fine_tuning == FineTuningConfig()
                 self.trained = 1.0 if whole else trained_share(build_model(experiment.model), experiment.fine_tuning)

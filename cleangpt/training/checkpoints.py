@@ -26,7 +26,7 @@ from cleangpt.data.store import TOKENIZER
 from cleangpt.data.tokenizers import Tokenizer, load_tokenizer
 from cleangpt.errors import UserError, blaming
 from cleangpt.files import PARTIAL, damage, plain_name, read_json, remove, seal, write_json, write_text
-from cleangpt.models import build_model, model_kinds
+from cleangpt.models import build_model, model_kinds, on_meta
 from cleangpt.training.lora import is_adapter, merge, split_adapters
 from cleangpt.training.parallel import load_weights, whole
 from cleangpt.training.ranks import Ranks
@@ -182,7 +182,7 @@ class Checkpoint:
         Raises:
             UserError: the weights are not those of such a model; that is found out before it takes any memory.
         """
-        with blaming(self.folder / CONFIG, RuntimeError), torch.device("meta"):
+        with blaming(self.folder / CONFIG, RuntimeError), on_meta():
             wanted = build_model(self.config).state_dict()
         self._check_weights(wanted)
         model = build_model(self.config)

@@ -118,6 +118,8 @@ def compile_blocks(model: nn.Module) -> None:
 
 def uncompiled() -> AbstractContextManager[Any]:
     """A context in which compiled modules run as plain ones, for inputs whose shape changes with every call."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and to ask would load the compiler
+        return contextlib.nullcontext()
     return cast("AbstractContextManager[Any]", torch.compiler.set_stance("force_eager"))
 
 

@@ -4,13 +4,12 @@ from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
 from cleangpt.config import Experiment, FineTuningConfig, OptimizerConfig
 from cleangpt.errors import UserError, nearest
-from cleangpt.models import build_model
+from cleangpt.models import build_model, on_meta
 from cleangpt.training.lora import add_adapter, is_adapter, linear_layers
 from cleangpt.training.optimizer import Optimizer
 from cleangpt.training.parallel import Layout
@@ -130,7 +129,7 @@ def check_fine_tuning(experiment: Experiment, place: Layout) -> None:
         raise UserError(
             f"fine_tuning.lora.rank is {tuning.lora.rank}; allowed where matrices are cut: None; use strategy fsdp"
         )
-    with torch.device("meta"):
+    with on_meta():
         model = build_model(experiment.model)
     restrict(model, tuning)
     lr_factors(model, experiment.optimizer, tuning.layer_decay)

@@ -5,6 +5,7 @@ All directions of the matrix then move alike, not only the few that most gradien
 mean the same in both.
 """
 
+import inspect
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -57,6 +58,9 @@ class Muon(torch.optim.Optimizer):
         momentum: share of the momentum that a step keeps.
         iterations: of `orthogonalize`.
     """
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
     def __init__(self, groups: Iterable[dict[str, Any]], momentum: float, iterations: int) -> None:
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "stacked": 1})

@@ -1,5 +1,6 @@
 """AdamW and Muon with decay on matrices only, and the step: clip, skip what is not finite, update."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,14 @@ from torch import Tensor, nn
 from cleangpt.config import OptimizerConfig
 from cleangpt.training.muon import Muon
 from cleangpt.training.parallel import whole
+
+
+class AdamW(torch.optim.AdamW):
+    """PyTorch's, without what it wraps these methods in: that loads its compiler, which takes as long as PyTorch."""
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
 class Optimizer:
@@ -41,7 +50,7 @@ class Optimizer:
         hidden = {name: parameter for name, parameter in named if with_muon and is_hidden_matrix(name, parameter)}
         others = {name: parameter for name, parameter in named if name not in hidden}
         by_layer, by_width = factors or {}, width_factors or {}
-        self.adamw = torch.optim.AdamW(
+        self.adamw = AdamW(
             _groups(model, others, by_layer, by_width), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
         )
         self.muon: Muon | None = None

@@ -13,7 +13,7 @@ another number of devices.
 """
 
 import inspect
-import logging
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -24,28 +24,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    ParallelStyle,
-    RowwiseParallel,
-    SequenceParallel,
-    parallelize_module,
-)
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from cleangpt.config import ModelConfig, ParallelConfig, TrainingConfig
 from cleangpt.errors import UserError
-from cleangpt.models import build_model, model_class
+from cleangpt.models import NothingDrawn, build_model, model_class, on_meta
 from cleangpt.training.device import device_memory
 from cleangpt.training.ranks import Ranks
-
-# A part of a matrix that is cut twice takes two collectives to put together, and gloo has no all-to-all; PyTorch would
-# warn of each.
-for name in ("torch.distributed.tensor._redistribute", "torch.distributed.tensor._collective_utils"):
-    logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def state_bytes(model: nn.Module) -> int:
@@ -165,7 +151,7 @@ def choose_layout(
     `restrict` changes a model so that what does not train requires no gradient.
     """
     if config.strategy == "auto" and ranks.world_size > 1:
-        with torch.device("meta"):
+        with on_meta():
             plain = build_model(model)
         restrict(plain)
         needed, memory = state_bytes(plain), device_memory(device)
@@ -190,9 +176,9 @@ def parallelize(
 ) -> nn.Module:
     """The model, with this process's part of its parameters on `device`, holding the same values whatever the layout.
 
-    A model whose class has an `init_parameter` is built on the meta device, cut, and only then given memory and values,
-    one parameter at a time: it never exists whole. A class that inherits this method from another may set values of its
-    own elsewhere, so its models are built whole and then cut.
+    A model whose class has an `init_parameter` gets its values one parameter at a time. One that is cut is built on the
+    meta device and gets its memory afterwards: it never exists whole. A class that inherits this method from another
+    may set values of its own elsewhere, so its models are built whole and then cut.
 
     Args:
         build: makes the plain model; the global generators must stand alike on all processes.
@@ -206,30 +192,23 @@ def parallelize(
     Raises:
         UserError: the architecture cannot be cut into `place.tensor` parts.
     """
-    with torch.device("meta"):
+    with on_meta():
         model = build()
     deferred = "init_parameter" in vars(type(model))
-    if not deferred:
-        with device:
+    if not deferred or not place.sharded:
+        with device, NothingDrawn() if deferred else nullcontext():
             model = build()
     prepare(model)
     if place.sharded:
+        from cleangpt.training.sharding import cut
+
         mesh = place.mesh(device, timeout)
-        if place.tensor > 1:
-            _cut_matrices(model, mesh["tensor"])
-        if place.shards > 1:
-            # Activations have that dtype already; what a model keeps in fp32 for exactness stays so.
-            policy = MixedPrecisionPolicy(
-                param_dtype=gather_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-            )
-            inner = mesh["replicate", "shard"] if place.replicas > 1 else mesh["shard"]
-            for block in getattr(model, "blocks", []):
-                fully_shard(block, mesh=inner, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-            fully_shard(model, mesh=inner, mp_policy=policy)
+        cut(model, place, mesh, gather_dtype, reshard_after_forward)
         if place.tensor > 1:
             model.register_forward_hook(lambda module, inputs, logits: whole(logits))
     if deferred:
-        model.to_empty(device=device)
+        if place.sharded:
+            model.to_empty(device=device)
         _initialise(model, device)
     return model
 
@@ -249,71 +228,6 @@ def _initialise(model: nn.Module, device: torch.device) -> None:
         else:
             cast(Any, model).init_parameter(name, values)
         parameter.copy_(like(values, parameter))
-
-
-# The words of an architecture's `tensor_plan`: between the modules, activations `(batch, seq, dim)` are cut along seq.
-STYLES: dict[str, Callable[[], ParallelStyle]] = {
-    # An embedding, cut by its entries; a device looks up those that it has.
-    "vocabulary": lambda: RowwiseParallel(
-        input_layouts=Replicate(), output_layouts=Shard(1), use_local_output=False
-    ),
-    # One cut by its features, so that there may be fewer entries than devices.
-    "positions": lambda: ColwiseParallel(input_layouts=Replicate(), output_layouts=Shard(0), use_local_output=False),
-    # A norm over features, whole on every device, each of which has a part of the sequence.
-    "sequence": lambda: SequenceParallel(),
-    # A linear layer cut by its outputs: gathers the sequence, and leaves each device its own features.
-    "column": lambda: ColwiseParallel(input_layouts=Shard(1)),
-    # One cut by its inputs: adds up the parts, and leaves each device its part of the sequence.
-    "row": lambda: RowwiseParallel(output_layouts=Shard(1), use_local_output=False),
-    # A norm within each head `(batch, seq, heads, head_dim)`, whole on every device, each of which has its own heads.
-    "heads": lambda: SequenceParallel(sequence_dim=2, use_local_output=True),
-    # The last linear layer, cut by its outputs, the vocabulary.
-    "logits": lambda: ColwiseParallel(input_layouts=Shard(1), use_local_output=False),
-}  # fmt: skip
-
-
-def _cut_matrices(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Tensor and sequence parallelism by the architecture's own plan; what requires no gradient stays so."""
-    plan: dict[str, str] = getattr(model, "tensor_plan", {})
-    if not plan:
-        raise UserError(f"{type(model).__name__} has no tensor_plan, so its matrices cannot be cut; use strategy fsdp")
-    _check_divisible(model, plan, mesh.size())
-    for name, _ in model.named_parameters():
-        if _pattern(name.rpartition(".")[0]) not in plan:
-            raise UserError(
-                f"{name} has no entry in the tensor_plan of {type(model).__name__}, so its matrices cannot be cut; "
-                "use strategy fsdp, or add one"
-            )
-    present = {_pattern(name) for name, _ in model.named_modules()}
-    trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    parallelize_module(model, mesh, {name: STYLES[word]() for name, word in plan.items() if name in present})
-    # Generation then reads whole sequences: a token alone cannot be cut along the sequence.
-    cast(Any, model).new_cache = None
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trains[name])
-
-
-def _pattern(name: str) -> str:
-    """A module's name with ``*`` for every number, as it stands in a plan."""
-    return ".".join("*" if word.isdigit() else word for word in name.split("."))
-
-
-def _check_divisible(model: nn.Module, plan: Mapping[str, str], parts: int) -> None:
-    """Refuses a number of parts that would cut through a head, or cut features unevenly."""
-    config: Any = model.config
-    for field in ("n_heads", "n_kv_heads"):
-        if (count := getattr(config, field, None)) is not None and count % parts:
-            raise UserError(f"model.{field} is {count}; allowed with matrices cut in {parts}: a multiple of that")
-    for name, module in model.named_modules():
-        pattern = _pattern(name)
-        if isinstance(module, nn.Embedding) and plan.get(pattern) == "vocabulary":
-            entries = module.num_embeddings
-            if -(-entries // parts) * (parts - 1) >= entries:
-                raise UserError(f"{name} has {entries} entries, too few to cut in {parts}")
-        if isinstance(module, nn.Linear) and plan.get(pattern) in ("column", "row"):
-            size = module.out_features if plan[pattern] == "column" else module.in_features
-            if size % parts:
-                raise UserError(f"{name} has {size} features; allowed with matrices cut in {parts}: a multiple of that")
 
 
 def with_gradient_exchange(model: nn.Module, place: Layout, device: torch.device) -> nn.Module:
@@ -347,7 +261,8 @@ def without_sync(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
     """The context of a micro-batch: gradients are exchanged between devices after the last one of a step only."""
     if isinstance(model, DistributedDataParallel) and not last:
         return cast("AbstractContextManager[Any]", model.no_sync())
-    if isinstance(inner := getattr(model, "_orig_mod", model), FSDPModule):
+    inner: Any = getattr(model, "_orig_mod", model)
+    if hasattr(inner, "set_requires_gradient_sync"):  # fully_shard gave it that
         inner.set_requires_gradient_sync(last)
     return nullcontext()
 
@@ -355,9 +270,15 @@ def without_sync(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
 # Tensors, whole and cut ----------------------------------------------------------------------------------------------
 
 
+def is_cut(tensor: Any) -> bool:
+    """Whether a tensor is a `DTensor`. Loading that class takes half as long as PyTorch; nobody has, where none is."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def whole(tree: Any) -> Any:
     """A state dict with every sharded tensor put together again; all processes must call it together."""
-    if isinstance(tree, DTensor):
+    if is_cut(tree):
         return tree.full_tensor()
     if isinstance(tree, Mapping):
         return {key: whole(value) for key, value in tree.items()}
@@ -366,7 +287,7 @@ def whole(tree: Any) -> Any:
 
 def local(tensor: Any) -> Tensor:
     """This process's part of a tensor, in the same memory."""
-    return cast(Tensor, tensor.to_local() if isinstance(tensor, DTensor) else tensor)
+    return cast(Tensor, tensor.to_local() if is_cut(tensor) else tensor)
 
 
 def gather_to_host(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
@@ -381,10 +302,11 @@ def gather_to_host(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tenso
 
 def like(tensor: Tensor, reference: Tensor) -> Tensor:
     """A whole tensor that every process has, cut and placed as `reference` is."""
-    if not isinstance(reference, DTensor):
+    if not is_cut(reference):
         return tensor.to(reference.device)
-    placed = tensor.to(reference.to_local().device)
-    return distribute_tensor(placed, reference.device_mesh, reference.placements, src_data_rank=None)
+    from cleangpt.training.sharding import cut_like
+
+    return cut_like(tensor, reference)
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], strict: bool = True) -> None:

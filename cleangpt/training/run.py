@@ -25,7 +25,7 @@ from cleangpt.data.mixture import MixedStore, Store, split_samples, stores, trai
 from cleangpt.errors import UserError
 from cleangpt.files import PARTIAL, read_json, write_bytes, write_json
 from cleangpt.interchange.hub import is_huggingface
-from cleangpt.models import build_model, flops_per_token, model_kinds
+from cleangpt.models import build_model, flops_per_token, model_kinds, on_meta
 from cleangpt.tracking.metrics import of_source
 from cleangpt.training.checkpoints import CONFIG, best_checkpoint
 from cleangpt.training.device import choose_device, describe_device
@@ -299,7 +299,7 @@ def _data_lines(experiment: Experiment, store: Store) -> list[str]:
 
 def environment(experiment: Experiment, overrides: Sequence[str]) -> dict[str, Any]:
     """Versions, git commit, device and command line: what a repetition would have to match."""
-    with torch.device("meta"):
+    with on_meta():
         parameters = sum(parameter.numel() for parameter in build_model(experiment.model).parameters())
     return {
         "cleangpt": __version__,

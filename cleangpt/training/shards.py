@@ -4,36 +4,140 @@
     index.json                  every tensor by name: dtype, shape, and which file has which part
 
 PyTorch plans who writes what and what each reads back; here is only how it is written and read. Its own storage
-pickles its index; nothing here is unpickled.
+pickles its index; nothing here is unpickled. Loaded only when a snapshot is saved or read: that part of PyTorch takes
+half as long to load as the rest.
 """
 
+import io
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
+    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from cleangpt.errors import blaming
+from cleangpt.errors import UserError, blaming
 from cleangpt.files import flush, plain_name, read_json, write_text
+from cleangpt.training.ranks import Ranks
 
 INDEX = "index.json"
+FLAT = (False, False)
+"""For PyTorch's planners: the tensors come in one dict already."""
 DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+class Parts(DefaultSavePlanner):
+    """Plans what this process writes of the tensors that it is made of.
+
+    With `host`, it copies that to the host at once, into the tensors there or new ones, and the copy is written.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], host: dict[MetadataIndex, Tensor] | None) -> None:
+        super().__init__(*FLAT)
+        super().set_up_planner(tensors)
+        super().create_local_plan()
+        self.host = host
+        if host is None:
+            return
+        for item in self.plan.items:
+            part = super().resolve_data(item)
+            assert isinstance(part, Tensor)
+            if item.index not in host or host[item.index].shape != part.shape:
+                host[item.index] = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
+            host[item.index].copy_(part, non_blocking=part.is_cuda)
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            torch.cuda.synchronize()
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
+    ) -> None:
+        """Learns whether this is the process that puts the plans together; the tensors are known."""
+        self.is_coordinator = is_coordinator
+
+    def create_local_plan(self) -> SavePlan:
+        """What this process writes."""
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        """The tensor that is to be written for an item of the plan."""
+        return super().resolve_data(write_item) if self.host is None else self.host[write_item.index]
+
+
+def to_write(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """The tensors of which this process writes its part.
+
+    Of equal copies one is written, by whoever has least to write so far. All processes come to the same result without
+    asking each other, so that what another one writes need not be copied to the host here.
+    """
+    mine: dict[str, Tensor] = {}
+    loads: dict[int, list[int]] = {}
+    for name, tensor in tensors.items():
+        copy, copies = _copy(tensor, ranks)
+        load = loads.setdefault(copies, [0] * copies)
+        chosen = load.index(min(load))
+        load[chosen] += tensor.numel() * tensor.element_size()
+        if chosen == copy:
+            mine[name] = tensor
+    return mine
+
+
+def _copy(tensor: Tensor, ranks: Ranks) -> tuple[int, int]:
+    """Which copy is here, of how many equal ones, of a tensor or of a part of it."""
+    if not isinstance(tensor, DTensor):
+        return ranks.rank, ranks.world_size
+    mesh, copy, copies = tensor.device_mesh, 0, 1
+    for place, size, placement in zip(mesh.get_coordinate() or (), mesh.shape, tensor.placements, strict=True):
+        if placement.is_replicate():
+            copy, copies = copy * size + place, copies * size
+    return copy, copies
+
+
+def write_shards(
+    folder: Path,
+    planner: Parts,
+    rank: int,
+    complete: Callable[[Mapping[str, Any]], None],
+    group: dist.ProcessGroup | None = None,
+) -> str:
+    """Writes what `planner` has of the tensors, on all processes of `group` together.
+
+    Returns:
+        Why that could not be, in a few words; empty where it could.
+    """
+    _accept_one_process()
+    try:
+        save({}, storage_writer=ShardWriter(folder, rank, complete), planner=planner, process_group=group)
+    except CheckpointException as error:
+        if reason := _reason(error, (OSError, SafetensorError)):
+            return reason
+        raise RuntimeError(f"{folder} could not be written: {error}") from error
+    return ""
 
 
 class ShardWriter(FileSystemWriter):
@@ -69,6 +173,64 @@ class ShardWriter(FileSystemWriter):
             (files[result.index],) = result.storage_data
         _write_index(self.folder / INDEX, metadata, files)
         self.complete(entries)
+
+
+def _write_index(path: Path, metadata: Metadata, files: Mapping[MetadataIndex, str]) -> None:
+    """The opposite of `read_index`; `files` says which file has a part."""
+    index = {}
+    for name, entry in metadata.state_dict_metadata.items():
+        assert isinstance(entry, TensorStorageMetadata)
+        parts = [{"file": files[MetadataIndex(name, chunk.offsets)], "offset": chunk.offsets, "shape": chunk.sizes}
+                 for chunk in entry.chunks]  # fmt: skip
+        dtype = str(entry.properties.dtype).removeprefix("torch.")
+        index[name] = {"dtype": dtype, "shape": entry.size, "parts": parts}
+    write_text(path, json.dumps(index) + "\n")
+
+
+def _on_host(planner: SavePlanner, item: WriteItem) -> Tensor:
+    """The part that an item of a plan stands for."""
+    part = planner.resolve_data(item)
+    assert isinstance(part, Tensor)
+    return part.detach().cpu().contiguous()
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+def read_shards(
+    folder: Path, tensors: dict[str, Any], group: dist.ProcessGroup | None = None, all_of_them: bool = False
+) -> None:
+    """Fills `tensors`, each of the name in the index, in place, however they are sharded.
+
+    Args:
+        folder: where `write_shards` has written.
+        tensors: to fill; a process reads only its parts.
+        group: the process group in which all call this together.
+        all_of_them: adds those that are not among them, whole and on the host.
+
+    Raises:
+        UserError: there is no such tensor, or one of another shape.
+    """
+    metadata = read_index(folder)
+    for name, entry in metadata.state_dict_metadata.items() if all_of_them else ():
+        assert isinstance(entry, TensorStorageMetadata)
+        if name not in tensors:
+            tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    if missing := tensors.keys() - metadata.state_dict_metadata.keys():
+        raise UserError(f"{folder} cannot be loaded: it has no {min(missing)}")
+    _accept_one_process()
+    reader, planner = ShardReader(folder, metadata), DefaultLoadPlanner(*FLAT)
+    try:
+        load(tensors, storage_reader=reader, planner=planner, process_group=group)
+    except CheckpointException as error:
+        reason = _reason(error, (OSError, SafetensorError, LookupError, TypeError, ValueError))
+        raise (UserError if reason else RuntimeError)(f"{folder} cannot be loaded: {reason or error}") from error
+
+
+def shapes(folder: Path) -> dict[str, torch.Size]:
+    """The whole shape of every tensor, by name."""
+    entries = read_index(folder).state_dict_metadata.items()
+    return {name: entry.size for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
 
 
 class ShardReader(FileSystemReader):
@@ -118,25 +280,6 @@ def read_index(folder: Path) -> Metadata:
     return metadata
 
 
-def _write_index(path: Path, metadata: Metadata, files: Mapping[MetadataIndex, str]) -> None:
-    """The opposite of `read_index`; `files` says which file has a part."""
-    index = {}
-    for name, entry in metadata.state_dict_metadata.items():
-        assert isinstance(entry, TensorStorageMetadata)
-        parts = [{"file": files[MetadataIndex(name, chunk.offsets)], "offset": chunk.offsets, "shape": chunk.sizes}
-                 for chunk in entry.chunks]  # fmt: skip
-        dtype = str(entry.properties.dtype).removeprefix("torch.")
-        index[name] = {"dtype": dtype, "shape": entry.size, "parts": parts}
-    write_text(path, json.dumps(index) + "\n")
-
-
-def _on_host(planner: SavePlanner, item: WriteItem) -> Tensor:
-    """The part that an item of a plan stands for."""
-    part = planner.resolve_data(item)
-    assert isinstance(part, Tensor)
-    return part.detach().cpu().contiguous()
-
-
 def _read_part(shard: Any, item: ReadItem, place: Tensor) -> None:
     """Copies what `item` asks for from an open safetensors file to `place`."""
     name = _part_name(item.storage_index)
@@ -145,7 +288,21 @@ def _read_part(shard: Any, item: ReadItem, place: Tensor) -> None:
     place.copy_(shard.get_slice(name)[where] if where else shard.get_tensor(name))
 
 
+# Both -----------------------------------------------------------------------------------------------------------------
+
+
 def _part_name(index: MetadataIndex) -> str:
     """A part's name in its file: that of the tensor and, unless it is at the tensor's start, where it begins."""
     offset = list(index.offset or ())
     return f"{index.fqn}{offset}" if any(offset) else index.fqn
+
+
+def _accept_one_process() -> None:
+    """Keeps PyTorch from warning, at every save, that there is one process only."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+
+def _reason(error: CheckpointException, expected: tuple[type[Exception], ...]) -> str:
+    """What the system or a file is to blame for, in a few words; empty where the cause is another than `expected`."""
+    rank, (cause, _) = min(error.failures.items())
+    return f"{cause} (process {rank})" if isinstance(cause, expected) else ""

@@ -11,42 +11,32 @@ so a snapshot may be loaded under another one and on another number of processes
 """
 
 import contextlib
-import io
 import re
 import secrets
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.tensor import DTensor
 
 from cleangpt.config import SavingConfig
 from cleangpt.errors import UserError, blaming
 from cleangpt.files import MANIFEST, PARTIAL, damage, read_json, remove, seal, write_json
 from cleangpt.training.ranks import Ranks
-from cleangpt.training.shards import INDEX, ShardReader, ShardWriter, read_index
+
+if TYPE_CHECKING:
+    from cleangpt.training.shards import Parts
 
 FORMAT = 2
 DAMAGED = ".damaged"
 STATE = "state.json"
-FLAT = (False, False)
-"""For PyTorch's planners: the tensors come in one dict already."""
 
 
 def snapshot_name(macro_batch: int, batches: int = 0) -> str:
@@ -77,7 +67,7 @@ class Snapshots:
         self.under_way: Future[str] | None = None
         self.longest = 0.0
         """Seconds that a save has taken at the most, from the call to the disk."""
-        self.host: dict[MetadataIndex, Tensor] = {}
+        self.host: dict[Any, Tensor] = {}
         """The copy, kept for the next save: memory that is in use already is quicker to fill."""
         self.attempt = self.ranks.from_main(secrets.token_hex(4))
         """Stands in the names of unfinished folders: a process of a dead run may still be writing to its own."""
@@ -92,12 +82,13 @@ class Snapshots:
 
         The one that is under way is waited for first; whether it is whole, `wait` tells before.
         """
+        from cleangpt.training.shards import Parts, to_write
+
         self.wait()
         began = time.monotonic()
         tensors: dict[str, Tensor] = {}
         tree = _split(state, "", tensors)
-        planner = Parts(_to_write(tensors, self.ranks), self.host if self.config.async_snapshots else None)
-        _accept_one_process()
+        planner = Parts(to_write(tensors, self.ranks), self.host if self.config.async_snapshots else None)
         self.under_way = self.thread.submit(self._write, name, tree, planner)
         self.under_way.add_done_callback(lambda _: self._measure(began))
         if not self.config.async_snapshots:
@@ -122,19 +113,15 @@ class Snapshots:
 
     def _write(self, name: str, tree: Any, planner: "Parts") -> str:
         """What the thread does; returns what `wait` returns."""
+        from cleangpt.training.shards import write_shards
+
         unfinished = self.folder / f"{name}.{self.attempt}{PARTIAL}"
-        writer = ShardWriter(unfinished, self.ranks.rank, partial(self._complete, unfinished, name, tree))
-        try:
-            save({}, storage_writer=writer, planner=planner, process_group=self.group)
-        except CheckpointException as error:
-            reason = _reason(error, (OSError, SafetensorError))
-            if not reason:
-                raise RuntimeError(f"snapshot {name} could not be saved: {error}") from error
-            if self.ranks.is_main:
-                shutil.rmtree(unfinished, ignore_errors=True)  # it takes room that may be what is missing
-                self.say(f"snapshot {name} could not be saved: {reason}; those before it are as they were")
-            return reason
-        return ""
+        complete = partial(self._complete, unfinished, name, tree)
+        reason = write_shards(unfinished, planner, self.ranks.rank, complete, self.group)
+        if reason and self.ranks.is_main:
+            shutil.rmtree(unfinished, ignore_errors=True)  # it takes room that may be what is missing
+            self.say(f"snapshot {name} could not be saved: {reason}; those before it are as they were")
+        return reason
 
     def _complete(self, unfinished: Path, name: str, tree: Any, shards: Mapping[str, Any]) -> None:
         """The main process's part, when the shards are on the disk."""
@@ -145,72 +132,6 @@ class Snapshots:
                 remove(old)
             except OSError as error:
                 self.say(f"snapshot {old} could not be removed: {error}")
-
-
-class Parts(DefaultSavePlanner):
-    """Plans what this process writes of the tensors that it is made of.
-
-    With `host`, it copies that to the host at once, into the tensors there or new ones, and the copy is written.
-    """
-
-    def __init__(self, tensors: dict[str, Tensor], host: dict[MetadataIndex, Tensor] | None) -> None:
-        super().__init__(*FLAT)
-        super().set_up_planner(tensors)
-        super().create_local_plan()
-        self.host = host
-        if host is None:
-            return
-        for item in self.plan.items:
-            part = super().resolve_data(item)
-            assert isinstance(part, Tensor)
-            if item.index not in host or host[item.index].shape != part.shape:
-                host[item.index] = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
-            host[item.index].copy_(part, non_blocking=part.is_cuda)
-        if any(tensor.is_cuda for tensor in tensors.values()):
-            torch.cuda.synchronize()
-
-    def set_up_planner(
-        self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
-    ) -> None:
-        """Learns whether this is the process that puts the plans together; the tensors are known."""
-        self.is_coordinator = is_coordinator
-
-    def create_local_plan(self) -> SavePlan:
-        """What this process writes."""
-        return self.plan
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        """The tensor that is to be written for an item of the plan."""
-        return super().resolve_data(write_item) if self.host is None else self.host[write_item.index]
-
-
-def _to_write(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """The tensors of which this process writes its part.
-
-    Of equal copies one is written, by whoever has least to write so far. All processes come to the same result without
-    asking each other, so that what another one writes need not be copied to the host here.
-    """
-    mine: dict[str, Tensor] = {}
-    loads: dict[int, list[int]] = {}
-    for name, tensor in tensors.items():
-        copy, copies = _copy(tensor, ranks)
-        load = loads.setdefault(copies, [0] * copies)
-        chosen = load.index(min(load))
-        load[chosen] += tensor.numel() * tensor.element_size()
-        if chosen == copy:
-            mine[name] = tensor
-    return mine
-
-
-def _copy(tensor: Tensor, ranks: Ranks) -> tuple[int, int]:
-    """Which copy is here, of how many equal ones, of a tensor or of a part of it."""
-    if not isinstance(tensor, DTensor):
-        return ranks.rank, ranks.world_size
-    mesh, copy, copies = tensor.device_mesh, 0, 1
-    for place, size, placement in zip(mesh.get_coordinate() or (), mesh.shape, tensor.placements, strict=True):
-        if placement.is_replicate():
-            copy, copies = copy * size + place, copies * size
-    return copy, copies
 
 
 # Loading -------------------------------------------------------------------------------------------------------------
@@ -247,6 +168,8 @@ def set_aside(folder: Path, newest: Path) -> None:
 
 def _damage(path: Path, ranks: Ranks) -> str:
     """`damage` of this process's part of a snapshot; a shard that does not belong to it counts as well."""
+    from cleangpt.training.shards import INDEX
+
     if wrong := damage(path, ranks.rank, ranks.world_size, (STATE, INDEX)):
         return wrong
     strange = {shard.name for shard in path.glob("shard_*")} - read_json(path / MANIFEST).keys()
@@ -267,18 +190,15 @@ def load_snapshot(
     Raises:
         UserError: the snapshot has a format that this version does not read, or tensors that do not fit `into`.
     """
+    from cleangpt.training.shards import read_shards
+
     content = read_json(path / STATE)
     with blaming(path / STATE):
         if content.get("format") != FORMAT:
             raise UserError(f"{path} has snapshot format {content.get('format')}; this version reads {FORMAT}")
-    metadata = read_index(path)
     tensors: dict[str, Any] = {}
     _split(into or {}, "", tensors)
-    for name, entry in metadata.state_dict_metadata.items():
-        assert isinstance(entry, TensorStorageMetadata)
-        if name not in tensors:
-            tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    _fill(path, metadata, tensors, group)
+    read_shards(path, tensors, group, all_of_them=True)
     with blaming(path / STATE):
         state: dict[str, Any] = _join(content["state"], tensors)
     return state
@@ -290,28 +210,18 @@ def fill_tensors(path: Path, into: Mapping[str, Any], group: dist.ProcessGroup |
     Raises:
         UserError: the snapshot has no such tensors.
     """
+    from cleangpt.training.shards import read_shards
+
     tensors: dict[str, Any] = {}
     _split(into, "", tensors)
-    _fill(path, read_index(path), tensors, group)
+    read_shards(path, tensors, group)
 
 
 def saved_shapes(path: Path) -> dict[str, torch.Size]:
     """The whole shape of every tensor in a snapshot, by its path in the tree."""
-    entries = read_index(path).state_dict_metadata.items()
-    return {name: entry.size for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
+    from cleangpt.training.shards import shapes
 
-
-def _fill(path: Path, metadata: Metadata, tensors: dict[str, Any], group: dist.ProcessGroup | None) -> None:
-    if missing := tensors.keys() - metadata.state_dict_metadata.keys():
-        raise UserError(f"{path} cannot be loaded: it has no {min(missing)}")
-    _accept_one_process()
-    try:
-        load(
-            tensors, storage_reader=ShardReader(path, metadata), planner=DefaultLoadPlanner(*FLAT), process_group=group
-        )
-    except CheckpointException as error:
-        reason = _reason(error, (OSError, SafetensorError, LookupError, TypeError, ValueError))
-        raise (UserError if reason else RuntimeError)(f"{path} cannot be loaded: {reason or error}") from error
+    return shapes(path)
 
 
 # The tree ------------------------------------------------------------------------------------------------------------
@@ -338,14 +248,3 @@ def _join(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(tree, list):
         return [_join(value, tensors) for value in tree]
     return tree
-
-
-def _accept_one_process() -> None:
-    """Keeps PyTorch from warning, at every save, that there is one process only."""
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-
-
-def _reason(error: CheckpointException, expected: tuple[type[Exception], ...]) -> str:
-    """What the system or a file is to blame for, in a few words; empty where the cause is another than `expected`."""
-    rank, (cause, _) = min(error.failures.items())
-    return f"{cause} (process {rank})" if isinstance(cause, expected) else ""

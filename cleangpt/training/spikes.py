@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from cleangpt.config import TrainingConfig
+from cleangpt.training.parallel import local
 from cleangpt.training.ranks import Ranks
 
 
@@ -75,8 +75,7 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str:
 
     The device is waited for once, unless there is one.
     """
-    parts = {name: (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-             for name, tensor in tensors.items()}  # fmt: skip
+    parts = {name: local(tensor).detach() for name, tensor in tensors.items()}
     parts = {name: part for name, part in parts.items() if part.is_floating_point() and part.numel()}
     if not parts or torch.nn.utils.get_total_norm(parts.values(), math.inf).isfinite():
         return ""

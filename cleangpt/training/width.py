@@ -33,7 +33,7 @@ from torch import nn
 
 from cleangpt.config import ModelConfig, OptimizerConfig
 from cleangpt.errors import UserError
-from cleangpt.models import build_model
+from cleangpt.models import build_model, on_meta
 from cleangpt.training.optimizer import is_hidden_matrix
 
 
@@ -53,7 +53,7 @@ def width_factors(config: ModelConfig, optimizer: OptimizerConfig) -> dict[str, 
     """
     if optimizer.base_dim is None:
         return {}
-    with torch.device("meta"):
+    with on_meta():
         model, base = build_model(config), build_model(config.at_width(optimizer.base_dim))
     if any(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules()):
         raise UserError(f"optimizer.base_dim is {optimizer.base_dim}; allowed for a model with convolutions: None")

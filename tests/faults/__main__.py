@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, fault in faults.items():
         if not options.names or any(word in name for word in options.names):
             losses += attempt(fault, options)
-    print(*losses, sep="\n")
+    print(*losses, sep="\n")  # once more, where they are found
     return 1 if losses else 0
 
 
@@ -69,7 +69,7 @@ def attempt(fault: Fault, options: Options) -> list[str]:
         tried += 1
     seconds = time.monotonic() - began
     row = f"{fault.name:<60} | {tried:>5} | {tried - len(losses):>8} | {len(losses):>4} | {seconds:>7.1f}"
-    print(row, flush=True)
+    print(row, *losses, sep="\n", flush=True)
     return losses
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import cleangpt.corpora
 import cleangpt.experiment_files
+import cleangpt.training.shards
 import cleangpt.training.trainer  # noqa: F401
 from cleangpt.cli import main
 from cleangpt.files import damage, read_json

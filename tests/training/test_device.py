@@ -1,7 +1,10 @@
 """What matrices are multiplied in, and what is compiled."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +37,27 @@ def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.Monk
     assert choose_device("cpu", 7) == CPU
     with pytest.raises(UserError, match=r"training\.device is 'cuda:2', but this machine has 2 cuda devices"):
         choose_device("cuda:2")
+
+
+def test_the_first_step_loads_neither_the_compiler_nor_what_cuts_tensors(workplace: Path) -> None:
+    """Each takes as long to load as half of PyTorch or all of it, and a run on one device needs neither."""
+    script = """
+import sys
+from cleangpt.cli import main
+from cleangpt.training.trainer import Trainer
+
+step = Trainer.step
+def watched(self):
+    step(self)
+    print("loaded:", sorted({"torch._dynamo", "torch.distributed.tensor", "sympy"} & sys.modules.keys()))
+
+Trainer.step = watched
+main(["train", "adder", "--training.macro-batches", "1", "--training.batches-per-macro-batch", "1",
+      "--optimizer.muon.lr", "0.01", "--training.device", "cpu", "--tracking.sample-tokens", "5"])
+print("in the end:", "torch._dynamo" in sys.modules)
+"""
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert "loaded: []" in output and "in the end: False" in output, output
 
 
 @pytest.fixture
