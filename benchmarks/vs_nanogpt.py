@@ -2,9 +2,11 @@
 
 Runs are whole processes, start and imports included, of nanoGPT's README recipe for a CPU (4 × 128, 2,000 steps) and of
 two experiments here, `shakespeare_char_fast` and `shakespeare_char_minute`, on three seeds; losses are over the whole
-validation split, by which nothing was chosen: see docs/speed.md. Steps are of the same model, batch and AdamW, ours
-with loading and bookkeeping; FLOPs are counted as in PaLM, and the limit is what a product of two large fp32 matrices
-reaches in the same round. Memory is the most that a fresh process holds in two steps.
+validation split, by which nothing was chosen. What chose the experiments is the loss on a twentieth of the text that is
+held out of the end of the training part, in runs of their own, which are reported too: see docs/speed.md. Steps are of
+the same model, batch and AdamW, ours with loading and bookkeeping; FLOPs are counted as in PaLM, and the limit is what
+a product of two large fp32 matrices reaches in the same round. Memory is the most that a fresh process holds in two
+steps.
 """
 
 import contextlib
@@ -37,6 +39,7 @@ from cleangpt.corpora.shakespeare_char import ShakespeareChar
 from cleangpt.data.batches import IGNORED, validation_batches
 from cleangpt.data.mixture import split_samples, stores
 from cleangpt.data.store import TokenStore
+from cleangpt.files import read_json
 from cleangpt.models import flops_per_token
 from cleangpt.models.gpt import GPTConfig
 from cleangpt.tracking.metrics import read_metrics
@@ -91,11 +94,15 @@ def whole_runs(setup: Setup) -> list[Row]:
         call("benchmarks.first_step", "train", name, "--run-dir", str(folder / f"first_{name}"), *words)
     peer = copy_of_peer(setup.peer, folder / "peer", plain)
     runs: dict[str, list[Outcome]] = {"nanoGPT": [], **{name: [] for name in EXPERIMENTS}}
+    held_out: dict[str, list[tuple[float, float]]] = {name: [] for name in EXPERIMENTS}
     for seed in SEEDS[: 1 if setup.quick else None]:
         runs["nanoGPT"].append(run_of_peer(peer, seed, plain, setup.quick))
         for name in EXPERIMENTS:
             runs[name].append(run_of_ours(name, folder / f"{name}{seed}", seed, words, setup.quick))
-    return [*compare(runs), start(peer, folder, words, setup)]
+            held_out[name].append(
+                run_with_a_part_held_out(name, folder / f"{name}{seed}_part", seed, words, setup.quick)
+            )
+    return [*compare(runs), *map(row_of_held_out, held_out, held_out.values()), start(peer, folder, words, setup)]
 
 
 def compare(runs: Mapping[str, Sequence[Outcome]]) -> list[Row]:
@@ -158,6 +165,20 @@ def run_of_ours(name: str, run: Path, seed: int, words: Sequence[str], quick: bo
     less = ("--training.batches-per-macro-batch", "2", "--data.val-samples", "8") if quick else ()
     seconds = call("cleangpt", "train", name, "--run-dir", str(run), "--training.seed", str(seed), *words, *less)
     return Outcome(seconds, read_metrics(run)[-1]["val_loss"])
+
+
+def run_with_a_part_held_out(name: str, run: Path, seed: int, words: Sequence[str], quick: bool) -> tuple[float, float]:
+    """An experiment with less text to train on; its losses on what was held out and on the validation split."""
+    val_loss = run_of_ours(name, run, seed, [*words, "--corpus.held-out", "0.05"], quick).loss
+    call("cleangpt", "evaluate", str(run), "--split", "test")
+    return read_json(run / "evaluation.json")["loss"], val_loss
+
+
+def row_of_held_out(name: str, losses: Sequence[tuple[float, float]]) -> Row:
+    """The loss by which an experiment was chosen."""
+    on_part, on_validation = (list(side) for side in zip(*losses, strict=True))
+    what = f"{name} with a twentieth of the text held out: loss on that"
+    return Row(what, "nats", on_part, "the same run's on the validation split", on_validation)
 
 
 def start(peer: Path, folder: Path, words: Sequence[str], setup: Setup) -> Row:

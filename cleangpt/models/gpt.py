@@ -106,7 +106,7 @@ class GPT(nn.Module):
         "blocks.*.mlp.down": "row",
         "final_norm": "sequence",
     }
-    """How each module is cut for tensor parallelism; the words are explained in `training/parallel.py`."""
+    """How each module is cut for tensor parallelism; the words are explained in `training/sharding.py`."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()

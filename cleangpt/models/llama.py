@@ -326,7 +326,7 @@ class Llama(nn.Module):
         "final_norm": "sequence",
         "head": "logits",
     }
-    """How each module is cut for tensor parallelism; the words are explained in `training/parallel.py`. A mixture of
+    """How each module is cut for tensor parallelism; the words are explained in `training/sharding.py`. A mixture of
     experts is not in it."""
 
     def __init__(self, config: LlamaConfig) -> None:
