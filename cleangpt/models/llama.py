@@ -92,6 +92,8 @@ class LlamaConfig(ModelConfig):
     logit_soft_cap: float | None = None
     """Logits become logit_soft_cap x tanh(logits / logit_soft_cap) (Gemma Team 2024, "Gemma 2", section 2, there 30);
     none: they stay."""
+    dropout: float = 0.0
+    """Share of activations dropped in training, after embedding, attention and MLP (Srivastava et al. 2014)."""
     ngrams: tuple[int, ...] = ()
     """Lengths, such as 2 and 3, of n-grams that have embeddings of their own, added to that of their last token (Huang
     et al. 2025, "Over-tokenized transformer")."""
@@ -286,7 +288,7 @@ class Block(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.value_residual = config.value_residual
+        self.value_residual, self.dropout = config.value_residual, config.dropout
         self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config)
         self.mlp_norm = nn.RMSNorm(config.dim, config.norm_eps)
@@ -302,8 +304,9 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """`(batch, seq, dim)` to the same shape, and with value residuals its values; the rest as in `Attention`."""
         attended, value = self.attention(self.attention_norm(x), rotation, seen, first_value, past)
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), value if self.value_residual else None
+        x = x + F.dropout(attended, self.dropout, self.training)
+        x = x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
+        return x, value if self.value_residual else None
 
 
 class Llama(nn.Module):
@@ -378,7 +381,7 @@ class Llama(nn.Module):
         seen = seen_by_window(config, tokens) if cache is None else {}
         rotation = rotation_of(config, positions)
         first_value = None
-        x = self._embed(tokens, cache)
+        x = F.dropout(self._embed(tokens, cache), config.dropout, self.training)
         for layer, block in enumerate(self.blocks):
             x, value = block(x, rotation, seen.get(config.window(layer)), first_value, past[layer])
             first_value = value if first_value is None else first_value
@@ -434,7 +437,7 @@ class Llama(nn.Module):
         return 6 * weights + 12 * config.n_heads * config.features_per_head() * seen
 
     def activation_bytes(self, batch: int, seq_len: int) -> int:
-        """Bytes that one fp32 forward pass keeps for the backward pass, logits included.
+        """Bytes that one fp32 forward pass without dropout keeps for the backward pass, logits included.
 
         Per token and layer: of each of two norms its input, its output and that without the gain (6 x dim, and one
         number each); query, key, value, the output of attention and one number a query head; what the MLP or

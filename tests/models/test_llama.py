@@ -470,6 +470,7 @@ def test_fields_that_do_not_fit_are_refused_in_one_line(changes: dict[str, Any],
         {"balance_rate": 0.0},
         {"activation": "gelu"},
         {"logit_soft_cap": 0.0},
+        {"dropout": 1.0},
         {"separator": -1},
     ],
 )

@@ -114,6 +114,31 @@ def test_a_value_residual_is_the_mean_with_the_first_blocks_values() -> None:
     torch.testing.assert_close(llama(replace(SMALL, value_residual=True))(tokens), plain(tokens), atol=1e-5, rtol=1e-5)
 
 
+def test_dropout_takes_its_share_of_embeddings_attention_and_mlp_in_training_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Against the same model with the dropped activations given: everything but them stays."""
+    tokens, plain = with_ends(12), llama(SMALL)
+    dropping = llama(replace(SMALL, dropout=0.25))
+    assert torch.equal(plain(tokens), dropping(tokens))
+    shapes: list[tuple[int, ...]] = []
+
+    def halve(x: Tensor, share: float, training: bool) -> Tensor:
+        assert share == 0.25 and training
+        shapes.append(tuple(x.shape))
+        return x / 2
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "dropout", halve)
+        halved = dropping.train()(tokens)
+    assert shapes == [(1, 12, 48)] * (1 + 2 * 3)
+    for name, parameter in plain.named_parameters():
+        if name == "token_embedding.weight" or name.endswith(("out.weight", "down.weight")):
+            parameter.data /= 2
+    torch.testing.assert_close(halved, plain(tokens))
+    assert not torch.equal(dropping(tokens), dropping(tokens))
+
+
 def test_a_soft_cap_bends_the_logits() -> None:
     tokens = with_ends(12)
     logits, capped = llama(SMALL)(tokens), llama(replace(SMALL, logit_soft_cap=2.0))(tokens)
