@@ -78,7 +78,7 @@ def compare(
     sides = {name: taken.pop(name) for name in ("ours", "compiled") if name in taken}
     what += f"batch {batch}, {threads} thread{'s' * (threads > 1)}"
     goals = {
-        "Hugging Face": HUGGING_FACE_GOAL if batch == 1 and threads > 1 else None,
+        "Hugging Face": HUGGING_FACE_GOAL if batch == 1 and threads > 1 and model.config.dim == 384 else None,
         "llama.cpp, fp32": LLAMA_CPP_GOAL,
     }
     return [

@@ -212,7 +212,7 @@ def _plain(_: str, value: Any) -> str:
 
 def _figure(name: str, value: Any) -> str:
     name = re.sub(r"^loss(?=/|$)", "val_loss", name)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, float) or (type(value) is int and abs(value) < 2**1000)  # a stranger's may be longer
     return show(name, value) if number else _plain(name, value)
 
 

@@ -1,6 +1,7 @@
 """Where and in which numbers a model computes: device, precision, compilation; applied from outside the model."""
 
 import contextlib
+import ctypes
 import importlib.util
 import os
 import random
@@ -28,6 +29,10 @@ PEAK_FLOPS = {
     "RTX 3090": 71e12,
 }
 """Dense 16-bit matrix FLOP/s by a part of the device's name, from the makers' data sheets."""
+
+
+MALLOC_SETTINGS = {-4: 0, -1: 2**31 - 1}
+"""Of `malloc.h`: M_MMAP_MAX, allocations apart from the heap; M_TRIM_THRESHOLD, bytes free at its end that it keeps."""
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -151,6 +156,18 @@ def peak_memory(device: torch.device) -> int | None:
 
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """Where a CPU computes: what a step frees stays with the process for the next one.
+
+    The C library would else give every large tensor back, and the system fill it with zeros again page by page, which
+    takes a tenth of a step whose tensors are larger than 32 MiB. Only glibc, of Linux, does so and can be told.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if device.type == "cpu" and mallopt is not None:
+        for parameter, value in MALLOC_SETTINGS.items():
+            mallopt(parameter, value)
 
 
 def seed_everything(seed: int) -> None:

@@ -37,6 +37,7 @@ from cleangpt.training.device import (
     choose_device,
     compile_blocks,
     compute_dtype,
+    keep_freed_memory,
     peak_flops,
     peak_memory,
     seed_everything,
@@ -89,6 +90,7 @@ class Trainer:
         if training.threads is not None:
             torch.set_num_threads(training.threads)
         self.device = choose_device(training.device, self.ranks.local_rank)
+        keep_freed_memory(self.device)
         seed_everything(training.seed)
         tuning = experiment.fine_tuning
         self.layout = choose_layout(

@@ -126,6 +126,12 @@ def test_an_evaluation_is_shown_where_there_is_one(tmp_path):
     assert page.fact("exact match") == ["50.0 %"]
 
 
+def test_a_number_beyond_all_floats_is_shown_as_it_stands(tmp_path):
+    run = make(tmp_path / "run")
+    (run / "evaluation.json").write_text('{"loss": 1' + 400 * "0" + "}", encoding="utf-8")
+    assert "1" + 400 * "0" in write_report([run], None).read_text(encoding="utf-8")
+
+
 def test_a_comparison_shows_each_run_and_what_differs(tmp_path):
     runs = [make(tmp_path / "a" / "1", lr=1e-3), make(tmp_path / "a" / "2", lr=2e-3), make(tmp_path / "b", name="own")]
     page = Page(write_report(runs, tmp_path / "out"))
