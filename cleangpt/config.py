@@ -429,7 +429,7 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "model.n_shared_experts": (lambda value: 0 <= value <= 4096, "a whole number of 0 or more, at most 4,096"),
     "model.separator": (lambda value: value >= 0, "a whole number of 0 or more"),
     **dict.fromkeys(
-        ["model.dropout", "fine_tuning.lora.dropout"], (lambda value: 0 <= value < 1, "from 0 to below 1")
+        ["model.dropout", "model.ngram_dropout", "fine_tuning.lora.dropout"], (lambda value: 0 <= value < 1, "from 0 to below 1")
     ),
     "optimizer.muon.momentum": (lambda value: 0 <= value < 1, "from 0 to below 1"),
     "optimizer.lr_factors": (

@@ -99,6 +99,9 @@ class LlamaConfig(ModelConfig):
     et al. 2025, "Over-tokenized transformer")."""
     ngram_rows: int = 16384
     """Rows in the table of each length; n-grams are put into them by a hash, so that some share one."""
+    ngram_dropout: float = 0.0
+    """Share of their features dropped in training, before they are added: where a text is seen several times, so that
+    they do not learn it by heart."""
     separator: int | None = None
     """Id of the token that ends a document, at which attention ends as well (Dubey et al. 2024, section 3.2); none:
     attention goes on. Positions are counted on, for only their distances matter."""
@@ -411,7 +414,7 @@ class Llama(nn.Module):
             before = cache.tokens_before(longest)
         rows = ngram_rows(before, config.ngrams, config.ngram_rows, self.token_embedding.num_embeddings)
         for table, found in zip(self.ngram_embeddings, rows, strict=True):
-            x = x + table(found)
+            x = x + F.dropout(table(found), config.ngram_dropout, self.training)
         return x  # type: ignore[no-any-return]
 
     def new_cache(self, spare: int = 0) -> KVCache:

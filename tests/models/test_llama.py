@@ -471,6 +471,7 @@ def test_fields_that_do_not_fit_are_refused_in_one_line(changes: dict[str, Any],
         {"activation": "gelu"},
         {"logit_soft_cap": 0.0},
         {"dropout": 1.0},
+        {"ngram_dropout": 1.0},
         {"separator": -1},
     ],
 )

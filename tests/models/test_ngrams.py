@@ -71,3 +71,18 @@ def test_a_model_adds_the_row_of_each_ngram_to_its_tokens_embedding(length: int)
     (rows,) = ngram_rows(tokens_before(tokens, length), [length], 400, vocab_size=5)
     expected = model.token_embedding.weight[tokens] + model.ngram_embeddings[0].weight[rows]
     assert torch.equal(seen[0], expected)
+
+
+def test_dropout_of_ngrams_leaves_the_tokens_own_embedding_whole() -> None:
+    """In training each feature of a table is doubled or gone, by halves; afterwards all are there."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=5, max_seq_len=64, n_layers=1, n_heads=1, dim=256, hidden_dim=8, ngrams=(2,), ngram_rows=64,
+        ngram_dropout=0.5,
+    )  # fmt: skip
+    model, tokens = Llama(config), torch.randint(5, (1, 64))
+    own = model.token_embedding(tokens)
+    added = model.eval()._embed(tokens, None) - own
+    kept = (model.train()._embed(tokens, None) - own) / added
+    assert ((kept - 2).abs() < 1e-3).logical_or(kept.abs() < 1e-3).all()
+    assert abs((kept > 1).float().mean().item() - 0.5) < 0.02
