@@ -429,9 +429,9 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "model.n_shared_experts": (lambda value: 0 <= value <= 4096, "a whole number of 0 or more, at most 4,096"),
     "model.separator": (lambda value: value >= 0, "a whole number of 0 or more"),
     **dict.fromkeys(
-        ["model.dropout", "model.ngram_dropout", "fine_tuning.lora.dropout"], (lambda value: 0 <= value < 1, "from 0 to below 1")
+        ["model.dropout", "model.ngram_dropout", "fine_tuning.lora.dropout", "optimizer.muon.momentum"],
+        (lambda value: 0 <= value < 1, "from 0 to below 1"),
     ),
-    "optimizer.muon.momentum": (lambda value: 0 <= value < 1, "from 0 to below 1"),
     "optimizer.lr_factors": (
         lambda value: all(factor >= 0 for _, factor in value), "patterns, each with a number of 0 or more"
     ),
