@@ -3,7 +3,7 @@
 Runs are whole processes, start and imports included, of nanoGPT's README recipe for a CPU (4 × 128, 2,000 steps) and of
 two experiments here, `shakespeare_char_fast` and `shakespeare_char_minute`, on three seeds; losses are over the whole
 validation split, by which nothing was chosen. What chose the experiments is the loss on a twentieth of the text that is
-held out of the end of the training part, in runs of their own, which are reported too: see docs/speed.md. Steps are of
+held out of the end of the training part, in a run of its own, which is reported too: see docs/speed.md. Steps are of
 the same model, batch and AdamW, ours with loading and bookkeeping; FLOPs are counted as in PaLM, and the limit is what
 a product of two large fp32 matrices reaches in the same round. Memory is the most that a fresh process holds in two
 steps.
@@ -94,15 +94,12 @@ def whole_runs(setup: Setup) -> list[Row]:
         call("benchmarks.first_step", "train", name, "--run-dir", str(folder / f"first_{name}"), *words)
     peer = copy_of_peer(setup.peer, folder / "peer", plain)
     runs: dict[str, list[Outcome]] = {"nanoGPT": [], **{name: [] for name in EXPERIMENTS}}
-    held_out: dict[str, list[tuple[float, float]]] = {name: [] for name in EXPERIMENTS}
     for seed in SEEDS[: 1 if setup.quick else None]:
         runs["nanoGPT"].append(run_of_peer(peer, seed, plain, setup.quick))
         for name in EXPERIMENTS:
             runs[name].append(run_of_ours(name, folder / f"{name}{seed}", seed, words, setup.quick))
-            held_out[name].append(
-                run_with_a_part_held_out(name, folder / f"{name}{seed}_part", seed, words, setup.quick)
-            )
-    return [*compare(runs), *map(row_of_held_out, held_out, held_out.values()), start(peer, folder, words, setup)]
+    chosen_by = [held_out(name, folder / f"{name}_part", words, setup.quick) for name in EXPERIMENTS]
+    return [*compare(runs), *chosen_by, start(peer, folder, words, setup)]
 
 
 def compare(runs: Mapping[str, Sequence[Outcome]]) -> list[Row]:
@@ -167,18 +164,13 @@ def run_of_ours(name: str, run: Path, seed: int, words: Sequence[str], quick: bo
     return Outcome(seconds, read_metrics(run)[-1]["val_loss"])
 
 
-def run_with_a_part_held_out(name: str, run: Path, seed: int, words: Sequence[str], quick: bool) -> tuple[float, float]:
-    """An experiment with less text to train on; its losses on what was held out and on the validation split."""
-    val_loss = run_of_ours(name, run, seed, [*words, "--corpus.held-out", "0.05"], quick).loss
+def held_out(name: str, run: Path, words: Sequence[str], quick: bool) -> Row:
+    """The loss by which an experiment was chosen: of one run that has a twentieth less to train on, on that."""
+    val_loss = run_of_ours(name, run, SEEDS[0], [*words, "--corpus.held-out", "0.05"], quick).loss
     call("cleangpt", "evaluate", str(run), "--split", "test")
-    return read_json(run / "evaluation.json")["loss"], val_loss
-
-
-def row_of_held_out(name: str, losses: Sequence[tuple[float, float]]) -> Row:
-    """The loss by which an experiment was chosen."""
-    on_part, on_validation = (list(side) for side in zip(*losses, strict=True))
+    loss = read_json(run / "evaluation.json")["loss"]
     what = f"{name} with a twentieth of the text held out: loss on that"
-    return Row(what, "nats", on_part, "the same run's on the validation split", on_validation)
+    return Row(what, "nats", [loss], "the same run's on the validation split", [val_loss])
 
 
 def start(peer: Path, folder: Path, words: Sequence[str], setup: Setup) -> Row:
