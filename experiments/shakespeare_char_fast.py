@@ -23,13 +23,13 @@ experiment = Experiment(
     data=DataConfig(seq_len=64, batch_size=12),
     model=LlamaConfig(
         max_seq_len=64, n_layers=1, n_heads=4, dim=128, hidden_dim=512, activation="relu2", qk_norm=True,
-        ngrams=(2, 3, 4, 5), ngram_rows=8192,
+        ngrams=(2, 3, 4, 5), ngram_rows=4096,
     ),
     optimizer=OptimizerConfig(
         lr=0.005, weight_decay=0.0, betas=(0.8, 0.95), clip_norm=None, lr_factors=(("*embedding*", 10.0),)
     ),
     schedule=ScheduleConfig(lr=Schedule(shape="wsd", final=0.0, warmup=0.05, decay=0.6)),
-    training=TrainingConfig(macro_batches=1, batches_per_macro_batch=100),
+    training=TrainingConfig(macro_batches=1, batches_per_macro_batch=90),
     saving=SavingConfig(keep_best=1),
-    tracking=TrackingConfig(sample_tokens=300),
+    tracking=TrackingConfig(sample_tokens=100),
 )  # fmt: skip

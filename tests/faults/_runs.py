@@ -8,6 +8,7 @@ import functools
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -77,6 +78,7 @@ def _run(folder: Path, words: Sequence[str], hook: Hook | None, environment: Map
     output = os.open(OUTPUT, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where the suite runs under nohup, it would do nothing
     if hook is not None:
         hook()
     sys.exit(main(words))
