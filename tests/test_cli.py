@@ -276,7 +276,7 @@ from cleangpt.config import *
 from cleangpt.corpora.adder_chat import AdderChat
 from cleangpt.models.gpt import GPTConfig
 
-corpus = AdderChat()
+corpus = AdderChat(digits=1)
 experiment = Experiment(
     name="talk",
     corpus=corpus,
