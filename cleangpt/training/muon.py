@@ -46,7 +46,14 @@ def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
     return (x.mT if transposed else x).to(matrices.dtype)
 
 
-class Muon(torch.optim.Optimizer):
+class WithoutCompiler(torch.optim.Optimizer):
+    """Without what PyTorch wraps these methods in: that loads its compiler, which takes as long to load as PyTorch."""
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+
+
+class Muon(WithoutCompiler):
     """Muon with Nesterov momentum and decoupled weight decay, for the matrices in a model's blocks.
 
     Parameters of one shape are made orthogonal together. A tensor of more than two dimensions is a stack of matrices; a
@@ -58,9 +65,6 @@ class Muon(torch.optim.Optimizer):
         momentum: share of the momentum that a step keeps.
         iterations: of `orthogonalize`.
     """
-
-    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
-    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
     def __init__(self, groups: Iterable[dict[str, Any]], momentum: float, iterations: int) -> None:
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "stacked": 1})

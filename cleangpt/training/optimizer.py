@@ -8,15 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from cleangpt.config import OptimizerConfig
-from cleangpt.training.muon import Muon
+from cleangpt.training.muon import Muon, WithoutCompiler
 from cleangpt.training.parallel import whole
 
 
-class AdamW(torch.optim.AdamW):
-    """PyTorch's, without what it wraps these methods in: that loads its compiler, which takes as long as PyTorch."""
+class AdamW(WithoutCompiler, torch.optim.AdamW):
+    """PyTorch's; its own step is wrapped as well."""
 
-    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
-    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 

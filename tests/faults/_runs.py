@@ -137,6 +137,11 @@ def start_two(folder: Path, *words: str, hooks: Sequence[Hook | None] = (None, N
     ]
 
 
+def run_two(folder: Path, *words: str, hooks: Sequence[Hook | None] = (None, None)) -> list[int]:
+    """Runs two processes that train together to their ends; returns their exit codes."""
+    return [finish(process) for process in start_two(folder, *words, hooks=hooks)]
+
+
 def output(folder: Path) -> str:
     """What the runs in a folder have printed."""
     path = folder / OUTPUT

@@ -12,7 +12,7 @@ from typing import Any
 
 from cleangpt.corpora.adder import Adder
 from tests.faults import fault
-from tests.faults._runs import TRAIN, check_whole, finish, output, run, start, start_two, unbroken, victim
+from tests.faults._runs import TRAIN, check_whole, finish, output, run, run_two, start, start_two, unbroken, victim
 
 REFUSED = "run is being trained by another process; wait for it, or stop it first"
 
@@ -80,7 +80,7 @@ def second_launch(seed: int, folder: Path) -> None:
     victim(folder)
     first: list[Any] = start_two(folder, *TRAIN, hooks=[slow_steps, slow_steps])
     wait_until(lambda: (folder / "run" / "stores.json").exists(), first[0])
-    codes = [finish(process) for process in start_two(folder, *TRAIN)]
+    codes = run_two(folder, *TRAIN)
     said = output(folder)
     assert codes == [2, 2] and said.count(REFUSED) == 2, f"{codes}: {said}"
     (folder / "go").touch()

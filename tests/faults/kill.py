@@ -11,7 +11,19 @@ from pathlib import Path
 from cleangpt.training import ranks
 from tests.faults import _disk, fault
 from tests.faults._disk import operations, place
-from tests.faults._runs import EXPERIMENT, TRAIN, check_whole, finish, output, run, start, start_two, unbroken, victim
+from tests.faults._runs import (
+    EXPERIMENT,
+    TRAIN,
+    check_whole,
+    finish,
+    output,
+    run,
+    run_two,
+    start,
+    start_two,
+    unbroken,
+    victim,
+)
 
 SYNCHRONOUS = EXPERIMENT.replace("patience=0", "patience=0, async_snapshots=False, checkpoint_every=2")
 
@@ -89,7 +101,7 @@ def one_of_two_killed(seed: int, folder: Path) -> None:
     victim(folder)
     hooks = [impatient, impatient]
     hooks[rank] = functools.partial(dying, place(seed, "kill") if rank == 0 else seed % 12)
-    codes = [finish(process) for process in start_two(folder, *TRAIN, hooks=hooks)]
+    codes = run_two(folder, *TRAIN, hooks=hooks)
     check_codes(folder, codes)
     check_two_go_on(folder)
 
@@ -113,6 +125,6 @@ def both_killed(seed: int, folder: Path) -> None:
 
 
 def check_two_go_on(folder: Path) -> None:
-    codes = [finish(process) for process in start_two(folder, *TRAIN)]
+    codes = run_two(folder, *TRAIN)
     assert codes == [0, 0], f"{codes}: {output(folder)}"
     check_whole(folder, unbroken(processes=2))

@@ -21,11 +21,10 @@ from tests.faults._runs import (
     newest_state,
     output,
     run,
-    start_two,
+    run_two,
     unbroken,
     victim,
 )
-from tests.faults._runs import finish as ended
 from tests.faults.kill import check_codes, impatient
 
 VALUES = (math.nan, math.inf, -math.inf)
@@ -93,9 +92,9 @@ def poisoned_part(seed: int, folder: Path) -> None:
     victim(folder)
     hooks: list[Any] = [None, None]
     hooks[seed % 2] = functools.partial(spoil, "weight", (3 + seed) % steps(), math.nan)
-    codes = [ended(process) for process in start_two(folder, *TRAIN, hooks=hooks)]
+    codes = run_two(folder, *TRAIN, hooks=hooks)
     assert codes == [1, 1] and "is not finite after step" in output(folder), f"{codes}: {output(folder)}"
-    assert [ended(process) for process in start_two(folder, *TRAIN)] == [0, 0], output(folder)
+    assert run_two(folder, *TRAIN) == [0, 0], output(folder)
     check_whole(folder, unbroken(processes=2))
 
 
@@ -130,14 +129,16 @@ def spiked(strategy: str = "") -> Path:
     folder = unbroken(WATCHED).parent / f"{unbroken(WATCHED).name}_spiked{strategy}"
     folder.mkdir()
     victim(folder, WATCHED)
-    codes = two(folder, strategy, [bad_data, bad_data]) if strategy else [run(folder, *TRAIN, hook=bad_data)]
-    assert set(codes) == {0}, output(folder)
+    if strategy:
+        assert run_two(folder, *TRAIN, *by(strategy), hooks=[bad_data, bad_data]) == [0, 0], output(folder)
+    else:
+        assert run(folder, *TRAIN, hook=bad_data) == 0, output(folder)
     assert newest_state(folder / "run")["position"]["left_out"], output(folder)
     return folder
 
 
-def two(folder: Path, strategy: str, hooks: list[Any]) -> list[int]:
-    return [ended(process) for process in start_two(folder, *TRAIN, "--parallel.strategy", strategy, hooks=hooks)]
+def by(strategy: str) -> tuple[str, str]:
+    return "--parallel.strategy", strategy
 
 
 def check_went_back(folder: Path, reference: Path) -> None:
@@ -165,8 +166,8 @@ def spike_of_two(seed: int, folder: Path) -> None:
     victim(folder, WATCHED)
     hooks: list[Any] = [impatient_with_bad_data] * 2
     hooks[rank] = functools.partial(impatient_with_bad_data, seed * 7919 % (2 * operations("kill")))
-    check_codes(folder, two(folder, strategy, hooks))
-    assert two(folder, strategy, [bad_data, bad_data]) == [0, 0], output(folder)
+    check_codes(folder, run_two(folder, *TRAIN, *by(strategy), hooks=hooks))
+    assert run_two(folder, *TRAIN, *by(strategy), hooks=[bad_data, bad_data]) == [0, 0], output(folder)
     check_went_back(folder, reference)
 
 

@@ -16,7 +16,7 @@ from cleangpt.training import shards, trainer
 from cleangpt.training.checkpoints import Checkpoints
 from cleangpt.training.deadline import Deadline
 from tests.faults import fault
-from tests.faults._runs import TRAIN, check_whole, finish, output, run, start, start_two, unbroken, victim
+from tests.faults._runs import TRAIN, check_whole, finish, output, run, run_two, start, unbroken, victim
 
 STOPS = ("SIGTERM", "SIGINT", "SIGHUP")
 SIGNALS = (*STOPS, "SIGUSR1")
@@ -132,7 +132,7 @@ def out_of_time(seed: int, folder: Path) -> None:
 
 def check_two(folder: Path, hooks: list[Any], *words: str) -> None:
     for given in (hooks, [None, None]):
-        codes = [finish(process) for process in start_two(folder, *TRAIN, *words, hooks=given)]
+        codes = run_two(folder, *TRAIN, *words, hooks=given)
         assert codes == [0, 0], f"{codes}: {output(folder)}"
     check_whole(folder, unbroken(processes=2))
 
@@ -151,6 +151,6 @@ def one_of_two_out_of_time(seed: int, folder: Path) -> None:
     victim(folder)
     hooks: list[Any] = [None, None]
     hooks[1 - seed % 2] = functools.partial(late, 2 * seed)  # the run looks 21 times
-    codes = [finish(process) for process in start_two(folder, *TRAIN, "--time-limit", "1:00:00", hooks=hooks)]
+    codes = run_two(folder, *TRAIN, "--time-limit", "1:00:00", hooks=hooks)
     assert "before the time limit: saving" in output(folder), f"{codes}: {output(folder)}"
     check_two(folder, [None, None])

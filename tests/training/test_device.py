@@ -53,6 +53,7 @@ def watched(self):
 
 Trainer.step = watched
 main(["train", "adder", "--training.macro-batches", "1", "--training.batches-per-macro-batch", "1",
+      "--corpus.train-samples", "64", "--corpus.val-samples", "16", "--corpus.test-samples", "8",
       "--optimizer.muon.lr", "0.01", "--training.device", "cpu", "--tracking.sample-tokens", "5"])
 print("in the end:", "torch._dynamo" in sys.modules)
 """
