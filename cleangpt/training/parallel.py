@@ -195,10 +195,12 @@ def parallelize(
     with on_meta():
         model = build()
     deferred = "init_parameter" in vars(type(model))
-    if not deferred or not place.sharded:
-        with device, NothingDrawn() if deferred else nullcontext():
-            model = build()
-    prepare(model)
+    # Else adapters would draw their values twice where nothing is cut, and once where it is.
+    with NothingDrawn() if deferred else nullcontext():
+        if not deferred or not place.sharded:
+            with device:
+                model = build()
+        prepare(model)
     if place.sharded:
         from cleangpt.training.sharding import cut
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cleangpt.config import LoRAConfig
 from cleangpt.models.gpt import GPT, GPTConfig
+from cleangpt.training.lora import add_adapter, is_adapter
 from cleangpt.training.parallel import Layout, parallelize
 
 CPU = torch.device("cpu")
@@ -27,6 +29,22 @@ def test_a_model_from_the_meta_device_has_every_parameter_drawn_in_order() -> No
         model.init_parameter(name, drawn)
         torch.testing.assert_close(parameter, drawn, rtol=0, atol=0)
     assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+def test_adapters_added_before_the_model_is_cut_are_drawn_once_and_in_order() -> None:
+    torch.manual_seed(7)
+    adapted = LoRAConfig(rank=2)
+    model = parallelize(
+        lambda: GPT(SMALL), Layout(), CPU, lambda plain: add_adapter(plain.get_submodule("blocks.1.mlp.up"), adapted)
+    )
+    torch.manual_seed(7)
+    for name, parameter in model.named_parameters():
+        drawn = torch.empty(parameter.shape)
+        if is_adapter(name):
+            model.get_submodule("blocks.1.mlp.up.lora").init_parameter(name.rpartition(".")[2], drawn)
+        else:
+            model.init_parameter(name, drawn)
+        torch.testing.assert_close(parameter, drawn, rtol=0, atol=0)
 
 
 class Scaled(GPT):
