@@ -5,6 +5,7 @@ Everything heavy is imported where it is used, so that --help and --version answ
 
 import dataclasses
 import errno
+import gc
 import math
 import os
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import tyro
 
@@ -86,6 +87,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except SystemExit as end:
         return int(end.code or 0)
+
+
+def program() -> NoReturn:
+    """The process of a command line: `main`, and no delay after it.
+
+    At its end Python looks for circles among all objects once more, which takes half a second with those of PyTorch.
+    """
+    code = main()
+    gc.freeze()
+    sys.exit(code)
 
 
 def _speaker() -> str:

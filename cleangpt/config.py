@@ -110,6 +110,9 @@ class DataConfig:
     val_samples: int | None = None
     """Samples validated after each macro-batch (of each source of a mixture), always the same ones; none: the whole
     validation split."""
+    val_batch_size: int | None = None
+    """Samples validated at a time, by each device; none: a micro-batch. More are faster where the model is small, and
+    take less memory than as many in training."""
     prefetch: int = 4
     """Batches loaded ahead of the one in use."""
     folder: str = "data"
@@ -361,6 +364,7 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         [
             "data.batch_size",
             "data.val_samples",
+            "data.val_batch_size",
             "model.sliding_window",
             "model.global_every",
             "model.rope_original_seq_len",

@@ -38,9 +38,9 @@ def evaluate_run(run: Path, checkpoint: str | None, split: str | None, device: t
     model, splits = loaded.model(device), {source: part.splits[name] for source, part in stores(store).items()}
     samples = split_samples(store, name, experiment.data.seq_len)
     context = autocast(device, compute_dtype(device, experiment.training.precision))
-    losses = {}
+    data, losses = experiment.data, {}
+    size = data.val_batch_size or experiment.training.micro_batch_size or data.batch_size
     for source, part in samples.items():
-        size = experiment.training.micro_batch_size or experiment.data.batch_size
         batches = validation_batches(part, min(size, part.num_validation))
         losses[source] = mean_loss(model, choose_objective(experiment.objective), batches, device, context)
     loss = sum(share * losses[source] for source, share in mean_shares(store).items())

@@ -1,200 +1,139 @@
-"""Tensors cut over many processes, in safetensors files: storage for `torch.distributed.checkpoint`.
+"""Tensors in safetensors files, whole or in the parts that processes had of them.
 
     shard_00000.safetensors …   the tensors that one process wrote, or its parts of them
     index.json                  every tensor by name: dtype, shape, and which file has which part
 
-PyTorch plans who writes what and what each reads back; here is only how it is written and read. Its own storage
-pickles its index; nothing here is unpickled. Loaded only when a snapshot is saved or read: that part of PyTorch takes
-half as long to load as the rest.
+A process that has whole tensors writes and reads them here. Where several have parts of one, `dcp.py` plans who writes
+what and what each reads back; it takes half as long to load as PyTorch, so that it is loaded only there.
 """
 
-import io
 import json
-import warnings
-from collections.abc import Callable, Mapping
-from itertools import chain
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner, WriteItem
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.tensor import DTensor
-from torch.futures import Future
 
 from cleangpt.errors import UserError, blaming
 from cleangpt.files import flush, plain_name, read_json, write_text
-from cleangpt.training.ranks import Ranks
+from cleangpt.training.parallel import is_cut
 
 INDEX = "index.json"
-FLAT = (False, False)
-"""For PyTorch's planners: the tensors come in one dict already."""
 DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+Key = TypeVar("Key", bound=Hashable)
+
+
+class Part(NamedTuple):
+    """A box of a tensor: the file that has it, where it begins and how large it is."""
+
+    file: str
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+class Entry(NamedTuple):
+    """What the index says of a tensor."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    parts: list[Part]
+
+
+def shard_name(rank: int) -> str:
+    """The file of a process."""
+    return f"shard_{rank:05d}.safetensors"
+
+
+def part_name(name: str, offset: Sequence[int]) -> str:
+    """A part's name in its file: that of the tensor and, unless it is at the tensor's start, where it begins."""
+    return f"{name}{list(offset)}" if any(offset) else name
 
 
 # Writing --------------------------------------------------------------------------------------------------------------
 
 
-class Parts(DefaultSavePlanner):
-    """Plans what this process writes of the tensors that it is made of.
-
-    With `host`, it copies that to the host at once, into the tensors there or new ones, and the copy is written.
-    """
-
-    def __init__(self, tensors: dict[str, Tensor], host: dict[MetadataIndex, Tensor] | None) -> None:
-        super().__init__(*FLAT)
-        super().set_up_planner(tensors)
-        super().create_local_plan()
-        self.host = host
-        if host is None:
-            return
-        for item in self.plan.items:
-            part = super().resolve_data(item)
-            assert isinstance(part, Tensor)
-            if item.index not in host or host[item.index].shape != part.shape:
-                host[item.index] = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
-            host[item.index].copy_(part, non_blocking=part.is_cuda)
-        if any(tensor.is_cuda for tensor in tensors.values()):
-            torch.cuda.synchronize()
-
-    def set_up_planner(
-        self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
-    ) -> None:
-        """Learns whether this is the process that puts the plans together; the tensors are known."""
-        self.is_coordinator = is_coordinator
-
-    def create_local_plan(self) -> SavePlan:
-        """What this process writes."""
-        return self.plan
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        """The tensor that is to be written for an item of the plan."""
-        return super().resolve_data(write_item) if self.host is None else self.host[write_item.index]
+def copy_to_host(parts: Mapping[Key, Tensor], host: dict[Key, Tensor]) -> None:
+    """Copies tensors into those of `host`, or into new ones there; the memory of a device's is pinned."""
+    for key, part in parts.items():
+        if key not in host or host[key].shape != part.shape:
+            host[key] = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
+        host[key].copy_(part, non_blocking=part.is_cuda)
+    if any(part.is_cuda for part in parts.values()):
+        torch.cuda.synchronize()
 
 
-def to_write(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """The tensors of which this process writes its part.
+def write_whole(folder: Path, tensors: Mapping[str, Tensor], complete: Callable[[Mapping[str, Any]], None]) -> str:
+    """Writes the file of the one process there is, and the index.
 
-    Of equal copies one is written, by whoever has least to write so far. All processes come to the same result without
-    asking each other, so that what another one writes need not be copied to the host here.
-    """
-    mine: dict[str, Tensor] = {}
-    loads: dict[int, list[int]] = {}
-    for name, tensor in tensors.items():
-        copy, copies = _copy(tensor, ranks)
-        load = loads.setdefault(copies, [0] * copies)
-        chosen = load.index(min(load))
-        load[chosen] += tensor.numel() * tensor.element_size()
-        if chosen == copy:
-            mine[name] = tensor
-    return mine
-
-
-def _copy(tensor: Tensor, ranks: Ranks) -> tuple[int, int]:
-    """Which copy is here, of how many equal ones, of a tensor or of a part of it."""
-    if not isinstance(tensor, DTensor):
-        return ranks.rank, ranks.world_size
-    mesh, copy, copies = tensor.device_mesh, 0, 1
-    for place, size, placement in zip(mesh.get_coordinate() or (), mesh.shape, tensor.placements, strict=True):
-        if placement.is_replicate():
-            copy, copies = copy * size + place, copies * size
-    return copy, copies
-
-
-def write_shards(
-    folder: Path,
-    planner: Parts,
-    rank: int,
-    complete: Callable[[Mapping[str, Any]], None],
-    group: dist.ProcessGroup | None = None,
-) -> str:
-    """Writes what `planner` has of the tensors, on all processes of `group` together.
+    Args:
+        folder: where; made where it is missing.
+        tensors: whole.
+        complete: called when the file is on the disk, with its entry for a manifest.
 
     Returns:
         Why that could not be, in a few words; empty where it could.
     """
-    _accept_one_process()
+    file = shard_name(0)
     try:
-        save({}, storage_writer=ShardWriter(folder, rank, complete), planner=planner, process_group=group)
-    except CheckpointException as error:
-        if reason := _reason(error, (OSError, SafetensorError)):
-            return reason
-        raise RuntimeError(f"{folder} could not be written: {error}") from error
+        folder.mkdir(parents=True, exist_ok=True)
+        entry = write_shard(folder / file, tensors)
+        write_index(folder, {
+            name: Entry(tensor.dtype, tensor.shape, [Part(file, (0,) * tensor.dim(), tuple(tensor.shape))])
+            for name, tensor in tensors.items()
+        })  # fmt: skip
+        complete(entry)
+    except (OSError, SafetensorError) as error:
+        return str(error)
     return ""
 
 
-class ShardWriter(FileSystemWriter):
-    """Writes one file per process, and the index.
-
-    Args:
-        folder: where; made where it is missing.
-        rank: this process's number.
-        complete: called on the main process when all files are on the disk, with their entries for a manifest.
-    """
-
-    def __init__(self, folder: Path, rank: int, complete: Callable[[Mapping[str, Any]], None]) -> None:
-        super().__init__(folder)
-        self.folder, self.complete = folder, complete
-        self.shard = folder / f"shard_{rank:05d}.safetensors"
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Writes and flushes this process's file; the results carry its entry for the manifest."""
-        parts = {_part_name(item.index): _on_host(planner, item) for item in plan.items}
-        if parts:
-            save_file(parts, self.shard)
-        entry = flush([self.shard]) if parts else {}
-        done: Future[list[WriteResult]] = Future()
-        done.set_result([WriteResult(item.index, parts[_part_name(item.index)].nbytes, entry) for item in plan.items])
-        return done
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Runs on the main process when all have written."""
-        entries: dict[str, Any] = {}
-        files: dict[MetadataIndex, str] = {}
-        for result in chain.from_iterable(results):
-            entries |= result.storage_data
-            (files[result.index],) = result.storage_data
-        _write_index(self.folder / INDEX, metadata, files)
-        self.complete(entries)
+def write_shard(path: Path, parts: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Writes a process's file, unless it has nothing to write, and flushes it; returns its entry for a manifest."""
+    if not parts:
+        return {}
+    save_file({name: part.detach().cpu().contiguous() for name, part in parts.items()}, path)
+    return flush([path])
 
 
-def _write_index(path: Path, metadata: Metadata, files: Mapping[MetadataIndex, str]) -> None:
-    """The opposite of `read_index`; `files` says which file has a part."""
-    index = {}
-    for name, entry in metadata.state_dict_metadata.items():
-        assert isinstance(entry, TensorStorageMetadata)
-        parts = [{"file": files[MetadataIndex(name, chunk.offsets)], "offset": chunk.offsets, "shape": chunk.sizes}
-                 for chunk in entry.chunks]  # fmt: skip
-        dtype = str(entry.properties.dtype).removeprefix("torch.")
-        index[name] = {"dtype": dtype, "shape": entry.size, "parts": parts}
-    write_text(path, json.dumps(index) + "\n")
-
-
-def _on_host(planner: SavePlanner, item: WriteItem) -> Tensor:
-    """The part that an item of a plan stands for."""
-    part = planner.resolve_data(item)
-    assert isinstance(part, Tensor)
-    return part.detach().cpu().contiguous()
+def write_index(folder: Path, index: Mapping[str, Entry]) -> None:
+    """The opposite of `read_index`."""
+    content = {
+        name: {
+            "dtype": str(entry.dtype).removeprefix("torch."),
+            "shape": entry.shape,
+            "parts": [part._asdict() for part in entry.parts],
+        }
+        for name, entry in index.items()
+    }
+    write_text(folder / INDEX, json.dumps(content) + "\n")
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
+
+
+def read_index(folder: Path) -> dict[str, Entry]:
+    """What `write_index` said of the tensors in `folder`.
+
+    Raises:
+        UserError: the index is missing, not valid JSON, or not what `write_index` writes.
+    """
+    content = read_json(folder / INDEX)
+    with blaming(folder / INDEX):
+        return {
+            name: Entry(
+                DTYPES[entry["dtype"]],
+                torch.Size(entry["shape"]),
+                [
+                    Part(plain_name(part["file"], folder / INDEX), tuple(part["offset"]), tuple(part["shape"]))
+                    for part in entry["parts"]
+                ],
+            )
+            for name, entry in content.items()
+        }
 
 
 def read_shards(
@@ -203,7 +142,7 @@ def read_shards(
     """Fills `tensors`, each of the name in the index, in place, however they are sharded.
 
     Args:
-        folder: where `write_shards` has written.
+        folder: where the shards are.
         tensors: to fill; a process reads only its parts.
         group: the process group in which all call this together.
         all_of_them: adds those that are not among them, whole and on the host.
@@ -211,98 +150,42 @@ def read_shards(
     Raises:
         UserError: there is no such tensor, or one of another shape.
     """
-    metadata = read_index(folder)
-    for name, entry in metadata.state_dict_metadata.items() if all_of_them else ():
-        assert isinstance(entry, TensorStorageMetadata)
-        if name not in tensors:
-            tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    if missing := tensors.keys() - metadata.state_dict_metadata.keys():
+    index = read_index(folder)
+    if missing := tensors.keys() - index.keys():
         raise UserError(f"{folder} cannot be loaded: it has no {min(missing)}")
-    _accept_one_process()
-    reader, planner = ShardReader(folder, metadata), DefaultLoadPlanner(*FLAT)
+    for name, entry in index.items() if all_of_them else ():
+        if name not in tensors:
+            with blaming(folder / INDEX, RuntimeError):
+                tensors[name] = torch.empty(entry.shape, dtype=entry.dtype)
+    if group is None and not any(map(is_cut, tensors.values())):
+        _read_whole(folder, index, tensors)
+        return
+    from cleangpt.training.dcp import read_parts
+
+    read_parts(folder, index, tensors, group)
+
+
+def _read_whole(folder: Path, index: Mapping[str, Entry], tensors: Mapping[str, Tensor]) -> None:
+    """Fills whole tensors, file by file."""
+    files: dict[str, list[tuple[str, Part]]] = {}
     try:
-        load(tensors, storage_reader=reader, planner=planner, process_group=group)
-    except CheckpointException as error:
-        reason = _reason(error, (OSError, SafetensorError, LookupError, TypeError, ValueError))
-        raise (UserError if reason else RuntimeError)(f"{folder} cannot be loaded: {reason or error}") from error
+        for name, tensor in tensors.items():
+            if index[name].shape != tensor.shape:
+                raise ValueError(f"{name} is {list(index[name].shape)} there and {list(tensor.shape)} here")
+            for part in index[name].parts:
+                files.setdefault(part.file, []).append((name, part))
+        for file, parts in files.items():
+            with safe_open(folder / file, framework="pt") as shard:
+                for name, part in parts:
+                    box = tuple(slice(start, start + size) for start, size in zip(part.offset, part.shape, strict=True))
+                    saved, place = shard.get_tensor(part_name(name, part.offset)), tensors[name][box]
+                    if saved.shape != place.shape:
+                        raise ValueError(f"{file} has {list(saved.shape)} of {name}, not {list(place.shape)}")
+                    place.copy_(saved)
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{folder} cannot be loaded: {error}") from error
 
 
 def shapes(folder: Path) -> dict[str, torch.Size]:
     """The whole shape of every tensor, by name."""
-    entries = read_index(folder).state_dict_metadata.items()
-    return {name: entry.size for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
-
-
-class ShardReader(FileSystemReader):
-    """Reads the parts that a process needs from the files that have them; `metadata` is from `read_index`."""
-
-    def __init__(self, folder: Path, metadata: Metadata) -> None:
-        super().__init__(folder)
-        self.folder, self.metadata = folder, metadata
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """What the index says."""
-        return self.metadata
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Copies parts of files to their places, file by file."""
-        files: dict[str, list[ReadItem]] = {}
-        for item in plan.items:
-            files.setdefault(self.storage_data[item.storage_index], []).append(item)
-        for file, items in files.items():
-            with safe_open(self.folder / file, framework="pt") as shard:
-                for item in items:
-                    _read_part(shard, item, planner.resolve_tensor(item).detach())
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
-
-
-def read_index(folder: Path) -> Metadata:
-    """What `ShardWriter` said of the tensors in `folder`: all are `TensorStorageMetadata`.
-
-    Raises:
-        UserError: the index is missing or not valid JSON.
-    """
-    metadata = Metadata({}, storage_data={})
-    content = read_json(folder / INDEX)
-    with blaming(folder / INDEX):
-        for name, entry in content.items():
-            tensor = TensorStorageMetadata(
-                TensorProperties(dtype=DTYPES[entry["dtype"]]), torch.Size(entry["shape"]), []
-            )
-            for part in entry["parts"]:
-                chunk = ChunkStorageMetadata(torch.Size(part["offset"]), torch.Size(part["shape"]))
-                tensor.chunks.append(chunk)
-                file = plain_name(part["file"], folder / INDEX)
-                metadata.storage_data[MetadataIndex(name, chunk.offsets)] = file
-            metadata.state_dict_metadata[name] = tensor
-    return metadata
-
-
-def _read_part(shard: Any, item: ReadItem, place: Tensor) -> None:
-    """Copies what `item` asks for from an open safetensors file to `place`."""
-    name = _part_name(item.storage_index)
-    ends = [start + length for start, length in zip(item.storage_offsets, item.lengths, strict=True)]
-    where = tuple(map(slice, item.storage_offsets, ends))
-    place.copy_(shard.get_slice(name)[where] if where else shard.get_tensor(name))
-
-
-# Both -----------------------------------------------------------------------------------------------------------------
-
-
-def _part_name(index: MetadataIndex) -> str:
-    """A part's name in its file: that of the tensor and, unless it is at the tensor's start, where it begins."""
-    offset = list(index.offset or ())
-    return f"{index.fqn}{offset}" if any(offset) else index.fqn
-
-
-def _accept_one_process() -> None:
-    """Keeps PyTorch from warning, at every save, that there is one process only."""
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-
-
-def _reason(error: CheckpointException, expected: tuple[type[Exception], ...]) -> str:
-    """What the system or a file is to blame for, in a few words; empty where the cause is another than `expected`."""
-    rank, (cause, _) = min(error.failures.items())
-    return f"{cause} (process {rank})" if isinstance(cause, expected) else ""
+    return {name: entry.shape for name, entry in read_index(folder).items()}

@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,13 +30,14 @@ from cleangpt.config import SavingConfig
 from cleangpt.errors import UserError, blaming
 from cleangpt.files import MANIFEST, PARTIAL, damage, read_json, remove, seal, write_json
 from cleangpt.training.ranks import Ranks
-
-if TYPE_CHECKING:
-    from cleangpt.training.shards import Parts
+from cleangpt.training.shards import INDEX, copy_to_host, read_shards, shapes, write_whole
 
 FORMAT = 2
 DAMAGED = ".damaged"
 STATE = "state.json"
+Write = Callable[[Path, Callable[[Mapping[str, Any]], None]], str]
+"""Writes tensors into a folder, and calls a function with their files' entries for a manifest when they are on the
+disk; returns why that could not be, in a few words, and an empty text where it could."""
 
 
 def snapshot_name(macro_batch: int, batches: int = 0) -> str:
@@ -82,17 +83,27 @@ class Snapshots:
 
         The one that is under way is waited for first; whether it is whole, `wait` tells before.
         """
-        from cleangpt.training.shards import Parts, to_write
-
         self.wait()
         began = time.monotonic()
         tensors: dict[str, Tensor] = {}
         tree = _split(state, "", tensors)
-        planner = Parts(to_write(tensors, self.ranks), self.host if self.config.async_snapshots else None)
-        self.under_way = self.thread.submit(self._write, name, tree, planner)
+        write_tensors = self._prepared(tensors)
+        self.under_way = self.thread.submit(self._write, name, tree, write_tensors)
         self.under_way.add_done_callback(lambda _: self._measure(began))
         if not self.config.async_snapshots:
             self.under_way.exception()
+
+    def _prepared(self, tensors: dict[str, Tensor]) -> Write:
+        """What writes the tensors, or the copy that is taken of them now."""
+        if self.group is not None:
+            from cleangpt.training.dcp import Parts, to_write, write_parts
+
+            planner = Parts(to_write(tensors, self.ranks), self.host if self.config.async_snapshots else None)
+            return lambda folder, complete: write_parts(folder, planner, self.ranks.rank, complete, self.group)
+        if self.config.async_snapshots:
+            copy_to_host(tensors, self.host)
+            tensors = {name: self.host[name] for name in tensors}
+        return lambda folder, complete: write_whole(folder, tensors, complete)
 
     def _measure(self, began: float) -> None:
         self.longest = max(self.longest, time.monotonic() - began)
@@ -111,13 +122,10 @@ class Snapshots:
             self.wait()
         self.thread.shutdown()
 
-    def _write(self, name: str, tree: Any, planner: "Parts") -> str:
+    def _write(self, name: str, tree: Any, write_tensors: Write) -> str:
         """What the thread does; returns what `wait` returns."""
-        from cleangpt.training.shards import write_shards
-
         unfinished = self.folder / f"{name}.{self.attempt}{PARTIAL}"
-        complete = partial(self._complete, unfinished, name, tree)
-        reason = write_shards(unfinished, planner, self.ranks.rank, complete, self.group)
+        reason = write_tensors(unfinished, partial(self._complete, unfinished, name, tree))
         if reason and self.ranks.is_main:
             shutil.rmtree(unfinished, ignore_errors=True)  # it takes room that may be what is missing
             self.say(f"snapshot {name} could not be saved: {reason}; those before it are as they were")
@@ -168,8 +176,6 @@ def set_aside(folder: Path, newest: Path) -> None:
 
 def _damage(path: Path, ranks: Ranks) -> str:
     """`damage` of this process's part of a snapshot; a shard that does not belong to it counts as well."""
-    from cleangpt.training.shards import INDEX
-
     if wrong := damage(path, ranks.rank, ranks.world_size, (STATE, INDEX)):
         return wrong
     strange = {shard.name for shard in path.glob("shard_*")} - read_json(path / MANIFEST).keys()
@@ -190,8 +196,6 @@ def load_snapshot(
     Raises:
         UserError: the snapshot has a format that this version does not read, or tensors that do not fit `into`.
     """
-    from cleangpt.training.shards import read_shards
-
     content = read_json(path / STATE)
     with blaming(path / STATE):
         if content.get("format") != FORMAT:
@@ -210,8 +214,6 @@ def fill_tensors(path: Path, into: Mapping[str, Any], group: dist.ProcessGroup |
     Raises:
         UserError: the snapshot has no such tensors.
     """
-    from cleangpt.training.shards import read_shards
-
     tensors: dict[str, Any] = {}
     _split(into, "", tensors)
     read_shards(path, tensors, group)
@@ -219,8 +221,6 @@ def fill_tensors(path: Path, into: Mapping[str, Any], group: dist.ProcessGroup |
 
 def saved_shapes(path: Path) -> dict[str, torch.Size]:
     """The whole shape of every tensor in a snapshot, by its path in the tree."""
-    from cleangpt.training.shards import shapes
-
     return shapes(path)
 
 

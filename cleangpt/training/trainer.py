@@ -256,9 +256,10 @@ class Trainer:
 
         Of a mixture: the mean of the sources' losses, by their shares of the run.
         """
+        data = self.experiment.data
         for name, samples in self.val_samples.items():
             batches = validation_batches(
-                samples, self.micro_batch_size, self.experiment.data.val_samples,
+                samples, data.val_batch_size or self.micro_batch_size, data.val_samples,
                 rank=self.layout.part(self.ranks.rank), world_size=self.layout.parts,
             )  # fmt: skip
             self.val_losses[name] = mean_loss(

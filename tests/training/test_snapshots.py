@@ -66,7 +66,9 @@ def test_tensors_are_filled_in_place_where_they_are(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_told_in_one_line(tmp_path: Path) -> None:
     save(tmp_path, "mb000001")
-    with pytest.raises(UserError, match=r"mb000001 cannot be loaded: Size mismatch between saved .*4.* and current"):
+    with pytest.raises(
+        UserError, match=r"mb000001 cannot be loaded: model/a.weight is \[3, 4\] there and \[3, 5\] here"
+    ):
         load_snapshot(tmp_path / "mb000001", {"model": {"a.weight": torch.zeros(3, 5)}})
     with pytest.raises(UserError, match="mb000001 cannot be loaded: it has no model/c"):
         load_snapshot(tmp_path / "mb000001", {"model": {"c": torch.zeros(3)}})
@@ -153,10 +155,9 @@ def test_a_full_disk_is_told_at_once_and_the_next_save_makes_up_for_it(
     with monkeypatch.context() as patch:
         patch.setattr(shards, "save_file", full_disk)
         snapshots.save("mb000002", STATE)
-        assert snapshots.wait() == "[Errno 28] No space left on device (process 0)"
+        assert snapshots.wait() == "[Errno 28] No space left on device"
     assert said == [
-        "snapshot mb000002 could not be saved: [Errno 28] No space left on device (process 0); "
-        "those before it are as they were"
+        "snapshot mb000002 could not be saved: [Errno 28] No space left on device; those before it are as they were"
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["mb000001"]  # nothing half-written takes what room there is
     snapshots.save("mb000003", STATE)
@@ -168,7 +169,7 @@ def test_a_full_disk_is_told_at_once_and_the_next_save_makes_up_for_it(
 def test_an_error_of_the_program_is_none_of_the_disk(tmp_path: Path) -> None:
     snapshots = Snapshots(tmp_path, SavingConfig())
     snapshots.save("mb000001", {"what": {1, 2}})  # no JSON
-    with pytest.raises(RuntimeError, match="not JSON serializable"):
+    with pytest.raises(TypeError, match="not JSON serializable"):
         snapshots.wait()
     snapshots.close()
 

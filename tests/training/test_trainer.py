@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from cleangpt.config import Experiment, Schedule, ScheduleConfig
@@ -335,6 +336,19 @@ def test_the_figures_of_a_macro_batch_are_right(tiny: Build, trainer: Open) -> N
     assert last["val_loss"] == pytest.approx(losses[counts == 1].mean(), rel=1e-5)
     assert 0 <= last["data_wait_share"] <= 1 and last["tokens_per_second"] > 0
     assert 0 <= last["exact_match"] <= 1
+
+
+def test_validation_takes_batches_of_a_size_of_its_own(tiny: Build, trainer: Open) -> None:
+    plain, larger = (trainer(tiny(run_dir=f"by_{size}", data__val_batch_size=size)) for size in (None, 13))
+    rows, objective = [], larger.objective
+
+    def counted(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        rows.append(len(inputs))
+        return objective(model, inputs, targets)
+
+    larger.objective = counted
+    assert larger.validate() == pytest.approx(plain.validate())
+    assert rows == [13] * 4  # of 40 samples
 
 
 def test_time_trained_goes_on_across_a_resume(tiny: Build, trainer: Open) -> None:
