@@ -29,7 +29,7 @@ experiment = Experiment(
         lr=0.005, weight_decay=0.0, betas=(0.7, 0.9), clip_norm=None, lr_factors=(("*embedding*", 10.0),)
     ),
     schedule=ScheduleConfig(lr=Schedule(shape="wsd", final=0.0, warmup=0.05, decay=0.6)),
-    training=TrainingConfig(macro_batches=1, batches_per_macro_batch=80),
+    training=TrainingConfig(macro_batches=1, batches_per_macro_batch=90),
     saving=SavingConfig(keep_best=1),
     tracking=TrackingConfig(sample_tokens=100),
 )  # fmt: skip

@@ -31,7 +31,7 @@ experiment = Experiment(
         lr_factors=(("*embedding*", 2.0),),
     ),
     schedule=ScheduleConfig(lr=Schedule(shape="wsd", final=0.0, warmup=0.02, decay=0.6)),
-    training=TrainingConfig(macro_batches=1, batches_per_macro_batch=1000),
+    training=TrainingConfig(macro_batches=1, batches_per_macro_batch=600),
     saving=SavingConfig(keep_best=1),
     tracking=TrackingConfig(sample_tokens=300),
 )  # fmt: skip

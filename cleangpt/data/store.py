@@ -16,6 +16,7 @@ time, any other in windows that ignore where documents end.
 import contextlib
 import json
 import math
+import mmap
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Mapping
@@ -69,11 +70,12 @@ class SplitFacts:
 
 
 class Split:
-    """One split of a token store, opened."""
+    """One split of a token store, opened; one that is read `shuffled` costs the least so."""
 
     def __init__(
-        self, folder: Path, facts: dict[str, Any], dtype: np.dtype[Any], row_length: int | None, vocab_size: int
-    ) -> None:
+        self, folder: Path, facts: dict[str, Any], dtype: np.dtype[Any], row_length: int | None, vocab_size: int,
+        shuffled: bool = False,
+    ) -> None:  # fmt: skip
         self.tokens, self.documents, self.text_bytes = (_count(facts, name) for name in COUNTS)
         self.row_length, self.vocab_size = row_length, vocab_size
         self.masked: bool = facts["masked"]
@@ -82,9 +84,10 @@ class Split:
         self._starts, self._shards, self._masks = [0], [], []
         self._files = [_within(folder, shard["file"]) for shard in facts["shards"]]
         for file, shard in zip(self._files, facts["shards"], strict=True):
-            self._shards.append(_map(file, dtype, shard["tokens"]))
+            self._shards.append(_map(file, dtype, shard["tokens"], shuffled))
             if self.masked:
-                self._masks.append(_map(_within(folder, shard["mask_file"]), np.dtype(np.uint8), shard["tokens"]))
+                mask_file = _within(folder, shard["mask_file"])
+                self._masks.append(_map(mask_file, np.dtype(np.uint8), shard["tokens"], shuffled))
             self._starts.append(self._starts[-1] + shard["tokens"])
         if self._starts[-1] != self.tokens:
             raise UserError(f"{folder / STORE}: shards hold {self._starts[-1]:,} tokens, not {self.tokens:,}")
@@ -149,7 +152,7 @@ class TokenStore:
         dtype = np.dtype(facts["dtype"]).newbyteorder("<")
         self.source: dict[str, Any] = dict(facts["source"] or {})
         self.splits = {
-            name: Split(folder, split, dtype, self.row_length, self.vocab_size)
+            name: Split(folder, split, dtype, self.row_length, self.vocab_size, shuffled=name == "train")
             for name, split in facts["splits"].items()
         }
         if self.vocab_size != self.tokenizer.vocab_size:
@@ -406,8 +409,11 @@ def _within(folder: Path, name: str) -> Path:
     return folder / plain_name(name, folder / STORE)
 
 
-def _map(path: Path, dtype: np.dtype[Any], length: int) -> NDArray[Any]:
-    """`path` as an array, memory-mapped; checks that its size is that of `length` numbers."""
+def _map(path: Path, dtype: np.dtype[Any], length: int, shuffled: bool = False) -> NDArray[Any]:
+    """`path` as an array, memory-mapped; checks that its size is that of `length` numbers.
+
+    Of a file that is read `shuffled` the system need not read ahead, which would be thrown away.
+    """
     try:
         size = path.stat().st_size
     except FileNotFoundError:
@@ -416,4 +422,8 @@ def _map(path: Path, dtype: np.dtype[Any], length: int) -> NDArray[Any]:
         raise UserError(f"{path} has {size:,} bytes, not {length * dtype.itemsize:,}; run cleangpt prepare --again")
     if length == 0:
         return np.zeros(0, dtype)
-    return np.memmap(path, dtype, mode="r", shape=(length,))
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if shuffled and hasattr(mmap, "MADV_RANDOM"):
+        mapped.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(mapped, dtype, length)

@@ -5,7 +5,6 @@ pickles its index; nothing here is unpickled.
 """
 
 import io
-import warnings
 from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path
@@ -55,9 +54,8 @@ class Parts(DefaultSavePlanner):
         super().set_up_planner(tensors)
         super().create_local_plan()
         self.host = host
-        if host is None:
-            return
-        copy_to_host({item.index: self._part(item) for item in self.plan.items}, host)
+        if host is not None:
+            copy_to_host({item.index: self._part(item) for item in self.plan.items}, host)
 
     def set_up_planner(
         self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
@@ -113,14 +111,13 @@ def write_parts(
     planner: Parts,
     rank: int,
     complete: Callable[[Mapping[str, Any]], None],
-    group: dist.ProcessGroup | None = None,
+    group: dist.ProcessGroup,
 ) -> str:
     """Writes what `planner` has of the tensors, on all processes of `group` together.
 
     Returns:
         Why that could not be, in a few words; empty where it could.
     """
-    _accept_one_process()
     try:
         save({}, storage_writer=ShardWriter(folder, rank, complete), planner=planner, process_group=group)
     except CheckpointException as error:
@@ -176,7 +173,6 @@ def read_parts(
     folder: Path, index: Mapping[str, Entry], tensors: dict[str, Any], group: dist.ProcessGroup | None
 ) -> None:
     """Fills `tensors` in place, of which each process reads its parts; as `shards.read_shards`."""
-    _accept_one_process()
     reader, planner = ShardReader(folder, index), DefaultLoadPlanner(*FLAT)
     try:
         load(tensors, storage_reader=reader, planner=planner, process_group=group)
@@ -230,11 +226,6 @@ def _read_part(shard: Any, item: ReadItem, place: Tensor) -> None:
 def _name(index: MetadataIndex) -> str:
     """A part's name in its file."""
     return part_name(index.fqn, tuple(index.offset or ()))
-
-
-def _accept_one_process() -> None:
-    """Keeps PyTorch from warning, at every save, that there is one process only."""
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 def _reason(error: CheckpointException, expected: tuple[type[Exception], ...]) -> str:

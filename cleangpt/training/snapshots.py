@@ -95,11 +95,11 @@ class Snapshots:
 
     def _prepared(self, tensors: dict[str, Tensor]) -> Write:
         """What writes the tensors, or the copy that is taken of them now."""
-        if self.group is not None:
+        if (group := self.group) is not None:
             from cleangpt.training.dcp import Parts, to_write, write_parts
 
             planner = Parts(to_write(tensors, self.ranks), self.host if self.config.async_snapshots else None)
-            return lambda folder, complete: write_parts(folder, planner, self.ranks.rank, complete, self.group)
+            return lambda folder, complete: write_parts(folder, planner, self.ranks.rank, complete, group)
         if self.config.async_snapshots:
             copy_to_host(tensors, self.host)
             tensors = {name: self.host[name] for name in tensors}
