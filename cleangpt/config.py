@@ -441,7 +441,7 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "fine_tuning.layer_decay": (lambda value: 0 < value <= 1, "more than 0, at most 1"),
     "training.device": (
-        lambda value: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value) is not None,
+        lambda value: re.fullmatch(r"auto|cpu|mps|cuda(:(0|[1-9]\d?))?", value) is not None,
         "auto, cpu, cuda, cuda:N or mps",
     ),
     "name": (

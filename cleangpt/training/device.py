@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from cleangpt.config import RULES
 from cleangpt.errors import UserError, require
 
 PEAK_FLOPS = {
@@ -39,8 +40,11 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """The device that a `training.device` means, for the process `local_rank` of this machine.
 
     Raises:
-        UserError: this machine has no such device.
+        UserError: there is no device of that name, or this machine has none.
     """
+    known, names = RULES["training.device"]
+    if not known(name):
+        raise UserError(f"device is {name!r}; allowed: {names}")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = torch.device("cuda", local_rank) if name == "cuda" and local_rank else torch.device(name)

@@ -1,5 +1,6 @@
 """A token store gives back every token that was written, across shards, and shows damage."""
 
+import itertools
 import json
 import mmap
 import re
@@ -118,7 +119,7 @@ def test_the_system_reads_ahead_in_what_is_validated_and_not_in_what_is_shuffled
     store = finish(made)
     mappings = Path("/proc/self/smaps").read_text().split("VmFlags:")
     flags = {}
-    for mapping, after in zip(mappings, mappings[1:], strict=False):
+    for mapping, after in itertools.pairwise(mappings):
         if found := re.search(rf"{store.folder}/(\w+)\.bin", mapping):
             flags[found[1]] = after.splitlines()[0].split()
     assert {name.split("_")[0]: "rr" in words for name, words in flags.items()} == {"train": True, "val": False}

@@ -39,6 +39,12 @@ def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.Monk
         choose_device("cuda:2")
 
 
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:07", "cuda:200", "meta", ""])
+def test_a_device_that_there_cannot_be_is_one_line(name: str) -> None:
+    with pytest.raises(UserError, match=rf"^device is '{name}'; allowed: auto, cpu, cuda, cuda:N or mps$"):
+        choose_device(name)
+
+
 def test_a_run_on_one_device_loads_neither_the_compiler_nor_what_cuts_tensors(workplace: Path) -> None:
     """Each takes as long to load as half of PyTorch or all of it, and a run on one device needs neither."""
     script = """
