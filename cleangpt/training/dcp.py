@@ -10,7 +10,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -159,7 +158,7 @@ class ShardWriter(FileSystemWriter):
         index = {}
         for name, entry in metadata.state_dict_metadata.items():
             assert isinstance(entry, TensorStorageMetadata)
-            parts = [Part(files[MetadataIndex(name, chunk.offsets)], tuple(chunk.offsets), tuple(chunk.sizes))
+            parts = [Part(files[MetadataIndex(name, chunk.offsets)], chunk.offsets, chunk.sizes)
                      for chunk in entry.chunks]  # fmt: skip
             index[name] = Entry(entry.properties.dtype, entry.size, parts)
         write_index(self.folder, index)
@@ -188,11 +187,11 @@ class ShardReader(FileSystemReader):
         super().__init__(folder)
         self.folder, self.metadata = folder, Metadata({}, storage_data={})
         for name, entry in index.items():
-            chunks = [ChunkStorageMetadata(torch.Size(part.offset), torch.Size(part.shape)) for part in entry.parts]
+            chunks = [ChunkStorageMetadata(part.offset, part.shape) for part in entry.parts]
             properties = TensorProperties(dtype=entry.dtype)
             self.metadata.state_dict_metadata[name] = TensorStorageMetadata(properties, entry.shape, chunks)
-            for chunk, part in zip(chunks, entry.parts, strict=True):
-                self.metadata.storage_data[MetadataIndex(name, chunk.offsets)] = part.file
+            for part in entry.parts:
+                self.metadata.storage_data[MetadataIndex(name, part.offset)] = part.file
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """What the index says."""

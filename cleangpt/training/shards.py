@@ -31,8 +31,8 @@ class Part(NamedTuple):
     """A box of a tensor: the file that has it, where it begins and how large it is."""
 
     file: str
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
+    offset: torch.Size
+    shape: torch.Size
 
 
 class Entry(NamedTuple):
@@ -82,7 +82,7 @@ def write_whole(folder: Path, tensors: Mapping[str, Tensor], complete: Callable[
         folder.mkdir(parents=True, exist_ok=True)
         entry = write_shard(folder / file, tensors)
         write_index(folder, {
-            name: Entry(tensor.dtype, tensor.shape, [Part(file, (0,) * tensor.dim(), tuple(tensor.shape))])
+            name: Entry(tensor.dtype, tensor.shape, [Part(file, torch.Size([0] * tensor.dim()), tensor.shape)])
             for name, tensor in tensors.items()
         })  # fmt: skip
         complete(entry)
@@ -128,7 +128,9 @@ def read_index(folder: Path) -> dict[str, Entry]:
                 DTYPES[entry["dtype"]],
                 torch.Size(entry["shape"]),
                 [
-                    Part(plain_name(part["file"], folder / INDEX), tuple(part["offset"]), tuple(part["shape"]))
+                    Part(
+                        plain_name(part["file"], folder / INDEX), torch.Size(part["offset"]), torch.Size(part["shape"])
+                    )
                     for part in entry["parts"]
                 ],
             )
@@ -184,8 +186,3 @@ def _read_whole(folder: Path, index: Mapping[str, Entry], tensors: Mapping[str, 
                     place.copy_(saved)
     except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{folder} cannot be loaded: {error}") from error
-
-
-def shapes(folder: Path) -> dict[str, torch.Size]:
-    """The whole shape of every tensor, by name."""
-    return {name: entry.shape for name, entry in read_index(folder).items()}

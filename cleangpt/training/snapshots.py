@@ -30,7 +30,7 @@ from cleangpt.config import SavingConfig
 from cleangpt.errors import UserError, blaming
 from cleangpt.files import MANIFEST, PARTIAL, damage, read_json, remove, seal, write_json
 from cleangpt.training.ranks import Ranks
-from cleangpt.training.shards import INDEX, copy_to_host, read_shards, shapes, write_whole
+from cleangpt.training.shards import INDEX, copy_to_host, read_index, read_shards, write_whole
 
 FORMAT = 2
 DAMAGED = ".damaged"
@@ -221,7 +221,7 @@ def fill_tensors(path: Path, into: Mapping[str, Any], group: dist.ProcessGroup |
 
 def saved_shapes(path: Path) -> dict[str, torch.Size]:
     """The whole shape of every tensor in a snapshot, by its path in the tree."""
-    return shapes(path)
+    return {name: entry.shape for name, entry in read_index(path).items()}
 
 
 # The tree ------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """A snapshot gives back exactly what was put in, and a damaged one is passed over."""
 
+import json
 import subprocess
 import sys
 import threading
@@ -84,6 +85,16 @@ def test_shards_are_safetensors_and_the_index_says_what_is_where(tmp_path: Path)
         "parts": [{"file": "shard_00000.safetensors", "offset": [0, 0], "shape": [3, 4]}],
     }  # fmt: skip
     assert read_json(folder / "state.json")["state"]["position"] == STATE["position"]
+
+
+def test_an_index_whose_parts_lie_nowhere_is_blamed_before_anyone_plans_with_it(tmp_path: Path) -> None:
+    save(tmp_path, "mb000001")
+    path = tmp_path / "mb000001" / "index.json"
+    index = read_json(path)
+    index["model/a.weight"]["parts"][0]["offset"] = ["first", 0]
+    path.write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"index\.json is not what CleanGPT writes"):
+        shards.read_index(path.parent)
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
