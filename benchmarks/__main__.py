@@ -11,8 +11,8 @@ import tyro
 
 from benchmarks import machine
 from benchmarks.runner import Row, Setup, section, write_section
+from cleangpt.commands.options import parse
 from cleangpt.errors import UserError, nearest
-from cleangpt.options import parse
 
 BENCHMARKS = ("loader", "store", "step", "snapshot", "resume", "parallel", "generation", "vs_nanogpt")
 RESULTS = Path(__file__).parent / "RESULTS.md"

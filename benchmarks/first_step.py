@@ -4,7 +4,7 @@ import os
 import sys
 from unittest.mock import patch
 
-from cleangpt.cli import main
+from cleangpt.commands import main
 from cleangpt.training.trainer import Trainer
 
 step = Trainer.step

@@ -21,12 +21,13 @@ from torch import Tensor
 
 from benchmarks.runner import Row, Setup, interleave
 from benchmarks.step import nanogpt_module
+from cleangpt.checkpoints.checkpoint import Checkpoint
 from cleangpt.data.tokenizers import ByteTokenizer
-from cleangpt.inference.generate import generate
+from cleangpt.distributed.device import can_compile
+from cleangpt.inference.engine import generate
 from cleangpt.interchange.export import export
-from cleangpt.models.gpt import GPT, GPTConfig, to_huggingface
-from cleangpt.training.checkpoints import Checkpoint
-from cleangpt.training.device import can_compile
+from cleangpt.interchange.gpt import to_huggingface
+from cleangpt.models.gpt import GPT, GPTConfig
 
 CPU = torch.device("cpu")
 PROMPT = 16

@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.made import close, make_store, make_trainer, shipped, train_macro_batch
 from benchmarks.runner import Row, Setup, interleave
-from cleangpt.config import DataConfig, Experiment
-from cleangpt.data.batches import BatchLoader, Samples, SplitStream
-from cleangpt.data.store import TokenStore
+from cleangpt.config import DataConfig
+from cleangpt.data.dataset import TokenStore
+from cleangpt.data.loader import BatchLoader, Samples, SplitStream
+from cleangpt.experiment import Experiment
 
 WAIT_GOAL = 0.01
 LOADED_AHEAD = 5

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from cleangpt import __version__
-from cleangpt.training.device import peak_memory
+from cleangpt.distributed.device import peak_memory
 
 
 def facts() -> str:

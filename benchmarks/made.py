@@ -6,13 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from cleangpt.config import DataConfig, Experiment, ScheduleConfig, check_experiment
-from cleangpt.data.store import SHARD_TOKENS, STORE, StoreWriter, TokenStore
+from cleangpt.checkpoints.run_folder import open_run
+from cleangpt.config import DataConfig, ScheduleConfig
+from cleangpt.data.dataset import STORE, TokenStore
 from cleangpt.data.tokenizers import CharTokenizer
+from cleangpt.data.writer import SHARD_TOKENS, StoreWriter
+from cleangpt.experiment import Experiment, check_experiment
 from cleangpt.experiment_files import find_experiment, load_experiment
 from cleangpt.files import read_json, write_json
 from cleangpt.tracking.progress import ProgressBar
-from cleangpt.training.run import open_run, resolve
+from cleangpt.training.launch import resolve
 from cleangpt.training.trainer import Trainer
 
 CHARACTERS = "".join(map(chr, range(48, 48 + 65)))

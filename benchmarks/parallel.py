@@ -20,7 +20,8 @@ from cleangpt.tracking.metrics import read_metrics
 
 PROJECT = Path(__file__).parents[1]
 EXPERIMENT = """\
-from cleangpt.config import DataConfig, Experiment, OptimizerConfig, SavingConfig, TrackingConfig, TrainingConfig
+from cleangpt.config import DataConfig, OptimizerConfig, SavingConfig, TrackingConfig, TrainingConfig
+from cleangpt.experiment import Experiment
 from cleangpt.corpora.adder import Adder
 from cleangpt.models.gpt import GPTConfig
 

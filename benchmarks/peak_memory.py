@@ -32,7 +32,7 @@ def main(way: str, folder: Path, size: str, checkout: Path | None = None) -> Non
         loader = batch_loader(store, 1, seq_len)
         batch = loader.next()
         loader.close()
-        nanogpt_loop(checkout, experiment, [(batch.inputs, batch.targets)])(2)
+        nanogpt_loop(checkout, experiment, [(batch.inputs["tokens"], batch.targets)])(2)
     else:
         trainer = make_trainer(experiment, store, folder / f"run_{way}")
         train_macro_batch(trainer)

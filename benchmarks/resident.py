@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.machine import page_bytes, resident_bytes
 from benchmarks.store import memory_maps
-from cleangpt.data.store import TokenStore
+from cleangpt.data.dataset import TokenStore
 
 TIMES = 10
 """A page is larger than what one opening may take."""

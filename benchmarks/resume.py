@@ -14,11 +14,12 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from benchmarks.runner import Row, Setup, interleave
-from cleangpt.training.checkpoints import WEIGHTS, best_checkpoint
+from cleangpt.checkpoints.checkpoint import WEIGHTS, best_checkpoint
 
 PROJECT = Path(__file__).parents[1]
 EXPERIMENT = """\
-from cleangpt.config import DataConfig, Experiment, OptimizerConfig, TrackingConfig, TrainingConfig
+from cleangpt.config import DataConfig, OptimizerConfig, TrackingConfig, TrainingConfig
+from cleangpt.experiment import Experiment
 from cleangpt.corpora.adder import Adder
 from cleangpt.models.gpt import GPTConfig
 

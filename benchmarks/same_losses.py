@@ -44,8 +44,11 @@ RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
     "adder_chat": (1, ("adder_chat", "--data.batch-size", "16")),
     "stdlib_fast": (1, ("stdlib_fast",)),
     "loss_chunk": (1, ("shakespeare_char_cpu", "--corpus.file", TEXT, "--training.loss-chunk", "100")),
-    "z_loss": (1, (*ADDER, "--objective", "next_token_z")),
-    "lora": (1, (*ADDER, "--init-from", "runs/adder", "--fine-tuning.lora.rank", "4", "--fine-tuning.lora.dropout", "0.1")),
+    "z_loss": (1, (*ADDER, "--objective.z-loss", "1e-4")),
+    "lora": (
+        1,
+        (*ADDER, "--init-from", "runs/adder", "--fine-tuning.lora.rank", "4", "--fine-tuning.lora.dropout", "0.1"),
+    ),
     "ddp": (2, (*ACCUMULATED, "--parallel.strategy", "ddp")),
     "fsdp": (2, (*ACCUMULATED, "--parallel.strategy", "fsdp")),
     "tp": (2, (*ADDER, "--parallel.strategy", "tp")),
@@ -58,7 +61,9 @@ def record(checkout: Path, text: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="same-losses-") as name:
         folder = Path(name)
         source = PROJECT / "experiments" / "mixture_code_shakespeare.py"
-        (folder / "mixture.py").write_text(MIXTURE.format(file=str(checkout / source.relative_to(PROJECT)), text=str(text)))
+        (folder / "mixture.py").write_text(
+            MIXTURE.format(file=str(checkout / source.relative_to(PROJECT)), text=str(text))
+        )
         return {run: _train(run, processes, words, checkout, text, folder) for run, (processes, words) in RUNS.items()}
 
 

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.runner import Row, Setup, interleave
+from cleangpt.checkpoints.snapshots import Snapshots, snapshot_name
 from cleangpt.config import OptimizerConfig, SavingConfig
 from cleangpt.models import build_model
 from cleangpt.models.gpt import GPTConfig
 from cleangpt.training.optimizer import Optimizer
-from cleangpt.training.snapshots import Snapshots, snapshot_name
 
 
 def run(setup: Setup) -> list[Row]:

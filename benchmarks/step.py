@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from benchmarks.loader import batch_loader
 from benchmarks.made import close, make_store, make_trainer, shipped, train_macro_batch
 from benchmarks.runner import Row, Setup, interleave
-from cleangpt.config import Experiment, OptimizerConfig
+from cleangpt.config import OptimizerConfig
 from cleangpt.errors import UserError
+from cleangpt.experiment import Experiment
 from cleangpt.models import build_model
 from cleangpt.models.gpt import GPTConfig
 
@@ -42,7 +43,7 @@ def run(setup: Setup) -> list[Row]:
     trainer = make_trainer(experiment, store, setup.folder / "run")
     experiment = trainer.experiment
     loader = batch_loader(store, experiment.data.batch_size, experiment.data.seq_len)
-    batches = [(batch.inputs, batch.targets) for batch in (loader.next() for _ in range(100))]
+    batches = [(batch.inputs["tokens"], batch.targets) for batch in (loader.next() for _ in range(100))]
     loader.close()
     loops = {BARE: bare_loop(experiment, build_model(experiment.model), batches)}
     if setup.peer is not None:

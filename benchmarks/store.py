@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from benchmarks.loader import batch_loader, timed
 from benchmarks.made import make_store
 from benchmarks.runner import Row, Setup, interleave
-from cleangpt.data.store import TokenStore
+from cleangpt.data.dataset import TokenStore
 
 PROJECT = Path(__file__).parents[1]
 

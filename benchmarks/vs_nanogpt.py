@@ -33,17 +33,19 @@ from benchmarks.made import close, make_store, make_trainer, shipped, train_macr
 from benchmarks.resume import PROJECT, call, checked
 from benchmarks.runner import Row, Setup, interleave
 from benchmarks.step import Loss, adamw, nanogpt_loop, nanogpt_module, train_loop
-from cleangpt.config import DataConfig, Experiment
+from cleangpt.config import DataConfig
 from cleangpt.corpora import prepare
 from cleangpt.corpora.shakespeare_char import ShakespeareChar
-from cleangpt.data.batches import IGNORED, validation_batches
-from cleangpt.data.mixture import split_samples, stores
-from cleangpt.data.store import TokenStore
+from cleangpt.data.batch import IGNORED
+from cleangpt.data.dataset import TokenStore
+from cleangpt.data.loader import validation_batches
+from cleangpt.data.mixing import split_samples, stores
+from cleangpt.distributed.device import can_compile
+from cleangpt.experiment import Experiment
 from cleangpt.files import read_json
-from cleangpt.models import flops_per_token
+from cleangpt.models.base import flops_per_token
 from cleangpt.models.gpt import GPTConfig
 from cleangpt.tracking.metrics import read_metrics
-from cleangpt.training.device import can_compile
 from cleangpt.training.trainer import Trainer
 
 SEEDS = (1337, 1, 2)
@@ -152,7 +154,7 @@ def swept_loss(loss: Loss, store: TokenStore, seq_len: int = 64) -> float:
     """The mean over the validation split, of a `loss` that is the mean over a batch, in windows side by side."""
     total, count = 0.0, 0
     for batch in validation_batches(split_samples(store, "val", seq_len)[""], 64):
-        total += float(loss(batch.inputs, batch.targets)) * batch.num_targets
+        total += float(loss(batch.inputs["tokens"], batch.targets)) * batch.num_targets
         count += batch.num_targets
     return total / count
 
@@ -206,7 +208,7 @@ def steps(experiment: Experiment, setup: Setup) -> list[Row]:
     experiment, data, model = trainer.experiment, trainer.experiment.data, trainer.experiment.model
     assert isinstance(model, GPTConfig)
     loader = batch_loader(store, data.batch_size, data.seq_len)
-    batches = [(batch.inputs, batch.targets) for batch in (loader.next() for _ in range(20))]
+    batches = [(batch.inputs["tokens"], batch.targets) for batch in (loader.next() for _ in range(20))]
     loader.close()
     loops = peers(experiment, batches, setup)
     flops = flops_per_token(trainer.model, data.seq_len) * data.batch_size * data.seq_len

@@ -1,5 +1,5 @@
 """`python -m cleangpt` is `cleangpt`, so that a launcher such as torchrun can start it as a module."""
 
-from cleangpt.cli import program
+from cleangpt.commands import program
 
 program()

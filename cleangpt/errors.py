@@ -10,7 +10,7 @@ from types import ModuleType
 class UserError(Exception):
     """A mistake that its maker can mend: the message says what was wrong, where, and what to do.
 
-    `cli.main` prints it as one line and exits with code 2; anything else is a bug and keeps its traceback.
+    `commands.main` prints it as one line and exits with code 2; anything else is a bug and keeps its traceback.
     """
 
 

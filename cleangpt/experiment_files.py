@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from cleangpt import config
-from cleangpt.config import Experiment
 from cleangpt.errors import UserError, blaming, nearest
+from cleangpt.experiment import Experiment
 from cleangpt.files import read_json, read_text
 
 MODULE = "cleangpt_experiment"

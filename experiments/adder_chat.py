@@ -2,7 +2,6 @@
 
 from cleangpt.config import (
     DataConfig,
-    Experiment,
     OptimizerConfig,
     SavingConfig,
     Schedule,
@@ -11,6 +10,7 @@ from cleangpt.config import (
     TrainingConfig,
 )
 from cleangpt.corpora.adder_chat import AdderChat
+from cleangpt.experiment import Experiment
 from cleangpt.models.llama import LlamaConfig
 
 corpus = AdderChat(digits=2)

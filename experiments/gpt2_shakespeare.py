@@ -7,7 +7,6 @@ the three fields of its size.
 
 from cleangpt.config import (
     DataConfig,
-    Experiment,
     FineTuningConfig,
     OptimizerConfig,
     SavingConfig,
@@ -17,6 +16,7 @@ from cleangpt.config import (
     TrainingConfig,
 )
 from cleangpt.corpora.shakespeare_char import ShakespeareChar
+from cleangpt.experiment import Experiment
 from cleangpt.models.gpt import GPTConfig
 
 experiment = Experiment(

@@ -2,7 +2,6 @@
 
 from cleangpt.config import (
     DataConfig,
-    Experiment,
     OptimizerConfig,
     SavingConfig,
     Schedule,
@@ -14,6 +13,7 @@ from cleangpt.config import (
 from cleangpt.corpora.mixture import Mixture
 from cleangpt.corpora.shakespeare_char import ShakespeareChar
 from cleangpt.corpora.stdlib import Stdlib
+from cleangpt.experiment import Experiment
 from cleangpt.models.gpt import GPTConfig
 
 experiment = Experiment(

@@ -2,7 +2,6 @@
 
 from cleangpt.config import (
     DataConfig,
-    Experiment,
     OptimizerConfig,
     SavingConfig,
     Schedule,
@@ -11,6 +10,7 @@ from cleangpt.config import (
     TrainingConfig,
 )
 from cleangpt.corpora.multiplier import Multiplier
+from cleangpt.experiment import Experiment
 from cleangpt.models.llama import LlamaConfig
 
 corpus = Multiplier(digits=2, operator_sign=True, equals_sign=True)

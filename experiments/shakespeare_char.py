@@ -3,7 +3,6 @@
 from cleangpt.config import (
     DataConfig,
     EarlyStoppingConfig,
-    Experiment,
     OptimizerConfig,
     SavingConfig,
     Schedule,
@@ -12,6 +11,7 @@ from cleangpt.config import (
     TrainingConfig,
 )
 from cleangpt.corpora.shakespeare_char import ShakespeareChar
+from cleangpt.experiment import Experiment
 from cleangpt.models.gpt import GPTConfig
 
 experiment = Experiment(

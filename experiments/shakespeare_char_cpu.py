@@ -6,7 +6,6 @@ at a learning rate of 1e-3 and names a validation loss of 1.88; at this size twi
 
 from cleangpt.config import (
     DataConfig,
-    Experiment,
     OptimizerConfig,
     SavingConfig,
     Schedule,
@@ -15,6 +14,7 @@ from cleangpt.config import (
     TrainingConfig,
 )
 from cleangpt.corpora.shakespeare_char import ShakespeareChar
+from cleangpt.experiment import Experiment
 from cleangpt.models.gpt import GPTConfig
 
 experiment = Experiment(

@@ -6,7 +6,6 @@ rest. What each part brings is in docs/speed.md. The hyperparameters were chosen
 
 from cleangpt.config import (
     DataConfig,
-    Experiment,
     OptimizerConfig,
     SavingConfig,
     Schedule,
@@ -15,6 +14,7 @@ from cleangpt.config import (
     TrainingConfig,
 )
 from cleangpt.corpora.shakespeare_char import ShakespeareChar
+from cleangpt.experiment import Experiment
 from cleangpt.models.llama import LlamaConfig
 
 experiment = Experiment(

@@ -6,7 +6,6 @@ learn the text by heart in a longer run. See docs/speed.md.
 
 from cleangpt.config import (
     DataConfig,
-    Experiment,
     MuonConfig,
     OptimizerConfig,
     SavingConfig,
@@ -16,6 +15,7 @@ from cleangpt.config import (
     TrainingConfig,
 )
 from cleangpt.corpora.shakespeare_char import ShakespeareChar
+from cleangpt.experiment import Experiment
 from cleangpt.models.llama import LlamaConfig
 
 experiment = Experiment(

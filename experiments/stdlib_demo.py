@@ -2,7 +2,6 @@
 
 from cleangpt.config import (
     DataConfig,
-    Experiment,
     OptimizerConfig,
     SavingConfig,
     Schedule,
@@ -11,6 +10,7 @@ from cleangpt.config import (
     TrainingConfig,
 )
 from cleangpt.corpora.stdlib import Stdlib
+from cleangpt.experiment import Experiment
 from cleangpt.models.gpt import GPTConfig
 
 experiment = Experiment(

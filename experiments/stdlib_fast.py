@@ -6,7 +6,6 @@ docs/speed.md.
 
 from cleangpt.config import (
     DataConfig,
-    Experiment,
     MuonConfig,
     OptimizerConfig,
     SavingConfig,
@@ -16,6 +15,7 @@ from cleangpt.config import (
     TrainingConfig,
 )
 from cleangpt.corpora.stdlib import Stdlib
+from cleangpt.experiment import Experiment
 from cleangpt.models.llama import LlamaConfig
 
 experiment = Experiment(

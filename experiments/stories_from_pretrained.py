@@ -6,7 +6,6 @@ read nothing, see docs/fine_tuning.md; without adapters a lower learning rate do
 
 from cleangpt.config import (
     DataConfig,
-    Experiment,
     FineTuningConfig,
     LoRAConfig,
     OptimizerConfig,
@@ -17,6 +16,7 @@ from cleangpt.config import (
     TrainingConfig,
 )
 from cleangpt.corpora.fables import Fables
+from cleangpt.experiment import Experiment
 from cleangpt.models.gpt import GPTConfig
 
 experiment = Experiment(

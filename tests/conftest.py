@@ -12,9 +12,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+from cleangpt.checkpoints.run_folder import open_run
 from cleangpt.config import (
     DataConfig,
-    Experiment,
     OptimizerConfig,
     SavingConfig,
     Schedule,
@@ -23,9 +23,10 @@ from cleangpt.config import (
     TrainingConfig,
 )
 from cleangpt.corpora import CORPORA, prepare
+from cleangpt.experiment import Experiment
 from cleangpt.models.gpt import GPTConfig
 from cleangpt.tracking.progress import ProgressBar
-from cleangpt.training.run import open_run, resolve
+from cleangpt.training.launch import resolve
 from cleangpt.training.trainer import Trainer
 
 settings.register_profile("default", deadline=None)

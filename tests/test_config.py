@@ -7,19 +7,12 @@ from typing import Any
 
 import pytest
 
-from cleangpt.config import (
-    Experiment,
-    MuonConfig,
-    OptimizerConfig,
-    Schedule,
-    ScheduleConfig,
-    check_experiment,
-    from_json,
-    to_json,
-)
+from cleangpt.checkpoints.run_folder import experiment_json, kinds
+from cleangpt.config import MuonConfig, OptimizerConfig, Schedule, ScheduleConfig
 from cleangpt.errors import UserError
+from cleangpt.experiment import Experiment, check_experiment
 from cleangpt.experiment_files import experiments, load_experiment
-from cleangpt.training.run import experiment_json, kinds
+from cleangpt.validation import from_json, to_json
 
 Build = Callable[..., Experiment]
 

@@ -6,26 +6,29 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cleangpt.config import CorpusConfig, check
+from cleangpt.config import CorpusConfig
 from cleangpt.corpora.adder import Adder
 from cleangpt.corpora.adder_chat import AdderChat
-from cleangpt.corpora.chat import Chat
+from cleangpt.corpora.base import CORPORA, Corpus, alone, as_json, changed, one_line
+from cleangpt.corpora.conversations import Chat
 from cleangpt.corpora.fables import Fables
 from cleangpt.corpora.fineweb_edu import FineWebEdu
 from cleangpt.corpora.mixture import Mixture
 from cleangpt.corpora.multiplier import Multiplier
 from cleangpt.corpora.openwebtext import OpenWebText
-from cleangpt.corpora.preparation import Corpus, alone, as_json, changed, one_line
 from cleangpt.corpora.shakespeare_char import ShakespeareChar
 from cleangpt.corpora.stdlib import Stdlib
 from cleangpt.corpora.text import Text
 from cleangpt.corpora.tinystories import TinyStories
-from cleangpt.data.mixture import Store
-from cleangpt.data.store import CARD, STORE, TokenStore
+from cleangpt.data.dataset import CARD, STORE, TokenStore
+from cleangpt.data.mixing import Store
 from cleangpt.errors import UserError
 from cleangpt.files import restore
+from cleangpt.validation import check
 
-CORPORA: dict[str, type[Corpus]] = {
+__all__ = ["CORPORA", "Corpus", "Mixture", "Text", "prepare", "prepare_store", "store_folder"]
+
+CORPORA |= {
     "adder": Adder,
     "adder_chat": AdderChat,
     "chat": Chat,

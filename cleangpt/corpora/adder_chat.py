@@ -10,7 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cleangpt.corpora.arithmetic import Problems
-from cleangpt.data.chat import ASSISTANT, ChatTemplate, answer_mask, encode_chat, plain_template, special_tokens
+from cleangpt.data.chat_template import (
+    ASSISTANT,
+    ChatTemplate,
+    answer_mask,
+    encode_chat,
+    plain_template,
+    special_tokens,
+)
 from cleangpt.data.tokenizers import ByteTokenizer
 
 

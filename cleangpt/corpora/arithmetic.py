@@ -1,7 +1,7 @@
 """Problems of arithmetic on two numbers of n digits: what `adder`, `multiplier` and `adder_chat` share.
 
 Problem i of the 10**(2n) there are is `i // 10**n` and `i % 10**n`. A keyed permutation, computed and never stored
-(`data/order.py`), says which problem stands at each position; the first positions are validation, the next test, the
+(`data/shuffle.py`), says which problem stands at each position; the first positions are validation, the next test, the
 rest training. So the splits cannot overlap, and 6 digits, 10**12 problems, need no more memory than 1.
 """
 
@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from cleangpt.corpora.preparation import Chunk, Corpus, Groups, write_store
-from cleangpt.data.chat import ChatTemplate
-from cleangpt.data.order import permute
-from cleangpt.data.store import TokenStore
+from cleangpt.corpora.base import Corpus, write_store
+from cleangpt.data.chat_template import ChatTemplate
+from cleangpt.data.dataset import TokenStore
+from cleangpt.data.shuffle import permute
 from cleangpt.data.tokenizers import CharTokenizer, Tokenizer
+from cleangpt.data.writer import Chunk, Groups
 from cleangpt.errors import UserError
 
 ROWS = 2**16

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from cleangpt.corpora.preparation import Chunk, Corpus, Groups, write_store
-from cleangpt.data.order import permute
-from cleangpt.data.store import TokenStore
+from cleangpt.corpora.base import Corpus, write_store
+from cleangpt.data.dataset import TokenStore
+from cleangpt.data.shuffle import permute
 from cleangpt.data.tokenizers import ByteTokenizer
+from cleangpt.data.writer import Chunk, Groups
 from cleangpt.errors import UserError
 
 GROUP = 1000

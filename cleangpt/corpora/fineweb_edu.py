@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from cleangpt.corpora.hub import Dataset, HubText
+from cleangpt.corpora.hub_text import Dataset, HubText
 
 FOLDERS = {"10BT": "sample/10BT", "100BT": "sample/100BT", "350BT": "sample/350BT", "all": "data"}
 

@@ -1,4 +1,4 @@
-"""A mixture: the samples of several corpora, interleaved by their weights; see `data/interleaving.py`."""
+"""A mixture: the samples of several corpora, interleaved by their weights; see `data/mixing.py`."""
 
 import math
 import re
@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from cleangpt.config import CorpusConfig, Source
-from cleangpt.data.interleaving import Weight
-from cleangpt.data.mixture import MixedStore, Part
-from cleangpt.data.store import TokenStore
+from cleangpt.data.dataset import TokenStore
+from cleangpt.data.mixing import MixedStore, Part, Weight
 from cleangpt.errors import UserError
 
 

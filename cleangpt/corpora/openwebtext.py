@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cleangpt.corpora.hub import Dataset, HubText
+from cleangpt.corpora.hub_text import Dataset, HubText
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cleangpt.corpora.preparation import Chunk, Groups
+from cleangpt.data.writer import Chunk, Groups
 
 
 def packed(groups: Groups, row_length: int) -> Groups:

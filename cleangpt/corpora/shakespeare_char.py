@@ -7,10 +7,11 @@ from typing import Literal
 
 from rich.console import Console
 
+from cleangpt.corpora.base import Corpus
 from cleangpt.corpora.download import download
-from cleangpt.corpora.preparation import Corpus, characters, write_texts
 from cleangpt.corpora.reading import Piece, TextFile, read_text
-from cleangpt.data.store import TokenStore
+from cleangpt.corpora.text import characters, write_texts
+from cleangpt.data.dataset import TokenStore
 from cleangpt.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from cleangpt.errors import UserError
 from cleangpt.files import sha256

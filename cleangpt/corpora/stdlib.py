@@ -8,9 +8,10 @@ from typing import Literal
 
 from rich.console import Console
 
-from cleangpt.corpora.preparation import Corpus, choose_tokenizer, write_texts
+from cleangpt.corpora.base import Corpus
 from cleangpt.corpora.reading import TextFile, read_text, unit_hash
-from cleangpt.data.store import TokenStore
+from cleangpt.corpora.text import choose_tokenizer, write_texts
+from cleangpt.data.dataset import TokenStore
 from cleangpt.errors import UserError
 
 LEFT_OUT = {

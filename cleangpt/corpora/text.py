@@ -1,17 +1,155 @@
 """Any text of your own: plain files, JSON lines or Parquet, by path, glob or folder."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 
-from cleangpt.corpora.preparation import Corpus, check_text, choose_tokenizer, write_texts
+from cleangpt.corpora.base import Corpus, check_text, write_store
 from cleangpt.corpora.reading import Piece, TextFile, find_files, is_plain, read_pieces, split_documents, split_tail
-from cleangpt.data.store import TokenStore
+from cleangpt.data.dataset import TokenStore
+from cleangpt.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer, train_bpe
+from cleangpt.data.writer import Chunk, Groups
 from cleangpt.errors import UserError
+
+GROUP = 2**21
+"""Characters encoded together."""
+
+
+SAMPLE = 2**25
+"""Characters that a byte-pair encoding is learned from, at most."""
+
+
+END_CHARACTER = "\0"
+"""Ends a document where tokens are characters; no text holds it, since a zero byte marks a binary file."""
+
+
+def write_texts(
+    corpus: Corpus,
+    folder: Path,
+    files: list[TextFile],
+    tokenizer: Tokenizer,
+    console: Console,
+    row_length: int | None = None,
+    max_tokens: int | None = None,
+    **source: Any,
+) -> TokenStore:
+    """`write_store` of files of text; with a row length, of their documents packed into rows."""
+    from cleangpt.corpora.packing import packed  # here, because packing imports this file
+
+    def groups(start: int) -> Groups:
+        encoded = encode_files(files, tokenizer, start)
+        return encoded if row_length is None else packed(encoded, row_length)
+
+    return write_store(
+        corpus,
+        folder,
+        tokenizer,
+        groups,
+        sum(file.bytes for file in files),
+        console,
+        source={**source, "files": stamps(files)},
+        row_length=row_length,
+        max_tokens=max_tokens,
+    )
+
+
+def stamps(files: list[TextFile]) -> list[list[Any]]:
+    """Path, size and time of change of each file, by which `changed` sees that one is another."""
+    return [[str(file.path), file.bytes, file.path.stat().st_mtime_ns] for file in files]
+
+
+def encode_files(files: list[TextFile], tokenizer: Tokenizer, start: int) -> Groups:
+    """The groups of all files, without the first `start`, which are read but not encoded."""
+    for read, pieces in itertools.islice(grouped(files), start, None):
+        yield read, encode_group(pieces, tokenizer)
+
+
+def encode_group(pieces: list[Piece], tokenizer: Tokenizer) -> list[Chunk]:
+    """The chunks of some pieces; each document ends with the end-of-text token, where the tokenizer has one."""
+    return _chunks(pieces, _encode(tokenizer, [piece.text for piece in pieces]), tokenizer.end_of_text)
+
+
+def choose_tokenizer(
+    kind: str, vocab_size: int, given: str | None, files: list[TextFile], console: Console
+) -> Tokenizer:
+    """The `given` tokenizer file, or one of a kind (char, byte, bpe), learned from the files where it learns.
+
+    Raises:
+        UserError: there is no text to learn from, or a file is not text.
+    """
+    if not any(file.bytes for file in files):
+        raise UserError(f"no text in {files[0].path if files else 'corpus.files'}; it is empty")
+    if given is not None:
+        return load_tokenizer(Path(given).expanduser())
+    if kind == "byte":
+        return ByteTokenizer()
+    console.print(f"learning the {kind} tokenizer from the text", markup=False)
+    if kind == "bpe":
+        return train_bpe(_sample(files), vocab_size)
+    return CharTokenizer(characters(files) + END_CHARACTER, END_CHARACTER)
+
+
+def characters(files: list[TextFile]) -> str:
+    """Every character that occurs in the files, once, sorted."""
+    found: set[str] = set()
+    for file in files:
+        for piece in file.pieces():
+            found.update(piece.text)
+    return "".join(sorted(found))
+
+
+def grouped(files: list[TextFile]) -> Iterator[tuple[int, list[Piece]]]:
+    """Pieces in groups of about `GROUP` characters, with the bytes read so far."""
+    before, size = 0, 0
+    group: list[Piece] = []
+    for file in files:
+        for piece in file.pieces():
+            group.append(piece)
+            size += len(piece.text)
+            if size >= GROUP:
+                yield before + piece.read, group
+                group, size = [], 0
+        before += file.bytes
+    if group:
+        yield before, group
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[NDArray[np.int64]]:
+    return tokenizer.encode_all(texts) if isinstance(tokenizer, BPETokenizer) else list(map(tokenizer.encode, texts))
+
+
+def _chunks(pieces: list[Piece], arrays: list[NDArray[np.int64]], end_of_text: int | None) -> list[Chunk]:
+    """One chunk per split that the pieces belong to."""
+    end = np.array([] if end_of_text is None else [end_of_text], np.int64)
+    chunks = []
+    for split in sorted({piece.split for piece in pieces}):
+        mine = [(piece, array) for piece, array in zip(pieces, arrays, strict=True) if piece.split == split]
+        parts = [np.concatenate([array, end]) if piece.ends else array for piece, array in mine]
+        ends = np.cumsum([len(part) for part in parts])[[piece.ends for piece, _ in mine]]
+        text_bytes = sum(len(piece.text.encode("utf-8")) for piece, _ in mine)
+        chunks.append(Chunk(split, np.concatenate(parts), np.diff(ends, prepend=0), text_bytes))
+    return chunks
+
+
+def _sample(files: list[TextFile]) -> Iterator[str]:
+    """Training text of at most about `SAMPLE` characters: the start of every file, in proportion to its size."""
+    total = sum(file.bytes for file in files)
+    for file in files:
+        left = max(1, SAMPLE * file.bytes // total)
+        for piece in file.pieces():
+            if piece.split == "train":
+                yield piece.text[:left]
+                left -= len(piece.text)
+            if left <= 0:
+                break
+
 
 FEW = 100
 """Up to so many plain text files, each gives its tail to the validation split."""

@@ -8,10 +8,19 @@ from typing import Literal
 
 from rich.console import Console
 
-from cleangpt.corpora.hub import Dataset, Shards, ask_hub, check_budget, write_shards
-from cleangpt.corpora.preparation import Corpus, check_text, choose_tokenizer, write_texts
-from cleangpt.corpora.reading import Piece, TextFile, find_files, is_plain, read_pieces, read_separated, split_documents
-from cleangpt.data.store import TokenStore
+from cleangpt.corpora.base import Corpus, check_text
+from cleangpt.corpora.hub_text import Dataset, Shards, ask_hub, check_budget, write_shards
+from cleangpt.corpora.reading import (
+    Piece,
+    TextFile,
+    find_files,
+    is_plain,
+    read_pieces,
+    read_separated,
+    split_documents,
+)
+from cleangpt.corpora.text import choose_tokenizer, write_texts
+from cleangpt.data.dataset import TokenStore
 from cleangpt.data.tokenizers import END_OF_TEXT
 from cleangpt.errors import require
 

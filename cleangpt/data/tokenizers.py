@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from cleangpt.errors import UserError, require
 from cleangpt.files import parse_json, read_text
-from cleangpt.interchange.hub import fetch, is_huggingface
+from cleangpt.hub import fetch, is_huggingface
 
 END_OF_TEXT = "<|endoftext|>"
 ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")

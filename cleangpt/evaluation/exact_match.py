@@ -3,16 +3,16 @@
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
-from cleangpt.data.order import mix, permute
-from cleangpt.data.store import Split
-from cleangpt.inference.generate import greedy
+from cleangpt.data.dataset import Split
+from cleangpt.data.shuffle import mix, permute
+from cleangpt.inference.engine import greedy
+from cleangpt.models.base import LanguageModel
 
 ROWS = 1024
 
 
-def exact_match(model: nn.Module, split: Split, limit: int | None, device: torch.device) -> float:
+def exact_match(model: LanguageModel, split: Split, limit: int | None, device: torch.device) -> float:
     """Generates the answer to every problem of a split greedily and compares it with the row's.
 
     The loss mask tells question from answer: the tokens of a row up to the first that counts are the question, those
@@ -36,7 +36,7 @@ def exact_match(model: nn.Module, split: Split, limit: int | None, device: torch
     return right / len(rows)
 
 
-def _right(model: nn.Module, split: Split, rows: NDArray[np.int64], device: torch.device) -> int:
+def _right(model: LanguageModel, split: Split, rows: NDArray[np.int64], device: torch.device) -> int:
     assert split.row_length is not None
     length = split.row_length
     tokens = np.stack([split.read(row * length, length) for row in rows.tolist()]).astype(np.int64)

@@ -6,17 +6,18 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cleangpt.data.batches import Batch
-from cleangpt.data.store import Split
+from cleangpt.data.batch import Batch
+from cleangpt.data.dataset import Split
+from cleangpt.models.base import LanguageModel
 from cleangpt.objectives import Objective
 from cleangpt.tracking.metrics import of_source
 
 
 @torch.no_grad()
 def mean_loss(
-    model: nn.Module,
+    model: LanguageModel,
     objective: Objective,
     batches: Iterable[Batch],
     device: torch.device,
@@ -38,8 +39,8 @@ def mean_loss(
             sums *= math.nan
             break
         with context:
-            sums[0] += objective(model, batch.inputs.to(device), batch.targets.to(device))
-        sums[1] += batch.num_targets
+            sums[0] += objective(model, batch.to(device)).total
+        sums[1] += objective.count(batch)
     model.train(was_training)
     total, targets = reduce(sums).tolist()
     return total / targets if targets else math.nan

@@ -3,17 +3,17 @@
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
 
-from cleangpt.data.chat import ChatTemplate, Message, encode_chat, stop_tokens
+from cleangpt.data.chat_template import ChatTemplate, Message, encode_chat, stop_tokens
 from cleangpt.data.tokenizers import Tokenizer
-from cleangpt.inference.generate import generate
+from cleangpt.inference.engine import generate
 from cleangpt.inference.sampling import Sampling
 from cleangpt.inference.text import Writer
+from cleangpt.models.base import LanguageModel
 
 
 def answer(
-    model: nn.Module,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     template: ChatTemplate,
     messages: Sequence[Message],

@@ -4,19 +4,21 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cleangpt.data.store import TokenStore
+from cleangpt.data.dataset import TokenStore
 from cleangpt.data.tokenizers import StreamDecoder, Tokenizer, ends_of
 from cleangpt.errors import UserError
-from cleangpt.inference.generate import Token, generate, speculate
+from cleangpt.inference.engine import Token, generate
 from cleangpt.inference.sampling import Sampling
+from cleangpt.inference.speculative import speculate
+from cleangpt.models.base import LanguageModel
 
 PROMPT_TOKENS = 16
 
 
 def sample_text(
-    model: nn.Module, store: TokenStore, prompt: str | None, count: int, device: torch.device, seed: int
+    model: LanguageModel, store: TokenStore, prompt: str | None, count: int, device: torch.device, seed: int
 ) -> str:
     """A prompt and up to `count` tokens that the model adds to it at temperature 0.8, to show how far it has come."""
     tokens = (torch.from_numpy(store.tokenizer.encode(prompt)) if prompt else validation_prompt(store)).tolist()
@@ -88,7 +90,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def stream(
-    model: nn.Module,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     prompt: str | None,
     device: torch.device,
@@ -96,7 +98,7 @@ def stream(
     max_new_tokens: int,
     sampling: Sampling,
     stop: Sequence[str] = (),
-    draft: nn.Module | None = None,
+    draft: LanguageModel | None = None,
     draft_tokens: int = 4,
     cached: bool = True,
     compiled: bool = False,
@@ -131,7 +133,7 @@ def stream(
 
 
 def complete(
-    model: nn.Module,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     prompts: Sequence[str | None],
     device: torch.device,

@@ -4,11 +4,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from cleangpt.checkpoints.checkpoint import Checkpoint
 from cleangpt.errors import UserError
 from cleangpt.files import MANIFEST, PARTIAL, seal, sync_file, sync_folder
 from cleangpt.interchange.gguf import MAGIC, write_gguf
 from cleangpt.interchange.huggingface import TOKENIZER_CONFIG, write_huggingface
-from cleangpt.training.checkpoints import Checkpoint
 
 
 def export(checkpoint: Checkpoint, kind: str, out: Path, force: bool = False) -> None:

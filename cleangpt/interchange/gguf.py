@@ -7,29 +7,18 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from cleangpt.checkpoints.checkpoint import Checkpoint
 from cleangpt.config import ModelConfig
 from cleangpt.data.tokenizers import CharTokenizer, Tokenizer
 from cleangpt.errors import UserError, require
+from cleangpt.interchange import llama
 from cleangpt.interchange.huggingface import mapping_of
 from cleangpt.interchange.vocabularies import byte_letters, ends, to_tokenizers, word_split
-from cleangpt.models import gpt, llama
-from cleangpt.models.gpt import GPTConfig
 from cleangpt.models.llama import LlamaConfig
-from cleangpt.training.checkpoints import Checkpoint
 
 MAGIC = b"GGUF"
-ARCHITECTURES = {
-    "llama": "llama",
-    "mistral": "llama",
-    "mixtral": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "qwen3_moe": "qwen3moe",
-}
-"""llama.cpp's name of an architecture, by Hugging Face's of the kind of Llama that a model is."""
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 """Types of token in GGUF."""
 IMPOSSIBLE_MERGE = "<|endoftext|> <|endoftext|>"
@@ -77,42 +66,14 @@ def _architecture(config: ModelConfig) -> str:
         )
     if not config.normalize_shares:
         raise UserError("model.normalize_shares is False; allowed in GGUF: True")
-    return ARCHITECTURES[llama.model_type(config)]
+    return llama.GGUF_ARCHITECTURES[llama.model_type(config)]
 
 
 def _add_sizes(writer: Any, config: ModelConfig) -> None:
     writer.add_context_length(config.max_seq_len)
     writer.add_vocab_size(config.vocab_size)
     writer.add_file_type(0)  # all tensors are float32
-    if isinstance(config, GPTConfig):
-        _add_gpt(writer, config)
-    elif isinstance(config, LlamaConfig):
-        _add_llama(writer, config)
-
-
-def _add_gpt(writer: Any, config: GPTConfig) -> None:
-    writer.add_embedding_length(config.dim)
-    writer.add_block_count(config.n_layers)
-    writer.add_feed_forward_length(4 * config.dim)
-    writer.add_head_count(config.n_heads)
-    writer.add_layer_norm_eps(1e-5)
-
-
-def _add_llama(writer: Any, config: LlamaConfig) -> None:
-    writer.add_embedding_length(config.dim)
-    writer.add_block_count(config.n_layers)
-    writer.add_feed_forward_length(config.hidden_dim)
-    writer.add_head_count(config.n_heads)
-    writer.add_head_count_kv(config.kv_heads())
-    writer.add_key_length(config.features_per_head())
-    writer.add_value_length(config.features_per_head())
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_rope_dimension_count(config.features_per_head())
-    if config.n_experts is not None:
-        writer.add_expert_count(config.n_experts)
-        writer.add_expert_used_count(config.experts_per_token)
-        writer.add_expert_feed_forward_length(config.expert_features())
+    mapping_of(config).add_gguf_sizes(writer, config)
 
 
 def tensors_of(config: ModelConfig, weights: dict[str, Tensor], architecture: str) -> dict[str, Tensor]:
@@ -120,43 +81,11 @@ def tensors_of(config: ModelConfig, weights: dict[str, Tensor], architecture: st
     library = require("gguf", "gguf")
     kind = next(key for key, name in library.MODEL_ARCH_NAMES.items() if name == architecture)
     names = library.get_tensor_name_map(kind, getattr(config, "n_layers", 0))
-    theirs = _gpt_tensors(config, weights) if isinstance(config, GPTConfig) else _llama_tensors(config, weights)
+    theirs: dict[str, Tensor] = mapping_of(config).gguf_tensors(config, weights)
     tensors = {names.get_name(name, try_suffixes=(".weight", ".bias")): tensor for name, tensor in theirs.items()}
     if isinstance(config, LlamaConfig) and config.rope_factor is not None:
-        tensors["rope_freqs.weight"] = _stretching(config)
+        tensors["rope_freqs.weight"] = llama.rope_stretching(config)
     return tensors
-
-
-def _gpt_tensors(config: GPTConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """By Hugging Face's names, but with linear layers as `(out, in)`, which there are the other way round."""
-    linear = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-    converted = gpt.to_huggingface(config, weights)
-    return {name: tensor.t() if name.endswith(linear) else tensor for name, tensor in converted.items()}
-
-
-def _llama_tensors(config: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """By Hugging Face's names, with the matrices of all experts stacked, as here."""
-    pairs_are_neighbours = ARCHITECTURES[llama.model_type(config)] == "llama"
-    heads = {"attention.query.weight": config.n_heads, "attention.key.weight": config.kv_heads()}
-    tensors = {}
-    for ours, theirs in llama.names_in_huggingface(config).items():
-        tensor, name = weights[ours], ".".join(ours.split(".")[2:])
-        if pairs_are_neighbours and name in heads:
-            tensor = _neighbours(tensor, heads[name])
-        tensors[theirs.replace(".{}", "")] = tensor
-    return tensors
-
-
-def _neighbours(tensor: Tensor, heads: int) -> Tensor:
-    """Rows `(heads x head_dim, dim)` in an order that puts those side by side that a rotary position turns together."""
-    return tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).flatten(0, 2)
-
-
-def _stretching(config: LlamaConfig) -> Tensor:
-    """By what each rotary wavelength is multiplied `(head_dim / 2,)`, float32."""
-    device = torch.device("cpu")
-    plain = dataclasses.replace(config, rope_factor=None)
-    return llama.rope_frequencies(plain, device) / llama.rope_frequencies(config, device)
 
 
 # The vocabulary ------------------------------------------------------------------------------------------------------

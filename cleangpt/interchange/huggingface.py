@@ -8,20 +8,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cleangpt.checkpoints.checkpoint import CONFIG, WEIGHTS, Checkpoint, load_checkpoint
+from cleangpt.checkpoints.run_folder import find_checkpoint
 from cleangpt.config import ModelConfig
-from cleangpt.data.chat import THEIR_TEMPLATE, find_template, stop_tokens
-from cleangpt.data.store import TOKENIZER
+from cleangpt.data.chat_template import THEIR_TEMPLATE, find_template, stop_tokens
+from cleangpt.data.dataset import TOKENIZER
 from cleangpt.errors import UserError, blaming
 from cleangpt.files import read_json, write_json, write_text
-from cleangpt.interchange.hub import fetch, is_huggingface
+from cleangpt.hub import fetch, is_huggingface
+from cleangpt.interchange import gpt, llama
 from cleangpt.interchange.vocabularies import ends, name_of, read_tokenizer, to_tokenizers, word_split
-from cleangpt.models import gpt, llama
-from cleangpt.training.checkpoints import CONFIG, WEIGHTS, Checkpoint, load_checkpoint
-from cleangpt.training.run import find_checkpoint
+from cleangpt.models.gpt import GPTConfig
+from cleangpt.models.llama import LlamaConfig
 
 SHARDS = "model.safetensors.index.json"
 GENERATION_CONFIG, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
-MAPPINGS: dict[type[ModelConfig], ModuleType] = {gpt.GPTConfig: gpt, llama.LlamaConfig: llama}
+MAPPINGS: dict[type[ModelConfig], ModuleType] = {GPTConfig: gpt, LlamaConfig: llama}
 """The file of each architecture that has a mapping to and from Hugging Face."""
 MODEL_TYPES: dict[str, ModuleType] = {"gpt2": gpt, **dict.fromkeys(llama.KIN, llama)}
 """The same, by Hugging Face's `model_type`."""

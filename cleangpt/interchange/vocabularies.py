@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cleangpt.data.store import TOKENIZER
+from cleangpt.data.dataset import TOKENIZER
 from cleangpt.data.tokenizers import (
     BEGINS_OF_TEXT,
     END_OF_TEXT,

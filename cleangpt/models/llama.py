@@ -6,30 +6,28 @@ add parts of other models.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cleangpt.config import ModelConfig, check
+from cleangpt.config import ModelConfig
 from cleangpt.errors import UserError
+from cleangpt.models.base import LanguageModel
 from cleangpt.models.cache import BlockCache, KVCache
-from cleangpt.models.moe import MixtureOfExperts, hidden_features
-from cleangpt.models.ngrams import ngram_rows, tokens_before
-from cleangpt.models.parts import (
-    Reduce,
+from cleangpt.models.layers import (
     Seen,
     attend,
     both,
     document_blocks,
     document_mask,
     documents_of,
-    take,
     window_mask,
 )
+from cleangpt.models.moe import MixtureOfExperts, hidden_features
+from cleangpt.models.ngrams import ngram_rows, tokens_before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,7 +310,7 @@ class Block(nn.Module):
         return x, value if self.value_residual else None
 
 
-class Llama(nn.Module):
+class Llama(LanguageModel):
     """Llama 3 and its kin (Mistral, Mixtral, Qwen 2 and 3), exact to their released weights: token ids to logits."""
 
     tensor_plan: ClassVar[dict[str, str]] = {
@@ -332,14 +330,16 @@ class Llama(nn.Module):
         "final_norm": "sequence",
         "head": "logits",
     }
-    """How each module is cut for tensor parallelism; the words are explained in `training/sharding.py`. A mixture of
+    """How each module is cut for tensor parallelism; the words are explained in `distributed/sharding.py`. A mixture of
     experts is not in it."""
 
+    deferred_init: ClassVar[bool] = True
+    config: LlamaConfig
+
     def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         assert config.vocab_size is not None
         config.check_fit()
-        self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
         self.ngram_embeddings = nn.ModuleList(nn.Embedding(config.ngram_rows, config.dim) for _ in config.ngrams)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
@@ -347,31 +347,12 @@ class Llama(nn.Module):
         self.head = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Draws initial weights, in the order of the parameters."""
-        for name, parameter in self.named_parameters():
-            self.init_parameter(name, parameter)
+    def layers(self) -> nn.ModuleList:
+        """All blocks."""
+        return self.blocks
 
-    def init_parameter(self, name: str, parameter: Tensor) -> None:
-        """Draws the parameter `name`: normal with deviation 0.02, less into the residual stream, as in GPT-2."""
-        if parameter.dim() < 2:
-            nn.init.constant_(parameter, 1.0 if name.endswith("norm.weight") else 0.0)
-        else:
-            into_residual = name.removesuffix(".weight").endswith((".out", ".down"))
-            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layers) if into_residual else 0.02)
-
-    def forward(
-        self,
-        tokens: Tensor,
-        cache: KVCache | None = None,
-        wanted: Tensor | None = None,
-        reduce: Reduce | None = None,
-    ) -> Tensor:
-        """Token ids `(batch, seq)` to logits `(batch, seq, vocab)`.
-
-        With a cache, the tokens come after those that it has, and are kept in it. `wanted` `(batch, count)` says after
-        which of the tokens logits `(batch, count, vocab)` are wanted; none: after all. With `reduce`, returns what that
-        makes of the features before the head.
+    def features(self, tokens: Tensor, *, cache: KVCache | None = None, **modalities: Tensor) -> Tensor:
+        """Token ids `(batch, seq)` to `(batch, seq, dim)`.
 
         Raises:
             ValueError: seq is more than `max_seq_len`, or than the cache has room for.
@@ -388,15 +369,12 @@ class Llama(nn.Module):
         for layer, block in enumerate(self.blocks):
             x, value = block(x, rotation, seen.get(config.window(layer)), first_value, past[layer])
             first_value = value if first_value is None else first_value
-        x = self.final_norm(x if wanted is None else take(x, wanted))
-        if reduce is None:
-            return self.to_logits(x)
-        return reduce(x, self.to_logits, list((self.token_embedding if self.head is None else self.head).parameters()))
+        return self.final_norm(x)  # type: ignore[no-any-return]
 
-    def to_logits(self, x: Tensor) -> Tensor:
+    def to_logits(self, features: Tensor) -> Tensor:
         """The head: normalised features `(..., dim)` to logits `(..., vocab)`."""
         config = self.config
-        logits: Tensor = F.linear(x, self.token_embedding.weight) if self.head is None else self.head(x)
+        logits: Tensor = F.linear(features, self.token_embedding.weight) if self.head is None else self.head(features)
         if config.logit_soft_cap is None:
             return logits
         return config.logit_soft_cap * torch.tanh(logits / config.logit_soft_cap)
@@ -417,10 +395,14 @@ class Llama(nn.Module):
             x = x + F.dropout(table(found), config.ngram_dropout, self.training)
         return x  # type: ignore[no-any-return]
 
-    def new_cache(self, spare: int = 0) -> KVCache:
-        """An empty cache for generation, which can go back by `spare` tokens."""
+    def head_parameters(self) -> list[Tensor]:
+        """The head's matrix, or the embedding's where they are tied."""
+        return list((self.token_embedding if self.head is None else self.head).parameters())
+
+    def new_cache(self, rollback_tokens: int = 0) -> KVCache:
+        """An empty cache for generation, from which `rollback_tokens` can be taken back."""
         windows = [self.config.window(layer) for layer in range(self.config.n_layers)]
-        return KVCache(windows, self.config.max_seq_len, spare, ids_wanted=bool(self.config.ngrams))
+        return KVCache(windows, self.config.max_seq_len, rollback_tokens, ids_wanted=bool(self.config.ngrams))
 
     def flops_per_token(self, seq_len: int) -> int:
         """FLOPs to train on one token: 6 per weight of a matrix and 12 x heads x head_dim x tokens seen per layer.
@@ -480,287 +462,3 @@ def _mlp_numbers_kept(config: LlamaConfig) -> int:
         + config.n_experts
         + within * config.n_shared_experts * config.expert_features()
     )
-
-
-# Hugging Face --------------------------------------------------------------------------------------------------------
-
-
-class Kin(NamedTuple):
-    """An architecture of Hugging Face, and those of our optional fields that it has."""
-
-    architecture: str
-    always: frozenset[str] = frozenset()
-    """Optional fields that are set in every model of this kind."""
-    perhaps: frozenset[str] = frozenset()
-    """Optional fields that may be set."""
-
-
-KIN: dict[str, Kin] = {
-    "llama": Kin("LlamaForCausalLM"),
-    "mistral": Kin("MistralForCausalLM", frozenset({"sliding_window"})),
-    "qwen2": Kin("Qwen2ForCausalLM", frozenset({"qkv_bias"}), frozenset({"sliding_window", "global_every"})),
-    "qwen3": Kin("Qwen3ForCausalLM", frozenset({"qk_norm"}), frozenset({"sliding_window", "global_every"})),
-    "mixtral": Kin("MixtralForCausalLM", frozenset({"n_experts"}), frozenset({"sliding_window"})),
-    "qwen3_moe": Kin(
-        "Qwen3MoeForCausalLM",
-        frozenset({"n_experts", "qk_norm"}),
-        frozenset({"sliding_window", "expert_hidden_dim", "normalize_shares"}),
-    ),
-}
-"""The models of Hugging Face that are Llamas, by their `model_type`."""
-
-OPTIONAL = {
-    "qkv_bias": False,
-    "qk_norm": False,
-    "sliding_window": None,
-    "global_every": None,
-    "n_experts": None,
-    "expert_hidden_dim": None,
-    "n_shared_experts": 0,
-    "normalize_shares": True,
-    "balance_rate": None,
-    "activation": "swiglu",
-    "value_residual": False,
-    "logit_soft_cap": None,
-    "ngrams": (),
-    "separator": None,
-}
-"""Our optional fields, and their values where they are not set."""
-
-FIELDS = {
-    "vocab_size": "vocab_size",
-    "max_seq_len": "max_position_embeddings",
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "dim": "hidden_size",
-    "hidden_dim": "intermediate_size",
-}
-"""Our fields to those of every `config.json` there."""
-
-ROPE_FIELDS = {
-    "rope_factor": "factor",
-    "rope_low_freq_factor": "low_freq_factor",
-    "rope_high_freq_factor": "high_freq_factor",
-    "rope_original_seq_len": "original_max_position_embeddings",
-}
-"""Our fields to those of rotary scaling of type llama3 there."""
-
-
-def model_type(config: LlamaConfig) -> str:
-    """Hugging Face's name of the kind of model that a configuration describes: a key of KIN.
-
-    Raises:
-        UserError: no kind has these optional fields together.
-    """
-    used = {name for name, unset in OPTIONAL.items() if getattr(config, name) != unset}
-    for kind, kin in KIN.items():
-        if kin.always <= used <= kin.always | kin.perhaps:
-            return kind
-    raise UserError(
-        f"Hugging Face has no model with {' and '.join('model.' + name for name in sorted(used))}; allowed: what "
-        f"{', '.join(KIN)} have"
-    )
-
-
-def config_to_huggingface(config: LlamaConfig) -> dict[str, Any]:
-    """The content of Hugging Face's `config.json`; of special tokens it says that there are none.
-
-    Raises:
-        UserError: no kind of model there has these fields.
-    """
-    kind = model_type(config)
-    entries = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()} | {
-        "model_type": kind,
-        "architectures": [KIN[kind].architecture],
-        "num_key_value_heads": config.kv_heads(),
-        "head_dim": config.features_per_head(),
-        "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tied,
-        "rope_theta": config.rope_theta,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-    if config.rope_factor is not None:
-        scaling = {theirs: getattr(config, ours) for ours, theirs in ROPE_FIELDS.items()}
-        entries["rope_scaling"] = {"rope_type": "llama3", **scaling}
-    return entries | _window_entries(config, kind) | _expert_entries(config, kind)
-
-
-def _window_entries(config: LlamaConfig, kind: str) -> dict[str, Any]:
-    """What says there how far a position sees."""
-    if kind == "llama":
-        return {}
-    entries: dict[str, Any] = {"sliding_window": config.sliding_window}
-    if kind.startswith("qwen"):
-        windows = [config.window(layer) for layer in range(config.n_layers)]
-        types = ["full_attention" if window is None else "sliding_attention" for window in windows]
-        entries |= {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
-        entries |= {} if kind == "qwen3_moe" else {"layer_types": types}
-    return entries
-
-
-def _expert_entries(config: LlamaConfig, kind: str) -> dict[str, Any]:
-    """What says there how experts are chosen."""
-    if config.n_experts is None:
-        return {}
-    chosen = {"num_experts_per_tok": config.experts_per_token}
-    if kind == "mixtral":
-        return chosen | {"num_local_experts": config.n_experts}
-    return chosen | {
-        "num_experts": config.n_experts,
-        "moe_intermediate_size": config.expert_features(),
-        "norm_topk_prob": config.normalize_shares,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-    }
-
-
-def config_from_huggingface(entries: Mapping[str, Any]) -> LlamaConfig:
-    """Our configuration from the content of Hugging Face's `config.json`.
-
-    Raises:
-        UserError: one line naming an entry that is missing or that asks for what is not here.
-    """
-    if (kind := entries.get("model_type")) not in KIN:
-        raise UserError(f"model_type is {kind!r}; allowed: {', '.join(KIN)}")
-    refused = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "decoder_sparse_step": 1}
-    for name, allowed in refused.items():
-        if entries.get(name, allowed) != allowed:
-            raise UserError(f"{name} is {entries[name]!r}; allowed: {allowed!r}")
-    if entries.get("mlp_only_layers"):
-        raise UserError(f"mlp_only_layers is {entries['mlp_only_layers']!r}; allowed: an empty list")
-    config = LlamaConfig(
-        **{ours: _entry(entries, theirs) for ours, theirs in FIELDS.items()},
-        n_kv_heads=entries.get("num_key_value_heads"),
-        head_dim=_head_dim(entries),
-        norm_eps=entries.get("rms_norm_eps", 1e-6),
-        tied=entries.get("tie_word_embeddings", False),
-        qkv_bias=kind == "qwen2",
-        qk_norm=kind in ("qwen3", "qwen3_moe"),
-        **_rope_fields(entries),
-        **_window_fields(entries),
-        **_expert_fields(entries),
-    )
-    check(config, "model.")
-    config.check_fit()
-    return config
-
-
-def _entry(entries: Mapping[str, Any], name: str) -> Any:
-    if name not in entries:
-        raise UserError(f"config.json has no {name!r}, which a model of type {entries.get('model_type')} needs")
-    return entries[name]
-
-
-def _head_dim(entries: Mapping[str, Any]) -> int | None:
-    """None where it is dim / n_heads; a Qwen 3 that does not name it has 128."""
-    head_dim: int | None = entries.get("head_dim") or (128 if entries["model_type"] == "qwen3" else None)
-    implied = head_dim is not None and head_dim * entries["num_attention_heads"] == entries["hidden_size"]
-    return None if implied else head_dim
-
-
-def _rope_fields(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary positions stand there in `rope_parameters`, or, before Transformers 5, in two entries."""
-    rope = {"rope_theta": entries.get("rope_theta", 10_000.0)}
-    rope |= (entries.get("rope_scaling") or {}) | (entries.get("rope_parameters") or {})
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise UserError(f"rope_type is {kind!r}; allowed: default, llama3")
-    scaling = {ours: _entry(rope, theirs) for ours, theirs in ROPE_FIELDS.items()} if kind == "llama3" else {}
-    return {"rope_theta": rope["rope_theta"], **scaling}
-
-
-def _window_fields(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Which layers there have a window must be all, or all but every so-many-th."""
-    has_window = entries.get("use_sliding_window", entries["model_type"] in ("mistral", "mixtral"))
-    if not has_window or entries.get("sliding_window") is None:
-        return {}
-    n_layers = _entry(entries, "num_hidden_layers")
-    first = entries.get("max_window_layers", 0) if entries["model_type"] in ("qwen2", "qwen3") else 0
-    types = entries.get("layer_types") or ["full_attention"] * first + ["sliding_attention"] * (n_layers - first)
-    sees_all = [layer + 1 for layer in range(n_layers) if types[layer] == "full_attention"]
-    every = sees_all[0] if sees_all else None
-    if every is not None and sees_all != list(range(every, n_layers + 1, every)):
-        raise UserError(f"layers {sees_all} have full attention; allowed: none, or every so-many-th")
-    return {"sliding_window": entries["sliding_window"], "global_every": every}
-
-
-def _expert_fields(entries: Mapping[str, Any]) -> dict[str, Any]:
-    kind = entries["model_type"]
-    if kind == "mixtral":
-        n_experts, width, normalize = _entry(entries, "num_local_experts"), None, True
-    elif kind == "qwen3_moe":
-        n_experts = entries.get("num_experts") or _entry(entries, "num_local_experts")
-        width, normalize = _entry(entries, "moe_intermediate_size"), entries.get("norm_topk_prob", False)
-    else:
-        return {}
-    chosen = {"n_experts": n_experts, "experts_per_token": _entry(entries, "num_experts_per_tok")}
-    return chosen | {"expert_hidden_dim": width, "normalize_shares": normalize}
-
-
-def names_in_huggingface(config: LlamaConfig) -> dict[str, str]:
-    """Our parameter names to those in Hugging Face's files.
-
-    Experts' matrices are stacked here and apart there: such a name has ``{}`` in the place of the expert's number.
-
-    Raises:
-        UserError: no kind of model there has these fields.
-    """
-    parts = {
-        "attention_norm.weight": "input_layernorm.weight",
-        "mlp_norm.weight": "post_attention_layernorm.weight",
-        "attention.out.weight": "self_attn.o_proj.weight",
-        **_mlp_names(model_type(config)),
-    }
-    for ours in ("query", "key", "value"):
-        for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
-            parts[f"attention.{ours}.{kind}"] = f"self_attn.{ours[0]}_proj.{kind}"
-    if config.qk_norm:
-        parts |= {f"attention.{ours}_norm.weight": f"self_attn.{ours[0]}_norm.weight" for ours in ("query", "key")}
-    names = {"token_embedding.weight": "model.embed_tokens.weight", "final_norm.weight": "model.norm.weight"}
-    for layer in range(config.n_layers):
-        names |= {f"blocks.{layer}.{ours}": f"model.layers.{layer}.{theirs}" for ours, theirs in parts.items()}
-    return names if config.tied else names | {"head.weight": "lm_head.weight"}
-
-
-def _mlp_names(kind: str) -> dict[str, str]:
-    """The parameters of a block's MLP or experts, in a model of this kind."""
-    if kind == "mixtral":
-        experts = {"gate": "w1", "up": "w3", "down": "w2"}
-        names = {f"mlp.{ours}": f"block_sparse_moe.experts.{{}}.{theirs}.weight" for ours, theirs in experts.items()}
-        return names | {"mlp.router.weight": "block_sparse_moe.gate.weight"}
-    if kind == "qwen3_moe":
-        names = {f"mlp.{part}": f"mlp.experts.{{}}.{part}_proj.weight" for part in ("gate", "up", "down")}
-        return names | {"mlp.router.weight": "mlp.gate.weight"}
-    return {f"mlp.{part}.weight": f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
-
-
-def from_huggingface(config: LlamaConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict from the tensors in Hugging Face's files.
-
-    Raises:
-        UserError: a tensor is missing, or no kind of model there has these fields.
-    """
-    converted = {}
-    for ours, theirs in names_in_huggingface(config).items():
-        apart = [theirs.format(expert) for expert in range(config.n_experts or 1)] if "{}" in theirs else [theirs]
-        if missing := [name for name in apart if name not in weights]:
-            raise UserError(f"the weights have no {missing[0]!r}, which a model of type {model_type(config)} needs")
-        tensors = [weights[name] for name in apart]
-        converted[ours] = torch.stack(tensors) if "{}" in theirs else tensors[0]
-    return converted
-
-
-def to_huggingface(config: LlamaConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of Hugging Face's files from our state dict; a tied head is left out, as it is there.
-
-    Raises:
-        UserError: no kind of model there has these fields.
-    """
-    converted = {}
-    for ours, theirs in names_in_huggingface(config).items():
-        stacked = "{}" in theirs
-        for expert, tensor in enumerate(weights[ours] if stacked else [weights[ours]]):
-            converted[theirs.format(expert)] = tensor.contiguous()
-    return converted

@@ -1,45 +1,39 @@
-"""Next-token prediction: the cross-entropy of each target under the model's logits, with or without a z-loss."""
+"""Next-token prediction: the cross-entropy of each target under the model; where only answers are learned, a mask in
+the data says so."""
 
-from functools import partial
+from dataclasses import dataclass
+from typing import cast
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from cleangpt.data.batches import IGNORED
-from cleangpt.objectives.chunks import LossOf, loss_in_chunks
-
-
-def next_token(model: nn.Module, inputs: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
-    """The summed cross-entropy in nats, float32, of `targets` `(batch, seq)` after `inputs` `(batch, seq)`.
-
-    With `chunk`, the logits of so many tokens exist at a time.
-    """
-    return _summed(model, inputs, targets, _cross_entropy, chunk)
+from cleangpt.data.batch import Batch
+from cleangpt.models.base import LanguageModel
+from cleangpt.models.head import TokenScores
+from cleangpt.objectives.base import Loss, Objective
 
 
-def next_token_z(
-    model: nn.Module, inputs: Tensor, targets: Tensor, chunk: int | None = None, coefficient: float = 1e-4
-) -> Tensor:
-    """`next_token` plus coefficient x log² Z, summed over the targets, Z being the sum of the exponentials of logits.
+@dataclass(frozen=True, kw_only=True)
+class NextToken(Objective):
+    """Cross-entropy per target token, in nats. Its additions are trained with alone: validation has none of them."""
 
-    It keeps log Z near 0, so that logits do not drift away together (Chowdhery et al. 2022, "PaLM", section 5). Only
-    what is learned from has it: without gradients, as in validation, this is `next_token`.
-    """
-    loss_of = partial(_with_z, coefficient=coefficient) if torch.is_grad_enabled() else _cross_entropy
-    return _summed(model, inputs, targets, loss_of, chunk)
+    z_loss: float = 0.0
+    """Adds z_loss x log² Z, Z being the sum of the exponentials of the logits, which keeps them from drifting away
+    together (Chowdhery et al. 2022, "PaLM", section 5, there 1e-4)."""
+    label_smoothing: float = 0.0
+    """Share of each target's weight that is spread over the vocabulary (Szegedy et al. 2016, section 7)."""
 
-
-def _summed(model: nn.Module, inputs: Tensor, targets: Tensor, loss_of: LossOf, chunk: int | None) -> Tensor:
-    if chunk is not None:
-        return loss_in_chunks(model, inputs, targets, loss_of, chunk)
-    return loss_of(model(inputs).flatten(0, 1), targets.flatten())
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
-
-
-def _with_z(logits: Tensor, targets: Tensor, coefficient: float) -> Tensor:
-    log_z = logits.float().logsumexp(dim=-1) * (targets != IGNORED)
-    return _cross_entropy(logits, targets) + coefficient * log_z.square().sum()
+    def __call__(self, model: LanguageModel, batch: Batch) -> Loss:
+        """The loss of the batch's rows, summed over targets."""
+        smoothing, z_loss = (self.label_smoothing, self.z_loss) if torch.is_grad_enabled() else (0.0, 0.0)
+        if not smoothing and not z_loss:
+            scores = cast(TokenScores, model(**batch.inputs, targets=batch.targets, summed=True))
+            return Loss(-scores.logprobs)
+        asked = ("log_z",) * bool(z_loss) + ("mean_logprob",) * bool(smoothing)
+        scores = cast(TokenScores, model(**batch.inputs, targets=batch.targets, scores=asked))
+        cross_entropy = -scores.logprobs.sum()
+        total = cross_entropy
+        if scores.mean_logprob is not None:
+            total = (1 - smoothing) * total - smoothing * scores.mean_logprob.sum()
+        if scores.log_z is not None:
+            total = total + z_loss * scores.log_z.square().sum()
+        return Loss(total, {"cross_entropy": cross_entropy.detach()})

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+from cleangpt.distributed.layout import Layout
 from cleangpt.planning.devices import ALLOCATOR_FACTOR
 from cleangpt.planning.workload import Part, Workload
-from cleangpt.training.parallel import Layout
 
 Blocks = Sequence[tuple[int, Part]]
 """How many blocks there are of each kind."""

@@ -7,21 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from cleangpt.config import Experiment, FineTuningConfig, TrainingConfig, check_experiment, total_samples
+from cleangpt.config import FineTuningConfig, TrainingConfig
 from cleangpt.corpora import store_folder
 from cleangpt.corpora.mixture import Mixture
-from cleangpt.data.store import STORE, TokenStore
+from cleangpt.data.dataset import STORE, TokenStore
+from cleangpt.distributed.layout import Layout, layout
 from cleangpt.errors import UserError
-from cleangpt.models import build_model, flops_per_token, on_meta
-from cleangpt.objectives import choose_objective
+from cleangpt.experiment import Experiment, check_experiment, total_samples
+from cleangpt.models import build_model
+from cleangpt.models.base import LanguageModel, flops_per_token, on_meta
 from cleangpt.planning.devices import Device
 from cleangpt.planning.memory import Memory, Pace, device_memory, kinds_of_blocks
 from cleangpt.planning.timing import Machine, StepTime, exchanged_bytes, step_time
 from cleangpt.planning.workload import Workload, measure
-from cleangpt.training.fine_tuning import restrict
-from cleangpt.training.parallel import Layout, layout
+from cleangpt.training.finetuning import restrict
 
 TENSOR_PARTS = (2, 4, 8)
 """Among how many devices of a machine it is worth trying to cut each matrix."""
@@ -145,7 +145,6 @@ def make_plan(
 
 def _check(experiment: Experiment, counts: Sequence[int], per_node: int, tokens: int | None) -> None:
     check_experiment(replace(experiment, training=replace(experiment.training, micro_batch_size=None)))
-    choose_objective(experiment.objective)
     if not counts:
         raise UserError("--devices is empty; allowed: one or more whole numbers")
     for name, value in [*(("devices", count) for count in counts), ("devices-per-node", per_node), ("tokens", tokens)]:
@@ -210,7 +209,7 @@ class _Planner:
         gathered = place.shards > 1
         if (micro_batch, gathered) not in self.measured:
             dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.machine.base, torch.float32)
-            objective = choose_objective(self.experiment.objective)
+            objective = self.experiment.objective
             self.measured[micro_batch, gathered] = measure(
                 self.model, objective, micro_batch, self.experiment.data.seq_len, dtype, gathered
             )
@@ -263,7 +262,7 @@ class _Planner:
         return f"{count} devices: {best.strategy} fits with {best.options}{words}"
 
 
-def trained_share(model: nn.Module, tuning: FineTuningConfig) -> float:
+def trained_share(model: LanguageModel, tuning: FineTuningConfig) -> float:
     """The share of a model's parameters that train, adapters among them."""
     restrict(model, tuning)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
@@ -288,9 +287,9 @@ def _as_options(name: str, place: Layout) -> str:
     return options
 
 
-def can_cut(model: nn.Module, parts: int) -> bool:
+def can_cut(model: LanguageModel, parts: int) -> bool:
     """Whether each matrix of the model can be cut in so many parts: it has a plan, and heads come out even."""
-    plan, config = getattr(model, "tensor_plan", {}), getattr(model, "config", None)
+    plan, config = model.tensor_plan, model.config
     for name, _ in model.named_parameters():
         module = ".".join("*" if word.isdigit() else word for word in name.split(".")[:-1])
         if module not in plan:

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, replace
 
+from cleangpt.distributed.layout import Layout
 from cleangpt.planning.devices import ATTENTION_SHARE, BANDWIDTH_SHARE, LAUNCH, MATMUL_SHARE, Device, Group
 from cleangpt.planning.memory import Blocks, Pace
 from cleangpt.planning.workload import Work, Workload
-from cleangpt.training.parallel import Layout
 
 FP8_BYTES = 5
 """Moved for each operand of an fp8 product: read for its largest value, read again, written in fp8."""

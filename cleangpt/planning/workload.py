@@ -26,9 +26,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry
 
+from cleangpt.data.batch import Batch
 from cleangpt.errors import UserError
+from cleangpt.models.base import LanguageModel
+from cleangpt.objectives import Objective
 
-Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
 aten = torch.ops.aten
 
 READS_LITTLE = {aten.embedding, aten.nll_loss_forward, aten.nll_loss_backward}
@@ -107,7 +109,7 @@ class Workload:
 
 
 def measure(
-    model: nn.Module, objective: Objective, batch: int, seq_len: int, dtype: torch.dtype, gathered: bool
+    model: LanguageModel, objective: Objective, batch: int, seq_len: int, dtype: torch.dtype, gathered: bool
 ) -> Workload:
     """Counts a micro-batch `(batch, seq_len)` of a model.
 
@@ -122,9 +124,9 @@ def measure(
     Raises:
         UserError: the model has no blocks, or the shapes in it depend on values.
     """
-    blocks = getattr(model, "blocks", None)
-    if not isinstance(blocks, nn.ModuleList) or not len(blocks):
-        raise UserError(f"{type(model).__name__} cannot be planned: it has no ModuleList `blocks`")
+    blocks = model.layers()
+    if not len(blocks):
+        raise UserError(f"{type(model).__name__} cannot be planned: its `layers` are none")
     in_block = sum(parameter.numel() for parameter in blocks.parameters()) // len(blocks)
     in_rest = sum(parameter.numel() for parameter in model.parameters()) - in_block * len(blocks)
     try:
@@ -167,7 +169,7 @@ class _Trace:
 
 
 def _trace(
-    model: nn.Module, blocks: nn.ModuleList, depth: int, objective: Objective, shape: tuple[int, int],
+    model: LanguageModel, blocks: nn.ModuleList, depth: int, objective: Objective, shape: tuple[int, int],
     dtype: torch.dtype, gathered: bool,
 ) -> _Trace:  # fmt: skip
     """One forward and backward pass of the first `depth` blocks (a copy of the first, where there is one)."""
@@ -179,7 +181,7 @@ def _trace(
         tokens = torch.zeros(shape, dtype=torch.long)
         with counter, _Pretended(counter):
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32 and not gathered):
-                loss = objective(stand_in, tokens, tokens)
+                loss = objective(cast(LanguageModel, stand_in), Batch({"tokens": tokens}, tokens)).total
             forward, kept = counter.take(), counter.held
             loss.backward()  # type: ignore[no-untyped-call]
             backward = counter.take()
@@ -189,7 +191,7 @@ def _trace(
 class _StandIn(nn.Module):
     """A model called with fake weights in the place of its own; their gradients are dropped as they come."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, model: LanguageModel, dtype: torch.dtype) -> None:
         super().__init__()
         self.called = [model]  # in a list, so that its parameters are not this module's
         self.weights: dict[str, Tensor] = {}
@@ -200,13 +202,13 @@ class _StandIn(nn.Module):
                 drop = fake.register_post_accumulate_grad_hook
                 drop(lambda weight: setattr(weight, "grad", None))  # type: ignore[no-untyped-call]
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, *inputs: Any, **named: Any) -> Any:
         """What the model does."""
-        return cast(Tensor, functional_call(self.called[0], self.weights, (tokens,)))
+        return functional_call(self.called[0], self.weights, inputs, named)
 
 
 @contextmanager
-def _sizes_seen(model: nn.Module, sizes: dict[str, float]) -> Iterator[None]:
+def _sizes_seen(model: LanguageModel, sizes: dict[str, float]) -> Iterator[None]:
     """Fills in the bytes that enter the first block, that its layers exchange if cut and how many of these there are,
     and that leave the model."""
 
@@ -216,12 +218,13 @@ def _sizes_seen(model: nn.Module, sizes: dict[str, float]) -> Iterator[None]:
 
         return hook
 
-    first = cast(nn.ModuleList, model.blocks)[0]
-    hooks = [
-        model.register_forward_hook(note("logits", of_input=False)),
-        first.register_forward_hook(note("block_input", of_input=True)),
-    ]
-    plan = getattr(model, "tensor_plan", {})
+    def note_logits(logits: Tensor) -> Tensor:
+        sizes["logits"] += _bytes(logits)
+        return logits
+
+    first, plan = model.layers()[0], model.tensor_plan
+    hooks = [first.register_forward_hook(note("block_input", of_input=True))]
+    model.gather_logits = note_logits
     for path, module in first.named_modules():
         kind = plan.get(f"blocks.*.{path}")
         if kind in ("column", "row"):
@@ -231,6 +234,7 @@ def _sizes_seen(model: nn.Module, sizes: dict[str, float]) -> Iterator[None]:
     try:
         yield
     finally:
+        model.gather_logits = None
         for hook in hooks:
             hook.remove()
 

@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from cleangpt.config import Experiment, TrackingConfig
+from cleangpt.config import TrackingConfig
 from cleangpt.errors import require
+from cleangpt.experiment import Experiment
 from cleangpt.tracking.metrics import MetricsFiles
 from cleangpt.tracking.progress import tell
 

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cleangpt.config import Experiment
 from cleangpt.errors import require
+from cleangpt.experiment import Experiment
 
 FINISH_SECONDS = 60
 """How long the end of a run waits for what was not sent yet; it stays in RUN/wandb, for ``wandb sync``."""

@@ -10,8 +10,8 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor, nn
 
+from cleangpt.distributed.tensors import like
 from cleangpt.models.moe import MixtureOfExperts
-from cleangpt.training.parallel import like
 
 
 class Balancing:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cleangpt.training.parallel import like, local, whole
+from cleangpt.distributed.tensors import like, local, whole
 
 POLYNOMIALS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from cleangpt.config import OptimizerConfig
+from cleangpt.distributed.tensors import whole
+from cleangpt.models.base import LanguageModel
 from cleangpt.training.muon import Muon, WithoutCompiler
-from cleangpt.training.parallel import whole
 
 
 class AdamW(WithoutCompiler, torch.optim.AdamW):
@@ -33,7 +34,7 @@ class Optimizer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: LanguageModel,
         config: OptimizerConfig,
         scale_loss: bool = False,
         factors: Mapping[str, float] | None = None,
@@ -129,7 +130,7 @@ def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
 
 
 def _groups(
-    model: nn.Module,
+    model: LanguageModel,
     parameters: Mapping[str, nn.Parameter],
     by_layer: Mapping[str, float],
     by_width: Mapping[str, float],
@@ -139,7 +140,7 @@ def _groups(
 
     A model's `stacked_matrices(name)`, where it has one, says how many matrices a parameter holds.
     """
-    stacked = getattr(model, "stacked_matrices", lambda name: 1)
+    stacked = model.stacked_matrices
     groups: dict[tuple[float, float, int], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         width = by_width.get(name, 1.0)

@@ -6,7 +6,8 @@ size stay together when the last of them grows.
 
 import math
 
-from cleangpt.config import Experiment, Schedule, samples_per_macro_batch, total_samples
+from cleangpt.config import Schedule
+from cleangpt.experiment import Experiment, samples_per_macro_batch, total_samples
 
 
 def factor(schedule: Schedule, progress: float, step_share: float = 0.0) -> float:

@@ -8,29 +8,23 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
 
-from cleangpt.config import Experiment, samples_per_macro_batch
+from cleangpt.checkpoints.checkpoint import Checkpoints, differing_fields, fill
+from cleangpt.checkpoints.run_folder import experiment_json, find_moments, write_status
+from cleangpt.checkpoints.snapshots import (
+    Snapshots,
+    list_snapshots,
+    load_snapshot,
+    newest_snapshot,
+    set_aside,
+    snapshot_name,
+)
 from cleangpt.corpora.mixture import tasks
-from cleangpt.data.batches import Batch, BatchLoader, StreamWithout, validation_batches, with_range
-from cleangpt.data.mixture import Store, mean_shares, split_samples, stores
+from cleangpt.data.batch import Batch
+from cleangpt.data.loader import BatchLoader, StreamWithout, validation_batches, with_range
+from cleangpt.data.mixing import Store, mean_shares, split_samples, stores
 from cleangpt.data.tokenizers import same_tokens
-from cleangpt.errors import DivergedError, RunFailedError, UserError, blaming
-from cleangpt.evaluation import SCORES
-from cleangpt.evaluation.validate import loss_figures, mean_loss, source_figures
-from cleangpt.files import clean, damage
-from cleangpt.inference.text import sample_text
-from cleangpt.interchange.huggingface import open_checkpoint
-from cleangpt.models import build_model, flops_per_token
-from cleangpt.objectives import choose_objective
-from cleangpt.tracking import Silence, open_trackers
-from cleangpt.tracking.metrics import of_source
-from cleangpt.tracking.progress import ProgressBar
-from cleangpt.training import schedules
-from cleangpt.training.balancing import Balancing
-from cleangpt.training.checkpoints import Checkpoints, differing_fields, fill
-from cleangpt.training.deadline import WRITE_RATE, Deadline
-from cleangpt.training.device import (
+from cleangpt.distributed.device import (
     RandomState,
     autocast,
     can_compile,
@@ -45,32 +39,33 @@ from cleangpt.training.device import (
     uncompiled,
     use_fp8,
 )
+from cleangpt.distributed.layout import choose_layout, state_bytes
+from cleangpt.distributed.parallelize import parallelize, recompute, with_gradient_exchange, without_sync
+from cleangpt.distributed.processes import Ranks
+from cleangpt.distributed.signals import StopRequest
+from cleangpt.distributed.tensors import gather_to_host
+from cleangpt.errors import DivergedError, RunFailedError, UserError, blaming
+from cleangpt.evaluation.tasks import SCORES
+from cleangpt.evaluation.validate import loss_figures, mean_loss, source_figures
+from cleangpt.experiment import Experiment, samples_per_macro_batch
+from cleangpt.files import clean, damage
+from cleangpt.inference.text import sample_text
+from cleangpt.interchange.huggingface import open_checkpoint
+from cleangpt.models import build_model
+from cleangpt.models.base import LanguageModel, flops_per_token
+from cleangpt.tracking import Silence, open_trackers
+from cleangpt.tracking.metrics import of_source
+from cleangpt.tracking.progress import ProgressBar
+from cleangpt.training import schedules
+from cleangpt.training.balancing import Balancing
+from cleangpt.training.deadline import WRITE_RATE, Deadline
 from cleangpt.training.early_stopping import EarlyStopping
-from cleangpt.training.fine_tuning import frozen_names, lr_factors, restrict, take_moments
+from cleangpt.training.finetuning import frozen_names, lr_factors, restrict, take_moments
+from cleangpt.training.launch import open_stream
+from cleangpt.training.mup import scale_initial, width_factors
 from cleangpt.training.optimizer import Optimizer
-from cleangpt.training.parallel import (
-    choose_layout,
-    gather_to_host,
-    parallelize,
-    recompute,
-    state_bytes,
-    with_gradient_exchange,
-    without_sync,
-)
-from cleangpt.training.position import Meter, Position
-from cleangpt.training.ranks import Ranks
-from cleangpt.training.run import experiment_json, find_moments, open_stream, write_status
-from cleangpt.training.signals import StopRequest
-from cleangpt.training.snapshots import (
-    Snapshots,
-    list_snapshots,
-    load_snapshot,
-    newest_snapshot,
-    set_aside,
-    snapshot_name,
-)
-from cleangpt.training.spikes import Spikes, first_not_finite
-from cleangpt.training.width import scale_initial, width_factors
+from cleangpt.training.recovery import Spikes, first_not_finite
+from cleangpt.training.state import Meter, Position
 
 PAUSE = 10
 """Seconds between two tries to save the last snapshot of a run."""
@@ -97,11 +92,12 @@ class Trainer:
             experiment.parallel, experiment.model, self.ranks, self.device, partial(restrict, config=tuning)
         )
         widths = width_factors(experiment.model, experiment.optimizer)
+        self.objective = experiment.objective
         self._build_model()
         scale_initial(self.model, widths)
         if self.ranks.world_size > 1:
             seed_everything(training.seed + self.ranks.rank)  # every process drops out activations of its own
-        self.objective = choose_objective(experiment.objective, training.loss_chunk)
+        self.model.loss_chunk = training.loss_chunk
         self.micro_batch_size = training.micro_batch_size or data.batch_size // self.layout.parts
         self.stream = StreamWithout(open_stream(experiment, store), [])
         self.val_samples, self.val_losses = split_samples(store, "val", data.seq_len), dict[str, float]()
@@ -149,7 +145,7 @@ class Trainer:
         if compiled != training.compile:
             self.progress.say(f"training.compile is {training.compile}, but no compiler was found; going on without")
 
-        def prepare(model: nn.Module) -> None:
+        def prepare(model: LanguageModel) -> None:
             if training.precision == "fp8":
                 use_fp8(model)
             restrict(model, self.experiment.fine_tuning)
@@ -161,12 +157,12 @@ class Trainer:
         dtype = compute_dtype(self.device, training.precision)
         gathered = self.layout.shards > 1 and dtype == torch.bfloat16
         self.model = parallelize(
-            lambda: build_model(self.experiment.model), self.layout, self.device, prepare,
+            lambda: build_model(self.experiment.model, self.objective.heads), self.layout, self.device, prepare,
             gather_dtype=dtype if gathered else None, reshard_after_forward=parallel.reshard_after_forward,
             timeout=self.ranks.timeout,
         )  # fmt: skip
         self.context = autocast(self.device, torch.float32 if gathered else dtype)
-        called = cast(nn.Module, torch.compile(self.model)) if compiled == "model" else self.model
+        called = cast(LanguageModel, torch.compile(self.model)) if compiled == "model" else self.model
         self.forward_model = with_gradient_exchange(called, self.layout, self.device)
 
     # The run ------------------------------------------------------------------------------------------------------
@@ -220,7 +216,7 @@ class Trainer:
         weight_decay = schedules.weight_decay(self.experiment, self.position.samples, count)
         batches = [self.loader.next() for _ in range(count)]
         before = self.meter.sums[0].clone() if self.spikes.enabled else None
-        (targets,) = self.ranks.sum(sum(batch.num_targets for batch in batches) / self.layout.tensor)
+        (targets,) = self.ranks.sum(sum(map(self.objective.count, batches)) / self.layout.tensor)
         for number, batch in enumerate(batches, start=1):
             self._backward(batch, targets, last=number == count)
         self.meter.sums[1] += self.optimizer.step(lr, weight_decay)
@@ -240,13 +236,11 @@ class Trainer:
 
         The exchange takes the mean over the parts of the batch, of which the sum is wanted, hence the factor `parts`.
         """
-        inputs = batch.inputs.to(self.device, non_blocking=True)
-        expected = batch.targets.to(self.device, non_blocking=True)
-        for start in range(0, len(inputs), self.micro_batch_size):
-            part = slice(start, start + self.micro_batch_size)
-            with without_sync(self.forward_model, last and part.stop >= len(inputs)):
+        parts = list(batch.to(self.device).split(self.micro_batch_size))
+        for number, part in enumerate(parts, start=1):
+            with without_sync(self.forward_model, last and number == len(parts)):
                 with self.context:
-                    loss = self.objective(self.forward_model, inputs[part], expected[part])
+                    loss = self.objective(self.forward_model, part).total
                 self.optimizer.backward(loss * (self.layout.parts / max(targets, 1)))
             # A loss that is not finite skips the step; kept out of the mean, it does not hide the other steps'.
             self.meter.sums[0] += loss.detach().nan_to_num(0.0, 0.0, 0.0) / self.layout.tensor

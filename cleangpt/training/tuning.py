@@ -12,14 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cleangpt.config import EarlyStoppingConfig, Experiment, SavingConfig, TrackingConfig, peak
-from cleangpt.data.mixture import Store
+from cleangpt.checkpoints.run_folder import difference, experiment_json, open_run
+from cleangpt.config import EarlyStoppingConfig, SavingConfig, TrackingConfig, peak
+from cleangpt.data.mixing import Store
+from cleangpt.distributed.processes import Ranks
 from cleangpt.errors import DivergedError, RunFailedError, UserError
+from cleangpt.experiment import Experiment
 from cleangpt.files import read_json, write_json
 from cleangpt.tracking.metrics import read_metrics
 from cleangpt.tracking.progress import ProgressBar
-from cleangpt.training.ranks import Ranks
-from cleangpt.training.run import difference, experiment_json, open_run
 from cleangpt.training.trainer import Trainer
 
 RESULT = "tune.json"

@@ -107,7 +107,7 @@ def test_the_bare_loop_trains_what_the_trainer_trains(tmp_path: Path) -> None:
     experiment = shipped("shakespeare_char_cpu", training={"batches_per_macro_batch": 5, "device": "cpu"})
     trainer = make_trainer(experiment, store, tmp_path / "run")
     loader = batch_loader(store, 12, 64)
-    batches = [(batch.inputs, batch.targets) for batch in (loader.next() for _ in range(5))]
+    batches = [(batch.inputs["tokens"], batch.targets) for batch in (loader.next() for _ in range(5))]
     loader.close()
     model = build_model(trainer.experiment.model)
     model.load_state_dict(trainer.model.state_dict())

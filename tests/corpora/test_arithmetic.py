@@ -13,7 +13,7 @@ from rich.console import Console
 from cleangpt.corpora import Adder, Multiplier, prepare
 from cleangpt.corpora.adder_chat import AdderChat
 from cleangpt.corpora.arithmetic import Arithmetic
-from cleangpt.data.store import TokenStore
+from cleangpt.data.dataset import TokenStore
 from cleangpt.errors import UserError
 
 QUIET = Console(quiet=True)

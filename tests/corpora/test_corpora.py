@@ -18,16 +18,18 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from cleangpt.config import CorpusConfig, from_json, to_json
-from cleangpt.corpora import CORPORA, Corpus, preparation, prepare, reading, shakespeare_char, store_folder
+from cleangpt.config import CorpusConfig
+from cleangpt.corpora import CORPORA, Corpus, base, prepare, reading, shakespeare_char, store_folder, text
 from cleangpt.corpora.adder import Adder
 from cleangpt.corpora.shakespeare_char import ShakespeareChar
 from cleangpt.corpora.stdlib import Stdlib
 from cleangpt.corpora.text import Text
 from cleangpt.corpora.tinystories import EDITIONS, TinyStories
-from cleangpt.data.store import CARD, StoreWriter, TokenStore
+from cleangpt.data.dataset import CARD, TokenStore
 from cleangpt.data.tokenizers import BPETokenizer, train_bpe
+from cleangpt.data.writer import StoreWriter
 from cleangpt.errors import UserError
+from cleangpt.validation import from_json, to_json
 
 QUIET = Console(quiet=True)
 ROMAN = "".join(f"line {number} of a story about cats and hats, {number * number} of them.\n" for number in range(4000))
@@ -263,8 +265,8 @@ def test_a_text_file_gives_its_tail_to_validation(tokenizer: Any, tmp_path: Path
 def test_many_files_are_held_out_whole(tmp_path: Path) -> None:
     texts = [f"file {number}\n" for number in range(300)]
     (tmp_path / "in").mkdir()
-    for number, text in enumerate(texts):
-        write(tmp_path / "in" / f"{number}.txt", text)
+    for number, content in enumerate(texts):
+        write(tmp_path / "in" / f"{number}.txt", content)
     store = prepare(Text(files=(str(tmp_path / "in"),), val_fraction=0.2), tmp_path / "data", console=QUIET)
     train, val = documents_of(store, "train"), documents_of(store, "val")
     assert sorted(train + val) == sorted(texts)
@@ -293,9 +295,9 @@ def test_a_given_tokenizer_is_used(tmp_path: Path) -> None:
 def test_the_tokenizer_learns_from_a_bounded_sample_of_the_training_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparation, "SAMPLE", 1000)
+    monkeypatch.setattr(text, "SAMPLE", 1000)
     seen: list[str] = []
-    monkeypatch.setattr(preparation, "train_bpe", lambda texts, size: train_bpe(seen.extend(texts) or seen, size))
+    monkeypatch.setattr(text, "train_bpe", lambda texts, size: train_bpe(seen.extend(texts) or seen, size))
     files = tuple(write(tmp_path / f"{name}.txt", name * 30_000 + ROMAN) for name in "ab")
     prepare(Text(files=files, tokenizer="bpe", vocab_size=300), tmp_path / "data", console=QUIET)
     assert seen == ["a" * 500, "b" * 500]
@@ -313,7 +315,7 @@ def test_a_document_in_many_groups_is_one_document(tmp_path: Path, monkeypatch: 
     corpus = Text(files=(write(tmp_path / "a.txt", ROMAN),))
     whole = prepare(corpus, tmp_path / "whole", console=QUIET)
     assert all(split.documents == 1 for split in whole.splits.values())
-    monkeypatch.setattr(preparation, "GROUP", 1000)
+    monkeypatch.setattr(text, "GROUP", 1000)
     monkeypatch.setattr(reading, "BLOCK", 700)
     parts = prepare(corpus, tmp_path / "parts", console=QUIET)
     assert parts.facts["sha256"] == whole.facts["sha256"]
@@ -338,8 +340,8 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
     """Peak memory of a process that prepares four times the text is the same but for a few megabytes."""
     code = (
         "import sys, tracemalloc; from pathlib import Path; from rich.console import Console\n"
-        "from cleangpt.corpora import prepare, preparation, Text\n"
-        "preparation.GROUP = 2**18\n"
+        "from cleangpt.corpora import prepare, text, Text\n"
+        "text.GROUP = 2**18\n"
         "tracemalloc.start()\n"
         "prepare(Text(files=(sys.argv[1],)), Path(sys.argv[2]), console=Console(quiet=True))\n"
         "print(tracemalloc.get_traced_memory()[1])\n"
@@ -419,10 +421,10 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from rich.console import Console
-from cleangpt.corpora import Text, Adder, prepare, preparation, arithmetic, reading
-from cleangpt.data.store import StoreWriter
+from cleangpt.corpora import Text, Adder, prepare, base, text, arithmetic, reading
+from cleangpt.data.writer import StoreWriter
 
-reading.BLOCK, preparation.GROUP, preparation.COMMIT_SECONDS, arithmetic.ROWS = 2000, 5000, 0, 1000
+reading.BLOCK, text.GROUP, base.COMMIT_SECONDS, arithmetic.ROWS = 2000, 5000, 0, 1000
 commit, append, left = StoreWriter.commit, StoreWriter.append, [int(sys.argv[3])]
 
 def counting(self, *args, **options):
@@ -460,7 +462,7 @@ def test_a_killed_preparation_goes_on_and_ends_the_same(
         assert done.returncode not in (0, 1, 2), done.stderr
         positions.append(json.loads((partial / "journal.json").read_text(encoding="utf-8"))["position"])
     assert positions == [3, 10, 22]
-    monkeypatch.setattr(preparation, "GROUP", 5000)
+    monkeypatch.setattr(text, "GROUP", 5000)
     monkeypatch.setattr(reading, "BLOCK", 2000)
     monkeypatch.setattr("cleangpt.corpora.arithmetic.ROWS", 1000)
     resumed = prepare(corpus, tmp_path / "data", console=QUIET)
@@ -470,9 +472,9 @@ def test_a_killed_preparation_goes_on_and_ends_the_same(
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparation, "GROUP", 5000)
+    monkeypatch.setattr(text, "GROUP", 5000)
     monkeypatch.setattr(reading, "BLOCK", 2000)
-    monkeypatch.setattr(preparation, "COMMIT_SECONDS", 0)
+    monkeypatch.setattr(base, "COMMIT_SECONDS", 0)
     corpus, append, calls = Text(files=(write(tmp_path / "a.txt", ROMAN),)), StoreWriter.append, []
 
     def interrupted(self: StoreWriter, *args: Any, **options: Any) -> None:
@@ -518,7 +520,7 @@ def assert_refused(corpus: Corpus, folder: Path, message: str) -> None:
 def test_bad_text_is_one_line_and_leaves_nothing(
     name: str, content: bytes, message: str, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparation, "COMMIT_SECONDS", 0)
+    monkeypatch.setattr(base, "COMMIT_SECONDS", 0)
     (tmp_path / name).write_bytes(content)
     assert_refused(Text(files=(str(tmp_path / name),), tokenizer=tokenizer), tmp_path / "data", message)
 
@@ -531,10 +533,10 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     targets = {
-        "open": "cleangpt.data.store.write_text",
-        "write": "cleangpt.data.store.StoreWriter._write",
-        "fsync": "cleangpt.data.store.StoreWriter._flush",
-        "seal": "cleangpt.data.store.seal",
+        "open": "cleangpt.data.dataset.write_text",
+        "write": "cleangpt.data.writer.StoreWriter._write",
+        "fsync": "cleangpt.data.writer.StoreWriter._flush",
+        "seal": "cleangpt.data.dataset.seal",
     }
     corpus = Text(files=(write(tmp_path / "a.txt", ROMAN),))
     with monkeypatch.context() as patch:

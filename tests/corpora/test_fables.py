@@ -10,7 +10,7 @@ from rich.console import Console
 
 from cleangpt.corpora import prepare
 from cleangpt.corpora.fables import MORALS, WORDS, Fables
-from cleangpt.data.store import TokenStore
+from cleangpt.data.dataset import TokenStore
 from cleangpt.errors import UserError
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cleangpt.config import Experiment, Source, check, from_json, to_json
+from cleangpt.checkpoints.run_folder import kinds
+from cleangpt.commands.options import parse
+from cleangpt.config import Source
 from cleangpt.corpora import prepare
 from cleangpt.corpora.adder import Adder
 from cleangpt.corpora.mixture import Mixture, tasks
@@ -16,9 +18,9 @@ from cleangpt.corpora.multiplier import Multiplier
 from cleangpt.corpora.shakespeare_char import ShakespeareChar
 from cleangpt.corpora.text import Text
 from cleangpt.errors import UserError
+from cleangpt.experiment import Experiment
 from cleangpt.experiment_files import experiments, load_experiment
-from cleangpt.options import parse
-from cleangpt.training.run import kinds
+from cleangpt.validation import check, from_json, to_json
 
 SMALL = {"train_samples": 60, "val_samples": 10, "test_samples": 10}
 CURVE = ((0.0, 2.0), (1.0, 0.0))

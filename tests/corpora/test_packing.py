@@ -12,7 +12,8 @@ from rich.console import Console
 from cleangpt.corpora import prepare
 from cleangpt.corpora.packing import pack
 from cleangpt.corpora.text import Text
-from cleangpt.data.batches import IGNORED, Samples, validation_batches
+from cleangpt.data.batch import IGNORED
+from cleangpt.data.loader import Samples, validation_batches
 from cleangpt.errors import UserError
 
 lengths = st.lists(st.integers(0, 40), max_size=60)
@@ -64,7 +65,7 @@ def test_a_packed_corpus_has_a_sample_per_row_and_no_padding_as_target(tmp_path:
     for name in ("train", "val"):
         samples = Samples(store.splits[name], 31)
         (batch,) = validation_batches(samples, samples.num_validation)
-        for inputs, targets in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True):
+        for inputs, targets in zip(batch.inputs["tokens"].tolist(), batch.targets.tolist(), strict=True):
             tokens = inputs[:1] + [target for target in targets if target != IGNORED]
             assert tokens[-1] == store.tokenizer.end_of_text
             ends = [at for at, token in enumerate(tokens) if token == store.tokenizer.end_of_text]

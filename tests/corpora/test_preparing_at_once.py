@@ -11,7 +11,7 @@ import pytest
 
 from cleangpt.corpora import prepare
 from cleangpt.corpora.adder import Adder
-from cleangpt.data.store import TokenStore
+from cleangpt.data.dataset import TokenStore
 
 CORPUS = Adder(digits=2, train_samples=300, val_samples=20, test_samples=20)
 SLOW = """

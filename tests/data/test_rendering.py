@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from cleangpt.data import rendering
-from cleangpt.data.chat import PLAIN, ChatTemplate
+from cleangpt.data.chat_template import PLAIN, ChatTemplate
 from cleangpt.data.rendering import Renderer, TemplateError, render_here
 from cleangpt.errors import UserError
 

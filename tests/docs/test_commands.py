@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 
 from cleangpt import experiment_files
-from cleangpt.cli import main
+from cleangpt.commands import main
+from cleangpt.commands.demo import EXPERIMENTS
 from cleangpt.corpora import CORPORA
-from cleangpt.demo import EXPERIMENTS
-from cleangpt.evaluation import SCORES
+from cleangpt.evaluation.tasks import SCORES
 from cleangpt.experiment_files import experiments
 from cleangpt.models import MODELS
 from cleangpt.objectives import OBJECTIVES

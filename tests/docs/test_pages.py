@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from cleangpt.cli import COMMANDS, main
+from cleangpt.commands import COMMANDS, main
 from cleangpt.corpora import CORPORA
-from cleangpt.corpora.chat import Chat
+from cleangpt.corpora.conversations import Chat
 from cleangpt.corpora.text import Text
 from cleangpt.experiment_files import experiments, load_experiment
 from cleangpt.models import build_model
 from cleangpt.tracking.metrics import FIGURES
-from cleangpt.training.run import resolve
+from cleangpt.training.launch import resolve
 
 PROJECT = Path(__file__).parents[2]
 DOCUMENTS = [PROJECT / name for name in ("README.md", "README_zh.md", "CONTRIBUTING.md", "CHANGELOG.md")]

@@ -10,15 +10,16 @@ import pytest
 import torch
 from torch import nn
 
-from cleangpt.config import Experiment
 from cleangpt.corpora import prepare
 from cleangpt.corpora.adder_chat import AdderChat
-from cleangpt.data.batches import Batch, Samples, validation_batches
-from cleangpt.data.store import TokenStore
+from cleangpt.data.batch import Batch
+from cleangpt.data.dataset import TokenStore
+from cleangpt.data.loader import Samples, validation_batches
 from cleangpt.evaluation.exact_match import exact_match
 from cleangpt.evaluation.validate import loss_figures, mean_loss
+from cleangpt.experiment import Experiment
 from cleangpt.models.gpt import GPT, GPTConfig
-from cleangpt.objectives.next_token import next_token
+from cleangpt.objectives import NextToken
 
 CPU = torch.device("cpu")
 
@@ -119,7 +120,7 @@ def test_the_mean_loss_weighs_every_target_the_same_whatever_the_batch_size(stor
     model = GPT(GPTConfig(vocab_size=13, max_seq_len=9, n_layers=1, n_heads=1, dim=8, dropout=0.5)).train()
     samples = Samples(store.splits["val"], 9)
     losses = [
-        mean_loss(model, next_token, validation_batches(samples, size), CPU, nullcontext()) for size in (1, 7, 40, 64)
+        mean_loss(model, NextToken(), validation_batches(samples, size), CPU, nullcontext()) for size in (1, 7, 40, 64)
     ]
     assert losses == pytest.approx([losses[0]] * 4)
     assert model.training
@@ -132,7 +133,7 @@ def test_giving_up_is_told_by_a_nan(store: TokenStore) -> None:
 
     model = GPT(GPTConfig(vocab_size=13, max_seq_len=9, n_layers=1, n_heads=1, dim=8))
     asked = iter([False, False, True])
-    assert math.isnan(mean_loss(model, next_token, endless(), CPU, nullcontext(), lambda: next(asked)))
+    assert math.isnan(mean_loss(model, NextToken(), endless(), CPU, nullcontext(), lambda: next(asked)))
 
 
 def test_bits_per_byte_follow_from_the_bytes_of_text() -> None:

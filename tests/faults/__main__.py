@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import tyro
 
+from cleangpt.commands.options import parse
 from cleangpt.errors import UserError, nearest
-from cleangpt.options import parse
 from tests.faults import Fault, find_faults
 
 HEAD = f"{'fault':<60} | {'tried':>5} | {'survived':>8} | {'lost':>4} | {'seconds':>7}"

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 
-from cleangpt.data.order import permute
-from cleangpt.training import checkpoints, shards
+from cleangpt.checkpoints import checkpoint as checkpoints
+from cleangpt.checkpoints import tensor_files as shards
+from cleangpt.data.shuffle import permute
 from tests.faults._runs import EXPERIMENT, TRAIN, run, unbroken
 
 FOR_GOOD = 1 << 30

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import cleangpt.checkpoints.tensor_files
 import cleangpt.corpora
 import cleangpt.experiment_files
-import cleangpt.training.shards
 import cleangpt.training.trainer  # noqa: F401
-from cleangpt.cli import main
+from cleangpt.checkpoints.snapshots import list_snapshots, load_snapshot, newest_snapshot
+from cleangpt.commands import main
 from cleangpt.files import damage, read_json
 from cleangpt.tracking.metrics import read_metrics
-from cleangpt.training.snapshots import list_snapshots, load_snapshot, newest_snapshot
 
 # What is forked has one thread; the server, and all that it forks, inherits this.
 os.environ["OMP_NUM_THREADS"] = "1"

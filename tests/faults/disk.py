@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from cleangpt.checkpoints.snapshots import list_snapshots
 from cleangpt.files import damage, flush, read_json, write_json
 from cleangpt.tracking.metrics import read_metrics
 from cleangpt.training import trainer
-from cleangpt.training.snapshots import list_snapshots
 from tests.faults import _disk, fault
 from tests.faults._disk import FOR_GOOD, operations, place
 from tests.faults._runs import EXPERIMENT, TRAIN, check_whole, output, run, unbroken, victim

@@ -8,7 +8,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-from cleangpt.training import ranks
+from cleangpt.distributed import processes as ranks
 from tests.faults import _disk, fault
 from tests.faults._disk import operations, place
 from tests.faults._runs import (

@@ -6,10 +6,10 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from cleangpt.data import batches
+from cleangpt.checkpoints.snapshots import list_snapshots
+from cleangpt.data import loader as batches
 from cleangpt.tracking.metrics import read_metrics
 from cleangpt.training.optimizer import Optimizer
-from cleangpt.training.snapshots import list_snapshots
 from cleangpt.training.trainer import Trainer
 from tests.faults import _disk, fault
 from tests.faults._disk import operations

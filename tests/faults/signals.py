@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cleangpt.checkpoints import tensor_files as shards
+from cleangpt.checkpoints.checkpoint import Checkpoints
 from cleangpt.files import read_json
 from cleangpt.tracking.metrics import MetricsFiles
-from cleangpt.training import shards, trainer
-from cleangpt.training.checkpoints import Checkpoints
+from cleangpt.training import trainer
 from cleangpt.training.deadline import Deadline
 from tests.faults import fault
 from tests.faults._runs import TRAIN, check_whole, finish, output, run, run_two, start, unbroken, victim

@@ -24,15 +24,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import cleangpt
-from cleangpt.cli import COMMANDS, main
-from cleangpt.config import Experiment, Source, check_experiment, from_json, to_json
+from cleangpt.checkpoints.run_folder import kinds
+from cleangpt.commands import COMMANDS, main
+from cleangpt.config import Source
 from cleangpt.corpora.adder import Adder
 from cleangpt.corpora.mixture import Mixture
 from cleangpt.errors import UserError
+from cleangpt.experiment import Experiment, check_experiment
 from cleangpt.experiment_files import load_experiment
 from cleangpt.files import read_json, write_json
-from cleangpt.interchange.hub import fetch
-from cleangpt.training.run import kinds
+from cleangpt.hub import fetch
+from cleangpt.validation import from_json, to_json
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="fork and links are POSIX")
 if sys.platform != "win32":

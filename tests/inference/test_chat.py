@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cleangpt.data.chat import ChatTemplate, encode_chat, plain_template, stop_tokens
+from cleangpt.data.chat_template import ChatTemplate, encode_chat, plain_template, stop_tokens
 from cleangpt.data.tokenizers import ByteTokenizer
 from cleangpt.inference.chat import answer
 from cleangpt.inference.sampling import GREEDY

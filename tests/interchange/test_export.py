@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from cleangpt.cli import main
-from cleangpt.config import Experiment
+from cleangpt.checkpoints.checkpoint import Checkpoint
+from cleangpt.commands import main
 from cleangpt.data.tokenizers import ByteTokenizer
+from cleangpt.experiment import Experiment
 from cleangpt.interchange import huggingface
 from cleangpt.interchange.export import export
 from cleangpt.models import build_model
 from cleangpt.models.gpt import GPTConfig
-from cleangpt.training.checkpoints import Checkpoint
 from cleangpt.training.trainer import Trainer
 
 CONFIG = GPTConfig(vocab_size=257, max_seq_len=8, n_layers=1, n_heads=1, dim=4)

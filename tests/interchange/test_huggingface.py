@@ -22,19 +22,21 @@ from transformers import (
 )
 from transformers import LlamaConfig as TheirLlamaConfig
 
-from cleangpt.cli import main
-from cleangpt.config import Experiment, ModelConfig
+from cleangpt import hub
+from cleangpt.checkpoints.checkpoint import Checkpoint, best_checkpoint, differing_fields, fill
+from cleangpt.commands import main
+from cleangpt.config import ModelConfig
 from cleangpt.corpora.text import Text
 from cleangpt.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer, train_bpe
 from cleangpt.errors import UserError
-from cleangpt.interchange import hub
+from cleangpt.experiment import Experiment
 from cleangpt.interchange.export import export
+from cleangpt.interchange.gpt import config_from_huggingface, config_to_huggingface
 from cleangpt.interchange.huggingface import open_checkpoint
 from cleangpt.models import build_model
-from cleangpt.models.gpt import GPTConfig, config_from_huggingface, config_to_huggingface
+from cleangpt.models.gpt import GPTConfig
 from cleangpt.models.llama import LlamaConfig
 from cleangpt.tracking.metrics import read_metrics
-from cleangpt.training.checkpoints import Checkpoint, best_checkpoint, differing_fields, fill
 from cleangpt.training.trainer import Trainer
 
 TEXT = "To be, or not to be: that is the question. 12 + 34 = 46\n"

@@ -4,10 +4,12 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from cleangpt.data.batches import IGNORED
-from cleangpt.models import build_model, flops_per_token
-from cleangpt.models.gpt import GPT, GPTConfig, from_huggingface, to_huggingface
-from cleangpt.objectives.next_token import next_token
+from cleangpt.data.batch import IGNORED
+from cleangpt.interchange.gpt import from_huggingface, to_huggingface
+from cleangpt.models import build_model
+from cleangpt.models.base import flops_per_token
+from cleangpt.models.gpt import GPT, GPTConfig
+from tests.losses import next_token
 
 SMALL = GPTConfig(vocab_size=97, max_seq_len=32, n_layers=3, n_heads=4, dim=48)
 

@@ -32,20 +32,20 @@ from transformers import (
     LlamaConfig as TheirLlamaConfig,
 )
 
-from cleangpt.config import check
 from cleangpt.errors import UserError
-from cleangpt.inference.generate import greedy
-from cleangpt.models import build_model, flops_per_token
-from cleangpt.models.llama import (
-    Llama,
-    LlamaConfig,
+from cleangpt.inference.engine import greedy
+from cleangpt.interchange.llama import (
     config_from_huggingface,
     config_to_huggingface,
     from_huggingface,
     names_in_huggingface,
     to_huggingface,
 )
-from cleangpt.objectives.next_token import next_token
+from cleangpt.models import build_model
+from cleangpt.models.base import flops_per_token
+from cleangpt.models.llama import Llama, LlamaConfig
+from cleangpt.validation import check
+from tests.losses import next_token
 
 SMALL = LlamaConfig(vocab_size=97, max_seq_len=64, n_layers=3, n_heads=4, n_kv_heads=2, dim=48, hidden_dim=80)
 

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cleangpt.models.layers import documents_of
 from cleangpt.models.llama import Llama, LlamaConfig
 from cleangpt.models.ngrams import ngram_rows, tokens_before
-from cleangpt.models.parts import documents_of
 
 rows_of_tokens = st.lists(st.lists(st.integers(0, 4), min_size=6, max_size=6), min_size=1, max_size=3)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from cleangpt.data.batches import IGNORED
+from cleangpt.data.batch import IGNORED
 from cleangpt.objectives import OBJECTIVES, Objective
 from cleangpt.objectives.next_token import next_token, next_token_z
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cleangpt.cli import main
-from cleangpt.config import Experiment
+from cleangpt.commands import main
 from cleangpt.errors import UserError
+from cleangpt.experiment import Experiment
 from cleangpt.experiment_files import experiments, load_experiment
 from cleangpt.models.llama import LlamaConfig
 from cleangpt.planning.devices import DEVICES, GIB, Group, find_device

@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from cleangpt.distributed.layout import Layout
 from cleangpt.models.llama import Llama, LlamaConfig
-from cleangpt.objectives.next_token import next_token
+from cleangpt.objectives import NextToken
 from cleangpt.planning.devices import GIB, find_device
 from cleangpt.planning.memory import Pace, device_memory
 from cleangpt.planning.timing import Machine, step_time
 from cleangpt.planning.workload import Part, Work, Workload, measure
-from cleangpt.training.parallel import Layout
 
 SEQ_LEN = 8192
 MODELS = {
@@ -73,7 +73,7 @@ ROWS = [
 def counted(model: str, batch: int) -> Workload:
     with torch.device("meta"):
         built = Llama(MODELS[model])
-    return measure(built, next_token, batch, SEQ_LEN, torch.bfloat16, gathered=True)
+    return measure(built, NextToken(), batch, SEQ_LEN, torch.bfloat16, gathered=True)
 
 
 def selective(row: Row, block: Part) -> Part:

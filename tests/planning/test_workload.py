@@ -5,16 +5,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from cleangpt.distributed.layout import Layout
 from cleangpt.errors import UserError
 from cleangpt.models import build_model
 from cleangpt.models.gpt import GPT, GPTConfig
 from cleangpt.models.llama import LlamaConfig
-from cleangpt.objectives.next_token import next_token
+from cleangpt.objectives import NextToken
 from cleangpt.planning.devices import find_device
 from cleangpt.planning.memory import Pace, device_memory, kinds_of_blocks, static_bytes
 from cleangpt.planning.timing import Machine
 from cleangpt.planning.workload import Work, Workload, measure
-from cleangpt.training.parallel import Layout
+from tests.losses import next_token
 
 BATCH, SEQ_LEN = 3, 32
 CONFIGS = [
@@ -27,7 +28,7 @@ each_model = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(
 def counted(config: GPTConfig | LlamaConfig, dtype: torch.dtype = torch.float32, gathered: bool = False) -> Workload:
     with torch.device("meta"):
         model = build_model(config)
-    return measure(model, next_token, BATCH, SEQ_LEN, dtype, gathered)
+    return measure(model, NextToken(), BATCH, SEQ_LEN, dtype, gathered)
 
 
 def total(workload: Workload) -> tuple[Work, float]:
@@ -128,7 +129,7 @@ def test_a_small_model_waits_for_its_kernels_to_start() -> None:
 def test_the_model_is_whole_again_afterwards() -> None:
     with torch.device("meta"):
         model = build_model(CONFIGS[0])
-    measure(model, next_token, BATCH, SEQ_LEN, torch.float32, gathered=False)
+    measure(model, NextToken(), BATCH, SEQ_LEN, torch.float32, gathered=False)
     assert isinstance(model.blocks, nn.ModuleList) and len(model.blocks) == 3
 
 

@@ -7,16 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from cleangpt.config import (
-    CorpusConfig,
-    DataConfig,
-    Experiment,
-    ModelConfig,
-    OptimizerConfig,
-    TrackingConfig,
-    TrainingConfig,
-)
+from cleangpt.config import CorpusConfig, DataConfig, ModelConfig, OptimizerConfig, TrackingConfig, TrainingConfig
 from cleangpt.errors import UserError
+from cleangpt.experiment import Experiment
 from cleangpt.tracking import Trackers, open_trackers
 from cleangpt.tracking.metrics import MetricsFiles, read_metrics, read_samples
 

@@ -13,12 +13,12 @@ from wandb.proto import wandb_internal_pb2  # noqa: E402
 from cleangpt.config import (  # noqa: E402
     CorpusConfig,
     DataConfig,
-    Experiment,
     ModelConfig,
     OptimizerConfig,
     TrackingConfig,
     TrainingConfig,
 )
+from cleangpt.experiment import Experiment  # noqa: E402
 from cleangpt.tracking import open_trackers  # noqa: E402
 
 EXPERIMENT = Experiment(

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cleangpt.checkpoints.snapshots import list_snapshots, load_snapshot
+from cleangpt.distributed.parallelize import recompute
 from cleangpt.models.llama import Llama, LlamaConfig
 from cleangpt.models.moe import MixtureOfExperts
-from cleangpt.objectives.next_token import next_token
 from cleangpt.training.balancing import Balancing
-from cleangpt.training.parallel import recompute
-from cleangpt.training.snapshots import list_snapshots, load_snapshot
+from tests.losses import next_token
 
 MIXED = LlamaConfig(
     vocab_size=32, max_seq_len=16, n_layers=2, n_heads=2, dim=16, hidden_dim=16, n_experts=8, balance_rate=0.01
@@ -129,7 +129,7 @@ experiment = Experiment(
         balance_rate=0.01, value_residual=True, activation="relu2", logit_soft_cap=30.0, separator=0,
     ),
     optimizer=OptimizerConfig(lr=3e-3),
-    objective="next_token_z",
+    objective=NextToken(z_loss=1e-4),
     training=TrainingConfig(
         macro_batches=2, batches_per_macro_batch=12, accumulation=2, micro_batch_size=2, device="cpu", threads=1
     ),

@@ -11,16 +11,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cleangpt.cli import main
-from cleangpt.config import Experiment
+from cleangpt.checkpoints.run_folder import open_run
+from cleangpt.checkpoints.snapshots import list_snapshots, load_snapshot
+from cleangpt.commands import main
 from cleangpt.corpora import prepare
 from cleangpt.errors import UserError
+from cleangpt.experiment import Experiment
 from cleangpt.tracking.metrics import read_metrics
 from cleangpt.tracking.progress import ProgressBar
 from cleangpt.training import deadline
 from cleangpt.training.deadline import SPARE, Deadline, read_time_limit
-from cleangpt.training.run import open_run, resolve
-from cleangpt.training.snapshots import list_snapshots, load_snapshot
+from cleangpt.training.launch import resolve
 from cleangpt.training.trainer import Trainer
 
 Build = Callable[..., Experiment]

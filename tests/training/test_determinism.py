@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from cleangpt.config import Experiment, SavingConfig
-from cleangpt.data.batches import Batch
-from cleangpt.training.snapshots import list_snapshots, load_snapshot
+from cleangpt.checkpoints.snapshots import list_snapshots, load_snapshot
+from cleangpt.config import SavingConfig
+from cleangpt.data.batch import Batch
+from cleangpt.experiment import Experiment
 from cleangpt.training.trainer import Trainer
 from tests.faults._runs import differing
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from cleangpt.checkpoints.snapshots import list_snapshots, newest_snapshot
 from cleangpt.tracking.metrics import read_metrics
-from cleangpt.training.snapshots import list_snapshots, newest_snapshot
 
 EXPERIMENT = """
 from cleangpt.config import *
@@ -81,7 +81,7 @@ def test_a_run_killed_at_several_points_ends_with_the_same_bits(workplace: Path)
 KILLED_WHILE_WRITING = """
 import os
 import signal
-from cleangpt.training import shards
+from cleangpt.checkpoints import tensor_files as shards
 
 save_file = shards.save_file
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cleangpt.checkpoints.checkpoint import WEIGHTS, best_checkpoint
+from cleangpt.checkpoints.snapshots import newest_snapshot
 from cleangpt.files import read_json
 from cleangpt.tracking.metrics import read_metrics
-from cleangpt.training.checkpoints import WEIGHTS, best_checkpoint
-from cleangpt.training.snapshots import newest_snapshot
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
 
@@ -60,7 +60,7 @@ def step(self):
         def logged():
             batch = take()
             with open(f"seen_{RANK}.txt", "a") as file:
-                file.writelines(f"{self.position.step} {row}\\n" for row in batch.inputs.tolist())
+                file.writelines(f"{self.position.step} {row}\\n" for row in batch.inputs["tokens"].tolist())
             return batch
         self.loader.next = logged
         plain_step(self)
@@ -137,7 +137,7 @@ def test_a_process_that_hangs_is_named_with_its_machine_and_its_step(processes: 
         "last heard of at step 4"
     )
     assert line in said.values(), errors[-3000:]
-    assert processes - 1 not in said and "cli.py" not in errors
+    assert processes - 1 not in said and "commands/" not in errors
     assert children() == "" or not Path("/proc").exists()
 
 

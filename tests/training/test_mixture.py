@@ -14,15 +14,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cleangpt.cli import main
-from cleangpt.config import Experiment, Source
+from cleangpt.checkpoints.run_folder import check_resumable
+from cleangpt.checkpoints.snapshots import list_snapshots
+from cleangpt.commands import main
+from cleangpt.config import Source
 from cleangpt.corpora.adder import Adder
 from cleangpt.corpora.mixture import Mixture
 from cleangpt.errors import UserError
-from cleangpt.evaluation.report import evaluate_run
+from cleangpt.evaluation.evaluate import evaluate_run
+from cleangpt.experiment import Experiment
 from cleangpt.tracking.metrics import read_metrics
-from cleangpt.training.run import check_resumable, summary
-from cleangpt.training.snapshots import list_snapshots
+from cleangpt.training.launch import summary
 from cleangpt.training.trainer import Trainer
 
 Build = Callable[..., Experiment]
@@ -136,7 +138,7 @@ import hashlib
 from cleangpt.config import *
 from cleangpt.corpora.adder import Adder
 from cleangpt.corpora.mixture import Mixture
-from cleangpt.data.batches import BatchLoader
+from cleangpt.data.loader import BatchLoader
 from cleangpt.models.gpt import GPTConfig
 
 load = BatchLoader.next
@@ -144,7 +146,7 @@ load = BatchLoader.next
 def logged(self):
     position, batch = self.position, load(self)
     with open("samples_" + LOG, "a") as file:
-        print(position, hashlib.sha256(batch.inputs.numpy().tobytes()).hexdigest(), file=file)
+        print(position, hashlib.sha256(batch.inputs["tokens"].numpy().tobytes()).hexdigest(), file=file)
     return batch
 
 BatchLoader.next = logged

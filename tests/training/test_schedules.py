@@ -7,7 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cleangpt.config import Experiment, Schedule, ScheduleConfig, samples_per_macro_batch, total_samples
+from cleangpt.config import Schedule, ScheduleConfig
+from cleangpt.experiment import Experiment, samples_per_macro_batch, total_samples
 from cleangpt.training.schedules import accumulation, curves, factor
 
 shares = st.floats(0, 1)

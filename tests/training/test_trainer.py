@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from cleangpt.config import Experiment, Schedule, ScheduleConfig
-from cleangpt.data.batches import IGNORED, Batch
+from cleangpt.checkpoints.snapshots import list_snapshots, load_snapshot
+from cleangpt.config import Schedule, ScheduleConfig
+from cleangpt.data.batch import IGNORED, Batch
 from cleangpt.errors import RunFailedError
+from cleangpt.experiment import Experiment
+from cleangpt.models.base import LanguageModel
+from cleangpt.objectives import Loss, NextToken
 from cleangpt.tracking.metrics import read_metrics
-from cleangpt.training.snapshots import list_snapshots, load_snapshot
 from cleangpt.training.trainer import Trainer
 
 Build = Callable[..., Experiment]
@@ -43,8 +45,7 @@ def uneven_mask(trainer: Trainer) -> None:
     def next_batch() -> Batch:
         batch = original()
         for row in range(len(batch.targets)):
-            batch.targets[row, : int(batch.inputs[row].sum()) % batch.targets.shape[1]] = IGNORED
-        batch.num_targets = int((batch.targets != IGNORED).sum())
+            batch.targets[row, : int(batch.inputs["tokens"][row].sum()) % batch.targets.shape[1]] = IGNORED
         return batch
 
     trainer.loader.next = next_batch  # type: ignore[method-assign]
@@ -81,7 +82,9 @@ def test_the_gradient_is_that_of_the_mean_over_all_targets(tiny: Build, trainer:
     uneven_mask(ours)
     batches = [ours.loader.next() for _ in range(4)]
     ours.loader.close()
-    inputs, targets = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("inputs", "targets"))
+    inputs, targets = (
+        torch.cat(parts) for parts in zip(*((b.inputs["tokens"], b.targets) for b in batches), strict=True)
+    )
     logits = ours.model(inputs).flatten(0, 1)
     torch.nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED).backward()
     expected = {name: parameter.grad.clone() for name, parameter in ours.model.named_parameters()}
@@ -234,7 +237,7 @@ def test_each_sample_is_seen_once_an_epoch_across_a_resume(tiny: Build, trainer:
 
         def next_batch() -> Batch:
             batch = original()
-            seen.extend(batch.inputs.tolist())
+            seen.extend(batch.inputs["tokens"].tolist())
             return batch
 
         each.loader.next = next_batch  # type: ignore[method-assign]
@@ -342,11 +345,12 @@ def test_validation_takes_batches_of_a_size_of_its_own(tiny: Build, trainer: Ope
     plain, larger = (trainer(tiny(run_dir=f"by_{size}", data__val_batch_size=size)) for size in (None, 13))
     rows, objective = [], larger.objective
 
-    def counted(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        rows.append(len(inputs))
-        return objective(model, inputs, targets)
+    class Counted(NextToken):
+        def __call__(self, model: LanguageModel, batch: Batch) -> Loss:
+            rows.append(len(batch))
+            return objective(model, batch)
 
-    larger.objective = counted
+    larger.objective = Counted()
     assert larger.validate() == pytest.approx(plain.validate())
     assert rows == [13] * 4  # of 40 samples
 
@@ -379,7 +383,7 @@ def test_fine_tuning_starts_from_the_best_checkpoint_and_says_what_did_not_fit(t
 def test_fine_tuning_loads_exactly_the_checkpoint(tiny: Build, trainer: Open) -> None:
     from safetensors.torch import load_file
 
-    from cleangpt.training.checkpoints import best_checkpoint
+    from cleangpt.checkpoints.checkpoint import best_checkpoint
 
     trainer(tiny(run_dir="base")).train()
     tuned = trainer(tiny(run_dir="tuned", init_from="base"))
@@ -443,7 +447,7 @@ def test_recomputed_activations_change_nothing_but_the_memory(tiny: Build, train
 
         batch = run.loader.next()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            run.objective(run.forward_model, batch.inputs, batch.targets)
+            run.objective(run.forward_model, batch)
         kept[name] = sum(seen.values())
         run.loader.close()
         run = trainer(tiny(run_dir=f"{name} trained", training__recompute_every=every, model__dropout=0.1))

@@ -13,12 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cleangpt.cli import main
-from cleangpt.config import Experiment, MuonConfig, Schedule, ScheduleConfig
+from cleangpt.commands import main
+from cleangpt.config import MuonConfig, Schedule, ScheduleConfig
+from cleangpt.experiment import Experiment
 from cleangpt.tracking.metrics import read_metrics
 from cleangpt.training.trainer import Trainer
 from cleangpt.training.tuning import MOST_RATES, Probe, at_rate, search, short_run
-from tests.test_cli import EXPERIMENT, error_of
+from tests.commands.test_commands import EXPERIMENT, error_of
 
 # The search ----------------------------------------------------------------------------------------------------------
 

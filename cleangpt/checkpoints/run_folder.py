@@ -1,0 +1,305 @@
+"""The run directory: where everything of a run lies, and how to find it again."""
+
+import contextlib
+import itertools
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+
+from cleangpt import __version__
+from cleangpt.checkpoints.checkpoint import CONFIG, best_checkpoint
+from cleangpt.checkpoints.snapshots import list_snapshots
+from cleangpt.corpora import CORPORA
+from cleangpt.corpora.mixture import Mixture
+from cleangpt.data.mixing import Store, stores
+from cleangpt.distributed.device import choose_device, describe_device
+from cleangpt.distributed.processes import world_size
+from cleangpt.errors import UserError
+from cleangpt.experiment import Experiment
+from cleangpt.files import PARTIAL, read_json, write_bytes, write_json
+from cleangpt.hub import is_huggingface
+from cleangpt.models import build_model, model_kinds
+from cleangpt.models.base import on_meta
+from cleangpt.objectives import OBJECTIVES
+from cleangpt.validation import from_json, to_json
+
+FIXED = {
+    *("name", "data.seq_len", "data.batch_size", "training.batches_per_macro_batch", "training.seed", "objective"),
+    "fine_tuning.freeze",
+}
+
+
+FIXED_PARTS = ("corpus.", "model.", "fine_tuning.lora.")
+
+
+EXPERIMENT, EXPERIMENT_FILE, ENVIRONMENT = "experiment.json", "experiment.py", "environment.json"
+
+
+LOCK = "lock"
+
+
+STATUS, STORES = "status.json", "stores.json"
+
+
+LAUNCH = "TORCHELASTIC_RUN_ID"
+"""The variable by which torchrun tells its processes which of its launches they belong to."""
+
+
+def kinds() -> dict[str, type]:
+    """Every registered class that stands in an experiment's JSON under its name."""
+    return {**model_kinds(), **CORPORA, "mixture": Mixture, **OBJECTIVES}
+
+
+def experiment_json(experiment: Experiment) -> dict[str, Any]:
+    """Every field of an experiment, resolved, as JSON."""
+    return to_json(experiment, kinds())
+
+
+def open_run(experiment: Experiment, source: Path | None, overrides: Sequence[str]) -> Path:
+    """The folder of a run: a new one with its experiment and environment, or the one that `experiment.run_dir` names.
+
+    Args:
+        experiment: with every field resolved.
+        source: the experiment's Python file, copied into the run as it is; None copies nothing.
+        overrides: the command line's words after the experiment, kept so that the run can be repeated.
+
+    Raises:
+        UserError: the folder holds a run of another experiment, or another process trains it.
+    """
+    wanted = experiment_json(experiment)
+    if experiment.run_dir is not None:
+        run = Path(experiment.run_dir)
+        run.mkdir(parents=True, exist_ok=True)
+    else:
+        run = _begun_before_restart(experiment.name) or _new_folder(experiment.name)
+    with alone(run):
+        if (run / EXPERIMENT).is_file():
+            _check_same(run, read_json(run / EXPERIMENT), wanted)
+            return run
+        if source is not None:
+            write_bytes(run / EXPERIMENT_FILE, source.read_bytes())
+        write_json(run / ENVIRONMENT, environment(experiment, overrides))
+        write_json(run / EXPERIMENT, wanted)
+    return run
+
+
+def check_folder(experiment: Experiment) -> None:
+    """Refuses a folder that is no run, nor the beginning of one that was killed.
+
+    Raises:
+        UserError: `experiment.run_dir` is a file, or a folder that holds something else.
+    """
+    run = Path(experiment.run_dir) if experiment.run_dir is not None else None
+    if run is None or not run.exists() or (run / EXPERIMENT).is_file():
+        return
+    begun = {name + end for name in (EXPERIMENT_FILE, ENVIRONMENT, EXPERIMENT) for end in ("", PARTIAL)} | {LOCK}
+    if run.is_file() or {path.name for path in run.iterdir()} - begun:
+        raise UserError(f"run_dir is {str(run)!r}, which holds something else; give another folder")
+
+
+def find_run(text: str) -> Path:
+    """The run that a user means: its folder, a folder of runs (the newest of them), or an experiment's name.
+
+    Raises:
+        UserError: nothing of the kind is there.
+    """
+    for path in (Path(text), Path("runs") / text):
+        if (path / EXPERIMENT).is_file():
+            return path
+        inside = sorted(path.glob(f"*/{EXPERIMENT}"), key=lambda found: found.stat().st_mtime)
+        if inside:
+            return inside[-1].parent
+    raise UserError(f"{text} is not a run: neither a folder with an {EXPERIMENT}, nor a name in runs/")
+
+
+@contextlib.contextmanager
+def alone(run: Path) -> Iterator[None]:
+    """Keeps other processes from training the same run; the system frees the lock of a process that dies.
+
+    Raises:
+        UserError: another process trains it.
+    """
+    lock = FileLock(run / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{run} is being trained by another process; wait for it, or stop it first") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def write_status(run: Path, status: str | None, reason: str | None = None) -> None:
+    """Notes how training ended, for a script that decides whether to start it again; None: it has not ended."""
+    (run / STATUS).unlink(missing_ok=True)
+    if status is not None:
+        write_json(run / STATUS, {"status": status, "reason": reason})
+
+
+def find_checkpoint(text: str) -> Path:
+    """The checkpoint that a user means: its folder, or the best of the run that `find_run` finds."""
+    return Path(text) if (Path(text) / CONFIG).is_file() else best_checkpoint(find_run(text))
+
+
+def find_moments(text: str) -> Path:
+    """The snapshots of the run whose optimizer's moments a user means to keep.
+
+    Raises:
+        UserError: `text` is no run, or one without snapshots.
+    """
+    if not is_huggingface(text) and not (Path(text) / CONFIG).is_file():
+        snapshots = find_run(text) / "snapshots"
+        if list_snapshots(snapshots):
+            return snapshots
+    raise UserError(
+        f"fine_tuning.optimizer_state is 'kept'; allowed with init_from {text}, which has no snapshots: reset"
+    )
+
+
+def read_experiment(run: Path) -> Experiment:
+    """The experiment of a run, from its JSON; its Python file is not executed.
+
+    Raises:
+        UserError: the JSON is damaged, or names a model or corpus that is not registered.
+    """
+    return from_json(Experiment, read_json(run / EXPERIMENT), kinds())
+
+
+def check_data(run: Path, store: Store) -> None:
+    """Refuses to go on with other tokens than those that the run began with, which a new run notes in stores.json.
+
+    Raises:
+        UserError: names the first file that differs.
+    """
+    known = read_json(run / STORES) if (run / STORES).is_file() else {}
+    now = {}
+    for name, part in stores(store).items():
+        facts = part.check_same(known[name]) if name in known else part.fingerprint()
+        now[name] = {"folder": str(part.folder), **facts}
+    if now != known:
+        write_json(run / STORES, now)
+
+
+@contextlib.contextmanager
+def claim(run: Path, experiment: Experiment, store: Store) -> Iterator[None]:
+    """Keeps the run for this process; notes the fields with which it goes on, and refuses other tokens than before.
+
+    Raises:
+        UserError: another process trains it, or the tokens are others.
+    """
+    with alone(run):
+        check_data(run, store)
+        if (wanted := experiment_json(experiment)) != read_json(run / EXPERIMENT):
+            write_json(run / EXPERIMENT, wanted)
+        yield
+
+
+def check_resumable(before: Experiment, now: Experiment) -> None:
+    """Refuses a change of what a snapshot's position and weights depend on.
+
+    Raises:
+        UserError: names the first such field.
+    """
+    old, new = _flatten(experiment_json(before)), _flatten(experiment_json(now))
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name) and (name in FIXED or name.startswith(FIXED_PARTS)):
+            raise UserError(
+                f"{name} is {old.get(name)!r} in this run and cannot become {new.get(name)!r}: the position in the "
+                "data or the weights depend on it; start another run, with init_from for its weights"
+            )
+    if getattr(now.corpus, "changes", False) and old["training.macro_batches"] != new["training.macro_batches"]:
+        raise UserError(
+            f"training.macro_batches is {old['training.macro_batches']} in this run and cannot change: the weights of "
+            "its mixture change with progress; start another run, with init_from for its weights"
+        )
+
+
+def environment(experiment: Experiment, overrides: Sequence[str]) -> dict[str, Any]:
+    """Versions, git commit, device and command line: what a repetition would have to match."""
+    with on_meta():
+        parameters = sum(parameter.numel() for parameter in build_model(experiment.model).parameters())
+    return {
+        "cleangpt": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "device": describe_device(choose_device(experiment.training.device)),
+        "processes": world_size(),
+        "git_commit": _git_commit(),
+        "parameters": parameters,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "overrides": list(overrides),
+        "launch": os.environ.get(LAUNCH),
+    }
+
+
+def _begun_before_restart(name: str) -> Path | None:
+    """The run that this torchrun began before it started its processes anew; None where it had not come so far."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+        return None
+    runs = [path.parent for path in (Path("runs") / name).glob(f"*/{EXPERIMENT}")]
+    ours = [run for run in runs if read_json(run / ENVIRONMENT).get("launch") == os.environ.get(LAUNCH)]
+    return max(ours, key=lambda run: (run / EXPERIMENT).stat().st_mtime, default=None)
+
+
+def _new_folder(name: str) -> Path:
+    """A folder that this process alone has made, however many start at the same moment."""
+    stamp = time.strftime("%Y-%m-%d_%H%M%S")
+    for number in itertools.count(1):
+        folder = Path("runs") / name / (stamp if number == 1 else f"{stamp}_{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            break
+    return folder
+
+
+def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """The first field in which two experiments as JSON differ, but for their folder, in words; empty: in none."""
+    before, now = _flatten(there), _flatten(here)
+    names = (name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name))
+    name = next((name for name in names if name != "run_dir"), None)
+    return "" if name is None else f"{name} is {before.get(name)!r} there and {now.get(name)!r} here"
+
+
+def _check_same(run: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    if changed := difference(there, here):
+        raise UserError(
+            f"run_dir is {str(run)!r}, which holds another experiment: {changed}; give another folder, or change "
+            "fields with cleangpt resume"
+        )
+
+
+def _flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, list) and any(isinstance(part, Mapping) for part in value):
+            value = {str(index): part for index, part in enumerate(value)}
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{path}{key}.")
+        else:
+            flat[path + key] = value
+    return flat
+
+
+def _git_commit() -> str | None:
+    """The commit of the work tree in the current folder, with "-dirty" behind it where files have changed."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()

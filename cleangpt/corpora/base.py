@@ -1,0 +1,191 @@
+"""From a corpus to a token store: encode, write, commit, show progress, end with the card.
+
+Everything streams: what is in memory is one group of pieces of text, `GROUP` characters, whatever the size of the
+corpus. Byte-pair encoding, the one costly step, runs on all cores in the threads of `tokenizers`, which need no other
+process; characters and bytes are encoded faster than a disk reads. The groups are cut by the text alone, so the result
+does not depend on the machine, and a preparation that was interrupted goes on at the last group it committed.
+"""
+
+import contextlib
+import errno
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from cleangpt.config import CorpusConfig
+from cleangpt.corpora.card import card
+from cleangpt.data.chat_template import ChatTemplate
+from cleangpt.data.dataset import STORE, TokenStore
+from cleangpt.data.tokenizers import Tokenizer
+from cleangpt.data.writer import Groups, StoreWriter
+from cleangpt.errors import UserError, blaming
+from cleangpt.files import PARTIAL
+from cleangpt.validation import to_json
+
+COMMIT_SECONDS = 2.0
+"""Work that an interruption may cost."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus(CorpusConfig):
+    """What every corpus can do."""
+
+    def check(self) -> None:
+        """Raises UserError for a field out of range; the types have been checked."""
+
+    def prepare(self, folder: Path, console: Console) -> TokenStore:
+        """Makes the token store at `folder`, and tells the console how it goes."""
+        raise NotImplementedError
+
+
+CORPORA: dict[str, type[Corpus]] = {}
+"""Every corpus by its name; `corpora/__init__.py` fills it, a line each."""
+
+
+def check_text(vocab_size: int, val_fraction: float) -> None:
+    """Raises UserError for a vocabulary too small for every byte, or a share to validate with that leaves no text."""
+    if vocab_size < 257:
+        raise UserError(f"corpus.vocab_size is {vocab_size}; allowed: 257 or more")
+    if not 0.0001 <= val_fraction <= 0.5:
+        raise UserError(f"corpus.val_fraction is {val_fraction}; allowed: 0.0001 to 0.5")
+
+
+def as_json(corpus: CorpusConfig) -> dict[str, Any]:
+    """A corpus as JSON, with its kind.
+
+    Raises:
+        UserError: its class is not registered.
+    """
+    if type(corpus) not in CORPORA.values():
+        name = type(corpus).__name__
+        raise UserError(f"corpus is a {name}, which is not registered: CORPORA[{name.lower()!r}] = {name}")
+    return to_json(corpus, CORPORA)
+
+
+def write_store(
+    corpus: Corpus,
+    folder: Path,
+    tokenizer: Tokenizer,
+    groups: Callable[[int], Groups],
+    total: int,
+    console: Console,
+    *,
+    source: Any = None,
+    row_length: int | None = None,
+    chat_template: ChatTemplate | None = None,
+    max_tokens: int | None = None,
+) -> TokenStore:
+    """Writes the chunks of all groups; `groups(n)` gives those after the first n.
+
+    With `max_tokens` it ends after the group with which there are so many tokens to train on.
+
+    Raises:
+        UserError: there is nothing to train on or to validate with.
+    """
+    writer = StoreWriter(
+        folder, as_json(corpus), tokenizer, source=source, row_length=row_length, masked=row_length is not None,
+        chat_template=chat_template,
+    )  # fmt: skip
+    try:
+        with _progress(console) as bar:
+            task = bar.add_task(folder.name, total=total if max_tokens is None else max_tokens, rate="")
+            began, tokens, committed = time.monotonic(), 0, time.monotonic()
+            following = iter(() if _enough(writer, max_tokens) else groups(writer.position))
+            for position, (read, chunks) in enumerate(following, start=writer.position + 1):
+                for chunk in chunks:
+                    writer.append(
+                        chunk.split, chunk.tokens, chunk.lengths, mask=chunk.mask, text_bytes=chunk.text_bytes,
+                        counts=chunk.counts,
+                    )  # fmt: skip
+                    tokens += len(chunk.tokens)
+                rate = tokens / max(time.monotonic() - began, 1e-9)
+                done = read if max_tokens is None else _training_tokens(writer)
+                bar.update(task, completed=done, rate=f"{rate:,.0f} tokens/s")
+                if time.monotonic() - committed >= COMMIT_SECONDS:
+                    writer.commit(position)
+                    committed = time.monotonic()
+                if _enough(writer, max_tokens):
+                    break
+        for split in ("train", "val"):
+            if split not in writer.splits or not writer.splits[split].tokens:
+                fraction = getattr(corpus, "val_fraction", None)
+                raise UserError(f"no text for the split {split}; change corpus.val_fraction, which is {fraction}")
+        return writer.finish(lambda facts: card(folder.name, facts, tokenizer))
+    finally:
+        writer.close()
+
+
+def _enough(writer: StoreWriter, max_tokens: int | None) -> bool:
+    """Whether there are so many tokens to train on, and no document has still to end."""
+    unfinished = any(split.unfinished for split in writer.splits.values())
+    return max_tokens is not None and _training_tokens(writer) >= max_tokens and not unfinished
+
+
+def _training_tokens(writer: StoreWriter) -> int:
+    return writer.splits["train"].tokens if "train" in writer.splits else 0
+
+
+@contextlib.contextmanager
+def alone(folder: Path, console: Console) -> Iterator[None]:
+    """Waits until no other process makes the same store; the system frees the lock of a process that dies."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            console.print(f"another process prepares {folder}; waiting for it", markup=False, soft_wrap=True)
+            lock.acquire()
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: {error.strerror or error}") from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows keeps a file that is open
+            Path(lock.lock_file).unlink()  # still held: one who waits sees that it is gone, and makes another
+        lock.release()
+
+
+@contextlib.contextmanager
+def one_line(folder: Path) -> Iterator[None]:
+    """Tells failures of the system in one line, and leaves nothing half-written after any error.
+
+    An interruption is no error: what was committed stays, to be gone on with.
+    """
+    try:
+        yield
+    except (UserError, OSError) as error:
+        shutil.rmtree(folder.with_name(folder.name + PARTIAL), ignore_errors=True)
+        if isinstance(error, UserError):
+            raise
+        if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+            raise UserError(f"the disk is full while preparing {folder}; free some space and prepare again") from None
+        raise UserError(f"{error.filename or folder}: {error.strerror or error}") from None
+
+
+def changed(store: TokenStore) -> str:
+    """The first file of text that has changed since the store was made of it, or an empty string."""
+    with blaming(store.folder / STORE):
+        for name, size, modified in store.source.get("files", []):
+            path = Path(name)
+            if path.is_file() and (path.stat().st_size, path.stat().st_mtime_ns) != (size, modified):
+                return str(path)
+    return ""
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=console,
+    )

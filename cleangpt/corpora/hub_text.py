@@ -1,0 +1,239 @@
+"""Datasets of the Hugging Face hub, streamed: one Parquet shard is fetched, tokenised and removed, then the next.
+
+What a corpus of a terabyte takes on the disk is one shard and its tokens. A budget of tokens ends it early.
+"""
+
+import errno
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from rich.console import Console
+
+from cleangpt.corpora import text as text_corpus
+from cleangpt.corpora.base import Corpus, check_text, write_store
+from cleangpt.corpora.reading import Piece, TextFile, find_files, read_parquet, read_pieces, split_documents
+from cleangpt.corpora.text import choose_tokenizer, encode_group, grouped, write_texts
+from cleangpt.data.dataset import JOURNAL, TOKENIZER, TokenStore
+from cleangpt.data.tokenizers import Tokenizer, load_tokenizer
+from cleangpt.data.writer import Groups
+from cleangpt.errors import UserError, require
+from cleangpt.files import PARTIAL, read_json, write_json
+
+T = TypeVar("T")
+
+
+GROUPS = "groups.json"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Where the Parquet files of a dataset lie on the hub."""
+
+    repository: str
+    folder: str
+    revision: str = "main"
+
+    def ask(self, ask: Callable[[], T]) -> T:
+        """`ask_hub` about these files."""
+        return ask_hub(self.repository, self.otherwise, ask)
+
+    @property
+    def otherwise(self) -> str:
+        """What to do where the hub cannot be reached."""
+        revision = "" if self.revision == "main" else f" (revision {self.revision})"
+        return f"fetch the .parquet files of {self.folder}{revision} elsewhere and give --files with their folder"
+
+
+class Shards:
+    """The Parquet files of a dataset, each fetched when it is read; those to validate with come first.
+
+    Args:
+        dataset: where they lie on the hub.
+        store: the folder of the token store that is made of them; they are put into `downloads` beside it.
+        keep: whether they stay, for other stores as well.
+
+    Raises:
+        UserError: the hub cannot be reached, or has no such files; says which to fetch elsewhere.
+    """
+
+    def __init__(self, dataset: Dataset, store: Path, keep: bool) -> None:
+        self.dataset, self.keep = dataset, keep
+        name = dataset.repository.replace("/", "--") if keep else store.name + PARTIAL
+        self.folder = store.parent / "downloads" / name
+        hub = require("huggingface_hub", "hub")
+        self.commit: str = dataset.ask(
+            lambda: hub.HfApi().dataset_info(dataset.repository, revision=dataset.revision).sha
+        )
+        entries = dataset.ask(lambda: list(hub.HfApi().list_repo_tree(
+            dataset.repository, dataset.folder, recursive=True, revision=self.commit, repo_type="dataset"
+        )))  # fmt: skip
+        found = {entry.path: entry.size for entry in entries if _is_shard(entry.path)}
+        if not found:
+            raise UserError(f"{dataset.repository} has no Parquet files in {dataset.folder}; {dataset.otherwise}")
+        ordered = sorted(found, key=lambda name: (not _validates(name), name))
+        self.sizes: dict[str, int] = {name: found[name] for name in ordered}
+
+    def files(self, pieces: Callable[[Path, str], Iterator[Piece]]) -> list[TextFile]:
+        """The shards as files; `pieces(path, name)` reads one that has been fetched."""
+        return [
+            TextFile(self.folder / name, size, partial(self._pieces, name, pieces)) for name, size in self.sizes.items()
+        ]
+
+    def groups(self, files: list[TextFile], tokenizer: Tokenizer, start: int) -> Groups:
+        """The groups of all files, without the first `start`; no group is of two shards.
+
+        How many groups a shard has is noted when it has been read, so that a preparation that goes on fetches none
+        again that it is done with, but for one whose last groups were not committed.
+        """
+        read = 0
+        for name, file in zip(self.sizes, files, strict=True):
+            count = self._counts().get(name)
+            if count is None or count > start:
+                count = 0
+                for count, (part, pieces) in enumerate(grouped([file]), start=1):
+                    if count > start:
+                        yield read + part, encode_group(pieces, tokenizer)
+                self._note(name, count)
+                if not self.keep:
+                    file.path.unlink(missing_ok=True)
+            start = max(0, start - count)
+            read += file.bytes
+
+    def source(self) -> dict[str, Any]:
+        """What the store is made of."""
+        return {"repository": self.dataset.repository, "commit": self.commit, "shards": list(self.sizes)}
+
+    def _pieces(self, name: str, pieces: Callable[[Path, str], Iterator[Piece]]) -> Iterator[Piece]:
+        path = self.folder / name
+        if not path.is_file() or path.stat().st_size != self.sizes[name]:
+            hub = require("huggingface_hub", "hub")
+            self.dataset.ask(lambda: hub.hf_hub_download(
+                self.dataset.repository, name, repo_type="dataset", revision=self.commit, local_dir=self.folder
+            ))  # fmt: skip
+        yield from pieces(path, name)
+
+    def _counts(self) -> dict[str, int]:
+        path = self.folder / GROUPS
+        noted = read_json(path) if path.is_file() else {}
+        counts: dict[str, int] = noted.get("shards", {}) if noted.get("of") == self._identity() else {}
+        return counts
+
+    def _note(self, name: str, count: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / GROUPS, {"of": self._identity(), "shards": self._counts() | {name: count}})
+
+    def _identity(self) -> list[Any]:
+        """What the number of groups in a shard depends on."""
+        return [self.commit, text_corpus.GROUP]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubText(Corpus):
+    """Web pages, each a document. Needs cleangpt[bpe], and [hub,parquet] to download."""
+
+    files: tuple[str, ...] = ()
+    """Local files, globs or folders: .parquet, .jsonl, .jsonl.gz, .jsonl.zst; none: download, shard by shard."""
+    max_tokens: int | None = 1_000_000_000
+    """Stop with the group of documents, about two million characters, that brings the training tokens to so many; none:
+    take all."""
+    keep_shards: bool = False
+    """Keep what has been downloaded, in data/downloads; no: remove each shard once it is tokenised."""
+    tokenizer: Literal["byte", "bpe"] = "bpe"
+    """One token per byte, or byte-pair encoding learned here, from the first shard where they are downloaded."""
+    vocab_size: int = 32_768
+    """Tokens of the byte-pair encoding, at most."""
+    tokenizer_file: str | None = None
+    """Use this tokenizer.json instead, or that of a folder or a name on the hub, such as hf:gpt2."""
+    val_fraction: float = 0.005
+    """Share of the documents to validate with."""
+
+    def check(self) -> None:
+        """Raises UserError for a field out of range."""
+        check_text(self.vocab_size, self.val_fraction)
+        check_budget(self.max_tokens)
+
+    def place(self) -> Dataset:
+        """Where the corpus lies on the hub."""
+        raise NotImplementedError
+
+    def prepare(self, folder: Path, console: Console) -> TokenStore:
+        """Writes both splits."""
+        if self.files:
+            paths = find_files(self.files)
+            files = [
+                TextFile(path, path.stat().st_size, partial(self._local, path, str(number)))
+                for number, path in enumerate(paths)
+            ]
+            tokenizer = choose_tokenizer(self.tokenizer, self.vocab_size, self.tokenizer_file, files, console)
+            return write_texts(self, folder, files, tokenizer, console, max_tokens=self.max_tokens)
+        shards = Shards(self.place(), folder, self.keep_shards)
+        return write_shards(self, folder, shards, self._remote, console, self.max_tokens)
+
+    def _local(self, path: Path, name: str) -> Iterator[Piece]:
+        return split_documents(read_pieces(path), name, self.val_fraction)
+
+    def _remote(self, path: Path, name: str) -> Iterator[Piece]:
+        return split_documents(read_parquet(path, "text"), name, self.val_fraction)
+
+
+def write_shards(
+    corpus: Any,
+    folder: Path,
+    shards: Shards,
+    pieces: Callable[[Path, str], Iterator[Piece]],
+    console: Console,
+    max_tokens: int | None,
+) -> TokenStore:
+    """`write_store` of shards; a tokenizer is learned from the first that trains, so that no other need be there."""
+    files = shards.files(pieces)
+    first = [file for file in files if not _validates(file.path.name)][:1]
+    kind = getattr(corpus, "tokenizer", "bpe")
+    tokenizer = _begun(folder, shards) or choose_tokenizer(
+        kind, corpus.vocab_size, corpus.tokenizer_file, first, console
+    )
+    store = write_store(
+        corpus, folder, tokenizer, lambda start: shards.groups(files, tokenizer, start),
+        sum(shards.sizes.values()), console, source=shards.source(), max_tokens=max_tokens,
+    )  # fmt: skip
+    if not shards.keep:
+        shutil.rmtree(shards.folder, ignore_errors=True)
+    return store
+
+
+def _begun(folder: Path, shards: Shards) -> Tokenizer | None:
+    """The tokenizer of an interrupted preparation from the same shards, so that none is fetched to learn it again."""
+    partial = folder.with_name(folder.name + PARTIAL)
+    same = (partial / JOURNAL).is_file() and read_json(partial / JOURNAL).get("source") == shards.source()
+    return load_tokenizer(partial / TOKENIZER) if same else None
+
+
+def check_budget(max_tokens: int | None) -> None:
+    """Raises UserError for a budget of no token."""
+    if max_tokens is not None and max_tokens < 1:
+        raise UserError(f"corpus.max_tokens is {max_tokens}; allowed: a whole number of 1 or more")
+
+
+def _is_shard(name: str) -> bool:
+    """Whether a path on the hub is a Parquet file, and one that stays within its folder here."""
+    return name.endswith(".parquet") and ".." not in name.split("/") and not name.startswith("/")
+
+
+def _validates(name: str) -> bool:
+    """Whether a shard is made to validate with, by its name."""
+    return "valid" in name.rsplit("/", 1)[-1]
+
+
+def ask_hub(repository: str, otherwise: str, ask: Callable[[], T]) -> T:
+    """What the hub answers; its failures in one line, which ends with what to do `otherwise`."""
+    try:
+        return ask()
+    except Exception as error:  # the hub's client lets through what its HTTP library raises
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
+        raise UserError(
+            f"cannot download {repository} from the Hugging Face hub ({type(error).__name__}): {otherwise}"
+        ) from None

@@ -1,0 +1,69 @@
+"""A batch: what the model reads, what it is to predict, and what the loss needs besides."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+"""Target of a position that does not count in the loss."""
+
+
+@dataclass
+class Batch:
+    """Rows of samples; every tensor has one entry per row in its first dimension."""
+
+    inputs: dict[str, Tensor]
+    """Keyword arguments of the model's `forward`: `tokens` `(rows, seq)`, int64, and whatever else it reads."""
+    targets: Tensor
+    """The token that follows each position `(rows, seq)`, int64; IGNORED where nothing is learned."""
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    """What the objective reads besides, such as advantages `(rows, seq)`; it needs no gradient, so it is data."""
+    group: int = 1
+    """Neighbouring rows that no micro-batch and no device parts: 2 for pairs."""
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @cached_property
+    def num_targets(self) -> int:
+        """Targets that are not IGNORED; asked of a batch on the host, so that no device is waited for."""
+        return int((self.targets != IGNORED).sum())
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """The batch with a function applied to each of its tensors."""
+        inputs = {name: function(tensor) for name, tensor in self.inputs.items()}
+        extras = {name: function(tensor) for name, tensor in self.extras.items()}
+        return replace(self, inputs=inputs, targets=function(self.targets), extras=extras)
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device; from pinned memory, the host does not wait for the copy."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin(self) -> "Batch":
+        """The batch in pinned host memory."""
+        return self.map(Tensor.pin_memory)
+
+    def rows(self, index: "slice | Tensor") -> "Batch":
+        """Some of its rows."""
+        return self.map(lambda tensor: tensor[index])
+
+    def split(self, size: int) -> Iterator["Batch"]:
+        """Micro-batches of `size` rows; the last may have fewer.
+
+        Raises:
+            ValueError: `size` would part a group.
+        """
+        if size % self.group:
+            raise ValueError(f"micro-batches of {size} rows would part groups of {self.group}")
+        return (self.rows(slice(start, start + size)) for start in range(0, len(self), size))
+
+    @staticmethod
+    def cat(batches: Sequence["Batch"]) -> "Batch":
+        """The rows of several batches that have the same inputs, extras and group, one after the other."""
+        first = batches[0]
+        inputs = {name: torch.cat([batch.inputs[name] for batch in batches]) for name in first.inputs}
+        extras = {name: torch.cat([batch.extras[name] for batch in batches]) for name in first.extras}
+        return Batch(inputs, torch.cat([batch.targets for batch in batches]), extras, first.group)

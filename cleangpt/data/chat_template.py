@@ -1,0 +1,300 @@
+"""Conversations as text: chat templates, and which tokens of a conversation are answers.
+
+A conversation is a list of messages, each with a role (system, user, assistant) and its content. A template in Jinja,
+the form in which Hugging Face's tokenizers carry theirs, says how it is written. It comes from a file, so it runs in
+Jinja's sandbox: it sees the messages, the names of special tokens and the date, and can neither call nor change
+anything else; and it runs in a process of its own, which ends when it takes too long (`data/rendering.py`). It lies as
+`chat_template.json` beside every token store of conversations and in every checkpoint trained on one.
+"""
+
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cleangpt.data.rendering import BEGIN, END, Renderer, TemplateError, render_here
+from cleangpt.data.tokenizers import (
+    BEGINS_OF_TEXT,
+    END_OF_TEXT,
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    ends_of,
+)
+from cleangpt.errors import UserError, blaming, require
+from cleangpt.files import read_json, read_text
+from cleangpt.hub import fetch, is_huggingface
+
+CHAT_TEMPLATE = "chat_template.json"
+
+
+THEIR_TEMPLATE, THEIR_CONFIG = "chat_template.jinja", "tokenizer_config.json"
+
+
+ASSISTANT = "assistant"
+
+
+RENDERER = Renderer()
+
+
+PLAIN = """\
+{%- for message in messages -%}
+{{ message['role'] + '\\n' }}
+{%- if message['role'] == 'assistant' -%}
+{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}
+{%- else -%}
+{{ message['content'] + '\\n' }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{ 'assistant\\n' }}
+{%- endif -%}
+"""
+"""For a tokenizer that brings no template: each message below its role; an answer ends with the end-of-text token."""
+
+
+Message = Mapping[str, Any]
+
+
+Spans = list[tuple[int, int]]
+"""First character of each answer, and the one after its last."""
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A template in Jinja, and the names of special tokens that it may use, such as `eos_token`."""
+
+    source: str
+    special: Mapping[str, str] = field(default_factory=dict)
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        """The text of a conversation; with `add_generation_prompt`, up to where the assistant's next answer begins.
+
+        Raises:
+            UserError: the template is faulty, refuses the conversation, or tries what the sandbox forbids.
+        """
+        return _unmarked(self._render(messages, add_generation_prompt))[0]
+
+    def render_answers(self, messages: Sequence[Message], special: Collection[str]) -> tuple[str, Spans]:
+        """The text of a conversation, and where its answers stand in it, each with what ends it.
+
+        A template says so itself by ``{% generation %}``. For any other, an answer is what its message adds to the
+        text of those before it; white space behind a `special` token that ends it is left out.
+
+        Raises:
+            UserError: as `render`, or a message changes how those before it are written.
+        """
+        text, spans = _unmarked(self._render(messages, False))
+        if self.marks_answers:
+            return text, spans
+        for number, message in enumerate(messages):
+            if message["role"] == ASSISTANT:
+                before, after = self.render(messages[:number], True), self.render(messages[: number + 1])
+                if not (after.startswith(before) and text.startswith(after)):
+                    raise UserError(
+                        f"the chat template writes message {number + 1} differently once others follow, so its answers "
+                        "cannot be told apart; put {% generation %} and {% endgeneration %} around them in the template"
+                    )
+                end = len(after.rstrip()) if after.rstrip().endswith(tuple(special)) else len(after)
+                spans.append((len(before), end))
+        return text, spans
+
+    @property
+    def marks_answers(self) -> bool:
+        """Whether the template itself says where answers stand."""
+        return re.search(r"{%[-+]?\s*generation\s*[-+]?%}", self.source) is not None
+
+    def to_json(self) -> str:
+        """The whole template as JSON text, for `read_template`."""
+        return json.dumps({"template": self.source, **self.special}, ensure_ascii=False, indent=2) + "\n"
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        require("jinja2", "chat")
+        values = {
+            "messages": [dict(message) for message in messages], "add_generation_prompt": add_generation_prompt,
+            "tools": None, "documents": None, **self.special,
+        }  # fmt: skip
+        try:
+            return render_here(self.source, values) if self.source == PLAIN else RENDERER.render(self.source, values)
+        except TemplateError as error:
+            raise UserError(str(error)) from None
+
+
+# Where a template comes from -----------------------------------------------------------------------------------------
+def plain_template(tokenizer: Tokenizer) -> ChatTemplate:
+    """Ours, for a tokenizer that brings none.
+
+    Raises:
+        UserError: the tokenizer has no end-of-text token to end an answer with.
+    """
+    special = _names(tokenizer)
+    if encode_chat(tokenizer, [special.get("eos_token", "")])[0][0].tolist() != [tokenizer.end_of_text]:
+        raise UserError("the tokenizer has no end-of-text token, with which an answer would end; take another")
+    return ChatTemplate(PLAIN, special)
+
+
+def load_template(text: str, tokenizer: Tokenizer) -> ChatTemplate:
+    """The template that a user means: a file in Jinja, or a folder that has one, which ``hf:NAME`` means too.
+
+    Raises:
+        UserError: there is none, or it is not UTF-8.
+    """
+    path = fetch(text) if is_huggingface(text) else Path(text).expanduser()
+    if path.is_dir():
+        if (found := find_template(path)) is None:
+            raise UserError(f"{path} has no chat template; allowed: a folder with {THEIR_TEMPLATE}, or a file in Jinja")
+        return found
+    return ChatTemplate(_read(path), _names(tokenizer))
+
+
+def find_template(folder: Path) -> ChatTemplate | None:
+    """The template in a token store, a checkpoint or a folder in Hugging Face's layout; None: it has none.
+
+    Raises:
+        UserError: the file that should hold it is damaged.
+    """
+    if (folder / CHAT_TEMPLATE).is_file():
+        content = read_json(folder / CHAT_TEMPLATE)
+        if not isinstance(content, dict) or not all(
+            isinstance(content.get(key), str) for key in {"template", *content}
+        ):
+            raise UserError(f"{folder / CHAT_TEMPLATE} is not a chat template: it needs a text in each of its fields")
+        return ChatTemplate(content.pop("template"), content)
+    config = read_json(folder / THEIR_CONFIG) if (folder / THEIR_CONFIG).is_file() else {}
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / THEIR_CONFIG} is not a JSON object")
+    source = config.get("chat_template")
+    if isinstance(source, list):  # several by name
+        with blaming(folder / THEIR_CONFIG):
+            source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
+    if (folder / THEIR_TEMPLATE).is_file():
+        source = _read(folder / THEIR_TEMPLATE)
+    return ChatTemplate(source, _special_of(config)) if isinstance(source, str) else None
+
+
+def _special_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """The special tokens in a `tokenizer_config.json`; each stands there as text, or as an object with its content."""
+    entries = {key: value for key, value in config.items() if key.endswith("_token")}
+    names = {key: value.get("content") if isinstance(value, dict) else value for key, value in entries.items()}
+    return {key: name for key, name in names.items() if isinstance(name, str)}
+
+
+def _names(tokenizer: Tokenizer) -> dict[str, str]:
+    """What Hugging Face's templates call the tokens at which a text begins and ends."""
+    special = special_tokens(tokenizer)
+    names = {
+        "bos_token": next((name for name in BEGINS_OF_TEXT if name in special), None),
+        "eos_token": next((name for name, token in special.items() if token == tokenizer.end_of_text), None),
+    }
+    return {key: name for key, name in names.items() if name is not None}
+
+
+def _read(path: Path) -> str:
+    try:
+        return read_text(path)
+    except UserError as error:
+        raise UserError(f"{error}; give a chat template, a file in Jinja") from None
+
+
+# Tokens --------------------------------------------------------------------------------------------------------------
+def check_messages(messages: object, place: str) -> list[dict[str, Any]]:
+    """The messages of a conversation that came from a file.
+
+    Raises:
+        UserError: one is no object with a role and a content that are text; begins with `place`.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"{place}: no list of messages")
+    for number, message in enumerate(messages, start=1):
+        for key in ("role", "content"):
+            if not isinstance(message, dict) or not isinstance(message.get(key), str):
+                raise UserError(f"{place}: message {number} has no text as its {key}")
+            if BEGIN in message[key] or END in message[key]:
+                raise UserError(f"{place}: message {number} has U+FDD0 or U+FDD1, which are no characters; remove them")
+    return messages
+
+
+def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """The tokens that are no text, by the names by which a rendered conversation has them."""
+    if isinstance(tokenizer, BPETokenizer):
+        return tokenizer.special
+    if tokenizer.end_of_text is None:
+        return {}
+    end = tokenizer.characters[tokenizer.end_of_text] if isinstance(tokenizer, CharTokenizer) else END_OF_TEXT
+    return {end: tokenizer.end_of_text}
+
+
+def encode_chat(tokenizer: Tokenizer, texts: list[str]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Token ids `(length,)` of rendered conversations, and the characters of each `(length, 2)`, from and to.
+
+    Names of special tokens become these tokens, which `Tokenizer.encode` never does.
+
+    Raises:
+        UserError: an unknown character, or a tokenizer of a kind that has no such names.
+    """
+    if isinstance(tokenizer, BPETokenizer):
+        return tokenizer.encode_special(texts)
+    if isinstance(tokenizer, CharTokenizer):
+        return [(tokenizer.encode(text), _from_to(np.arange(len(text)))) for text in texts]
+    if isinstance(tokenizer, ByteTokenizer):
+        return [_encode_bytes(tokenizer, text) for text in texts]
+    raise UserError(f"a {type(tokenizer).__name__} cannot encode conversations; allowed: char, byte and bpe tokenizers")
+
+
+def answer_mask(places: NDArray[np.int64], spans: Spans) -> NDArray[np.uint8]:
+    """1 for each token `(length,)` that has a character within a span, by the characters of each `(length, 2)`."""
+    mask = np.zeros(len(places), np.uint8)
+    for begin, end in spans:
+        mask[(places[:, 0] < end) & (places[:, 1] > begin)] = 1
+    return mask
+
+
+def stop_tokens(template: ChatTemplate, tokenizer: Tokenizer) -> set[int]:
+    """The tokens at which an answer has ended: the end of a text, and the special token that the template puts there.
+
+    Raises:
+        UserError: the template cannot write a conversation of one question and one answer.
+    """
+    special = special_tokens(tokenizer)
+    text, spans = template.render_answers(
+        [{"role": "user", "content": "1"}, {"role": ASSISTANT, "content": "2"}], special
+    )
+    ((ids, places),) = encode_chat(tokenizer, [text])
+    return ends_of(tokenizer) | set(ids[answer_mask(places, spans) == 1][-1:].tolist()) & set(special.values())
+
+
+def _encode_bytes(tokenizer: ByteTokenizer, text: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    ids, starts, at = [], [], 0
+    for number, part in enumerate(text.split(END_OF_TEXT)):
+        if number:
+            ids.append(np.array([tokenizer.end_of_text]))
+            starts.append(np.array([at]))
+            at += len(END_OF_TEXT)
+        ids.append(tokenizer.encode(part))
+        starts.append(np.repeat(np.arange(at, at + len(part)), [len(character.encode()) for character in part]))
+        at += len(part)
+    return np.concatenate(ids), _from_to(np.concatenate(starts))
+
+
+def _from_to(starts: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.stack([starts, starts + 1], axis=1)
+
+
+# The text ------------------------------------------------------------------------------------------------------------
+def _unmarked(text: str) -> tuple[str, Spans]:
+    """A text without the marks around answers, and where they stood."""
+    plain, spans, begin = "", [], 0
+    for part in re.split(f"([{BEGIN}{END}])", text):
+        if part == BEGIN:
+            begin = len(plain)
+        elif part == END:
+            spans.append((begin, len(plain)))
+        else:
+            plain += part
+    return plain, spans

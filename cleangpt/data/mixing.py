@@ -1,0 +1,366 @@
+"""Which source of a mixture stands at each position: computed from the weights alone, never drawn and never stored.
+
+Of the first p samples, a source whose share is w has w · p, to within less than one sample, for every p. That is the
+chairman assignment problem: its tight bound, 1 − 1/(2n − 2) for n sources, and the rule that reaches it are Tijdeman's
+(1980, "The chairman assignment problem"). Shares that stay the same repeat a short pattern, so that the samples taken
+before any position follow from a division and one look into the pattern. Shares that change over the run's progress
+are held for one stretch of it at a time, and the same rule says how many samples each source gives in each stretch.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cleangpt.data.batch import Batch
+from cleangpt.data.dataset import TokenStore
+from cleangpt.data.loader import Ranges, Samples, SplitStream, Stream
+from cleangpt.data.shuffle import mix
+from cleangpt.data.tokenizers import Tokenizer
+from cleangpt.errors import UserError
+
+Weight = float | tuple[tuple[float, float], ...]
+"""A number, or points (progress, weight) with straight lines between them."""
+
+
+PARTS = 10_000
+"""Shares that are no simple fractions are rounded to so many parts of the whole."""
+
+
+STRETCH = 128
+"""Samples in a stretch of a run whose weights change, at least."""
+
+
+STRETCHES = 10_000
+"""Stretches in a run whose weights change, at most."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Positions from `start` on in which one pattern repeats."""
+
+    start: int
+    before: tuple[int, ...]
+    """Samples of each source before `start`."""
+    period: tuple[int, ...]
+    """Samples of each source in one repetition of the pattern."""
+
+
+class Interleaving:
+    """The sources of all positions; the last stretch has no end."""
+
+    def __init__(self, stretches: Sequence[Stretch]) -> None:
+        self.stretches = stretches
+        self._starts = [stretch.start for stretch in stretches]
+
+    def taken(self, position: int) -> NDArray[np.int64]:
+        """Samples of each source `(sources,)` before a position."""
+        stretch = self.stretches[bisect_right(self._starts, position) - 1]
+        repetitions, rest = divmod(position - stretch.start, sum(stretch.period))
+        part = np.bincount(pattern(stretch.period)[:rest], minlength=len(stretch.period))
+        taken: NDArray[np.int64] = np.array(stretch.before) + repetitions * np.array(stretch.period) + part
+        return taken
+
+    def sources(self, start: int, count: int) -> NDArray[np.int64]:
+        """The source at each of the positions from `start` on, `(count,)`."""
+        parts, end = [], start + count
+        for index in range(bisect_right(self._starts, start) - 1, len(self.stretches)):
+            stretch = self.stretches[index]
+            stop = min(end, self._starts[index + 1]) if index + 1 < len(self._starts) else end
+            places = (np.arange(start, stop) - stretch.start) % sum(stretch.period)
+            parts.append(pattern(stretch.period)[places])
+            start = stop
+            if start == end:
+                break
+        return np.concatenate(parts)
+
+    def end(self, source: int, samples: int) -> int | None:
+        """The first position before which a source has given so many samples; None: it never does."""
+        reached = [stretch for stretch in self.stretches if stretch.before[source] < samples]
+        if not reached:
+            return self._starts[0]
+        stretch = reached[-1]
+        each, missing = stretch.period[source], samples - stretch.before[source]
+        if not each:
+            return None
+        repetitions = (missing - 1) // each
+        places = np.flatnonzero(pattern(stretch.period) == source)
+        return int(stretch.start + repetitions * sum(stretch.period) + places[missing - repetitions * each - 1] + 1)
+
+
+def interleave(names: Sequence[str], weights: Sequence[Weight], most: Sequence[int | None], total: int) -> Interleaving:
+    """The interleaving of a run of `total` samples.
+
+    Args:
+        names: of the sources, for messages.
+        weights: of each source, in proportion to one another.
+        most: samples after which each source ends, and its share goes to the others; None: it never ends.
+        total: samples in the run, which make progress 1. With weights that do not change, the sources of all positions
+            below `total` do not depend on it.
+
+    Raises:
+        UserError: at some progress no source is left, or a source's share is too small to be kept.
+    """
+    stretches: list[Stretch] = []
+    position, taken, left = 0, (0,) * len(names), [True] * len(names)
+    while True:
+        remaining = [weight if still else 0.0 for weight, still in zip(weights, left, strict=True)]
+        following = Interleaving(_stretches(names, remaining, position, taken, total))
+        ends = [
+            following.end(source, samples) if samples is not None and left[source] else None
+            for source, samples in enumerate(most)
+        ]
+        first = min((end for end in ends if end is not None), default=total)
+        stretches += [stretch for stretch in following.stretches if stretch.start < first or first >= total]
+        if first >= total:
+            return Interleaving(stretches)
+        position, taken = first, tuple(following.taken(first).tolist())
+        left = [still and end != first for still, end in zip(left, ends, strict=True)]
+
+
+def shares_at(weights: Sequence[Weight], progress: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Each source's share of the samples `(len(progress), sources)`; rows without any weight are 0."""
+    curves = np.stack([_curve(weight, progress) for weight in weights], axis=1)
+    sums = curves.sum(axis=1, keepdims=True)
+    shares: NDArray[np.float64] = np.divide(curves, sums, out=np.zeros_like(curves), where=sums > 0)
+    return shares
+
+
+def whole_counts(quotas: NDArray[np.int64], unit: int) -> NDArray[np.int64]:
+    """Whole numbers that follow growing quotas to within 1 − 1/(2n − 2).
+
+    Every source takes what it would otherwise lack; the rest goes to those that would lack a sample soonest.
+
+    Args:
+        quotas: `(steps + 1, sources)`, in 1/unit; a row's sum is a multiple of `unit`, and the first row is 0.
+        unit: how many make a whole.
+
+    Returns:
+        `(steps + 1, sources)`: rows with the sums of the quotas, and columns that never fall.
+    """
+    parts = max(1, 2 * quotas.shape[1] - 2)
+    slack = (parts - 1) * unit
+    least = np.maximum(0, -((slack - parts * quotas) // (parts * unit)))
+    most = ((parts * quotas + slack) // (parts * unit)).tolist()
+    lacking, needed = least.T.tolist(), least.tolist()
+    counts = [[0] * quotas.shape[1]]
+    for step, total in enumerate((quotas.sum(axis=1) // unit).tolist()[1:], start=1):
+        now = list(map(max, counts[-1], needed[step]))
+        for _ in range(total - sum(now)):
+            free = [source for source, count in enumerate(now) if count < most[step][source]]
+            now[min(free, key=lambda source: bisect_right(lacking[source], now[source]))] += 1
+        counts.append(now)
+    return np.array(counts)
+
+
+@lru_cache(maxsize=16)
+def pattern(period: tuple[int, ...]) -> NDArray[np.int64]:
+    """The source of each sample `(sum(period),)` of a repetition in which each source has as many as `period` says."""
+    length = sum(period)
+    counts = whole_counts(np.arange(length + 1)[:, None] * np.array(period), length)
+    order: NDArray[np.int64] = np.argmax(np.diff(counts, axis=0), axis=1)
+    return order
+
+
+def _stretches(
+    names: Sequence[str],
+    weights: Sequence[Weight],
+    start: int,
+    taken: tuple[int, ...],
+    total: int,
+) -> list[Stretch]:
+    """The stretches from `start` on, as if no source ended."""
+    numbers = [weight for weight in weights if not isinstance(weight, tuple)]
+    if len(numbers) == len(weights):
+        return [Stretch(start, taken, _period(names, numbers, start, total))]
+    length = max(STRETCH, -(-total // STRETCHES))
+    starts = np.array([start, *range((start // length + 1) * length, max(total, start + 1), length)])
+    lengths = np.diff(starts, append=max(total, start + 1))
+    parts = _parts(shares_at(weights, (starts + lengths / 2) / total))
+    if not (complete := parts.sum(axis=1) == PARTS).all():
+        raise _nothing_left(names, int(starts[np.argmin(complete)]), total)
+    quotas = np.concatenate([np.zeros((1, len(weights)), np.int64), np.cumsum(lengths[:, None] * parts, axis=0)])
+    counts = whole_counts(quotas, PARTS)
+    before = (counts[:-1] + np.array(taken)).tolist()
+    periods = np.diff(counts, axis=0).tolist()
+    return [Stretch(*stretch) for stretch in zip(starts.tolist(), map(tuple, before), map(tuple, periods), strict=True)]
+
+
+def _period(names: Sequence[str], weights: Sequence[float], start: int, total: int) -> tuple[int, ...]:
+    """The smallest whole numbers in the proportions of the weights, which are rounded to parts where they are large."""
+    if not any(weights):
+        raise _nothing_left(names, start, total)
+    exact = [Fraction(str(weight)) for weight in weights]
+    scale = math.lcm(*(fraction.denominator for fraction in exact))
+    numbers = [int(fraction * scale) for fraction in exact]
+    if sum(numbers) // math.gcd(*numbers) > PARTS:
+        numbers = _parts(shares_at(weights, np.zeros(1)))[0].tolist()
+        for name, number, weight in zip(names, numbers, weights, strict=True):
+            if weight and not number:
+                raise UserError(f"the source {name} has less than 1 in {2 * PARTS:,} samples; allowed: a larger weight")
+    return tuple(number // math.gcd(*numbers) for number in numbers)
+
+
+def _parts(shares: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Shares `(rows, sources)` as whole parts of PARTS, by largest remainders; rows of zeros stay so."""
+    parts = np.floor(shares * PARTS).astype(np.int64)
+    rank = np.argsort(np.argsort(parts - shares * PARTS, axis=1, kind="stable"), axis=1)
+    missing = np.where(shares.any(axis=1), PARTS - parts.sum(axis=1), 0)
+    return parts + (rank < missing[:, None])
+
+
+def _curve(weight: Weight, progress: NDArray[np.float64]) -> NDArray[np.float64]:
+    if not isinstance(weight, tuple):
+        return np.full(len(progress), float(weight))
+    return np.interp(progress, [point[0] for point in weight], [point[1] for point in weight])
+
+
+def _nothing_left(names: Sequence[str], position: int, total: int) -> UserError:
+    return UserError(
+        f"no source of {', '.join(names)} is left after {position:,} of {total:,} samples; allowed: a larger "
+        "max_epochs, weights above 0, or a shorter run"
+    )
+
+
+PROGRESS = (np.arange(1000) + 0.5) / 1000
+"""Where shares that change are read, to take their mean over the run."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One store of a mixture."""
+
+    store: TokenStore
+    weight: Weight
+    """In proportion to the other parts'."""
+    max_epochs: int | None
+    """Passes over its training samples after which it ends; None: it never does."""
+
+
+class MixedStore:
+    """Token stores of one tokenizer, and of one chat template where some are of conversations, by name.
+
+    Raises:
+        UserError: two of them have different ones.
+    """
+
+    def __init__(self, folder: Path, parts: Mapping[str, Part], refuse_end: bool) -> None:
+        self.folder, self.parts, self.refuse_end = folder, parts, refuse_end
+        first, *others = parts
+        self.tokenizer: Tokenizer = parts[first].store.tokenizer
+        self.vocab_size = self.tokenizer.vocab_size
+        for name in others:
+            if parts[name].store.tokenizer.to_json() != self.tokenizer.to_json():
+                raise UserError(
+                    f"the sources {first} and {name} have different tokenizers; allowed: one for all, such as byte, or "
+                    "the tokenizer.json of one store given to the others as tokenizer_file"
+                )
+        templates = {name: part.store.chat_template for name, part in parts.items() if part.store.chat_template}
+        self.chat_template = next(iter(templates.values()), None)
+        for name, template in templates.items():
+            if template != self.chat_template:
+                raise UserError(
+                    f"the sources {next(iter(templates))} and {name} have different chat templates; allowed: one for "
+                    "all, given to each as chat_template"
+                )
+
+
+class MixedStream:
+    """The samples of several streams; where each stands follows from the position in the mixture."""
+
+    def __init__(self, streams: Mapping[str, SplitStream], interleaving: Interleaving) -> None:
+        self.streams, self.interleaving = streams, interleaving
+
+    def batch(self, start: int, count: int) -> Batch:
+        """The samples at `count` positions from `start` on."""
+        sources, taken = self.interleaving.sources(start, count), self.interleaving.taken(start).tolist()
+        rows, batches = [], []
+        for source, stream in enumerate(self.streams.values()):
+            mine = np.flatnonzero(sources == source)
+            if len(mine):
+                rows.append(mine)
+                batches.append(stream.batch(taken[source], len(mine)))
+        back = torch.from_numpy(np.argsort(np.concatenate(rows)))
+        return Batch.cat(batches).rows(back)
+
+    def visits(self, position: int, left_out: Ranges = ()) -> dict[str, float]:
+        """The figures visited_share and times_visited before a position, of all sources together and of each.
+
+        Positions that were left out are, in each source, positions one after the other too.
+        """
+        taken = self.interleaving.taken(position).tolist()
+        bounds = [[self.interleaving.taken(bound).tolist() for bound in pair] for pair in left_out]
+        each = {
+            name: stream.visits(taken[source], [(start[source], end[source]) for start, end in bounds])
+            for source, (name, stream) in enumerate(self.streams.items())
+        }
+        sizes = {name: stream.samples.num_training for name, stream in self.streams.items()}
+        seen = sum(each[name]["visited_share"] * size for name, size in sizes.items())
+        total = sum(sizes.values())
+        missed = sum(min(end, position) - start for start, end in left_out if start < position)
+        figures = {"visited_share": seen / total, "times_visited": (position - missed) / total}
+        for figure in list(figures):
+            figures |= {f"{figure}/{name}": visits[figure] for name, visits in each.items()}
+        return figures
+
+
+Store = TokenStore | MixedStore
+
+
+def stores(store: Store) -> dict[str, TokenStore]:
+    """The token stores of a mixture by name; of a single one, itself without a name."""
+    return {name: part.store for name, part in store.parts.items()} if isinstance(store, MixedStore) else {"": store}
+
+
+def split_samples(store: Store, split: str, seq_len: int) -> dict[str, Samples]:
+    """The samples of a split of each source.
+
+    Raises:
+        UserError: a split is missing or too short, or its rows do not fit into `seq_len`.
+    """
+    if isinstance(store, TokenStore):
+        return {"": Samples(store.splits[split], seq_len, split)}
+    return {
+        name: Samples(part.store.splits[split], seq_len, f"{split} (of {name})", pad_rows=True)
+        for name, part in store.parts.items()
+    }
+
+
+def mean_shares(store: Store) -> dict[str, float]:
+    """Each source's share of the samples, as its weight has it, in the mean over the run."""
+    if isinstance(store, TokenStore):
+        return {"": 1.0}
+    shares = shares_at([part.weight for part in store.parts.values()], PROGRESS).mean(axis=0)
+    return dict(zip(store.parts, (shares / shares.sum()).tolist(), strict=True))
+
+
+def training_stream(store: Store, seq_len: int, seed: int, total: int) -> Stream:
+    """The training samples of a run of `total` samples.
+
+    Raises:
+        UserError: a training split does not fit, or a source ends where that is refused, or none is left.
+    """
+    samples = split_samples(store, "train", seq_len)
+    if isinstance(store, TokenStore):
+        return SplitStream(samples[""], seed)
+    most = {
+        name: None if part.max_epochs is None else part.max_epochs * samples[name].num_training
+        for name, part in store.parts.items()
+    }
+    interleaving = interleave(list(most), [part.weight for part in store.parts.values()], list(most.values()), total)
+    for source, (name, end) in enumerate(most.items()):
+        position = None if end is None else interleaving.end(source, end)
+        if store.refuse_end and position is not None and position < total:
+            raise UserError(
+                f"the source {name} ends after {position:,} of the run's {total:,} samples; allowed: a larger "
+                'max_epochs or a shorter run, or corpus.when_source_ends="share"'
+            )
+    streams = {name: SplitStream(part, mix(seed, source)) for source, (name, part) in enumerate(samples.items())}
+    return MixedStream(streams, interleaving)

@@ -1,0 +1,265 @@
+"""Writes a dataset with bounded memory, and goes on where an interrupted writer stopped."""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cleangpt.data.chat_template import CHAT_TEMPLATE, ChatTemplate
+from cleangpt.data.dataset import CARD, FORMAT, JOURNAL, SPLITS, STORE, TOKENIZER, TokenStore
+from cleangpt.data.tokenizers import Tokenizer
+from cleangpt.errors import UserError
+from cleangpt.files import PARTIAL, read_json, seal, sha256, write_json, write_text
+
+SHARD_TOKENS = 2**28
+
+
+@dataclass
+class SplitFacts:
+    """Counts of one split; `length_histogram[k]` counts the documents of 2**k to 2**(k+1) - 1 tokens.
+
+    `unfinished` is the part of `tokens` whose document has not ended yet; `counts` is what a corpus counts besides.
+    """
+
+    tokens: int = 0
+    unfinished: int = 0
+    documents: int = 0
+    text_bytes: int = 0
+    longest_document: int = 0
+    length_histogram: dict[int, int] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, tokens: int, lengths: NDArray[np.int64], text_bytes: int, counts: Mapping[str, int]) -> None:
+        """Counts `tokens` of `text_bytes` bytes of UTF-8 text, and the whole `lengths` of the documents that ended."""
+        self.tokens += tokens
+        self.unfinished += tokens - int(lengths.sum())
+        self.documents += len(lengths)
+        self.text_bytes += text_bytes
+        self.longest_document = max(self.longest_document, int(lengths.max(initial=0)))
+        for power, count in zip(
+            *np.unique(np.log2(np.maximum(lengths, 1)).astype(int), return_counts=True), strict=True
+        ):
+            self.length_histogram[int(power)] = self.length_histogram.get(int(power), 0) + int(count)
+        for name, count in counts.items():
+            self.counts[name] = self.counts.get(name, 0) + count
+
+
+class StoreWriter:
+    """Writes a token store in bounded memory; nothing stands at `folder` before `finish`.
+
+    Work in progress lies in `folder` + ".partial". `commit` notes how far the source has been read, so that the next
+    writer of the same corpus, source and tokenizer finds it in `position` and goes on there.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        corpus: dict[str, Any],
+        tokenizer: Tokenizer,
+        *,
+        source: Any = None,
+        row_length: int | None = None,
+        masked: bool = False,
+        chat_template: ChatTemplate | None = None,
+        shard_tokens: int = SHARD_TOKENS,
+    ) -> None:
+        self.folder, self.partial = folder, folder.with_name(folder.name + PARTIAL)
+        self.corpus, self.tokenizer, self.source = corpus, tokenizer, source
+        self.row_length, self.masked, self.shard_tokens = row_length, masked, shard_tokens
+        self.chat_template = chat_template
+        self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+        self.position = 0
+        self.splits: dict[str, SplitFacts] = {}
+        self._files: dict[str, BinaryIO] = {}
+        self._full: dict[str, int] = {}
+        self.partial.mkdir(parents=True, exist_ok=True)
+        self._restore()
+        write_text(self.partial / TOKENIZER, tokenizer.to_json())
+        if chat_template is not None:
+            write_text(self.partial / CHAT_TEMPLATE, chat_template.to_json())
+
+    def append(
+        self,
+        split: str,
+        tokens: NDArray[Any],
+        lengths: NDArray[np.int64],
+        *,
+        mask: NDArray[np.uint8] | None = None,
+        text_bytes: int = 0,
+        counts: Mapping[str, int] | None = None,
+    ) -> None:
+        """Adds `tokens` to a split, and the `lengths` of the documents that end among them, in tokens of this call.
+
+        What follows the last end begins a document that goes on in the next call.
+
+        Raises:
+            UserError: an id is not one of the tokenizer's.
+        """
+        facts = self.splits.setdefault(split, SplitFacts())
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.tokenizer.vocab_size:
+            wrong = int(np.flatnonzero((tokens < 0) | (tokens >= self.tokenizer.vocab_size))[0])
+            raise UserError(
+                f"token {facts.tokens + wrong:,} of the split {split} would be {tokens[wrong]}; allowed: ids below "
+                f"{self.tokenizer.vocab_size:,}, the tokenizer's"
+            )
+        if len(lengths):
+            lengths = np.concatenate([[lengths[0] + facts.unfinished], lengths[1:]]).astype(np.int64)
+        if self.row_length is None:
+            starts = facts.tokens - facts.unfinished + np.cumsum(lengths) - lengths
+            self._file(f"{split}_documents.bin").write(np.asarray(starts, dtype="<u8").tobytes())
+        written = 0
+        while written < len(tokens):
+            shard, offset = divmod(facts.tokens + written, self.shard_tokens)
+            part = slice(written, min(written + self.shard_tokens - offset, len(tokens)))
+            full = offset + part.stop - part.start == self.shard_tokens
+            self._write(f"{split}_{shard:05d}.bin", np.asarray(tokens[part], dtype=self.dtype).tobytes(), full)
+            if self.masked:
+                assert mask is not None
+                self._write(f"{split}_{shard:05d}.mask", np.asarray(mask[part], dtype=np.uint8).tobytes(), full)
+            written = part.stop
+        facts.add(len(tokens), lengths, text_bytes, counts or {})
+
+    def commit(self, position: int) -> None:
+        """Makes all that was appended durable, together with `position`, which the caller counts in its own units."""
+        self._flush()
+        self.position = position
+        facts = {name: asdict(split) for name, split in self.splits.items()}
+        sizes = self._full | {name: file.tell() for name, file in self._files.items()}
+        write_json(self.partial / JOURNAL, self._identity() | {"position": position, "splits": facts, "sizes": sizes})
+
+    def data_files(self) -> list[Path]:
+        """The files of tokens, masks and document starts written so far, by name."""
+        return sorted(path for path in self.partial.iterdir() if path.suffix in (".bin", ".mask"))
+
+    def finish(self, card: Callable[[dict[str, Any]], str], **facts: Any) -> TokenStore:
+        """Writes the description (`facts` are added to it) and the card made of it, and the store appears at `folder`.
+
+        Raises:
+            ValueError: a document has not ended.
+        """
+        self._flush()
+        self.close()
+        if any(split.unfinished for split in self.splits.values()):
+            raise ValueError("a document has not ended")
+        description = {
+            "format": FORMAT,
+            "corpus": self.corpus,
+            "source": self.source,
+            "dtype": self.dtype.name,
+            "vocab_size": self.tokenizer.vocab_size,
+            "row_length": self.row_length,
+            "splits": {name: self._describe(name, self.splits[name]) for name in sorted(self.splits, key=_rank)},
+            "sha256": {path.name: sha256(path) for path in self.data_files()},
+            **facts,
+        }
+        write_json(self.partial / STORE, description)
+        write_text(self.partial / CARD, card(description))
+        (self.partial / JOURNAL).unlink(missing_ok=True)
+        seal(self.partial, self.folder)
+        return TokenStore(self.folder)
+
+    def close(self) -> None:
+        """Closes all files; what was committed stays for the next writer."""
+        for file in self._files.values():
+            # What is left in a buffer was never committed; a full disk, which would fail here again, has been told.
+            with contextlib.suppress(OSError):
+                file.close()
+        self._files.clear()
+
+    def _flush(self) -> None:
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _identity(self) -> dict[str, Any]:
+        facts = {
+            "format": FORMAT,
+            "corpus": self.corpus,
+            "source": self.source,
+            "tokenizer": self.tokenizer.to_json(),
+            "chat_template": self.chat_template and self.chat_template.to_json(),
+            "shard_tokens": self.shard_tokens,
+        }
+        identity: dict[str, Any] = json.loads(json.dumps(facts))
+        return identity
+
+    def _restore(self) -> None:
+        """Goes back to the last commit of an interrupted writer of the same store, or to nothing."""
+        try:
+            journal = read_json(self.partial / JOURNAL)
+        except UserError:
+            journal = {}
+        same = {key: journal.get(key) for key in self._identity()} == self._identity()
+        if not same or any(_size(self.partial / name) < size for name, size in journal["sizes"].items()):
+            journal = {"sizes": {}, "splits": {}, "position": 0}
+        for path in self.data_files():
+            if path.name not in journal["sizes"]:
+                path.unlink()
+        for name, size in journal["sizes"].items():
+            os.truncate(self.partial / name, size)
+        self._full = journal["sizes"]
+        self.position = journal["position"]
+        for name, facts in journal["splits"].items():
+            histogram = {int(power): count for power, count in facts.pop("length_histogram").items()}
+            self.splits[name] = SplitFacts(**facts, length_histogram=histogram)
+
+    def _file(self, name: str) -> BinaryIO:
+        if name not in self._files:
+            self._full.pop(name, None)
+            self._files[name] = (self.partial / name).open("ab")
+        return self._files[name]
+
+    def _write(self, name: str, content: bytes, full: bool) -> None:
+        """Appends to a file, and closes one that is full, so that few are open however many shards there are."""
+        file = self._file(name)
+        file.write(content)
+        if full:
+            file.flush()
+            os.fsync(file.fileno())
+            self._full[name] = file.tell()
+            self._files.pop(name).close()
+
+    def _describe(self, name: str, facts: SplitFacts) -> dict[str, Any]:
+        shards = []
+        for index in range(math.ceil(facts.tokens / self.shard_tokens)):
+            tokens = min(self.shard_tokens, facts.tokens - index * self.shard_tokens)
+            entry: dict[str, Any] = {"file": f"{name}_{index:05d}.bin", "tokens": tokens}
+            if self.masked:
+                entry["mask_file"] = f"{name}_{index:05d}.mask"
+            shards.append(entry)
+        document_file = f"{name}_documents.bin" if self.row_length is None else None
+        counts = {key: value for key, value in asdict(facts).items() if key != "unfinished"}
+        return counts | {"masked": self.masked, "document_file": document_file, "shards": shards}
+
+
+def _rank(split: str) -> tuple[int, str]:
+    """Sorts train, val, test before any other name."""
+    return SPLITS.index(split) if split in SPLITS else len(SPLITS), split
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What is appended to one split at once; see `StoreWriter.append`."""
+
+    split: str
+    tokens: NDArray[Any]
+    lengths: NDArray[np.int64]
+    text_bytes: int
+    mask: NDArray[np.uint8] | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """What the card tells besides."""
+
+
+Groups = Iterator[tuple[int, list[Chunk]]]
+"""How much of the source has been read after a group, in the unit of the total, and the chunks of the group."""

@@ -1,0 +1,1 @@
+"""What a policy acts in, and what a checkpoint is scored by."""

@@ -1,0 +1,147 @@
+"""What trains of a model that has learned already, and how fast; applied from outside the model (design rule 7)."""
+
+from collections.abc import Collection, Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch.distributed as dist
+
+from cleangpt.checkpoints.snapshots import fill_tensors, saved_shapes
+from cleangpt.config import FineTuningConfig, OptimizerConfig
+from cleangpt.distributed.layout import Layout
+from cleangpt.errors import UserError, nearest
+from cleangpt.experiment import Experiment
+from cleangpt.models import build_model
+from cleangpt.models.base import LanguageModel, on_meta
+from cleangpt.models.lora import add_adapter, is_adapter, linear_layers
+from cleangpt.training.mup import width_factors
+from cleangpt.training.optimizer import Optimizer
+
+
+# What trains ---------------------------------------------------------------------------------------------------------
+def restrict(model: LanguageModel, config: FineTuningConfig) -> None:
+    """Adds the adapters, and freezes what is not to train: it gets no gradient, no moments and no decay.
+
+    Raises:
+        UserError: a pattern matches nothing, or everything would be frozen.
+    """
+    lora = config.lora
+    if lora.rank is not None:
+        layers = linear_layers(model)
+        for name in matching(lora.targets, layers, "fine_tuning.lora.targets", "linear layer"):
+            add_adapter(layers[name], lora)
+    frozen = frozen_names(model, config)
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"fine_tuning.freeze is {config.freeze!r}; allowed: what leaves a parameter to train")
+
+
+def frozen_names(model: LanguageModel, config: FineTuningConfig) -> set[str]:
+    """The parameters that stay as they are: those that patterns name, or with adapters all others.
+
+    Raises:
+        UserError: a pattern matches nothing.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    if config.lora.rank is not None:
+        return {name for name in names if not is_adapter(name)}
+    return matching(config.freeze, names, "fine_tuning.freeze", "parameter")
+
+
+def matching(patterns: Iterable[str], names: Collection[str], field: str, what: str) -> set[str]:
+    """The names that one of the patterns matches.
+
+    Raises:
+        UserError: a pattern matches none; names the nearest.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        mine = {name for name in names if fnmatchcase(name, pattern)}
+        if not mine:
+            first = ", ".join(dict.fromkeys(name.split(".")[0] for name in names)) or "nothing"
+            hint = nearest(pattern, [*names, *_folders(names)]) or f"; names begin with {first}"
+            raise UserError(f"{field}: {pattern!r} matches no {what}{hint}")
+        found |= mine
+    return found
+
+
+def _folders(names: Iterable[str]) -> set[str]:
+    """The patterns that name all that is in one module."""
+    parts = [name.split(".") for name in names]
+    return {".".join([*words[:end], "*"]) for words in parts for end in range(1, len(words))}
+
+
+# How fast ------------------------------------------------------------------------------------------------------------
+def lr_factors(model: LanguageModel, config: OptimizerConfig, layer_decay: float) -> dict[str, float]:
+    """The factor on each parameter's learning rate: that of its layer, times that of the first pattern that fits.
+
+    Raises:
+        UserError: a pattern fits no parameter, or the model has no `blocks`.
+    """
+    by_layer = layer_factors(model, layer_decay)
+    by_name: dict[str, float] = {}
+    for pattern, factor in reversed(config.lr_factors):
+        by_name |= dict.fromkeys(matching([pattern], by_layer, "optimizer.lr_factors", "parameter"), factor)
+    return {name: factor * by_name.get(name, 1.0) for name, factor in by_layer.items()}
+
+
+def layer_factors(model: LanguageModel, decay: float) -> dict[str, float]:
+    """The factor on each parameter's learning rate: decay to the power of how many layers stand above it.
+
+    Howard and Ruder 2018, "Universal language model fine-tuning", section 3.2. What stands in the model before
+    `blocks`, the embeddings, is the lowest layer; each block is one; what stands after them is the highest.
+
+    Raises:
+        UserError: the model has no `blocks`.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    if decay == 1:
+        return dict.fromkeys(names, 1.0)
+    blocks = model.layers()
+    if not len(blocks):
+        kind = type(model).__name__
+        raise UserError(f"fine_tuning.layer_decay is {decay}; allowed for {kind}, which has no ModuleList `blocks`: 1")
+    factors, above = {}, len(blocks) + 1
+    for name in names:
+        if name.startswith("blocks."):
+            above = len(blocks) - int(name.split(".")[1])
+        elif above <= len(blocks):
+            above = 0
+        factors[name] = decay**above
+    return factors
+
+
+# Before and at the start ---------------------------------------------------------------------------------------------
+def check_fine_tuning(experiment: Experiment, place: Layout) -> None:
+    """Refuses what cannot be applied to the experiment's model, before anything is made; its vocabulary is known.
+
+    Raises:
+        UserError: one line naming the field.
+    """
+    tuning = experiment.fine_tuning
+    if tuning.lora.rank is not None and place.tensor > 1:
+        raise UserError(
+            f"fine_tuning.lora.rank is {tuning.lora.rank}; allowed where matrices are cut: None; use strategy fsdp"
+        )
+    with on_meta():
+        model = build_model(experiment.model)
+    restrict(model, tuning)
+    lr_factors(model, experiment.optimizer, tuning.layer_decay)
+    width_factors(experiment.model, experiment.optimizer)
+
+
+def take_moments(optimizer: Optimizer, snapshot: Path, group: dist.ProcessGroup | None) -> str:
+    """Fills the moments of parameters that have the same name and shape in a snapshot of another run; a line about it.
+
+    All processes call this together; each reads its parts.
+    """
+    shapes, moments = saved_shapes(snapshot), optimizer.state_dict()["moments"]
+    fitting = {
+        name: entry
+        for name, entry in moments.items()
+        if all(shapes.get(f"optimizer/moments/{name}/{key}") == tensor.shape for key, tensor in entry.items())
+    }
+    fill_tensors(snapshot, {"optimizer": {"moments": fitting}}, group)
+    return f"the optimizer begins with the moments of {len(fitting)} of {len(moments)} parameters from {snapshot}"

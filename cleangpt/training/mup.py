@@ -1,0 +1,108 @@
+"""muP: initial weights and learning rates under which the best rate does not depend on the width of the model.
+
+Yang et al. 2022, "Tensor Programs V: Tuning large neural networks via zero-shot hyperparameter transfer", table 3. It
+is applied from outside the model (design rule 7): a factor on each parameter's initial values and one on its rate, with
+nothing in the forward pass, so that checkpoints are those of a plain model.
+
+A side of a matrix grows if it is another in the same model at the base width. With r = width / base width:
+
+what                                initial values   AdamW   Muon
+embeddings, biases, gains           1                1       -
+matrices between growing sides      1/√r             1/r     1/√r
+a head, a router: to fixed sides    1/r              1/r     1/r
+the last norm before a tied head    1/r              1/r     -
+
+A tied head would have to multiply its logits by 1/r (table 8 there). The gain of the norm before it does so as well:
+AdamW does not see the scale of a gradient, so a gain that begins at 1/r and moves at 1/r of the rate is the same thing.
+
+Muon's updates have the root mean square of AdamW's at any width, and with it a spectral norm that grows as √r. Features
+move alike at all widths if that norm is that of √(rows / columns) (Yang et al. 2023, "A spectral condition for feature
+learning", condition 1), which gives the last column. The heads of a fused query, key and value, taken apart, have a
+fixed number of rows.
+
+Heads keep their size, and there are more of them, so attention's own scale stays as it is.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from cleangpt.config import ModelConfig, OptimizerConfig
+from cleangpt.errors import UserError
+from cleangpt.models import build_model
+from cleangpt.models.base import LanguageModel, on_meta
+from cleangpt.training.optimizer import is_hidden_matrix
+
+
+@dataclass(frozen=True)
+class WidthFactor:
+    """What a parameter's initial values and its learning rate are multiplied by."""
+
+    initial: float = 1.0
+    lr: float = 1.0
+
+
+def width_factors(config: ModelConfig, optimizer: OptimizerConfig) -> dict[str, WidthFactor]:
+    """The factors of muP for each parameter of a model; none without `optimizer.base_dim`.
+
+    Raises:
+        UserError: the model cannot be had at the base width, has convolutions, or neither a head nor a `final_norm`.
+    """
+    if optimizer.base_dim is None:
+        return {}
+    with on_meta():
+        model, base = build_model(config), build_model(config.at_width(optimizer.base_dim))
+    if any(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules()):
+        raise UserError(f"optimizer.base_dim is {optimizer.base_dim}; allowed for a model with convolutions: None")
+    with_muon = optimizer.muon.lr is not None
+    looked_up = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    factors = {}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2 or name in looked_up:
+            factors[name] = WidthFactor()
+        else:
+            muon = with_muon and is_hidden_matrix(name, parameter)
+            factors[name] = _matrix_factor(_matrix_shape(model, name), _matrix_shape(base, name), muon)
+    if not any(isinstance(module, nn.Linear) for name, module in model.named_modules() if "blocks." not in name):
+        factors |= _tied_head(factors, optimizer.base_dim / cast(Any, config).dim)
+    return factors
+
+
+def _matrix_shape(model: LanguageModel, name: str) -> tuple[int, int, int]:
+    """Rows and columns of a parameter `(..., rows, columns)`, and how many of the rows make a matrix of their own."""
+    rows, columns = model.get_parameter(name).shape[-2:]
+    return rows, columns, rows // model.stacked_matrices(name)
+
+
+def _matrix_factor(shape: tuple[int, int, int], base: tuple[int, int, int], muon: bool) -> WidthFactor:
+    """The factor of a matrix by its own shape and that at the base width, both from `_matrix_shape`."""
+    rows, columns, own_rows = (now / then for now, then in zip(shape, base, strict=True))
+    initial = min(1.0, math.sqrt(rows / columns)) / math.sqrt(columns)
+    if not muon:
+        return WidthFactor(initial, 1 / columns)
+    growth = math.sqrt(max(shape[1:]) / max(base[1:]))  # of the spectral norm of an update
+    return WidthFactor(initial, math.sqrt(own_rows / columns) / growth)
+
+
+def _tied_head(factors: Mapping[str, WidthFactor], factor: float) -> dict[str, WidthFactor]:
+    """The `factor` of a tied head, as the last norm takes it.
+
+    Raises:
+        UserError: there is no such norm.
+    """
+    norm = [name for name in factors if name.startswith("final_norm.")]
+    if not norm:
+        raise UserError("optimizer.base_dim needs a model with a head of its own, or a `final_norm` before a tied one")
+    return dict.fromkeys(norm, WidthFactor(factor, factor))
+
+
+@torch.no_grad()
+def scale_initial(model: LanguageModel, factors: Mapping[str, WidthFactor]) -> None:
+    """Multiplies initial weights by their factors; of a normal draw, that is another deviation."""
+    for name, parameter in model.named_parameters():
+        if name in factors:
+            parameter.mul_(factors[name].initial)

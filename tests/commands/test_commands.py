@@ -1,0 +1,450 @@
+"""Every command works, and every mistake is one line, exit code 2, with nothing created."""
+
+import ast
+import errno
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from cleangpt import __version__
+from cleangpt.commands import COMMANDS, main
+from cleangpt.tracking.metrics import read_metrics
+
+EXPERIMENT = '''"""A small experiment of the user's own."""
+from cleangpt.config import *
+from cleangpt.corpora.adder import Adder
+from cleangpt.models.gpt import GPTConfig
+
+experiment = Experiment(
+    name="own",
+    corpus=Adder(digits=2, train_samples=300, val_samples=50, test_samples=20),
+    data=DataConfig(seq_len=9, batch_size=16),
+    model=GPTConfig(max_seq_len=9, n_layers=1, n_heads=2, dim=16),
+    optimizer=OptimizerConfig(lr=1e-2),
+    training=TrainingConfig(macro_batches=3, batches_per_macro_batch=4, device="cpu"),
+    tracking=TrackingConfig(progress=False, sample_tokens=4, score_samples=10),
+)
+'''
+
+
+@pytest.fixture
+def own(workplace: Path) -> Path:
+    path = workplace / "own.py"
+    path.write_text(EXPERIMENT)
+    return path
+
+
+@pytest.fixture
+def run(own: Path) -> str:
+    assert main(["train", "own.py", "--run-dir", "run"]) == 0
+    return "run"
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    capsys.readouterr()
+    assert main(list(words)) == 2
+    captured = capsys.readouterr()
+    *before, line = captured.err.splitlines()
+    assert line.startswith("error: ") and not any("Traceback" in other for other in before), captured.err
+    assert not before or "sha256" in captured.err, "only the card of a corpus may stand before the error"
+    return line
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "'trian' is not a command; did you mean 'train'?"),
+        (["train"], "cleangpt train needs EXPERIMENT"),
+        (["train", "addr"], "did you mean 'adder'?"),
+        (["train", "nowhere/file.py"], "no such file"),
+        (
+            ["train", "own.py", "--optimizer.lrr", "1"],
+            "--optimizer.lrr is not an option; did you mean '--optimizer.lr'?",
+        ),
+        (["train", "own.py", "--optimizer.lr", "fast"], "--optimizer.lr is 'fast'; allowed: a number"),
+        (["train", "own.py", "--data.batch-size", "1.5"], "--data.batch-size is '1.5'; allowed: a whole number"),
+        (["train", "own.py", "--data.val-samples", "x"], "--data.val-samples is 'x'; allowed: a whole number"),
+        (["train", "own.py", "--training.precision", "bf61"], "tf32, bf16, fp16, fp8; did you mean 'bf16'?"),
+        (["train", "own.py", "--optimizer.lr"], "Missing value for argument '--optimizer.lr'"),
+        (["train", "own.py", "surplus"], "surplus is one word too many"),
+        (["train", "own.py", "--model.n-heads", "3"], "model.n_heads is 3; allowed: a divisor of model.dim"),
+        (["train", "own.py", "--data.seq-len", "10"], "data.seq_len is 10; allowed: at most model.max_seq_len"),
+        (["train", "own.py", "--data.seq-len", "8"], "data.seq_len is 8; allowed: 9"),
+        (["train", "own.py", "--training.accumulation", "5"], "training.accumulation reaches 5"),
+        (["train", "own.py", "--training.device", "cuda:99"], "this machine has"),
+        (["train", "own.py", "--corpus.digits", "7"], "corpus.digits is 7"),
+        (["train", "own.py", "--objective", "next_tokens"], "did you mean 'next_token'?"),
+        (["train", "own.py", "--init-from", "nowhere"], "nowhere is not a run"),
+        (["train", "own.py", "--model.vocab-size", "5"], "model.vocab_size is 5; allowed: at least the tokenizer's 13"),
+        (["tune"], "cleangpt tune needs EXPERIMENT"),
+        (["tune", "own.py", "--optimizer.base-dim", "12"], "a width of 12 does not fit a model of dim 16, n_heads 2"),
+        (["prepare"], "cleangpt prepare needs CORPUS"),
+        (["prepare", "shakespear_char"], "did you mean 'shakespeare_char'?"),
+        (["prepare", "text"], "--files is missing: Paths, globs or folders"),
+        (["resume", "nowhere"], "nowhere is not a run"),
+        (["evaluate", "nowhere"], "nowhere is not a run"),
+        (["evaluate"], "an argument is missing: Folder of a run"),
+        (["sample", "nowhere"], "nowhere is not a run"),
+        (["report"], "needs either runs or --schedule EXPERIMENT"),
+        (["report", "nowhere"], "nowhere is not a run"),
+        (["report", "--schedule", "addr"], "did you mean 'adder'?"),
+    ],
+)
+def test_mistakes_are_one_line_and_create_no_run(
+    own: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert message in error_of(capsys, *words)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("experiment = Experiment(nam='x')", "Experiment has no field 'nam'; did you mean 'name'?"),
+        ("DataConfig(seq_len=1)", "DataConfig needs the field 'batch_size'"),
+        ("GPTConfig(n_layer=2)", "GPTConfig has no field 'n_layer'; did you mean 'n_layers'?"),
+        ("experiment = (", "line 5: '(' was never closed"),
+        ("experiment = 3", "does not build an Experiment"),
+    ],
+)
+def test_mistakes_in_an_experiment_file_are_one_line(
+    workplace: Path, capsys: pytest.CaptureFixture[str], line: str, message: str
+) -> None:
+    lines = EXPERIMENT.splitlines()[:4]
+    Path("wrong.py").write_text("\n".join([*lines, line]))
+    assert message in error_of(capsys, "train", "wrong.py")
+    assert [path.name for path in workplace.iterdir() if path.name != "__pycache__"] == ["wrong.py"]
+
+
+def test_an_error_in_the_users_own_code_keeps_its_traceback(workplace: Path) -> None:
+    Path("own.py").write_text("len(3)")
+    with pytest.raises(TypeError, match="has no len"):
+        main(["train", "own.py"])
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO])
+def test_a_disk_that_refuses_is_told_in_one_line(
+    own: Path, number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*given: object) -> None:
+        raise OSError(number, os.strerror(number), "run/experiment.json")
+
+    monkeypatch.setattr("cleangpt.checkpoints.run_folder.write_json", refuse)
+    assert main(["train", str(own)]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == f"stopped: [Errno {number}] {os.strerror(number)}: 'run/experiment.json'"
+
+
+def test_no_room_for_temporary_files_is_told_in_one_line(
+    own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where PyTorch's compiler is loaded while all disks are full."""
+
+    def without_room(*given: object) -> None:
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere"])
+        tempfile.gettempdir()
+
+    monkeypatch.setattr("cleangpt.checkpoints.run_folder.write_json", without_room)
+    assert main(["train", str(own)]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("stopped: [Errno 2] No usable temporary directory")
+
+
+def test_another_error_of_the_system_keeps_its_traceback(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, "a fault of the program")
+
+    monkeypatch.setattr("cleangpt.checkpoints.run_folder.write_json", fail)
+    with pytest.raises(FileNotFoundError):
+        main(["train", str(own)])
+
+
+def test_training_leaves_the_run_directory_of_the_design(run: str, own: Path) -> None:
+    names = {path.name for path in Path(run).iterdir()}
+    assert names >= {
+        "experiment.py", "experiment.json", "environment.json", "metrics.jsonl", "log.txt", "snapshots", "checkpoints",
+    }  # fmt: skip
+    assert Path(run, "experiment.py").read_text() == own.read_text()
+    experiment = json.loads(Path(run, "experiment.json").read_text())
+    assert experiment["model"] == {
+        "kind": "gpt", "vocab_size": 13, "max_seq_len": 9, "n_layers": 1, "n_heads": 2, "dim": 16, "bias": True,
+        "dropout": 0.0,
+    }  # fmt: skip
+    environment = json.loads(Path(run, "environment.json").read_text())
+    assert environment["cleangpt"] == __version__ and environment["overrides"] == ["--run-dir", "run"]
+
+
+def test_a_run_goes_under_its_name_and_is_found_by_it(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "own.py", "--training.macro-batches", "1"]) == 0
+    (run,) = Path("runs/own").iterdir()
+    assert main(["evaluate", "own"]) == 0
+    assert (run / "evaluation.json").exists()
+
+
+def test_repeating_a_run_takes_its_overrides_and_gives_the_same_figures(own: Path) -> None:
+    assert main(["train", "own.py", "--run-dir", "one", "--optimizer.lr", "0.02"]) == 0
+    assert main(["train", "one/experiment.py", "--run-dir", "two"]) == 0
+    losses = [[line["val_loss"] for line in read_metrics(Path(run))] for run in ("one", "two")]
+    assert losses[0] == losses[1]
+    assert main(["train", "own.py", "--run-dir", "three"]) == 0
+    assert [line["val_loss"] for line in read_metrics(Path("three"))] != losses[0]
+
+
+def test_starting_the_same_run_again_goes_on_and_another_experiment_is_refused(
+    run: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "own.py", "--run-dir", "run"]) == 0
+    assert len(read_metrics(Path(run))) == 3
+    line = error_of(capsys, "train", "own.py", "--run-dir", "run", "--optimizer.lr", "0.5")
+    assert "optimizer.lr is 0.01 there and 0.5 here" in line
+
+
+def test_a_folder_of_something_else_is_not_taken_for_a_run(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("dear")
+    assert "holds something else" in error_of(capsys, "train", "own.py", "--run-dir", "mine")
+    assert [path.name for path in Path("mine").iterdir()] == ["thesis.txt"]
+
+
+def test_resume_trains_longer_when_asked_and_refuses_another_model(
+    run: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["resume", "run", "--training.macro-batches", "5"]) == 0
+    assert [line["macro_batch"] for line in read_metrics(Path(run))] == [1, 2, 3, 4, 5]
+    assert "model.dim is 16 in this run and cannot become 32" in error_of(capsys, "resume", "run", "--model.dim", "32")
+    assert "data.batch_size is 16" in error_of(capsys, "resume", "run", "--data.batch-size", "8")
+
+
+def test_evaluate_prints_json_and_a_table(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["evaluate", "run", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["split"] == "test" and figures["samples"] == 20
+    assert 0 <= figures["exact_match"] <= 1
+    assert figures == json.loads(Path("run/evaluation.json").read_text())
+    assert main(["evaluate", "run", "--split", "val"]) == 0
+    printed = capsys.readouterr().out
+    assert "exact match" in printed and "val" in printed
+    best = min(read_metrics(Path(run)), key=lambda line: line["val_loss"])
+    assert json.loads(Path("run/evaluation.json").read_text())["loss"] == pytest.approx(best["val_loss"])
+
+
+def test_evaluate_refuses_what_is_not_there(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--split is 'tset'; allowed: train, val, test" in error_of(capsys, "evaluate", "run", "--split", "tset")
+    assert "--checkpoint is 'best'; allowed: val" in error_of(capsys, "evaluate", "run", "--checkpoint", "best")
+
+
+def test_sample_goes_on_from_a_prompt_the_same_way_for_a_seed(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for seed in ("1", "1", "2"):
+        capsys.readouterr()
+        words = ["sample", "run", "--prompt", "12+34=", "--seed", seed, "--num-samples", "3", "--max-new-tokens", "6"]
+        assert main([*words, "--temperature", "2"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0].count("---") == 2 and texts[0].count("12+34=") == 3
+
+
+def test_a_draft_and_an_empty_cache_change_no_greedy_text(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for words in ([], ["--draft", "run", "--draft-tokens", "3"], ["--no-cache"]):
+        capsys.readouterr()
+        assert main(["sample", "run", "--prompt", "12+34=", "--temperature", "0", *words]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_tokens_are_shown_with_their_log_probabilities(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of all but the prompt; together they are the text."""
+    words = ["sample", "run", "--prompt", "12+34=", "--temperature", "0"]
+    capsys.readouterr()
+    assert main(words) == main([*words, "--logprobs"]) == 0
+    text, *lines = capsys.readouterr().out.splitlines()
+    shown = [line.split(maxsplit=1) for line in lines]
+    assert all(float(logprob) <= 0 for logprob, _ in shown)
+    assert "12+34=" + "".join(ast.literal_eval(token) for _, token in shown) == text
+
+
+CHAT = """
+from cleangpt.config import *
+from cleangpt.corpora.adder_chat import AdderChat
+from cleangpt.models.gpt import GPTConfig
+
+corpus = AdderChat(digits=1)
+experiment = Experiment(
+    name="talk",
+    corpus=corpus,
+    data=DataConfig(seq_len=corpus.row_length - 1, batch_size=4, val_samples=4),
+    model=GPTConfig(max_seq_len=corpus.row_length - 1, n_layers=1, n_heads=2, dim=16),
+    optimizer=OptimizerConfig(lr=1e-2),
+    training=TrainingConfig(macro_batches=1, batches_per_macro_batch=2, device="cpu"),
+    tracking=TrackingConfig(progress=False, sample_tokens=2, score_samples=2),
+)
+"""
+
+
+def test_a_conversation_goes_on_line_by_line(
+    run: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("talk.py").write_text(CHAT)
+    assert main(["train", "talk.py", "--run-dir", "talk"]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is 1 + 2?\nAnd 3 + 4?\n\nnever said\n"))
+    words = ["chat", "talk", "--max-new-tokens", "5", "--temperature", "0", "--system", "Be brief."]
+    assert main(words) == 0
+    assert capsys.readouterr().out.count("\n") >= 2
+    assert main([*words, "--message", "What is 1 + 2?"]) == 0
+    assert "--top-p is 2.0; allowed: more than 0, at most 1" in error_of(capsys, *words, "--top-p", "2")
+    assert "run/checkpoints" in error_of(capsys, "chat", "run") and "has no chat template" in error_of(
+        capsys, "chat", "run"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--min-p", "2"], "--min-p is 2.0; allowed: more than 0, at most 1"),
+        (["--repetition-penalty", "0"], "--repetition-penalty is 0.0; allowed: more than 0"),
+        (["--stop", ""], "--stop is ('',); allowed: texts of one character or more"),
+        (["--draft", "nowhere"], "nowhere is not a run"),
+        (["--draft-tokens", "0"], "--draft-tokens is 0; allowed: 1 or more"),
+        (["--prompt", "12*3"], "does not know the character '*'"),
+        (["--temperature", "-1"], "--temperature is -1.0; allowed: 0 or more"),
+        (["--top-k", "0"], "--top-k is 0; allowed: 1 or more"),
+        (["--top-p", "1.5"], "--top-p is 1.5; allowed: more than 0, at most 1"),
+        (["--num-samples", "0"], "--num-samples is 0; allowed: 1 or more"),
+    ],
+)
+def test_sample_refuses_what_cannot_be(
+    run: str, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert message in error_of(capsys, "sample", "run", *words)
+
+
+def test_report_writes_a_page_and_compares_runs(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "run"]) == 0
+    assert Path("run/report.html").exists() and list(Path("run/plots").glob("*.png"))
+    assert main(["train", "own.py", "--run-dir", "other", "--optimizer.lr", "0.001"]) == 0
+    assert main(["report", "run", "other", "--out", "both"]) == 0
+    assert "other" in next(Path().rglob("both*/*.html")).read_text(encoding="utf-8")
+
+
+def test_schedules_are_plotted_before_training(own: Path) -> None:
+    assert main(["report", "--schedule", "own.py"]) == 0
+    assert Path("own_schedule.png").read_bytes()[:4] == b"\x89PNG"
+    assert not Path("runs").exists() and not Path("data").exists()
+
+
+def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("shakespeare_char_cpu", "adder", "multiplier", "stdlib_code", "tinystories", "text", "gpt"):
+        assert name in printed
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    assert command in capsys.readouterr().out
+
+
+def test_help_of_an_experiment_shows_its_values(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "own.py", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert "--optimizer.lr" in printed and "0.01" in printed
+    assert all(f"{group} options" in printed for group in ("data", "model", "optimizer", "training", "saving"))
+
+
+def test_prepare_makes_a_store_once(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("book.txt").write_text("one two three\n" * 400)
+    assert main(["prepare", "text", "--files", "book.txt"]) == 0
+    first = capsys.readouterr()
+    assert "sha256" in first.err and "token store: data" in first.out
+    assert main(["prepare", "text", "--files", "book.txt"]) == 0
+    assert "sha256" not in capsys.readouterr().err
+    assert main(["prepare", "text", "--files", "book.txt", "--again"]) == 0
+    assert "sha256" in capsys.readouterr().err
+
+
+def test_an_own_model_is_resumed_and_evaluated_with_its_code(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("bigram.py").write_text(
+        EXPERIMENT.replace("experiment = ", "OWN").split("OWN")[0]
+        + '''
+from dataclasses import dataclass
+import torch
+from cleangpt.models import MODELS
+
+@dataclass(frozen=True, kw_only=True)
+class BigramConfig(ModelConfig):
+    """The next token from this one alone."""
+
+class Bigram(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.table = torch.nn.Embedding(config.vocab_size, config.vocab_size)
+
+    def forward(self, tokens):
+        return self.table(tokens)
+
+MODELS["bigram"] = (BigramConfig, Bigram)
+'''
+        + "experiment = "
+        + EXPERIMENT.split("experiment = ")[1].replace(
+            "GPTConfig(max_seq_len=9, n_layers=1, n_heads=2, dim=16)", "BigramConfig(max_seq_len=9)"
+        )
+    )
+    assert main(["train", "bigram.py", "--run-dir", "run"]) == 0
+    for words in (["resume", "run"], ["evaluate", "run"], ["sample", "run"]):
+        code = "import sys; from cleangpt.commands import main; sys.exit(main(sys.argv[1:]))"
+        outcome = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=120)
+        if words[0] == "resume":
+            assert outcome.returncode == 0, outcome.stderr
+        else:
+            assert outcome.returncode == 2 and "kind 'bigram', which is not registered here" in outcome.stderr
+            again = subprocess.run(
+                [sys.executable, "-m", "cleangpt", *words, "--code", "bigram.py"], capture_output=True, timeout=120
+            )
+            assert again.returncode == 0, again.stderr
+
+
+def test_evaluate_and_sample_never_run_the_file_inside_a_run(run: str) -> None:
+    Path("run/experiment.py").write_text("raise SystemExit('executed')")
+    assert main(["evaluate", "run"]) == 0
+    assert main(["sample", "run", "--max-new-tokens", "1"]) == 0
+
+
+def test_the_version_and_an_empty_call(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"cleangpt {__version__}\n"
+    assert main([]) == 2
+    assert "usage" in capsys.readouterr().out
+
+
+def test_help_does_not_load_torch() -> None:
+    code = "import sys; from cleangpt.commands import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 0
+
+
+def test_nothing_in_the_package_unpickles() -> None:
+    import cleangpt
+
+    for path in Path(cleangpt.__file__).parent.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert not any(word in text for word in ("import pickle", "torch.load", "torch.save", "allow_pickle=True")), (
+            path
+        )
+
+
+def test_pytorchs_compiler_is_loaded_only_where_it_is_used() -> None:
+    """It takes longer to load than the rest of the package."""
+    found = "import cleangpt.training.trainer, sys; print('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", found], capture_output=True, text=True, check=True).stdout == "False\n"

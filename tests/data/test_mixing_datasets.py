@@ -1,0 +1,159 @@
+"""Batches of a mixture hold each store's own samples, each once an epoch, on any number of devices."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cleangpt.data.batch import IGNORED
+from cleangpt.data.dataset import TokenStore
+from cleangpt.data.loader import BatchLoader, Samples, SplitStream
+from cleangpt.data.mixing import MixedStore, MixedStream, Part, interleave, mean_shares, split_samples, training_stream
+from cleangpt.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
+from cleangpt.data.writer import StoreWriter
+from cleangpt.errors import UserError
+
+ROW = 5
+
+
+class Rows:
+    """A split of `count` rows in memory; every token tells its source and its row."""
+
+    row_length, masked, vocab_size = ROW, False, 2**62
+
+    def __init__(self, source: int, count: int) -> None:
+        self.documents, self.tokens = count, ROW * count
+        self.array = np.repeat(1000 * source + np.arange(count), ROW)
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        return self.array[start : start + length]
+
+
+def stream(sizes: list[int], weights: list[float], total: int = 10**6) -> MixedStream:
+    names = [f"s{source}" for source in range(len(sizes))]
+    streams = {name: SplitStream(Samples(Rows(i, sizes[i]), ROW - 1), i) for i, name in enumerate(names)}
+    return MixedStream(streams, interleave(names, weights, [None] * len(sizes), total))
+
+
+def read(mixture: MixedStream, start: int, count: int) -> list[int]:
+    """The first token of each sample."""
+    return mixture.batch(start, count).inputs["tokens"][:, 0].tolist()
+
+
+three = st.tuples(
+    st.lists(st.integers(10, 40), min_size=3, max_size=3), st.lists(st.integers(1, 9), min_size=3, max_size=3)
+)
+
+
+@given(mixture=three, batch_size=st.integers(1, 50))
+@settings(max_examples=12)
+def test_every_epoch_of_every_source_has_each_of_its_samples_once(
+    mixture: tuple[list[int], list[int]], batch_size: int
+) -> None:
+    sizes, weights = mixture
+    mixed = stream(sizes, list(map(float, weights)))
+    drawn = [token for start in range(0, 400, batch_size) for token in read(mixed, start, batch_size)]
+    for source, size in enumerate(sizes):
+        mine = [token - 1000 * source for token in drawn if token // 1000 == source]
+        for epoch in range(len(mine) // size):
+            assert sorted(mine[epoch * size : (epoch + 1) * size]) == list(range(size))
+
+
+@given(mixture=three, position=st.integers(0, 500), count=st.integers(1, 60))
+@settings(max_examples=12)
+def test_a_batch_anywhere_is_that_of_a_replay(mixture: tuple[list[int], list[int]], position: int, count: int) -> None:
+    sizes, weights = mixture
+    replayed, jumped = (stream(sizes, list(map(float, weights))) for _ in range(2))
+    expected = [token for start in range(position + count) for token in read(replayed, start, 1)][position:]
+    assert read(jumped, position, count) == expected
+
+
+@given(mixture=three, position=st.integers(0, 500))
+@settings(max_examples=12)
+def test_the_visited_share_is_that_of_counting(mixture: tuple[list[int], list[int]], position: int) -> None:
+    sizes, weights = mixture
+    mixed = stream(sizes, list(map(float, weights)))
+    drawn = read(mixed, 0, position) if position else []
+    figures = mixed.visits(position)
+    assert figures["visited_share"] == pytest.approx(len(set(drawn)) / sum(sizes))
+    assert figures["times_visited"] == pytest.approx(position / sum(sizes))
+    for source, size in enumerate(sizes):
+        mine = [token for token in drawn if token // 1000 == source]
+        assert figures[f"visited_share/s{source}"] == pytest.approx(len(set(mine)) / size)
+        assert figures[f"times_visited/s{source}"] == pytest.approx(len(mine) / size)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_devices_share_out_the_batches_of_a_mixture(world_size: int) -> None:
+    expected = stream([30, 20, 7], [5.0, 3.0, 2.0])
+    loaders = [
+        BatchLoader(stream([30, 20, 7], [5.0, 3.0, 2.0]), 8, 16, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    for start in (16, 24, 32):
+        parts = torch.cat([loader.next().inputs["tokens"] for loader in loaders])
+        assert parts[:, 0].tolist() == read(expected, start, 8)
+    for loader in loaders:
+        loader.close()
+
+
+# From stores on disk -----------------------------------------------------------------------------------------------
+
+
+def store(folder: Path, tokens: int, tokenizer: Tokenizer | None = None, row_length: int | None = None) -> TokenStore:
+    writer = StoreWriter(folder, {}, tokenizer or ByteTokenizer(), row_length=row_length, masked=row_length is not None)
+    lengths = np.full(tokens // row_length, row_length) if row_length else np.array([tokens])
+    for split in ("train", "val"):
+        writer.append(split, np.arange(tokens) % 250, lengths, mask=np.tile([0, 1], tokens // 2), text_bytes=tokens)
+    return writer.finish(lambda _: "")
+
+
+def mixture(*parts: Part, refuse_end: bool = False) -> MixedStore:
+    return MixedStore(Path(), {f"s{number}": part for number, part in enumerate(parts)}, refuse_end)
+
+
+def test_shorter_rows_are_padded_and_their_masks_kept(tmp_path: Path) -> None:
+    rows, text = store(tmp_path / "rows", 60, row_length=6), store(tmp_path / "text", 400)
+    mixed = training_stream(mixture(Part(rows, 1.0, None), Part(text, 1.0, None)), 8, 1, 100)
+    batch = mixed.batch(0, 2)
+    assert batch.inputs["tokens"].shape == batch.targets.shape == (2, 8)
+    (padded,) = [row for row in batch.targets.tolist() if IGNORED in row]
+    assert padded[5:] == [IGNORED] * 3
+    assert [target == IGNORED for target in padded[:5]] == [False, True, False, True, False]
+    assert batch.num_targets == 8 + 3
+
+
+def test_rows_that_are_too_long_are_refused_in_one_line(tmp_path: Path) -> None:
+    mixed = mixture(Part(store(tmp_path / "rows", 60, row_length=6), 1.0, None))
+    with pytest.raises(UserError, match=r"data.seq_len is 4; allowed: 5 or more, the corpus's row length - 1"):
+        split_samples(mixed, "train", 4)
+
+
+def test_different_tokenizers_are_refused_in_one_line(tmp_path: Path) -> None:
+    other = CharTokenizer("".join(map(chr, range(300, 600))))
+    parts = Part(store(tmp_path / "a", 100), 1.0, None), Part(store(tmp_path / "b", 100, other), 1.0, None)
+    with pytest.raises(UserError, match=r"the sources s0 and s1 have different tokenizers; allowed: one for all"):
+        mixture(*parts)
+
+
+def test_a_run_in_which_a_source_ends_is_refused_where_asked(tmp_path: Path) -> None:
+    parts = Part(store(tmp_path / "a", 100), 1.0, 2), Part(store(tmp_path / "b", 1000), 1.0, None)
+    # 100 tokens are 9 training samples of 10; the 18th sample of every second position is the last of two epochs.
+    training_stream(mixture(*parts, refuse_end=True), 10, 1, 35)
+    with pytest.raises(UserError, match=r"the source s0 ends after 3[56] of the run's 40 samples; allowed: a larger"):
+        training_stream(mixture(*parts, refuse_end=True), 10, 1, 40)
+    shared = training_stream(mixture(*parts), 10, 1, 200)
+    assert shared.visits(200)["times_visited/s0"] == 2
+
+
+def test_mean_shares_are_those_of_the_weights_over_the_run(tmp_path: Path) -> None:
+    one = store(tmp_path / "a", 100)
+    assert mean_shares(one) == {"": 1.0}
+    assert mean_shares(mixture(Part(one, 3.0, 1), Part(one, 1.0, None))) == pytest.approx({"s0": 0.75, "s1": 0.25})
+    rising, falling = ((0.0, 0.0), (1.0, 1.0)), ((0.0, 1.0), (1.0, 0.0))
+    assert mean_shares(mixture(Part(one, rising, None), Part(one, falling, None))) == pytest.approx(
+        {"s0": 0.5, "s1": 0.5}
+    )

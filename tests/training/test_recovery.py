@@ -1,0 +1,395 @@
+"""Numbers gone wrong: bad snapshots never take the place of good ones, and a spike of the loss is gone back from."""
+
+import math
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cleangpt.checkpoints.snapshots import list_snapshots, load_snapshot
+from cleangpt.config import TrainingConfig
+from cleangpt.data.batch import Batch
+from cleangpt.data.loader import Samples, SplitStream, StreamWithout, with_range
+from cleangpt.data.mixing import MixedStream, interleave
+from cleangpt.data.shuffle import Order
+from cleangpt.distributed.processes import Ranks
+from cleangpt.errors import RunFailedError
+from cleangpt.experiment import Experiment
+from cleangpt.tracking.metrics import read_metrics
+from cleangpt.training.recovery import Spikes, first_not_finite
+from cleangpt.training.trainer import Trainer
+
+Build = Callable[..., Experiment]
+Open = Callable[[Experiment], Trainer]
+
+
+# What is left out of the data ------------------------------------------------------------------------------------
+
+
+class Rows:
+    """A split of rows, of which each tells its number."""
+
+    row_length, masked, vocab_size = 3, False, 2**62
+
+    def __init__(self, count: int) -> None:
+        self.documents, self.tokens = count, 3 * count
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        return np.full(length, start // 3)
+
+
+ranges = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9)), max_size=4).map(
+    lambda pairs: [[4 * start, 4 * (start + length)] for start, length in pairs]
+)
+
+
+def merged(pairs: list[list[int]]) -> list[list[int]]:
+    left_out: list[list[int]] = []
+    for start, end in pairs:
+        left_out = with_range(left_out, start, end)
+    return left_out
+
+
+def numbers(stream: Any, start: int, count: int) -> list[int]:
+    rows: list[int] = stream.batch(start, count).inputs["tokens"][:, 0].tolist()
+    return rows
+
+
+@settings(max_examples=30)
+@given(pairs=ranges, n=st.integers(1, 40), seed=st.integers(0, 99), batches=st.integers(0, 40))
+def test_a_stream_without_ranges_is_the_whole_with_these_positions_struck_out(
+    pairs: list[list[int]], n: int, seed: int, batches: int
+) -> None:
+    """Batches and both figures, against a list of all positions."""
+    whole = SplitStream(Samples(Rows(n), 2), seed)
+    without = StreamWithout(whole, merged(pairs))
+    kept = [place for place in range(400) if not any(start <= place < end for start, end in pairs)]
+    expected = [numbers(whole, place, 1)[0] for place in kept[: 4 * batches]]
+    read = [number for batch in range(batches) for number in numbers(without, 4 * batch, 4)]
+    assert read == expected
+    figures = without.visits(4 * batches)
+    assert figures["times_visited"] == pytest.approx(4 * batches / n)
+    assert figures["visited_share"] == pytest.approx(len(set(expected)) / n)
+
+
+@settings(max_examples=20)
+@given(pairs=ranges, seed=st.integers(0, 99), batches=st.integers(0, 25))
+def test_the_figures_of_a_mixture_count_what_was_left_out_of_each_source(
+    pairs: list[list[int]], seed: int, batches: int
+) -> None:
+    sizes = {"a": 7, "b": 30}
+    streams = {name: SplitStream(Samples(Rows(n), 2), seed + n) for name, n in sizes.items()}
+    mixed = MixedStream(streams, interleave(list(sizes), [0.25, 0.75], [None, None], 1000))
+    without = StreamWithout(mixed, merged(pairs))
+    sources = mixed.interleaving.sources(0, 400)
+    kept = [place for place in range(400) if not any(start <= place < end for start, end in pairs)][: 4 * batches]
+    figures = without.visits(4 * batches)
+    for source, (name, n) in enumerate(sizes.items()):
+        mine = [numbers(mixed, place, 1)[0] for place in kept if sources[place] == source]
+        assert figures[f"times_visited/{name}"] == pytest.approx(len(mine) / n)
+        assert figures[f"visited_share/{name}"] == pytest.approx(len(set(mine)) / n)
+    assert figures["times_visited"] == pytest.approx(4 * batches / 37)
+
+
+@settings(max_examples=30)
+@given(n=st.integers(1, 300), seed=st.integers(0, 2**32), epoch=st.integers(0, 5))
+def test_positions_are_the_inverse_of_the_order(n: int, seed: int, epoch: int) -> None:
+    order = Order(n, seed)
+    places = np.arange(epoch * n, (epoch + 1) * n)
+    _, samples = order.at(places)
+    assert order.positions(samples, epoch).tolist() == places.tolist()
+
+
+# Finding a spike -------------------------------------------------------------------------------------------------
+
+
+def watch(**fields: Any) -> Spikes:
+    fields = {"spike_threshold": 1.0, "spike_window": 3, "max_skipped_steps": 2} | fields
+    return Spikes(TrainingConfig(macro_batches=1, batches_per_macro_batch=1, **fields))
+
+
+def found(spikes: Spikes, losses: list[float], read_every: int = 1) -> int | None:
+    for step, loss in enumerate(losses, start=1):
+        spikes.note(step, torch.tensor(loss), torch.tensor(0.0 if math.isfinite(loss) else 1.0))
+        if step % read_every == 0:
+            spikes.judge(Ranks())
+    return spikes.judge(Ranks())
+
+
+@pytest.mark.parametrize("read_every", [1, 2, 100])
+@pytest.mark.parametrize(
+    ("losses", "step"),
+    [
+        ([3, 3, 3, 3.9, 3.9, 3], None),
+        ([3, 3, 3, 4.1, 3], 4),
+        ([3, 9, 3, 3, 3], None),
+        ([1, 1, 4, 2.9, 3.6, 3.8], None),
+        ([3, 3, 3, math.nan, 3, math.nan, 3], None),
+        ([3, 3, 3, math.nan, math.nan, 9], 5),
+        ([3, 3, 3, math.nan, 4.1], 5),
+    ],
+)
+def test_a_spike_is_a_loss_above_the_mean_of_a_full_window_or_too_many_skipped_steps(
+    losses: list[float], step: int | None, read_every: int
+) -> None:
+    """However often the losses are read."""
+    assert found(watch(), losses, read_every) == step
+
+
+def test_the_watch_goes_on_where_it_was_left() -> None:
+    first, second = watch(), watch()
+    assert found(first, [3, 3, math.nan]) is None
+    second.load_state_dict(first.state_dict())
+    assert found(second, [math.nan]) == 1
+    third = watch()
+    third.load_state_dict(first.state_dict())
+    assert found(third, [3, 4.5]) == 2
+
+
+def test_what_is_not_finite_is_named() -> None:
+    good = {"a": torch.ones(3), "b": torch.tensor([1, 2]), "c": torch.full((2,), 3e38), "d": torch.zeros(0)}
+    assert first_not_finite(good) == ""
+    for value in (math.nan, math.inf, -math.inf):
+        assert first_not_finite(good | {"e": torch.tensor([0.0, value])}) == "e"
+    assert first_not_finite({}) == ""
+
+
+# Poisoned weights ------------------------------------------------------------------------------------------------
+
+
+def spoil_after(trainer: Trainer, step: int, what: str) -> None:
+    original = trainer.step
+
+    def spoilt() -> None:
+        original()
+        if trainer.position.step == step:
+            parameter = trainer.model.final_norm.weight
+            target = parameter.data if what == "weight" else trainer.optimizer.adamw.state[parameter]["exp_avg"]
+            target[3] = math.nan
+
+    trainer.step = spoilt  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("what", ["weight", "moment"])
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_poisoned_weights_never_push_out_good_snapshots(
+    tiny: Build, trainer: Open, what: str, asynchronous: bool
+) -> None:
+    """Two snapshots are kept, and the run may skip more steps than are in two macro-batches."""
+    fields = {"training__max_skipped_steps": 100, "saving__async_snapshots": asynchronous}
+    run = trainer(tiny(run_dir="run", **fields))
+    spoil_after(run, 9, what)
+    with pytest.raises(
+        RunFailedError, match=r"final_norm.weight is not finite after step \d+; the last good snapshot is"
+    ):
+        run.train()
+    assert [path.name for path in list_snapshots(Path("run/snapshots"))] == ["mb000002", "mb000001"]
+    trainer(tiny(run_dir="unbroken", **fields)).train()
+    trainer(tiny(run_dir="run", **fields)).train()
+    one, two = (load_snapshot(list_snapshots(Path(name) / "snapshots")[0])["model"] for name in ("run", "unbroken"))
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+def test_poisoned_weights_are_not_saved_at_a_signal_or_as_a_checkpoint(tiny: Build, trainer: Open) -> None:
+    run = trainer(tiny(run_dir="run", saving__checkpoint_every=1, training__max_skipped_steps=100))
+    spoil_after(run, 2, "weight")
+    with pytest.raises(RunFailedError, match="is not finite after step 4; there is no snapshot yet"):
+        run.train()
+    assert not list(Path("run").glob("checkpoints/val*"))
+    other = trainer(tiny(run_dir="other", training__max_skipped_steps=100))
+    spoil_after(other, 2, "weight")
+    step = other.step
+    other.step = lambda: (step(), signal.raise_signal(signal.SIGTERM))[0]  # type: ignore[method-assign]
+    other.train()
+    assert other.position.step == 1
+    resumed = trainer(tiny(run_dir="other", training__max_skipped_steps=100))
+    spoil_after(resumed, 2, "weight")
+    after = resumed.step
+    resumed.step = lambda: (after(), signal.raise_signal(signal.SIGTERM))[0]  # type: ignore[method-assign]
+    with pytest.raises(RunFailedError, match="is not finite after step 2"):
+        resumed.train()
+    assert [path.name for path in list_snapshots(Path("other/snapshots"))] == ["mb000000_b00001"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("step", [0, 5])
+def test_a_gradient_that_is_not_finite_skips_the_step_alone(
+    tiny: Build, trainer: Open, value: float, step: int
+) -> None:
+    """The weights are those before it, and the run ends as one whose optimizer has passed over this step."""
+    run = trainer(tiny(run_dir="run", training__macro_batches=2))
+    update = run.optimizer.step
+
+    def spoilt(lr: float, weight_decay: float) -> torch.Tensor:
+        if run.position.step == step:
+            assert run.optimizer.parameters[1].grad is not None
+            run.optimizer.parameters[1].grad.view(-1)[0] = value
+        return update(lr, weight_decay)
+
+    run.optimizer.step = spoilt  # type: ignore[method-assign]
+    run.train()
+    other = trainer(tiny(run_dir="other", training__macro_batches=2))
+    plain = other.optimizer.step
+
+    def passed_over(lr: float, weight_decay: float) -> torch.Tensor:
+        if other.position.step != step:
+            return plain(lr, weight_decay)
+        other.optimizer.adamw.zero_grad(set_to_none=True)
+        return torch.zeros(())
+
+    other.optimizer.step = passed_over  # type: ignore[method-assign]
+    other.train()
+    one, two = run.model.state_dict(), other.model.state_dict()
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    assert read_metrics(Path("run"))[-1]["skipped_steps"] == 1
+
+
+# Going back ------------------------------------------------------------------------------------------------------
+
+SPIKES = {
+    "training__spike_threshold": 1.0, "training__spike_window": 4, "training__spike_skip": 3,
+    "saving__keep_snapshots": 4,
+}  # fmt: skip
+BAD = range(112, 128)
+"""Samples of the data that make the loss jump: the 15th and the 16th batch."""
+
+
+def with_bad_data(trainer: Trainer) -> Trainer:
+    """Makes the targets of some samples a token that never follows."""
+    read = trainer.stream.stream.batch
+
+    def batch(start: int, count: int) -> Batch:
+        read_batch = read(start, count)
+        for row in range(count):
+            if start + row in BAD:
+                read_batch.targets[row].fill_(12)
+        return read_batch
+
+    trainer.stream.stream.batch = batch  # type: ignore[method-assign]
+    trainer.loader.close()
+    trainer.loader = trainer._open_loader()
+    return trainer
+
+
+def state_of(run: str) -> dict[str, Any]:
+    state = load_snapshot(list_snapshots(Path(run) / "snapshots")[0])
+    del state["position"]["time_trained"], state["meter"]
+    return state
+
+
+def assert_same(one: Any, two: Any) -> None:
+    if isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert_same(one[key], two[key])
+    elif isinstance(one, list):
+        assert len(one) == len(two)
+        for index in range(len(one)):
+            assert_same(one[index], two[index])
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, two)
+    else:
+        assert one == two
+
+
+@pytest.fixture
+def reference(tiny: Build, trainer: Open) -> dict[str, Any]:
+    """The end of a run that meets the bad data, and goes back from it twice."""
+    with_bad_data(trainer(tiny(run_dir="reference", **SPIKES))).train()
+    return state_of("reference")
+
+
+def test_a_run_goes_back_from_a_spike_and_ends_like_one_that_never_saw_its_samples(
+    tiny: Build, trainer: Open, reference: dict[str, Any]
+) -> None:
+    """Goes back to macro-batch 3 and leaves out 3 batches; meets the second bad one; goes back to macro-batch 2."""
+    assert reference["position"]["left_out"] == [[80, 128]]
+    assert reference["position"]["samples"] == 192 and reference["spikes"]["rollbacks"] == 2
+    log = Path("reference/log.txt").read_text()
+    assert "the loss has spiked; samples 96 to 119 of the data are left out" in log
+    assert "the loss has spiked; samples 80 to 127 of the data are left out" in log
+    lines = read_metrics(Path("reference"))
+    assert [line["macro_batch"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["samples_left_out"] for line in lines] == [0, 0, 48, 48, 48, 48]
+    assert [line["samples"] for line in lines] == [32, 64, 96, 128, 160, 192]
+    assert lines[-1]["rollbacks"] == 2
+    never = trainer(tiny(run_dir="never", **SPIKES))
+    never.position.left_out = [[80, 128]]
+    never.loader.close()
+    never.loader = never._open_loader()
+    never.train()
+    theirs = state_of("never")
+    for part in ("model", "optimizer", "random", "position"):
+        assert_same(reference[part], theirs[part])
+    untimed = ("val_loss", "train_loss", "visited_share", "times_visited", "lr", "grad_norm")
+    for one, two in zip(lines[2:], read_metrics(Path("never"))[2:], strict=True):
+        assert {name: one[name] for name in untimed} == {name: two[name] for name in untimed}
+
+
+@pytest.mark.parametrize("calls", [pytest.param(n, marks=[] if n in (13, 18) else pytest.mark.slow)
+                                   for n in range(1, 34)])  # fmt: skip
+def test_a_run_that_is_broken_off_anywhere_around_a_spike_ends_the_same(
+    tiny: Build, trainer: Open, reference: dict[str, Any], calls: int
+) -> None:
+    """After any of the steps that it makes, those that are gone back from included: by a signal, then by a crash."""
+    for name, harm in (("signal", lambda: signal.raise_signal(signal.SIGTERM)), ("crash", lambda: 1 / 0)):
+        run = with_bad_data(trainer(tiny(run_dir=name, **SPIKES)))
+        step, made = run.step, 0
+
+        def then(step: Callable[[], None] = step, harm: Callable[[], Any] = harm) -> None:
+            nonlocal made
+            step()
+            made += 1
+            if made == calls:
+                harm()
+
+        run.step = then  # type: ignore[method-assign]
+        try:
+            run.train()
+        except ZeroDivisionError:
+            assert name == "crash"
+        with_bad_data(trainer(tiny(run_dir=name, **SPIKES))).train()
+        assert_same(reference, state_of(name))
+        assert [line["macro_batch"] for line in read_metrics(Path(name))] == [1, 2, 3, 4, 5, 6]
+
+
+def test_skipped_steps_and_poisoned_weights_are_gone_back_from_too(tiny: Build, trainer: Open) -> None:
+    fields = SPIKES | {"training__max_skipped_steps": 2}
+    run = trainer(tiny(run_dir="run", **fields))
+    objective = run.objective
+    run.objective = lambda *given: objective(*given) * (math.nan if run.position.step in (17, 18) and not again else 1)
+    again: list[int] = []
+    back = run.go_back_at_spike
+
+    def noted() -> bool:
+        went = back()
+        again.extend([1] * went)
+        return went
+
+    run.go_back_at_spike = noted  # type: ignore[method-assign]
+    assert run.train() == "finished"
+    assert again == [1] and run.position.left_out == [[128, 152]]
+    other = trainer(tiny(run_dir="other", **SPIKES))
+    spoil_after(other, 17, "weight")
+    step = other.step
+    other.step = lambda: step() if other.spikes.rollbacks == 0 else Trainer.step(other)  # type: ignore[method-assign]
+    assert other.train() == "finished"
+    assert other.spikes.rollbacks == 1
+
+
+def test_a_run_that_spikes_again_and_again_ends_and_says_so(tiny: Build, trainer: Open) -> None:
+    run = with_bad_data(trainer(tiny(run_dir="run", **SPIKES, training__max_rollbacks=1)))
+    with pytest.raises(RunFailedError, match=r"the loss has spiked before step \d+, and training.max_rollbacks is 1"):
+        run.train()
+
+
+def test_a_spike_is_let_pass_where_no_threshold_is_given(tiny: Build, trainer: Open) -> None:
+    run = with_bad_data(trainer(tiny(run_dir="run")))
+    assert run.train() == "finished"
+    assert run.position.left_out == [] and "rollbacks" not in read_metrics(Path("run"))[-1]
