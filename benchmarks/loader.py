@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.made import close, make_store, make_trainer, shipped, train_macro_batch
 from benchmarks.runner import Row, Setup, interleave
 from cleangpt.config import DataConfig
-from cleangpt.data.dataset import TokenStore
+from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.loader import BatchLoader, Samples, SplitStream
 from cleangpt.experiment import Experiment
 
@@ -55,7 +55,7 @@ def experiments(quick: bool) -> list[Experiment]:
     return [small, large]
 
 
-def waits(experiment: Experiment, store: TokenStore, run: Path, repetitions: int) -> list[Row]:
+def waits(experiment: Experiment, store: TokenDataset, run: Path, repetitions: int) -> list[Row]:
     """What of a training step is waiting for data, and what loading its batch costs alone."""
     data, model = experiment.data, experiment.model
     label = f"{data.batch_size} × {data.seq_len}, {getattr(model, 'n_layers', '?')} × {getattr(model, 'dim', '?')}"
@@ -76,7 +76,7 @@ def waits(experiment: Experiment, store: TokenStore, run: Path, repetitions: int
     ]
 
 
-def against_peers(store: TokenStore, batch_size: int, seq_len: int, setup: Setup) -> list[Row]:
+def against_peers(store: TokenDataset, batch_size: int, seq_len: int, setup: Setup) -> list[Row]:
     """What a batch costs where nothing but loading goes on."""
     path, dtype = store.folder / "train_00000.bin", np.dtype(store.facts["dtype"])
     ours = batch_loader(store, batch_size, seq_len)
@@ -104,7 +104,7 @@ def timed(make: Callable[[], object], count: int) -> float:
     return (time.perf_counter() - start) / count
 
 
-def batch_loader(store: TokenStore, batch_size: int, seq_len: int) -> BatchLoader:
+def batch_loader(store: TokenDataset, batch_size: int, seq_len: int) -> BatchLoader:
     """Ours, as the trainer makes it."""
     return BatchLoader(SplitStream(Samples(store.splits["train"], seq_len), seed=1337), batch_size, position=0)
 

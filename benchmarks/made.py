@@ -8,9 +8,9 @@ import numpy as np
 
 from cleangpt.checkpoints.run_folder import open_run
 from cleangpt.config import DataConfig, ScheduleConfig
-from cleangpt.data.dataset import STORE, TokenStore
+from cleangpt.data.dataset import STORE, TokenDataset
 from cleangpt.data.tokenizers import CharTokenizer
-from cleangpt.data.writer import SHARD_TOKENS, StoreWriter
+from cleangpt.data.writer import SHARD_TOKENS, DatasetWriter
 from cleangpt.experiment import Experiment, check_experiment
 from cleangpt.experiment_files import find_experiment, load_experiment
 from cleangpt.files import read_json, write_json
@@ -24,9 +24,9 @@ WRITTEN = 1_000_000
 """Training tokens that are really written; the rest of a longer store is a hole in its files."""
 
 
-def make_store(folder: Path, tokens: int) -> TokenStore:
+def make_store(folder: Path, tokens: int) -> TokenDataset:
     """A token store of 65 characters: `tokens` to train on, random where they are written, and 10,000 to validate."""
-    writer = StoreWriter(folder, {"kind": "made"}, CharTokenizer(CHARACTERS))
+    writer = DatasetWriter(folder, {"kind": "made"}, CharTokenizer(CHARACTERS))
     random = np.random.default_rng(0)
     for split, count in (("train", min(tokens, WRITTEN)), ("val", 10_000)):
         ids = random.integers(len(CHARACTERS), size=count)
@@ -35,7 +35,7 @@ def make_store(folder: Path, tokens: int) -> TokenStore:
     return _stretch(folder, tokens) if tokens > WRITTEN else store
 
 
-def _stretch(folder: Path, tokens: int) -> TokenStore:
+def _stretch(folder: Path, tokens: int) -> TokenDataset:
     """Lengthens the training split to `tokens` with zeros that take no room on the disk where it knows holes."""
     facts = read_json(folder / STORE)
     shards = []
@@ -46,7 +46,7 @@ def _stretch(folder: Path, tokens: int) -> TokenStore:
         shards.append({"file": name, "tokens": length})
     facts["splits"]["train"] |= {"tokens": tokens, "shards": shards, "text_bytes": tokens}
     write_json(folder / STORE, facts)
-    return TokenStore(folder)
+    return TokenDataset(folder)
 
 
 def shipped(name: str, data: DataConfig | None = None, **fields: Any) -> Experiment:
@@ -62,7 +62,7 @@ def shipped(name: str, data: DataConfig | None = None, **fields: Any) -> Experim
     return dataclasses.replace(experiment, data=data or experiment.data, schedule=ScheduleConfig())
 
 
-def make_trainer(experiment: Experiment, store: TokenStore, run: Path) -> Trainer:
+def make_trainer(experiment: Experiment, store: TokenDataset, run: Path) -> Trainer:
     """A trainer of `experiment` on `store`, whatever corpus it names, with its run in the folder `run`."""
     check_experiment(experiment)
     experiment = resolve(dataclasses.replace(experiment, run_dir=str(run)), store.vocab_size)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from benchmarks.machine import page_bytes, resident_bytes
 from benchmarks.store import memory_maps
-from cleangpt.data.dataset import TokenStore
+from cleangpt.data.dataset import TokenDataset
 
 TIMES = 10
 """A page is larger than what one opening may take."""
-OPENERS: dict[str, Callable[[Path], object]] = {"store": TokenStore, "memmap": memory_maps}
+OPENERS: dict[str, Callable[[Path], object]] = {"store": TokenDataset, "memmap": memory_maps}
 
 
 def main(kind: str, folder: Path) -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from benchmarks.loader import batch_loader, timed
 from benchmarks.made import make_store
 from benchmarks.runner import Row, Setup, interleave
-from cleangpt.data.dataset import TokenStore
+from cleangpt.data.dataset import TokenDataset
 
 PROJECT = Path(__file__).parents[1]
 
@@ -33,19 +33,19 @@ def run(setup: Setup) -> list[Row]:
     ]
 
 
-def opening(small: TokenStore, large: TokenStore, repetitions: int) -> list[Row]:
+def opening(small: TokenDataset, large: TokenDataset, repetitions: int) -> list[Row]:
     """The time to open the large store, against plain memory maps of its files and against the small one."""
     makers: dict[str, Callable[[], object]] = {
-        "ours": lambda: TokenStore(large.folder),
+        "ours": lambda: TokenDataset(large.folder),
         "np.memmap of the same files": lambda: memory_maps(large.folder),
-        f"ours, {words(small)}": lambda: TokenStore(small.folder),
+        f"ours, {words(small)}": lambda: TokenDataset(small.folder),
     }
     taken = interleave({name: partial(timed, make, 20) for name, make in makers.items()}, repetitions)
     ours = taken.pop("ours")
     return [Row(f"open {words(large)}: time", "s", ours, name, theirs) for name, theirs in taken.items()]
 
 
-def memory(large: TokenStore, repetitions: int) -> list[Row]:
+def memory(large: TokenDataset, repetitions: int) -> list[Row]:
     """The resident memory that the large store takes when opened; no rows where the system does not tell it."""
     kinds = ("ours", "np.memmap of the same files")
     taken = interleave({kind: partial(growth, kind, large.folder) for kind in kinds}, repetitions, warm_up=False)
@@ -59,7 +59,7 @@ def memory(large: TokenStore, repetitions: int) -> list[Row]:
     ]
 
 
-def loading(small: TokenStore, large: TokenStore, setup: Setup) -> list[Row]:
+def loading(small: TokenDataset, large: TokenDataset, setup: Setup) -> list[Row]:
     """The time of a batch from the large store against one from the small."""
     rows = []
     for batch_size, seq_len, count in [(12, 64, 20)] if setup.quick else [(12, 64, 300), (32, 1024, 60)]:
@@ -73,7 +73,7 @@ def loading(small: TokenStore, large: TokenStore, setup: Setup) -> list[Row]:
     return rows
 
 
-def words(store: TokenStore) -> str:
+def words(store: TokenDataset) -> str:
     """The length of a store's training split."""
     return f"{store.splits['train'].tokens:,} tokens"
 

@@ -37,7 +37,7 @@ from cleangpt.config import DataConfig
 from cleangpt.corpora import prepare
 from cleangpt.corpora.shakespeare_char import ShakespeareChar
 from cleangpt.data.batch import IGNORED
-from cleangpt.data.dataset import TokenStore
+from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.loader import validation_batches
 from cleangpt.data.mixing import split_samples, stores
 from cleangpt.distributed.device import can_compile
@@ -119,7 +119,7 @@ def compare(runs: Mapping[str, Sequence[Outcome]]) -> list[Row]:
     return rows
 
 
-def copy_of_peer(checkout: Path, folder: Path, store: TokenStore) -> Path:
+def copy_of_peer(checkout: Path, folder: Path, store: TokenDataset) -> Path:
     """A checkout of nanoGPT with Shakespeare prepared by its own script, in a folder where nothing else is touched."""
     nanogpt_module(checkout)
     shutil.copytree(checkout, folder, ignore=shutil.ignore_patterns(".git", "*.bin", "*.pkl"))
@@ -130,7 +130,7 @@ def copy_of_peer(checkout: Path, folder: Path, store: TokenStore) -> Path:
     return folder
 
 
-def run_of_peer(peer: Path, seed: int, store: TokenStore, quick: bool) -> Outcome:
+def run_of_peer(peer: Path, seed: int, store: TokenDataset, quick: bool) -> Outcome:
     """nanoGPT's recipe from start to end; its last checkpoint is then swept over the validation split."""
     script, out = peer / "train.py", peer / f"out{seed}"
     seeded = script.read_text(encoding="utf-8").replace("manual_seed(1337", f"manual_seed({seed}")
@@ -150,7 +150,7 @@ def run_of_peer(peer: Path, seed: int, store: TokenStore, quick: bool) -> Outcom
 
 
 @torch.no_grad()
-def swept_loss(loss: Loss, store: TokenStore, seq_len: int = 64) -> float:
+def swept_loss(loss: Loss, store: TokenDataset, seq_len: int = 64) -> float:
     """The mean over the validation split, of a `loss` that is the mean over a batch, in windows side by side."""
     total, count = 0.0, 0
     for batch in validation_batches(split_samples(store, "val", seq_len)[""], 64):

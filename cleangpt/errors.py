@@ -23,7 +23,7 @@ class DivergedError(RunFailedError):
 
 
 LONGEST_LINE = 1000
-BLAMED: tuple[type[Exception], ...] = (
+PARSE_ERRORS: tuple[type[Exception], ...] = (
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -36,7 +36,7 @@ BLAMED: tuple[type[Exception], ...] = (
 
 
 @contextlib.contextmanager
-def blaming(place: object, *also: type[Exception]) -> Iterator[None]:
+def parsing(place: object, *also: type[Exception]) -> Iterator[None]:
     """Blames a file for what fails while its content is taken apart, since a stranger's may hold anything.
 
     Args:
@@ -48,12 +48,12 @@ def blaming(place: object, *also: type[Exception]) -> Iterator[None]:
     """
     try:
         yield
-    except BLAMED + also as error:
+    except PARSE_ERRORS + also as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise UserError(f"{place} is not what CleanGPT writes: {type(error).__name__}: {reason}") from error
 
 
-def one_line(error: Exception) -> str:
+def single_line(error: Exception) -> str:
     """What an error says, as one line that is fit for a terminal, whatever a file or a word put into it."""
     text = " ".join(str(error).split())
     text = text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]}…"

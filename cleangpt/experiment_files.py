@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cleangpt import config
-from cleangpt.errors import UserError, blaming, nearest
+from cleangpt.errors import UserError, nearest, parsing
 from cleangpt.experiment import Experiment
 from cleangpt.files import read_json, read_text
 
@@ -106,7 +106,7 @@ def recorded_overrides(path: Path) -> list[str]:
     if path.name != "experiment.py" or not (path.parent / "environment.json").is_file():
         return []
     facts = read_json(path.parent / "environment.json")
-    with blaming(path.parent / "environment.json"):
+    with parsing(path.parent / "environment.json"):
         return _without_run([str(word) for word in facts.get("overrides", [])])
 
 

@@ -70,7 +70,7 @@ def check_regular(path: Path) -> None:
         raise UserError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
 
 
-def plain_name(name: str, place: Path) -> str:
+def safe_name(name: str, place: Path) -> str:
     """The name of a file, as read from the file `place`, which may name no file but its neighbours.
 
     Raises:
@@ -132,7 +132,7 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def flush(files: Sequence[Path]) -> dict[str, Any]:
+def fsync_files(files: Sequence[Path]) -> dict[str, Any]:
     """Waits until files are on the disk; returns their entries in a manifest, sizes and checksums, by name."""
     with ThreadPoolExecutor(2) as threads:  # the processor takes checksums while the disk writes
         digests = threads.map(sha256, files)
@@ -142,16 +142,16 @@ def flush(files: Sequence[Path]) -> dict[str, Any]:
                 for path, digest in zip(files, digests, strict=True)}  # fmt: skip
 
 
-def seal(partial: Path, folder: Path, flushed: Mapping[str, Any] | None = None) -> None:
+def commit_folder(partial: Path, folder: Path, flushed: Mapping[str, Any] | None = None) -> None:
     """Makes the finished folder `partial` appear as `folder`: manifest of sizes and checksums, flush, rename.
 
     An older `folder` is moved aside first and removed last, so a good one exists at every moment, which `restore` finds
     after a crash; one that has the same bits stays. `flushed` has the entries of files that are on the disk already.
     """
     manifest = dict(flushed or {})
-    manifest |= flush(sorted(path for path in partial.iterdir() if path.name not in {MANIFEST, *manifest}))
+    manifest |= fsync_files(sorted(path for path in partial.iterdir() if path.name not in {MANIFEST, *manifest}))
     write_json(partial / MANIFEST, manifest)
-    if (folder / MANIFEST).is_file() and not damage(folder) and read_json(folder / MANIFEST) == manifest:
+    if (folder / MANIFEST).is_file() and not find_corruption(folder) and read_json(folder / MANIFEST) == manifest:
         shutil.rmtree(partial)
         return
     old = folder.with_name(folder.name + OLD)
@@ -176,7 +176,7 @@ def restore(folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def clean(folder: Path) -> None:
+def recover_folder(folder: Path) -> None:
     """Brings back what a crash left aside in `folder`, and removes what it left half-done."""
     for old in folder.glob("*" + OLD):
         restore(old.with_suffix(""))
@@ -201,7 +201,7 @@ def remove(folder: Path) -> None:
         shutil.rmtree(partial)
 
 
-def damage(folder: Path, part: int = 0, parts: int = 1, needed: Iterable[str] = ()) -> str:
+def find_corruption(folder: Path, part: int = 0, parts: int = 1, needed: Iterable[str] = ()) -> str:
     """Says in a few words what is wrong with a sealed folder, or returns an empty string when it is whole.
 
     Several processes may share the work: each looks at one of so many `parts` of the files. The manifest must name

@@ -101,7 +101,7 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
             "model.rope_low_freq_factor",
             "model.rope_high_freq_factor",
             "model.logit_soft_cap",
-            "model.balance_rate",
+            "model.bias_update_rate",
         ],
         (lambda value: 0 < value <= 1e30, "more than 0, at most 1e30"),
     ),

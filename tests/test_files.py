@@ -6,7 +6,17 @@ import pytest
 
 from cleangpt import files
 from cleangpt.errors import UserError, nearest, require
-from cleangpt.files import clean, damage, read_json, remove, restore, seal, sha256, write_bytes, write_json
+from cleangpt.files import (
+    commit_folder,
+    find_corruption,
+    read_json,
+    recover_folder,
+    remove,
+    restore,
+    sha256,
+    write_bytes,
+    write_json,
+)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,8 +36,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 def test_a_sealed_folder_is_whole(tmp_path: Path) -> None:
     (tmp_path / "x.partial").mkdir()
     (tmp_path / "x.partial" / "a").write_bytes(b"1234")
-    seal(tmp_path / "x.partial", tmp_path / "x")
-    assert damage(tmp_path / "x") == ""
+    commit_folder(tmp_path / "x.partial", tmp_path / "x")
+    assert find_corruption(tmp_path / "x") == ""
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
     assert read_json(tmp_path / "x" / "manifest.json") == {
         "a": {"bytes": 4, "sha256": "03ac674216f3e15c761ee1a5e255f067953623c8b388b4459e13f978d7c846f4"}
@@ -38,7 +48,7 @@ def test_sealing_over_an_older_folder_replaces_it(tmp_path: Path) -> None:
     for content in (b"one", b"two"):
         (tmp_path / "x.partial").mkdir()
         (tmp_path / "x.partial" / "a").write_bytes(content)
-        seal(tmp_path / "x.partial", tmp_path / "x")
+        commit_folder(tmp_path / "x.partial", tmp_path / "x")
     assert (tmp_path / "x" / "a").read_bytes() == b"two"
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
@@ -53,7 +63,7 @@ def test_a_folder_that_was_moved_aside_comes_back_after_a_crash(
 ) -> None:
     """Between the two renames nothing stands under the name; both folders used to be removed as remains."""
     make(tmp_path / "x.partial", b"one")
-    seal(tmp_path / "x.partial", tmp_path / "x")
+    commit_folder(tmp_path / "x.partial", tmp_path / "x")
     make(tmp_path / "x.partial", b"two")
     with monkeypatch.context() as patch:
         replace = Path.replace
@@ -65,10 +75,10 @@ def test_a_folder_that_was_moved_aside_comes_back_after_a_crash(
 
         patch.setattr(Path, "replace", crash)
         with pytest.raises(KeyboardInterrupt):
-            seal(tmp_path / "x.partial", tmp_path / "x")
+            commit_folder(tmp_path / "x.partial", tmp_path / "x")
     assert not (tmp_path / "x").exists()
-    clean(tmp_path)
-    assert damage(tmp_path / "x") == "" and (tmp_path / "x" / "a").read_bytes() == b"one"
+    recover_folder(tmp_path)
+    assert find_corruption(tmp_path / "x") == "" and (tmp_path / "x" / "a").read_bytes() == b"one"
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
@@ -82,7 +92,7 @@ def test_a_folder_that_was_replaced_before_the_crash_is_not_brought_back(tmp_pat
 
 def test_a_folder_whose_successor_cannot_take_its_place_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path / "x.partial", b"one")
-    seal(tmp_path / "x.partial", tmp_path / "x")
+    commit_folder(tmp_path / "x.partial", tmp_path / "x")
     make(tmp_path / "x.partial", b"two")
     replace = Path.replace
 
@@ -93,17 +103,17 @@ def test_a_folder_whose_successor_cannot_take_its_place_stays(tmp_path: Path, mo
 
     monkeypatch.setattr(Path, "replace", refuse)
     with pytest.raises(OSError, match="Input/output error"):
-        seal(tmp_path / "x.partial", tmp_path / "x")
-    assert damage(tmp_path / "x") == "" and (tmp_path / "x" / "a").read_bytes() == b"one"
+        commit_folder(tmp_path / "x.partial", tmp_path / "x")
+    assert find_corruption(tmp_path / "x") == "" and (tmp_path / "x" / "a").read_bytes() == b"one"
 
 
 def test_a_folder_with_the_same_bits_is_never_away(tmp_path: Path) -> None:
     """What a resumed run saves again need not be replaced, and whoever reads it meanwhile sees no gap."""
     make(tmp_path / "x.partial", b"one")
-    seal(tmp_path / "x.partial", tmp_path / "x")
+    commit_folder(tmp_path / "x.partial", tmp_path / "x")
     before = (tmp_path / "x" / "a").stat().st_ino
     make(tmp_path / "x.partial", b"one")
-    seal(tmp_path / "x.partial", tmp_path / "x")
+    commit_folder(tmp_path / "x.partial", tmp_path / "x")
     assert (tmp_path / "x" / "a").stat().st_ino == before
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
@@ -121,19 +131,19 @@ def test_a_folder_whose_removal_was_cut_short_is_not_there(tmp_path: Path, monke
         with pytest.raises(KeyboardInterrupt):
             remove(tmp_path / "x")
     assert [path.name for path in tmp_path.iterdir()] == ["x.partial"]
-    clean(tmp_path)
+    recover_folder(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_the_disk_does_not_give_back_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path / "x.partial", b"1")
-    seal(tmp_path / "x.partial", tmp_path / "x")
+    commit_folder(tmp_path / "x.partial", tmp_path / "x")
 
     def fail(path: Path) -> str:
         raise OSError(5, "Input/output error", str(path))
 
     monkeypatch.setattr(files, "sha256", fail)
-    assert "Input/output error" in damage(tmp_path / "x")
+    assert "Input/output error" in find_corruption(tmp_path / "x")
 
 
 @pytest.mark.parametrize(
@@ -152,7 +162,7 @@ def test_harm_is_named(tmp_path: Path, manifest: str | None, words: str) -> None
     (tmp_path / "a").write_bytes(b"1")
     if manifest is not None:
         (tmp_path / "manifest.json").write_text(manifest)
-    assert words in damage(tmp_path)
+    assert words in find_corruption(tmp_path)
 
 
 def test_json_that_is_none_is_told_in_one_line(tmp_path: Path) -> None:

@@ -25,9 +25,9 @@ from cleangpt.data.chat_template import CHAT_TEMPLATE, ChatTemplate, find_templa
 from cleangpt.data.dataset import TOKENIZER
 from cleangpt.data.tokenizers import Tokenizer, load_tokenizer
 from cleangpt.distributed.processes import Ranks
-from cleangpt.distributed.tensors import load_weights, whole
-from cleangpt.errors import UserError, blaming
-from cleangpt.files import PARTIAL, damage, plain_name, read_json, remove, seal, write_json, write_text
+from cleangpt.distributed.tensors import full_tensor, load_weights
+from cleangpt.errors import UserError, parsing
+from cleangpt.files import PARTIAL, commit_folder, find_corruption, read_json, remove, safe_name, write_json, write_text
 from cleangpt.models import build_model, model_kinds
 from cleangpt.models.base import LanguageModel, on_meta
 from cleangpt.models.lora import is_adapter, merge, split_adapters
@@ -40,7 +40,7 @@ WEIGHTS, ADAPTERS, CONFIG, INDEX = "model.safetensors", "adapters.safetensors", 
 
 
 @dataclass(frozen=True)
-class Entry:
+class CheckpointEntry:
     """One checkpoint in the index."""
 
     name: str
@@ -57,7 +57,7 @@ class Checkpoints:
         self.folder, self.config = folder, config
         self.ranks = ranks or Ranks()
         """The main process writes the files; every one keeps the list."""
-        self.entries: list[Entry] = []
+        self.entries: list[CheckpointEntry] = []
 
     def wanted(self, macro_batch: int, val_loss: float) -> bool:
         """Whether a checkpoint with this validation loss is to be kept."""
@@ -77,7 +77,7 @@ class Checkpoints:
 
         Returns why it could not be written, and an empty string where it is; those before it are as they were.
         """
-        entry = Entry(
+        entry = CheckpointEntry(
             f"val{val_loss:.4f}_mb{macro_batch:06d}", macro_batch, val_loss, permanent=self._permanent(macro_batch)
         )
         best = sorted([*self.entries, entry], key=_rank)
@@ -118,7 +118,7 @@ class Checkpoints:
 
         A folder that came after the snapshot stays until the next `save`, which writes it again or prunes it.
         """
-        entries = [Entry(**entry) for entry in state["entries"]]
+        entries = [CheckpointEntry(**entry) for entry in state["entries"]]
         self.entries = [entry for entry in entries if (self.folder / entry.name / CONFIG).exists()]
 
     def _permanent(self, macro_batch: int) -> bool:
@@ -129,7 +129,7 @@ class Checkpoints:
         return not math.isnan(val_loss) and len(better) < self.config.keep_best
 
 
-def _rank(entry: Entry) -> tuple[bool, float, int]:
+def _rank(entry: CheckpointEntry) -> tuple[bool, float, int]:
     return (math.isnan(entry.val_loss), entry.val_loss, entry.macro_batch)
 
 
@@ -162,7 +162,7 @@ def save_checkpoint(
         write_text(partial / TOKENIZER, tokenizer.to_json())
         if chat_template is not None:
             write_text(partial / CHAT_TEMPLATE, chat_template.to_json())
-        seal(partial, folder)
+        commit_folder(partial, folder)
     except (OSError, SafetensorError):
         shutil.rmtree(partial, ignore_errors=True)  # it takes room that may be what is missing
         raise
@@ -186,7 +186,7 @@ class Checkpoint:
         Raises:
             UserError: the weights are not those of such a model; that is found out before it takes any memory.
         """
-        with blaming(self.folder / CONFIG, RuntimeError), on_meta():
+        with parsing(self.folder / CONFIG, RuntimeError), on_meta():
             wanted = build_model(self.config, self._heads()).state_dict()
         self._check_weights(wanted)
         model = build_model(self.config, self._heads())
@@ -212,10 +212,10 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} is not a checkpoint: it has no {CONFIG}")
-    if wrong := damage(folder, needed=(WEIGHTS, CONFIG, TOKENIZER)):
+    if wrong := find_corruption(folder, needed=(WEIGHTS, CONFIG, TOKENIZER)):
         raise UserError(f"checkpoint {folder} is damaged: {wrong}")
     content = read_json(folder / CONFIG)
-    with blaming(folder / CONFIG):
+    with parsing(folder / CONFIG):
         if content.get("format") != FORMAT:
             raise UserError(f"{folder} has checkpoint format {content.get('format')}; this version reads {FORMAT}")
         config, facts = from_json(ModelConfig, content["model"], model_kinds(), "model."), dict(content["facts"])
@@ -237,11 +237,11 @@ def best_checkpoint(run: Path) -> Path:
     """
     index = run / "checkpoints" / INDEX
     content = read_json(index) if index.exists() else {"checkpoints": []}
-    with blaming(index):
-        entries = [Entry(**entry) for entry in content["checkpoints"]]
+    with parsing(index):
+        entries = [CheckpointEntry(**entry) for entry in content["checkpoints"]]
         if not entries:
             raise UserError(f"{run} has no checkpoint yet; one is saved after each macro-batch that improves")
-        return run / "checkpoints" / plain_name(min(entries, key=_rank).name, index)
+        return run / "checkpoints" / safe_name(min(entries, key=_rank).name, index)
 
 
 POSITION_ROWS = ("position_embedding.weight",)
@@ -251,7 +251,7 @@ TOKEN_ROWS = ("token_embedding.weight", "head.weight")
 """Matrices with one row per position or per token, of which there may be more or fewer in a model than in another."""
 
 
-def fill(model: nn.Module, weights: Mapping[str, Tensor], same_tokens: bool = False) -> list[str]:
+def load_matching_weights(model: nn.Module, weights: Mapping[str, Tensor], same_tokens: bool = False) -> list[str]:
     """Copies into `model` every weight whose name and shape match; returns a line about each that did not.
 
     Of the rows that stand for positions, and for tokens where they are the `same_tokens`, those that both have are
@@ -266,7 +266,9 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], same_tokens: bool = Fa
         if theirs is not None and theirs.shape == ours.shape:
             fitting[name] = theirs
         elif theirs is not None and theirs.shape[1:] == ours.shape[1:] and name in rows:
-            fitting[name] = torch.cat([theirs[: len(ours)], whole(ours)[len(theirs) :].to(theirs.device, theirs.dtype)])
+            fitting[name] = torch.cat(
+                [theirs[: len(ours)], full_tensor(ours)[len(theirs) :].to(theirs.device, theirs.dtype)]
+            )
             rest = (
                 "the model's others keep their initial values" if len(ours) > len(theirs) else "the others are left out"
             )
@@ -279,7 +281,7 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], same_tokens: bool = Fa
     return lines
 
 
-def differing_fields(theirs: ModelConfig, ours: ModelConfig) -> list[str]:
+def config_mismatches(theirs: ModelConfig, ours: ModelConfig) -> list[str]:
     """A line about each field of a model that the shapes of its weights may not tell, such as the number of heads."""
     if type(theirs) is not type(ours):
         return [f"the checkpoint is of {type(theirs).__name__}, the model of {type(ours).__name__}"]

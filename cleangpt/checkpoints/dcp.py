@@ -32,8 +32,8 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from cleangpt.checkpoints.tensor_files import (
-    Entry,
-    Part,
+    TensorEntry,
+    TensorSlice,
     copy_to_host,
     part_name,
     shard_name,
@@ -164,16 +164,16 @@ class ShardWriter(FileSystemWriter):
         index = {}
         for name, entry in metadata.state_dict_metadata.items():
             assert isinstance(entry, TensorStorageMetadata)
-            parts = [Part(files[MetadataIndex(name, chunk.offsets)], chunk.offsets, chunk.sizes)
+            parts = [TensorSlice(files[MetadataIndex(name, chunk.offsets)], chunk.offsets, chunk.sizes)
                      for chunk in entry.chunks]  # fmt: skip
-            index[name] = Entry(entry.properties.dtype, entry.size, parts)
+            index[name] = TensorEntry(entry.properties.dtype, entry.size, parts)
         write_index(self.folder, index)
         self.complete(entries)
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
 def read_parts(
-    folder: Path, index: Mapping[str, Entry], tensors: dict[str, Any], group: dist.ProcessGroup | None
+    folder: Path, index: Mapping[str, TensorEntry], tensors: dict[str, Any], group: dist.ProcessGroup | None
 ) -> None:
     """Fills `tensors` in place, of which each process reads its parts; as `shards.read_shards`."""
     reader, planner = ShardReader(folder, index), DefaultLoadPlanner(*FLAT)
@@ -187,7 +187,7 @@ def read_parts(
 class ShardReader(FileSystemReader):
     """Reads the parts that a process needs from the files that have them."""
 
-    def __init__(self, folder: Path, index: Mapping[str, Entry]) -> None:
+    def __init__(self, folder: Path, index: Mapping[str, TensorEntry]) -> None:
         super().__init__(folder)
         self.folder, self.metadata = folder, Metadata({}, storage_data={})
         for name, entry in index.items():

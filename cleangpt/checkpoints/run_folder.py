@@ -81,7 +81,7 @@ def open_run(experiment: Experiment, source: Path | None, overrides: Sequence[st
         run.mkdir(parents=True, exist_ok=True)
     else:
         run = _begun_before_restart(experiment.name) or _new_folder(experiment.name)
-    with alone(run):
+    with lock_run(run):
         if (run / EXPERIMENT).is_file():
             _check_same(run, read_json(run / EXPERIMENT), wanted)
             return run
@@ -122,7 +122,7 @@ def find_run(text: str) -> Path:
 
 
 @contextlib.contextmanager
-def alone(run: Path) -> Iterator[None]:
+def lock_run(run: Path) -> Iterator[None]:
     """Keeps other processes from training the same run; the system frees the lock of a process that dies.
 
     Raises:
@@ -191,13 +191,13 @@ def check_data(run: Path, store: Store) -> None:
 
 
 @contextlib.contextmanager
-def claim(run: Path, experiment: Experiment, store: Store) -> Iterator[None]:
+def acquire_run(run: Path, experiment: Experiment, store: Store) -> Iterator[None]:
     """Keeps the run for this process; notes the fields with which it goes on, and refuses other tokens than before.
 
     Raises:
         UserError: another process trains it, or the tokens are others.
     """
-    with alone(run):
+    with lock_run(run):
         check_data(run, store)
         if (wanted := experiment_json(experiment)) != read_json(run / EXPERIMENT):
             write_json(run / EXPERIMENT, wanted)

@@ -29,9 +29,9 @@ from torch import Tensor
 from cleangpt.checkpoints.tensor_files import INDEX, copy_to_host, read_index, read_whole, write_whole
 from cleangpt.config import SavingConfig
 from cleangpt.distributed.processes import Ranks
-from cleangpt.distributed.tensors import is_cut
-from cleangpt.errors import UserError, blaming
-from cleangpt.files import MANIFEST, PARTIAL, damage, read_json, remove, seal, write_json
+from cleangpt.distributed.tensors import is_dtensor
+from cleangpt.errors import UserError, parsing
+from cleangpt.files import MANIFEST, PARTIAL, commit_folder, find_corruption, read_json, remove, write_json
 
 FORMAT = 2
 
@@ -64,9 +64,9 @@ class Snapshots:
 
     def __init__(
         self, folder: Path, config: SavingConfig, ranks: Ranks | None = None, timeout: float = 600.0,
-        say: Callable[[str], None] = lambda text: None,
+        log: Callable[[str], None] = lambda text: None,
     ) -> None:  # fmt: skip
-        self.folder, self.config, self.ranks, self.say = folder, config, ranks or Ranks(), say
+        self.folder, self.config, self.ranks, self.log = folder, config, ranks or Ranks(), log
         several, limit = self.ranks.world_size > 1, timedelta(seconds=timeout)
         self.group = dist.new_group(backend="gloo", timeout=limit) if several else None
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
@@ -133,18 +133,18 @@ class Snapshots:
         reason = write_tensors(unfinished, partial(self._complete, unfinished, name, tree))
         if reason and self.ranks.is_main:
             shutil.rmtree(unfinished, ignore_errors=True)  # it takes room that may be what is missing
-            self.say(f"snapshot {name} could not be saved: {reason}; those before it are as they were")
+            self.log(f"snapshot {name} could not be saved: {reason}; those before it are as they were")
         return reason
 
     def _complete(self, unfinished: Path, name: str, tree: Any, shards: Mapping[str, Any]) -> None:
         """The main process's part, when the shards are on the disk."""
         write_json(unfinished / STATE, {"format": FORMAT, "state": tree})
-        seal(unfinished, self.folder / name, shards)
+        commit_folder(unfinished, self.folder / name, shards)
         for old in list_snapshots(self.folder)[self.config.keep_snapshots :]:
             try:
                 remove(old)
             except OSError as error:
-                self.say(f"snapshot {old} could not be removed: {error}")
+                self.log(f"snapshot {old} could not be removed: {error}")
 
 
 # Loading -------------------------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def set_aside(folder: Path, newest: Path) -> None:
 
 def _damage(path: Path, ranks: Ranks) -> str:
     """`damage` of this process's part of a snapshot; a shard that does not belong to it counts as well."""
-    if wrong := damage(path, ranks.rank, ranks.world_size, (STATE, INDEX)):
+    if wrong := find_corruption(path, ranks.rank, ranks.world_size, (STATE, INDEX)):
         return wrong
     strange = {shard.name for shard in path.glob("shard_*")} - read_json(path / MANIFEST).keys()
     return f"{min(strange)} is not in {MANIFEST}" if strange else ""
@@ -200,13 +200,13 @@ def load_snapshot(
         UserError: the snapshot has a format that this version does not read, or tensors that do not fit `into`.
     """
     content = read_json(path / STATE)
-    with blaming(path / STATE):
+    with parsing(path / STATE):
         if content.get("format") != FORMAT:
             raise UserError(f"{path} has snapshot format {content.get('format')}; this version reads {FORMAT}")
     tensors: dict[str, Any] = {}
     _split(into or {}, "", tensors)
     read_shards(path, tensors, group, all_of_them=True)
-    with blaming(path / STATE):
+    with parsing(path / STATE):
         state: dict[str, Any] = _join(content["state"], tensors)
     return state
 
@@ -246,9 +246,9 @@ def read_shards(
         raise UserError(f"{folder} cannot be loaded: it has no {min(missing)}")
     for name, entry in index.items() if all_of_them else ():
         if name not in tensors:
-            with blaming(folder / INDEX, RuntimeError):
+            with parsing(folder / INDEX, RuntimeError):
                 tensors[name] = torch.empty(entry.shape, dtype=entry.dtype)
-    if group is None and not any(map(is_cut, tensors.values())):
+    if group is None and not any(map(is_dtensor, tensors.values())):
         read_whole(folder, index, tensors)
         return
     from cleangpt.checkpoints.dcp import read_parts

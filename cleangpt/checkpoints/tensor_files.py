@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cleangpt.errors import UserError, blaming
-from cleangpt.files import flush, plain_name, read_json, write_text
+from cleangpt.errors import UserError, parsing
+from cleangpt.files import fsync_files, read_json, safe_name, write_text
 
 INDEX = "index.json"
 
@@ -29,7 +29,7 @@ DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value
 Key = TypeVar("Key", bound=Hashable)
 
 
-class Part(NamedTuple):
+class TensorSlice(NamedTuple):
     """A box of a tensor: the file that has it, where it begins and how large it is."""
 
     file: str
@@ -37,12 +37,12 @@ class Part(NamedTuple):
     shape: torch.Size
 
 
-class Entry(NamedTuple):
+class TensorEntry(NamedTuple):
     """What the index says of a tensor."""
 
     dtype: torch.dtype
     shape: torch.Size
-    parts: list[Part]
+    parts: list[TensorSlice]
 
 
 def shard_name(rank: int) -> str:
@@ -82,7 +82,9 @@ def write_whole(folder: Path, tensors: Mapping[str, Tensor], complete: Callable[
         folder.mkdir(parents=True, exist_ok=True)
         entry = write_shard(folder / file, tensors)
         write_index(folder, {
-            name: Entry(tensor.dtype, tensor.shape, [Part(file, torch.Size([0] * tensor.dim()), tensor.shape)])
+            name: TensorEntry(
+                tensor.dtype, tensor.shape, [TensorSlice(file, torch.Size([0] * tensor.dim()), tensor.shape)]
+            )
             for name, tensor in tensors.items()
         })  # fmt: skip
         complete(entry)
@@ -96,10 +98,10 @@ def write_shard(path: Path, parts: Mapping[str, Tensor]) -> dict[str, Any]:
     if not parts:
         return {}
     save_file({name: part.detach().cpu().contiguous() for name, part in parts.items()}, path)
-    return flush([path])
+    return fsync_files([path])
 
 
-def write_index(folder: Path, index: Mapping[str, Entry]) -> None:
+def write_index(folder: Path, index: Mapping[str, TensorEntry]) -> None:
     """The opposite of `read_index`."""
     content = {
         name: {
@@ -113,21 +115,21 @@ def write_index(folder: Path, index: Mapping[str, Entry]) -> None:
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
-def read_index(folder: Path) -> dict[str, Entry]:
+def read_index(folder: Path) -> dict[str, TensorEntry]:
     """What `write_index` said of the tensors in `folder`.
 
     Raises:
         UserError: the index is missing, not valid JSON, or not what `write_index` writes.
     """
     content = read_json(folder / INDEX)
-    with blaming(folder / INDEX):
+    with parsing(folder / INDEX):
         return {
-            name: Entry(
+            name: TensorEntry(
                 DTYPES[entry["dtype"]],
                 torch.Size(entry["shape"]),
                 [
-                    Part(
-                        plain_name(part["file"], folder / INDEX), torch.Size(part["offset"]), torch.Size(part["shape"])
+                    TensorSlice(
+                        safe_name(part["file"], folder / INDEX), torch.Size(part["offset"]), torch.Size(part["shape"])
                     )
                     for part in entry["parts"]
                 ],
@@ -136,9 +138,9 @@ def read_index(folder: Path) -> dict[str, Entry]:
         }
 
 
-def read_whole(folder: Path, index: Mapping[str, Entry], tensors: Mapping[str, Tensor]) -> None:
+def read_whole(folder: Path, index: Mapping[str, TensorEntry], tensors: Mapping[str, Tensor]) -> None:
     """Fills whole tensors, file by file."""
-    files: dict[str, list[tuple[str, Part]]] = {}
+    files: dict[str, list[tuple[str, TensorSlice]]] = {}
     try:
         for name, tensor in tensors.items():
             if index[name].shape != tensor.shape:

@@ -20,7 +20,7 @@ import tyro
 
 from cleangpt import __version__
 from cleangpt.commands.options import parse
-from cleangpt.errors import RunFailedError, UserError, nearest, one_line
+from cleangpt.errors import RunFailedError, UserError, nearest, single_line
 
 if TYPE_CHECKING:
     import torch
@@ -69,10 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(words)
     except UserError as error:
-        print(f"{_speaker()}error: {one_line(error)}", file=sys.stderr)
+        print(f"{_speaker()}error: {single_line(error)}", file=sys.stderr)
         return 2
     except RunFailedError as error:
-        print(f"{_speaker()}stopped: {one_line(error)}", file=sys.stderr)
+        print(f"{_speaker()}stopped: {single_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped at once; what was saved before is whole", file=sys.stderr)
@@ -255,9 +255,9 @@ def tune_command(words: list[str]) -> None:
             raise UserError(f"--{name} is {getattr(chosen, name)}; allowed: {described}")
     if chosen.experiment.optimizer.lr == 0:
         raise UserError("optimizer.lr is 0; allowed: more than 0, where the search begins")
-    from cleangpt.checkpoints.run_folder import alone
+    from cleangpt.checkpoints.run_folder import lock_run
     from cleangpt.distributed.processes import join
-    from cleangpt.training.tuning import StoppedError, Tuning, advice, short_run
+    from cleangpt.training.tuning import RunInterruptedError, Tuning, advice, short_run
 
     experiment = short_run(chosen.experiment, chosen.steps, chosen.width)
     folder = Path(chosen.out or f"runs/{experiment.name}_tune")
@@ -266,16 +266,16 @@ def tune_command(words: list[str]) -> None:
     with join(experiment.parallel.timeout) as ranks:
         experiment, store = _with_store(experiment, ranks)
         folder.mkdir(parents=True, exist_ok=True)
-        say: Callable[[str], None] = partial(print, flush=True) if ranks.is_main else lambda line: None
+        log: Callable[[str], None] = partial(print, flush=True) if ranks.is_main else lambda line: None
         try:
-            with alone(folder) if ranks.is_main else nullcontext():
-                tuning = Tuning(experiment, folder, store, ranks, say)
+            with lock_run(folder) if ranks.is_main else nullcontext():
+                tuning = Tuning(experiment, folder, store, ranks, log)
                 losses = {lr: tuning.loss(lr) for lr in chosen.rates} if chosen.rates else tuning.grid(chosen.factor)
-        except StoppedError:
-            say("interrupted and saved; the same command goes on")
+        except RunInterruptedError:
+            log("interrupted and saved; the same command goes on")
             return
     for line in ["", *advice(experiment, losses)]:
-        say(line)
+        log(line)
 
 
 # Training ------------------------------------------------------------------------------------------------------------
@@ -331,13 +331,13 @@ def _check(experiment: Any) -> None:
     """Refuses what cannot work, before anything is made."""
     from cleangpt.checkpoints.run_folder import check_folder
     from cleangpt.distributed.device import check_precision, choose_device
-    from cleangpt.distributed.layout import check_compilation, check_devices, check_loss_chunk, layout
+    from cleangpt.distributed.layout import check_compilation, check_devices, check_loss_chunk, choose_degrees
     from cleangpt.distributed.processes import local_rank, world_size
     from cleangpt.experiment import check_experiment
     from cleangpt.tracking import check_tracking
     from cleangpt.training.launch import check_row_length
 
-    place = layout(experiment.parallel, world_size())
+    place = choose_degrees(experiment.parallel, world_size())
     check_experiment(experiment, place.parts)
     experiment.corpus.check()
     check_row_length(experiment)
@@ -363,7 +363,7 @@ def _train(
         begun: the run to go on with, whatever fields it had before; None: that of `open_run`.
     """
     _check(experiment)
-    from cleangpt.checkpoints.run_folder import claim, open_run
+    from cleangpt.checkpoints.run_folder import acquire_run, open_run
     from cleangpt.distributed.processes import join
     from cleangpt.distributed.signals import SAVE, without
     from cleangpt.tracking.progress import ProgressBar
@@ -379,28 +379,28 @@ def _train(
         run: Path = begun or ranks.on_main(lambda: open_run(experiment, source, overrides))
         progress = ProgressBar(run if ranks.is_main else None, experiment.tracking.progress and ranks.is_main)
         with ExitStack() as held:
-            ranks.on_main(lambda: held.enter_context(claim(run, experiment, store)))
+            ranks.on_main(lambda: held.enter_context(acquire_run(run, experiment, store)))
             trainer = Trainer(experiment, run, store, progress, ranks, end)
             for line in summary(experiment, run, store, trainer.model, trainer.device, trainer.layout):
-                progress.say(line)
+                progress.log(line)
             status = trainer.train()
     if status == "interrupted":
-        progress.say(f"interrupted and saved; go on with: cleangpt resume {run}")
+        progress.log(f"interrupted and saved; go on with: cleangpt resume {run}")
     else:
-        progress.say(f"{status}; next: cleangpt evaluate {run}, cleangpt sample {run}, cleangpt report {run}")
+        progress.log(f"{status}; next: cleangpt evaluate {run}, cleangpt sample {run}, cleangpt report {run}")
 
 
 def _with_store(experiment: Any, ranks: "Ranks") -> tuple[Any, "Store"]:
     """The experiment with its vocabulary filled in, and the store of its corpus, prepared where needed."""
     from cleangpt.corpora import prepare
-    from cleangpt.distributed.layout import layout
+    from cleangpt.distributed.layout import choose_degrees
     from cleangpt.training.finetuning import check_fine_tuning
     from cleangpt.training.launch import check_store, resolve
 
     store = ranks.after_main(lambda: prepare(experiment.corpus, Path(experiment.data.folder)))
     experiment = resolve(experiment, store.vocab_size)
     check_store(experiment, store)
-    check_fine_tuning(experiment, layout(experiment.parallel, ranks.world_size))
+    check_fine_tuning(experiment, choose_degrees(experiment.parallel, ranks.world_size))
     return experiment, store
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from cleangpt.config import CorpusConfig
 from cleangpt.corpora.adder import Adder
 from cleangpt.corpora.adder_chat import AdderChat
-from cleangpt.corpora.base import CORPORA, Corpus, alone, as_json, changed, one_line
+from cleangpt.corpora.base import CORPORA, Corpus, as_json, lock_folder, stale_source, user_errors
 from cleangpt.corpora.conversations import Chat
 from cleangpt.corpora.fables import Fables
 from cleangpt.corpora.fineweb_edu import FineWebEdu
@@ -20,7 +20,7 @@ from cleangpt.corpora.shakespeare_char import ShakespeareChar
 from cleangpt.corpora.stdlib import Stdlib
 from cleangpt.corpora.text import Text
 from cleangpt.corpora.tinystories import TinyStories
-from cleangpt.data.dataset import CARD, STORE, TokenStore
+from cleangpt.data.dataset import CARD, STORE, TokenDataset
 from cleangpt.data.mixing import Store
 from cleangpt.errors import UserError
 from cleangpt.files import restore
@@ -66,7 +66,7 @@ def prepare(corpus: CorpusConfig, data_folder: Path, again: bool = False, consol
     return prepare_store(corpus, data_folder, again, console)
 
 
-def prepare_store(corpus: CorpusConfig, data_folder: Path, again: bool, console: Console) -> TokenStore:
+def prepare_store(corpus: CorpusConfig, data_folder: Path, again: bool, console: Console) -> TokenDataset:
     """`prepare` of a corpus that is no mixture."""
     if not isinstance(corpus, Corpus):
         raise UserError(f"corpus is a {type(corpus).__name__}; allowed: a subclass of cleangpt.corpora.Corpus")
@@ -75,17 +75,17 @@ def prepare_store(corpus: CorpusConfig, data_folder: Path, again: bool, console:
     folder = store_folder(corpus, data_folder)
     restore(folder)
     if (folder / STORE).is_file() and not again:
-        store = TokenStore(folder)
-        if file := changed(store):
+        store = TokenDataset(folder)
+        if file := stale_source(store):
             console.print(
                 f"{file} has changed since {folder} was prepared; prepare again to use it", markup=False, soft_wrap=True
             )
         return store
     try:
-        with alone(folder, console):
+        with lock_folder(folder, console):
             if (folder / STORE).is_file() and not again:  # by another process, which this one has waited for
-                return TokenStore(folder)
-            with one_line(folder):
+                return TokenDataset(folder)
+            with user_errors(folder):
                 store = corpus.prepare(folder, console)
     except KeyboardInterrupt:
         console.print("interrupted; the same command goes on from here", markup=False)

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from cleangpt.corpora.base import Corpus, write_store
 from cleangpt.data.chat_template import ChatTemplate
-from cleangpt.data.dataset import TokenStore
+from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.shuffle import permute
 from cleangpt.data.tokenizers import CharTokenizer, Tokenizer
 from cleangpt.data.writer import Chunk, Groups
@@ -101,7 +101,7 @@ class Problems(Corpus):
         if self.sizes()["train"] < 1:
             raise UserError(f"corpus.test_samples leaves none of {self.problems:,} problems to train on; lower it")
 
-    def prepare(self, folder: Path, console: Console) -> TokenStore:
+    def prepare(self, folder: Path, console: Console) -> TokenDataset:
         """Writes the three splits."""
         return write_store(
             self, folder, self.tokenizer(), self._groups, sum(self.sizes().values()), console,

@@ -22,10 +22,10 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from cleangpt.config import CorpusConfig
 from cleangpt.corpora.card import card
 from cleangpt.data.chat_template import ChatTemplate
-from cleangpt.data.dataset import STORE, TokenStore
+from cleangpt.data.dataset import STORE, TokenDataset
 from cleangpt.data.tokenizers import Tokenizer
-from cleangpt.data.writer import Groups, StoreWriter
-from cleangpt.errors import UserError, blaming
+from cleangpt.data.writer import DatasetWriter, Groups
+from cleangpt.errors import UserError, parsing
 from cleangpt.files import PARTIAL
 from cleangpt.validation import to_json
 
@@ -40,7 +40,7 @@ class Corpus(CorpusConfig):
     def check(self) -> None:
         """Raises UserError for a field out of range; the types have been checked."""
 
-    def prepare(self, folder: Path, console: Console) -> TokenStore:
+    def prepare(self, folder: Path, console: Console) -> TokenDataset:
         """Makes the token store at `folder`, and tells the console how it goes."""
         raise NotImplementedError
 
@@ -81,7 +81,7 @@ def write_store(
     row_length: int | None = None,
     chat_template: ChatTemplate | None = None,
     max_tokens: int | None = None,
-) -> TokenStore:
+) -> TokenDataset:
     """Writes the chunks of all groups; `groups(n)` gives those after the first n.
 
     With `max_tokens` it ends after the group with which there are so many tokens to train on.
@@ -89,7 +89,7 @@ def write_store(
     Raises:
         UserError: there is nothing to train on or to validate with.
     """
-    writer = StoreWriter(
+    writer = DatasetWriter(
         folder, as_json(corpus), tokenizer, source=source, row_length=row_length, masked=row_length is not None,
         chat_template=chat_template,
     )  # fmt: skip
@@ -122,18 +122,18 @@ def write_store(
         writer.close()
 
 
-def _enough(writer: StoreWriter, max_tokens: int | None) -> bool:
+def _enough(writer: DatasetWriter, max_tokens: int | None) -> bool:
     """Whether there are so many tokens to train on, and no document has still to end."""
     unfinished = any(split.unfinished for split in writer.splits.values())
     return max_tokens is not None and _training_tokens(writer) >= max_tokens and not unfinished
 
 
-def _training_tokens(writer: StoreWriter) -> int:
+def _training_tokens(writer: DatasetWriter) -> int:
     return writer.splits["train"].tokens if "train" in writer.splits else 0
 
 
 @contextlib.contextmanager
-def alone(folder: Path, console: Console) -> Iterator[None]:
+def lock_folder(folder: Path, console: Console) -> Iterator[None]:
     """Waits until no other process makes the same store; the system frees the lock of a process that dies."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +154,7 @@ def alone(folder: Path, console: Console) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def one_line(folder: Path) -> Iterator[None]:
+def user_errors(folder: Path) -> Iterator[None]:
     """Tells failures of the system in one line, and leaves nothing half-written after any error.
 
     An interruption is no error: what was committed stays, to be gone on with.
@@ -170,9 +170,9 @@ def one_line(folder: Path) -> Iterator[None]:
         raise UserError(f"{error.filename or folder}: {error.strerror or error}") from None
 
 
-def changed(store: TokenStore) -> str:
+def stale_source(store: TokenDataset) -> str:
     """The first file of text that has changed since the store was made of it, or an empty string."""
-    with blaming(store.folder / STORE):
+    with parsing(store.folder / STORE):
         for name, size, modified in store.source.get("files", []):
             path = Path(name)
             if path.is_file() and (path.stat().st_size, path.stat().st_mtime_ns) != (size, modified):

@@ -9,7 +9,7 @@ from cleangpt.data.tokenizers import Tokenizer
 def card(name: str, facts: dict[str, Any], tokenizer: Tokenizer) -> str:
     """The facts of a token store in Markdown, for a reader."""
     rows = "\n".join(_card_row(split, counts) for split, counts in facts["splits"].items())
-    end = "none" if tokenizer.end_of_text is None else str(tokenizer.end_of_text)
+    end = "none" if tokenizer.eos_id is None else str(tokenizer.eos_id)
     digests = "".join(f"{file} {digest}\n" for file, digest in sorted(facts["sha256"].items()))
     python = f"Python {facts['source']['python']}\n" if "python" in (facts["source"] or {}) else ""
     settings = ", ".join(f"{key}={value!r}" for key, value in facts["corpus"].items() if key != "kind")

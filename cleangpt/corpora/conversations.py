@@ -39,7 +39,7 @@ from cleangpt.data.chat_template import (
     plain_template,
     special_tokens,
 )
-from cleangpt.data.dataset import TokenStore
+from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from cleangpt.data.writer import Chunk, Groups
 from cleangpt.errors import UserError, nearest
@@ -106,7 +106,7 @@ class Chat(Corpus):
         if self.pack < 1:
             raise UserError(f"corpus.pack is {self.pack}; allowed: a whole number of 1 or more")
 
-    def prepare(self, folder: Path, console: Console) -> TokenStore:
+    def prepare(self, folder: Path, console: Console) -> TokenDataset:
         """Writes both splits."""
         paths = find_files(self.files)
         if plain := next(filter(is_plain, paths), None):
@@ -203,13 +203,13 @@ def encode_conversations(files: list[TextFile], tokenizer: Tokenizer, start: int
 def _chunk(split: str, pieces: list[Piece], tokenizer: Tokenizer, row_length: int) -> Chunk:
     """The conversations of one split in rows; each ends with the end-of-text token, where the tokenizer has one."""
     counts = Counter({"conversations": len(pieces), SPECIAL: 0, NO_ANSWER: 0, CUT: 0})
-    counts.update(piece.left_out for piece in pieces if piece.left_out)
-    pieces = [piece for piece in pieces if not piece.left_out]
+    counts.update(piece.skipped_ranges for piece in pieces if piece.skipped_ranges)
+    pieces = [piece for piece in pieces if not piece.skipped_ranges]
     documents, masks, text_bytes = [], [], 0
     for piece, (ids, places) in zip(pieces, encode_chat(tokenizer, [piece.text for piece in pieces]), strict=True):
         mask = answer_mask(places, list(piece.answers))
-        if tokenizer.end_of_text is not None and ids[-1:].tolist() != [tokenizer.end_of_text]:
-            ids, mask = np.append(ids, tokenizer.end_of_text), np.append(mask, 0)
+        if tokenizer.eos_id is not None and ids[-1:].tolist() != [tokenizer.eos_id]:
+            ids, mask = np.append(ids, tokenizer.eos_id), np.append(mask, 0)
         if not mask[1:row_length].any():
             counts[NO_ANSWER] += 1
             continue
@@ -232,9 +232,9 @@ def _piece(
 ) -> Piece:
     """A conversation as text."""
     if any(spelled.search(message["content"]) for message in messages):
-        return Piece("", True, read, left_out=SPECIAL)
+        return Piece("", True, read, skipped_ranges=SPECIAL)
     if all(message["role"] != ASSISTANT for message in messages):
-        return Piece("", True, read, left_out=NO_ANSWER)
+        return Piece("", True, read, skipped_ranges=NO_ANSWER)
     try:
         text, answers = template.render_answers(messages, special)
     except UserError as error:

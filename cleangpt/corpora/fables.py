@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from cleangpt.corpora.base import Corpus, write_store
-from cleangpt.data.dataset import TokenStore
+from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.shuffle import permute
 from cleangpt.data.tokenizers import ByteTokenizer
 from cleangpt.data.writer import Chunk, Groups
@@ -117,14 +117,14 @@ class Fables(Corpus):
         he, him = ("she", "her") if words["hero"] in FEMALE else ("he", "him")
         return STORY.format(**words, he=he, him=him, moral=MORALS[words["trait"]])
 
-    def prepare(self, folder: Path, console: Console) -> TokenStore:
+    def prepare(self, folder: Path, console: Console) -> TokenDataset:
         """Writes both splits."""
         total = self.val_stories + self.train_stories
         return write_store(self, folder, ByteTokenizer(), self._groups, total, console)
 
     def _groups(self, start: int) -> Groups:
         tokenizer = ByteTokenizer()
-        end = np.array([tokenizer.end_of_text], np.int64)
+        end = np.array([tokenizer.eos_id], np.int64)
         splits = [("val", 0, self.val_stories), ("train", self.val_stories, self.val_stories + self.train_stories)]
         ranges = [
             (split, begin, min(begin + GROUP, last))

@@ -17,7 +17,7 @@ from cleangpt.corpora import text as text_corpus
 from cleangpt.corpora.base import Corpus, check_text, write_store
 from cleangpt.corpora.reading import Piece, TextFile, find_files, read_parquet, read_pieces, split_documents
 from cleangpt.corpora.text import choose_tokenizer, encode_group, grouped, write_texts
-from cleangpt.data.dataset import JOURNAL, TOKENIZER, TokenStore
+from cleangpt.data.dataset import JOURNAL, TOKENIZER, TokenDataset
 from cleangpt.data.tokenizers import Tokenizer, load_tokenizer
 from cleangpt.data.writer import Groups
 from cleangpt.errors import UserError, require
@@ -160,7 +160,7 @@ class HubText(Corpus):
         """Where the corpus lies on the hub."""
         raise NotImplementedError
 
-    def prepare(self, folder: Path, console: Console) -> TokenStore:
+    def prepare(self, folder: Path, console: Console) -> TokenDataset:
         """Writes both splits."""
         if self.files:
             paths = find_files(self.files)
@@ -187,7 +187,7 @@ def write_shards(
     pieces: Callable[[Path, str], Iterator[Piece]],
     console: Console,
     max_tokens: int | None,
-) -> TokenStore:
+) -> TokenDataset:
     """`write_store` of shards; a tokenizer is learned from the first that trains, so that no other need be there."""
     files = shards.files(pieces)
     first = [file for file in files if not _validates(file.path.name)][:1]

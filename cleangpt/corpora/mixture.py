@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from cleangpt.config import CorpusConfig, Source
-from cleangpt.data.dataset import TokenStore
-from cleangpt.data.mixing import MixedStore, Part, Weight
+from cleangpt.data.dataset import TokenDataset
+from cleangpt.data.mixing import MixedDataset, Part, Weight
 from cleangpt.errors import UserError
 
 
@@ -40,7 +40,7 @@ class Mixture(CorpusConfig):
         for number, source in enumerate(self.sources):
             _check_source(source, f"corpus.sources.{number}.")
 
-    def store(self, folder: Path, prepare: Callable[[CorpusConfig], TokenStore]) -> MixedStore:
+    def store(self, folder: Path, prepare: Callable[[CorpusConfig], TokenDataset]) -> MixedDataset:
         """The sources' token stores, each prepared where there is none.
 
         Raises:
@@ -52,7 +52,7 @@ class Mixture(CorpusConfig):
             tokens = store.splits["train"].tokens
             factor = 1.0 if self.temperature is None else float(tokens) ** (1 / self.temperature)
             parts[source.name] = Part(store, _scaled(source.weight, factor), source.max_epochs)
-        return MixedStore(folder, parts, self.when_source_ends == "refuse")
+        return MixedDataset(folder, parts, self.when_source_ends == "refuse")
 
 
 def tasks(corpus: CorpusConfig) -> dict[str, str]:

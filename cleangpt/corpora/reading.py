@@ -38,7 +38,7 @@ class Piece:
     split: str = "train"
     answers: tuple[tuple[int, int], ...] = ()
     """Of a conversation: first character of each answer, and the one after its last."""
-    left_out: str = ""
+    skipped_ranges: str = ""
     """Why a conversation is left out; empty: it is not."""
 
 

@@ -11,7 +11,7 @@ from cleangpt.corpora.base import Corpus
 from cleangpt.corpora.download import download
 from cleangpt.corpora.reading import Piece, TextFile, read_text
 from cleangpt.corpora.text import characters, write_texts
-from cleangpt.data.dataset import TokenStore
+from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from cleangpt.errors import UserError
 from cleangpt.files import sha256
@@ -40,7 +40,7 @@ class ShakespeareChar(Corpus):
         if not 0 <= self.held_out < 0.9:
             raise UserError(f"corpus.held_out is {self.held_out}; allowed: from 0 to below 0.9")
 
-    def prepare(self, folder: Path, console: Console) -> TokenStore:
+    def prepare(self, folder: Path, console: Console) -> TokenDataset:
         """Writes the splits; the text is not loaded whole."""
         path = self._find(folder.parent / "downloads", console)
         whole = TextFile(path, path.stat().st_size, lambda: read_text(path))

@@ -11,7 +11,7 @@ from rich.console import Console
 from cleangpt.corpora.base import Corpus
 from cleangpt.corpora.reading import TextFile, read_text, unit_hash
 from cleangpt.corpora.text import choose_tokenizer, write_texts
-from cleangpt.data.dataset import TokenStore
+from cleangpt.data.dataset import TokenDataset
 from cleangpt.errors import UserError
 
 LEFT_OUT = {
@@ -43,7 +43,7 @@ class Stdlib(Corpus):
         if not 0 < self.val_fraction <= 0.5:
             raise UserError(f"corpus.val_fraction is {self.val_fraction}; allowed: more than 0, at most 0.5")
 
-    def prepare(self, folder: Path, console: Console) -> TokenStore:
+    def prepare(self, folder: Path, console: Console) -> TokenDataset:
         """Writes both splits."""
         files = self.files(Path(sysconfig.get_path("stdlib")))
         tokenizer = choose_tokenizer(self.tokenizer, self.vocab_size, None, files, console)

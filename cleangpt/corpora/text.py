@@ -13,7 +13,7 @@ from rich.console import Console
 
 from cleangpt.corpora.base import Corpus, check_text, write_store
 from cleangpt.corpora.reading import Piece, TextFile, find_files, is_plain, read_pieces, split_documents, split_tail
-from cleangpt.data.dataset import TokenStore
+from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer, train_bpe
 from cleangpt.data.writer import Chunk, Groups
 from cleangpt.errors import UserError
@@ -39,7 +39,7 @@ def write_texts(
     row_length: int | None = None,
     max_tokens: int | None = None,
     **source: Any,
-) -> TokenStore:
+) -> TokenDataset:
     """`write_store` of files of text; with a row length, of their documents packed into rows."""
     from cleangpt.corpora.packing import packed  # here, because packing imports this file
 
@@ -73,7 +73,7 @@ def encode_files(files: list[TextFile], tokenizer: Tokenizer, start: int) -> Gro
 
 def encode_group(pieces: list[Piece], tokenizer: Tokenizer) -> list[Chunk]:
     """The chunks of some pieces; each document ends with the end-of-text token, where the tokenizer has one."""
-    return _chunks(pieces, _encode(tokenizer, [piece.text for piece in pieces]), tokenizer.end_of_text)
+    return _chunks(pieces, _encode(tokenizer, [piece.text for piece in pieces]), tokenizer.eos_id)
 
 
 def choose_tokenizer(
@@ -125,9 +125,9 @@ def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[NDArray[np.int64]]:
     return tokenizer.encode_all(texts) if isinstance(tokenizer, BPETokenizer) else list(map(tokenizer.encode, texts))
 
 
-def _chunks(pieces: list[Piece], arrays: list[NDArray[np.int64]], end_of_text: int | None) -> list[Chunk]:
+def _chunks(pieces: list[Piece], arrays: list[NDArray[np.int64]], eos_id: int | None) -> list[Chunk]:
     """One chunk per split that the pieces belong to."""
-    end = np.array([] if end_of_text is None else [end_of_text], np.int64)
+    end = np.array([] if eos_id is None else [eos_id], np.int64)
     chunks = []
     for split in sorted({piece.split for piece in pieces}):
         mine = [(piece, array) for piece, array in zip(pieces, arrays, strict=True) if piece.split == split]
@@ -190,7 +190,7 @@ class Text(Corpus):
         if self.pack is not None and self.pack < 1:
             raise UserError(f"corpus.pack is {self.pack}; allowed: a whole number of 1 or more")
 
-    def prepare(self, folder: Path, console: Console) -> TokenStore:
+    def prepare(self, folder: Path, console: Console) -> TokenDataset:
         """Writes both splits."""
         paths = find_files(self.files)
         few = sum(map(is_plain, paths)) <= FEW

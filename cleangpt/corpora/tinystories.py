@@ -20,7 +20,7 @@ from cleangpt.corpora.reading import (
     split_documents,
 )
 from cleangpt.corpora.text import choose_tokenizer, write_texts
-from cleangpt.data.dataset import TokenStore
+from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.tokenizers import END_OF_TEXT
 from cleangpt.errors import require
 
@@ -58,7 +58,7 @@ class TinyStories(Corpus):
         check_text(self.vocab_size, self.val_fraction)
         check_budget(self.max_tokens)
 
-    def prepare(self, folder: Path, console: Console) -> TokenStore:
+    def prepare(self, folder: Path, console: Console) -> TokenDataset:
         """Writes both splits."""
         if not self.files and self.edition == "parquet":
             shards = Shards(Dataset(REPOSITORY, "data"), folder, keep=False)

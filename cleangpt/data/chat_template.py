@@ -19,22 +19,22 @@ from numpy.typing import NDArray
 
 from cleangpt.data.rendering import BEGIN, END, Renderer, TemplateError, render_here
 from cleangpt.data.tokenizers import (
-    BEGINS_OF_TEXT,
+    BOS_TOKENS,
     END_OF_TEXT,
     BPETokenizer,
     ByteTokenizer,
     CharTokenizer,
     Tokenizer,
-    ends_of,
+    eos_ids,
 )
-from cleangpt.errors import UserError, blaming, require
+from cleangpt.errors import UserError, parsing, require
 from cleangpt.files import read_json, read_text
 from cleangpt.hub import fetch, is_huggingface
 
 CHAT_TEMPLATE = "chat_template.json"
 
 
-THEIR_TEMPLATE, THEIR_CONFIG = "chat_template.jinja", "tokenizer_config.json"
+HF_TEMPLATE, THEIR_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 
 
 ASSISTANT = "assistant"
@@ -134,7 +134,7 @@ def plain_template(tokenizer: Tokenizer) -> ChatTemplate:
         UserError: the tokenizer has no end-of-text token to end an answer with.
     """
     special = _names(tokenizer)
-    if encode_chat(tokenizer, [special.get("eos_token", "")])[0][0].tolist() != [tokenizer.end_of_text]:
+    if encode_chat(tokenizer, [special.get("eos_token", "")])[0][0].tolist() != [tokenizer.eos_id]:
         raise UserError("the tokenizer has no end-of-text token, with which an answer would end; take another")
     return ChatTemplate(PLAIN, special)
 
@@ -148,7 +148,7 @@ def load_template(text: str, tokenizer: Tokenizer) -> ChatTemplate:
     path = fetch(text) if is_huggingface(text) else Path(text).expanduser()
     if path.is_dir():
         if (found := find_template(path)) is None:
-            raise UserError(f"{path} has no chat template; allowed: a folder with {THEIR_TEMPLATE}, or a file in Jinja")
+            raise UserError(f"{path} has no chat template; allowed: a folder with {HF_TEMPLATE}, or a file in Jinja")
         return found
     return ChatTemplate(_read(path), _names(tokenizer))
 
@@ -171,10 +171,10 @@ def find_template(folder: Path) -> ChatTemplate | None:
         raise UserError(f"{folder / THEIR_CONFIG} is not a JSON object")
     source = config.get("chat_template")
     if isinstance(source, list):  # several by name
-        with blaming(folder / THEIR_CONFIG):
+        with parsing(folder / THEIR_CONFIG):
             source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
-    if (folder / THEIR_TEMPLATE).is_file():
-        source = _read(folder / THEIR_TEMPLATE)
+    if (folder / HF_TEMPLATE).is_file():
+        source = _read(folder / HF_TEMPLATE)
     return ChatTemplate(source, _special_of(config)) if isinstance(source, str) else None
 
 
@@ -189,8 +189,8 @@ def _names(tokenizer: Tokenizer) -> dict[str, str]:
     """What Hugging Face's templates call the tokens at which a text begins and ends."""
     special = special_tokens(tokenizer)
     names = {
-        "bos_token": next((name for name in BEGINS_OF_TEXT if name in special), None),
-        "eos_token": next((name for name, token in special.items() if token == tokenizer.end_of_text), None),
+        "bos_token": next((name for name in BOS_TOKENS if name in special), None),
+        "eos_token": next((name for name, token in special.items() if token == tokenizer.eos_id), None),
     }
     return {key: name for key, name in names.items() if name is not None}
 
@@ -224,10 +224,10 @@ def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
     """The tokens that are no text, by the names by which a rendered conversation has them."""
     if isinstance(tokenizer, BPETokenizer):
         return tokenizer.special
-    if tokenizer.end_of_text is None:
+    if tokenizer.eos_id is None:
         return {}
-    end = tokenizer.characters[tokenizer.end_of_text] if isinstance(tokenizer, CharTokenizer) else END_OF_TEXT
-    return {end: tokenizer.end_of_text}
+    end = tokenizer.characters[tokenizer.eos_id] if isinstance(tokenizer, CharTokenizer) else END_OF_TEXT
+    return {end: tokenizer.eos_id}
 
 
 def encode_chat(tokenizer: Tokenizer, texts: list[str]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
@@ -266,14 +266,14 @@ def stop_tokens(template: ChatTemplate, tokenizer: Tokenizer) -> set[int]:
         [{"role": "user", "content": "1"}, {"role": ASSISTANT, "content": "2"}], special
     )
     ((ids, places),) = encode_chat(tokenizer, [text])
-    return ends_of(tokenizer) | set(ids[answer_mask(places, spans) == 1][-1:].tolist()) & set(special.values())
+    return eos_ids(tokenizer) | set(ids[answer_mask(places, spans) == 1][-1:].tolist()) & set(special.values())
 
 
 def _encode_bytes(tokenizer: ByteTokenizer, text: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     ids, starts, at = [], [], 0
     for number, part in enumerate(text.split(END_OF_TEXT)):
         if number:
-            ids.append(np.array([tokenizer.end_of_text]))
+            ids.append(np.array([tokenizer.eos_id]))
             starts.append(np.array([at]))
             at += len(END_OF_TEXT)
         ids.append(tokenizer.encode(part))

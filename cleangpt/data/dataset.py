@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from cleangpt.data.chat_template import ChatTemplate, find_template
 from cleangpt.data.tokenizers import Tokenizer, load_tokenizer
-from cleangpt.errors import UserError, blaming
-from cleangpt.files import plain_name, read_json, sha256
+from cleangpt.errors import UserError, parsing
+from cleangpt.files import read_json, safe_name, sha256
 
 FORMAT = 1
 
@@ -95,7 +95,7 @@ class Split:
         return np.concatenate([part, self._read(arrays, start + len(part), length - len(part))])
 
 
-class TokenStore:
+class TokenDataset:
     """An opened token store; `splits` has train, val and, for some corpora, test.
 
     Raises:
@@ -106,7 +106,7 @@ class TokenStore:
         if not (folder / STORE).is_file():
             raise UserError(f"{folder} is not a token store: it has no {STORE}; make one with cleangpt prepare")
         facts = read_json(folder / STORE)
-        with blaming(folder / STORE):
+        with parsing(folder / STORE):
             if facts.get("format") != FORMAT:
                 raise UserError(f"{folder} has token store format {facts.get('format')}; this version reads {FORMAT}")
             self._open(folder, facts)
@@ -179,7 +179,7 @@ def _count(facts: Mapping[str, Any], name: str) -> int:
 
 
 def _within(folder: Path, name: str) -> Path:
-    return folder / plain_name(name, folder / STORE)
+    return folder / safe_name(name, folder / STORE)
 
 
 def _map(path: Path, dtype: np.dtype[Any], length: int, shuffled: bool = False) -> NDArray[Any]:

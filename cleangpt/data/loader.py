@@ -105,7 +105,7 @@ class Stream(Protocol):
     def batch(self, start: int, count: int) -> Batch:
         """The samples at `count` positions from `start` on."""
 
-    def visits(self, position: int, left_out: Ranges = ()) -> dict[str, float]:
+    def progress(self, position: int, skipped_ranges: Ranges = ()) -> dict[str, float]:
         """The figures visited_share and times_visited before a position, where some positions were left out."""
 
 
@@ -125,9 +125,9 @@ class SplitStream:
                 offsets[epochs == epoch] = self.order.offset(int(epoch), self.samples.seq_len)
         return self.samples.batch(samples, offsets)
 
-    def visits(self, position: int, left_out: Ranges = ()) -> dict[str, float]:
+    def progress(self, position: int, skipped_ranges: Ranges = ()) -> dict[str, float]:
         """The figures visited_share and times_visited before a position, where some positions were left out."""
-        ranges = np.array([(start, min(end, position)) for start, end in left_out if start < position], np.int64)
+        ranges = np.array([(start, min(end, position)) for start, end in skipped_ranges if start < position], np.int64)
         ranges = ranges.reshape(-1, 2)
         times = (position - int((ranges[:, 1] - ranges[:, 0]).sum())) / self.samples.num_training
         share = min(1.0, times) if not len(ranges) else self._visited_share(position, ranges)
@@ -165,12 +165,12 @@ class StreamWithout:
     A batch must not reach across a range: those left out are whole batches.
     """
 
-    def __init__(self, stream: Stream, left_out: Ranges) -> None:
-        self.stream, self.left_out = stream, left_out
+    def __init__(self, stream: Stream, skipped_ranges: Ranges) -> None:
+        self.stream, self.skipped_ranges = stream, skipped_ranges
 
     def place(self, position: int) -> int:
         """The position in the whole stream of the sample at a position in this one."""
-        for start, end in self.left_out:
+        for start, end in self.skipped_ranges:
             if position >= start:
                 position += end - start
         return position
@@ -179,15 +179,15 @@ class StreamWithout:
         """The samples at `count` positions from `start` on."""
         return self.stream.batch(self.place(start), count)
 
-    def visits(self, position: int, left_out: Ranges = ()) -> dict[str, float]:
+    def progress(self, position: int, skipped_ranges: Ranges = ()) -> dict[str, float]:
         """The figures visited_share and times_visited before a position."""
-        return self.stream.visits(self.place(position), [*self.left_out, *left_out])
+        return self.stream.progress(self.place(position), [*self.skipped_ranges, *skipped_ranges])
 
 
-def with_range(left_out: Ranges, start: int, end: int) -> list[list[int]]:
+def add_range(skipped_ranges: Ranges, start: int, end: int) -> list[list[int]]:
     """The ranges with another one, which may overlap them."""
     merged: list[list[int]] = []
-    for first, last in sorted([*map(tuple, left_out), (start, end)]):
+    for first, last in sorted([*map(tuple, skipped_ranges), (start, end)]):
         if merged and first <= merged[-1][1]:
             merged[-1][1] = max(merged[-1][1], last)
         else:

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from cleangpt.data.batch import Batch
-from cleangpt.data.dataset import TokenStore
+from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.loader import Ranges, Samples, SplitStream, Stream
 from cleangpt.data.shuffle import mix
 from cleangpt.data.tokenizers import Tokenizer
@@ -237,22 +237,22 @@ PROGRESS = (np.arange(1000) + 0.5) / 1000
 class Part:
     """One store of a mixture."""
 
-    store: TokenStore
+    store: TokenDataset
     weight: Weight
     """In proportion to the other parts'."""
     max_epochs: int | None
     """Passes over its training samples after which it ends; None: it never does."""
 
 
-class MixedStore:
+class MixedDataset:
     """Token stores of one tokenizer, and of one chat template where some are of conversations, by name.
 
     Raises:
         UserError: two of them have different ones.
     """
 
-    def __init__(self, folder: Path, parts: Mapping[str, Part], refuse_end: bool) -> None:
-        self.folder, self.parts, self.refuse_end = folder, parts, refuse_end
+    def __init__(self, folder: Path, parts: Mapping[str, Part], error_on_exhaustion: bool) -> None:
+        self.folder, self.parts, self.error_on_exhaustion = folder, parts, error_on_exhaustion
         first, *others = parts
         self.tokenizer: Tokenizer = parts[first].store.tokenizer
         self.vocab_size = self.tokenizer.vocab_size
@@ -290,33 +290,33 @@ class MixedStream:
         back = torch.from_numpy(np.argsort(np.concatenate(rows)))
         return Batch.cat(batches).rows(back)
 
-    def visits(self, position: int, left_out: Ranges = ()) -> dict[str, float]:
+    def progress(self, position: int, skipped_ranges: Ranges = ()) -> dict[str, float]:
         """The figures visited_share and times_visited before a position, of all sources together and of each.
 
         Positions that were left out are, in each source, positions one after the other too.
         """
         taken = self.interleaving.taken(position).tolist()
-        bounds = [[self.interleaving.taken(bound).tolist() for bound in pair] for pair in left_out]
+        bounds = [[self.interleaving.taken(bound).tolist() for bound in pair] for pair in skipped_ranges]
         each = {
-            name: stream.visits(taken[source], [(start[source], end[source]) for start, end in bounds])
+            name: stream.progress(taken[source], [(start[source], end[source]) for start, end in bounds])
             for source, (name, stream) in enumerate(self.streams.items())
         }
         sizes = {name: stream.samples.num_training for name, stream in self.streams.items()}
         seen = sum(each[name]["visited_share"] * size for name, size in sizes.items())
         total = sum(sizes.values())
-        missed = sum(min(end, position) - start for start, end in left_out if start < position)
+        missed = sum(min(end, position) - start for start, end in skipped_ranges if start < position)
         figures = {"visited_share": seen / total, "times_visited": (position - missed) / total}
         for figure in list(figures):
-            figures |= {f"{figure}/{name}": visits[figure] for name, visits in each.items()}
+            figures |= {f"{figure}/{name}": progress[figure] for name, progress in each.items()}
         return figures
 
 
-Store = TokenStore | MixedStore
+Store = TokenDataset | MixedDataset
 
 
-def stores(store: Store) -> dict[str, TokenStore]:
+def stores(store: Store) -> dict[str, TokenDataset]:
     """The token stores of a mixture by name; of a single one, itself without a name."""
-    return {name: part.store for name, part in store.parts.items()} if isinstance(store, MixedStore) else {"": store}
+    return {name: part.store for name, part in store.parts.items()} if isinstance(store, MixedDataset) else {"": store}
 
 
 def split_samples(store: Store, split: str, seq_len: int) -> dict[str, Samples]:
@@ -325,7 +325,7 @@ def split_samples(store: Store, split: str, seq_len: int) -> dict[str, Samples]:
     Raises:
         UserError: a split is missing or too short, or its rows do not fit into `seq_len`.
     """
-    if isinstance(store, TokenStore):
+    if isinstance(store, TokenDataset):
         return {"": Samples(store.splits[split], seq_len, split)}
     return {
         name: Samples(part.store.splits[split], seq_len, f"{split} (of {name})", pad_rows=True)
@@ -335,7 +335,7 @@ def split_samples(store: Store, split: str, seq_len: int) -> dict[str, Samples]:
 
 def mean_shares(store: Store) -> dict[str, float]:
     """Each source's share of the samples, as its weight has it, in the mean over the run."""
-    if isinstance(store, TokenStore):
+    if isinstance(store, TokenDataset):
         return {"": 1.0}
     shares = shares_at([part.weight for part in store.parts.values()], PROGRESS).mean(axis=0)
     return dict(zip(store.parts, (shares / shares.sum()).tolist(), strict=True))
@@ -348,7 +348,7 @@ def training_stream(store: Store, seq_len: int, seed: int, total: int) -> Stream
         UserError: a training split does not fit, or a source ends where that is refused, or none is left.
     """
     samples = split_samples(store, "train", seq_len)
-    if isinstance(store, TokenStore):
+    if isinstance(store, TokenDataset):
         return SplitStream(samples[""], seed)
     most = {
         name: None if part.max_epochs is None else part.max_epochs * samples[name].num_training
@@ -357,7 +357,7 @@ def training_stream(store: Store, seq_len: int, seed: int, total: int) -> Stream
     interleaving = interleave(list(most), [part.weight for part in store.parts.values()], list(most.values()), total)
     for source, (name, end) in enumerate(most.items()):
         position = None if end is None else interleaving.end(source, end)
-        if store.refuse_end and position is not None and position < total:
+        if store.error_on_exhaustion and position is not None and position < total:
             raise UserError(
                 f"the source {name} ends after {position:,} of the run's {total:,} samples; allowed: a larger "
                 'max_epochs or a shorter run, or corpus.when_source_ends="share"'

@@ -20,8 +20,8 @@ from cleangpt.files import parse_json, read_text
 from cleangpt.hub import fetch, is_huggingface
 
 END_OF_TEXT = "<|endoftext|>"
-ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
-BEGINS_OF_TEXT = ("<|begin_of_text|>", "<s>", "<bos>")
+EOS_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
+BOS_TOKENS = ("<|begin_of_text|>", "<s>", "<bos>")
 REPLACEMENT = "\ufffd"
 LOSSLESS_PROBES = ("a Bc, 12 déjà 漢字 🙂\n\tx = 1\n", " a  b ", "\n\n", "ﬁ①Ａ")
 """Texts with characters of several bytes, white space that some tokenizers drop, and letters that some replace."""
@@ -32,7 +32,7 @@ class Tokenizer(Protocol):
 
     vocab_size: int
     """Kinds of token; ids are below it."""
-    end_of_text: int | None
+    eos_id: int | None
     """The token that ends a document, where there is one."""
 
     def encode(self, text: str) -> NDArray[np.int64]:
@@ -61,7 +61,7 @@ class CharTokenizer:
             raise UserError(f"end_of_text_character is {end_of_text_character!r}; allowed: one of the characters")
         self.characters, self.end_of_text_character = characters, end_of_text_character
         self.vocab_size = len(characters)
-        self.end_of_text = None if end_of_text_character is None else characters.index(end_of_text_character)
+        self.eos_id = None if end_of_text_character is None else characters.index(end_of_text_character)
         codes = _codes(characters)
         self._ids = np.full(int(codes.max()) + 2, -1, np.int64)
         self._ids[codes] = np.arange(len(codes))
@@ -91,7 +91,7 @@ class ByteTokenizer:
     """One token per byte of UTF-8, and token 256 for the end of a text: any text, with nothing to learn."""
 
     vocab_size = 257
-    end_of_text: int | None = 256
+    eos_id: int | None = 256
 
     def encode(self, text: str) -> NDArray[np.int64]:
         """One id per byte."""
@@ -99,7 +99,7 @@ class ByteTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the bytes; end-of-text tokens are left out."""
-        return bytes([token for token in ids if token != self.end_of_text]).decode("utf-8", errors="replace")
+        return bytes([token for token in ids if token != self.eos_id]).decode("utf-8", errors="replace")
 
     def to_json(self) -> str:
         """Our own small format."""
@@ -127,7 +127,7 @@ class BPETokenizer:
         self._tokenizer.no_padding()
         self.vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self.vocabulary.values(), default=-1) + 1
-        self.end_of_text = next((self.vocabulary[name] for name in ENDS_OF_TEXT if name in self.vocabulary), None)
+        self.eos_id = next((self.vocabulary[name] for name in EOS_TOKENS if name in self.vocabulary), None)
         added = self._tokenizer.get_added_tokens_decoder()
         self.special: dict[str, int] = {token.content: number for number, token in added.items() if token.special}
         """Tokens that are no text."""
@@ -276,9 +276,9 @@ def from_json(text: str) -> Tokenizer:
     raise UserError(f"the tokenizer is of kind {kind!r}, or lacks a field; allowed: char, byte, or one of tokenizers")
 
 
-def ends_of(tokenizer: Tokenizer) -> set[int]:
+def eos_ids(tokenizer: Tokenizer) -> set[int]:
     """The tokens at which a text ends: one, or none."""
-    return set() if tokenizer.end_of_text is None else {tokenizer.end_of_text}
+    return set() if tokenizer.eos_id is None else {tokenizer.eos_id}
 
 
 def same_tokens(one: Tokenizer, other: Tokenizer) -> bool:

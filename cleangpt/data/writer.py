@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cleangpt.data.chat_template import CHAT_TEMPLATE, ChatTemplate
-from cleangpt.data.dataset import CARD, FORMAT, JOURNAL, SPLITS, STORE, TOKENIZER, TokenStore
+from cleangpt.data.dataset import CARD, FORMAT, JOURNAL, SPLITS, STORE, TOKENIZER, TokenDataset
 from cleangpt.data.tokenizers import Tokenizer
 from cleangpt.errors import UserError
-from cleangpt.files import PARTIAL, read_json, seal, sha256, write_json, write_text
+from cleangpt.files import PARTIAL, commit_folder, read_json, sha256, write_json, write_text
 
 SHARD_TOKENS = 2**28
 
@@ -51,7 +51,7 @@ class SplitFacts:
             self.counts[name] = self.counts.get(name, 0) + count
 
 
-class StoreWriter:
+class DatasetWriter:
     """Writes a token store in bounded memory; nothing stands at `folder` before `finish`.
 
     Work in progress lies in `folder` + ".partial". `commit` notes how far the source has been read, so that the next
@@ -138,7 +138,7 @@ class StoreWriter:
         """The files of tokens, masks and document starts written so far, by name."""
         return sorted(path for path in self.partial.iterdir() if path.suffix in (".bin", ".mask"))
 
-    def finish(self, card: Callable[[dict[str, Any]], str], **facts: Any) -> TokenStore:
+    def finish(self, card: Callable[[dict[str, Any]], str], **facts: Any) -> TokenDataset:
         """Writes the description (`facts` are added to it) and the card made of it, and the store appears at `folder`.
 
         Raises:
@@ -162,8 +162,8 @@ class StoreWriter:
         write_json(self.partial / STORE, description)
         write_text(self.partial / CARD, card(description))
         (self.partial / JOURNAL).unlink(missing_ok=True)
-        seal(self.partial, self.folder)
-        return TokenStore(self.folder)
+        commit_folder(self.partial, self.folder)
+        return TokenDataset(self.folder)
 
     def close(self) -> None:
         """Closes all files; what was committed stays for the next writer."""

@@ -54,7 +54,7 @@ class Layout:
         return mesh
 
 
-def layout(config: ParallelConfig, world_size: int) -> Layout:
+def choose_degrees(config: ParallelConfig, world_size: int) -> Layout:
     """How a strategy uses so many processes; `auto` counts as ddp.
 
     Raises:
@@ -122,7 +122,7 @@ def choose_layout(
     model: ModelConfig,
     ranks: Ranks,
     device: torch.device,
-    restrict: Callable[[LanguageModel], None] = lambda model: None,
+    freeze_and_add_lora: Callable[[LanguageModel], None] = lambda model: None,
 ) -> Layout:
     """`layout`, where `auto` becomes fsdp if weights, gradients and moments take more than half of the memory.
 
@@ -131,9 +131,9 @@ def choose_layout(
     if config.strategy == "auto" and ranks.world_size > 1:
         with on_meta():
             plain = build_model(model)
-        restrict(plain)
+        freeze_and_add_lora(plain)
         needed, memory = state_bytes(plain), device_memory(device)
         fits = memory is None or needed <= memory / 2
         # Processes may see different amounts of memory; the main one decides for all.
         config = replace(config, strategy=ranks.from_main("ddp" if fits else "fsdp"))
-    return layout(config, ranks.world_size)
+    return choose_degrees(config, ranks.world_size)

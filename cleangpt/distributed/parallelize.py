@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from cleangpt.distributed.layout import Layout
-from cleangpt.distributed.tensors import like, whole
-from cleangpt.models.base import LanguageModel, NothingDrawn, on_meta
+from cleangpt.distributed.tensors import distribute_like, full_tensor
+from cleangpt.models.base import LanguageModel, SkipInit, on_meta
 
 
 # From a plain model to one spread over devices ------------------------------------------------------------------------
@@ -59,7 +59,7 @@ def parallelize(
         model = build()
     deferred = vars(type(model)).get("deferred_init", False)
     # Else adapters would draw their values twice where nothing is cut, and once where it is.
-    with NothingDrawn() if deferred else nullcontext():
+    with SkipInit() if deferred else nullcontext():
         if not deferred or not place.sharded:
             with device:
                 model = build()
@@ -70,7 +70,7 @@ def parallelize(
         mesh = place.mesh(device, timeout)
         cut(model, place, mesh, gather_dtype, reshard_after_forward)
         if place.tensor > 1:
-            model.gather_logits = whole
+            model.gather_logits = full_tensor
     if deferred:
         if place.sharded:
             model.to_empty(device=device)
@@ -92,10 +92,10 @@ def _initialise(model: LanguageModel, device: torch.device) -> None:
             part.init_parameter(own_name, values)
         else:
             cast(Any, model).init_parameter(name, values)
-        parameter.copy_(like(values, parameter))
+        parameter.copy_(distribute_like(values, parameter))
 
 
-def with_gradient_exchange(model: LanguageModel, place: Layout, device: torch.device) -> LanguageModel:
+def wrap_ddp(model: LanguageModel, place: Layout, device: torch.device) -> LanguageModel:
     """The model to call in training: behind DDP where it has copies that are not cut, else `model` itself."""
     if place.sharded or place.replicas == 1:
         return model
@@ -104,17 +104,17 @@ def with_gradient_exchange(model: LanguageModel, place: Layout, device: torch.de
     return cast(LanguageModel, wrapped)
 
 
-def recompute(model: LanguageModel, every: int | None) -> None:
+def apply_activation_checkpointing(model: LanguageModel, every: int | None) -> None:
     """Makes every so-many-th block of `model.blocks` compute its activations again in the backward pass.
 
     Memory for arithmetic (Chen et al. 2016, "Training deep nets with sublinear memory cost"): such a block keeps its
     input alone. Names and results stay the same, those of dropout included.
     """
     for block in list(model.layers())[::every] if every else []:
-        block.forward = _again(block.forward)
+        block.forward = _checkpointed(block.forward)
 
 
-def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A function and no `partial`: torch.compile leaves a block whose `forward` is one uncompiled, and says nothing."""
 
     def forward_and_again(*inputs: Any) -> Any:
@@ -123,7 +123,7 @@ def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
     return forward_and_again
 
 
-def without_sync(model: LanguageModel, last: bool) -> AbstractContextManager[Any]:
+def gradient_sync(model: LanguageModel, last: bool) -> AbstractContextManager[Any]:
     """The context of a micro-batch: gradients are exchanged between devices after the last one of a step only."""
     if isinstance(model, DistributedDataParallel) and not last:
         return cast("AbstractContextManager[Any]", model.no_sync())

@@ -116,7 +116,7 @@ class Ranks:
         first: bytes = self.launch.compare_set(f"cleangpt_{name}", "", value)
         return first.decode()
 
-    def note_step(self, step: int) -> None:
+    def heartbeat(self, step: int) -> None:
         """Leaves word of the step that this process has reached, for the others to find should it fall silent."""
         if self.notes is not None:
             self.notes.set(f"step_{self.rank}", f"{step} {platform.node()}")
@@ -175,7 +175,7 @@ def join(timeout: int = 600) -> Ranks:
         store = PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size(), timeout=limit)
     ranks = Ranks(rank, local, world_size(), PrefixStore("notes", store), launch, limit, owns_group=not made)
-    ranks.note_step(0)
+    ranks.heartbeat(0)
     return ranks
 
 
@@ -199,7 +199,7 @@ def _tell_failure(rank: int, notes: Store, error: BaseException) -> None:
     """Leaves word of this process's own error, for those that will miss it."""
     reason = str(error) or type(error).__name__
     with contextlib.suppress(RuntimeError):
-        step, machine = _last_note(rank, notes)
+        step, machine = _last_heartbeat(rank, notes)
         notes.set("error", f"process {rank} (machine {machine}) failed at step {step}: {reason}")
 
 
@@ -211,8 +211,8 @@ def _explain(ranks: Ranks, notes: Store, timed_out: bool) -> str:
             notes.wait(["error"], PATIENCE)
             return str(notes.get("error").decode())
         silent = [rank for rank in range(ranks.world_size) if not notes.check([f"lost_{rank}"])]
-        here, _ = _last_note(ranks.rank, notes)
-        known = [(*_last_note(rank, notes), rank) for rank in silent]
+        here, _ = _last_heartbeat(ranks.rank, notes)
+        known = [(*_last_heartbeat(rank, notes), rank) for rank in silent]
     except RuntimeError:
         return "the machine that holds the rendezvous cannot be reached any more"
     # Among the silent may be some that wait for the one in question, and so have come further than it.
@@ -226,7 +226,7 @@ def _explain(ranks: Ranks, notes: Store, timed_out: bool) -> str:
     return f"lost the connection at step {here}; no more was heard of {who or 'the others'}"
 
 
-def _last_note(rank: int, notes: Store) -> tuple[int, str]:
+def _last_heartbeat(rank: int, notes: Store) -> tuple[int, str]:
     """The step and the machine that a process last left word of."""
     step, machine = notes.get(f"step_{rank}").decode().split(" ", 1)
     return int(step), machine

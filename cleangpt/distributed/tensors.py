@@ -8,39 +8,39 @@ from torch import Tensor, nn
 
 
 # Tensors, whole and cut ----------------------------------------------------------------------------------------------
-def is_cut(tensor: Any) -> bool:
+def is_dtensor(tensor: Any) -> bool:
     """Whether a tensor is a `DTensor`. Loading that class takes half as long as PyTorch; nobody has, where none is."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def whole(tree: Any) -> Any:
+def full_tensor(tree: Any) -> Any:
     """A state dict with every sharded tensor put together again; all processes must call it together."""
-    if is_cut(tree):
+    if is_dtensor(tree):
         return tree.full_tensor()
     if isinstance(tree, Mapping):
-        return {key: whole(value) for key, value in tree.items()}
+        return {key: full_tensor(value) for key, value in tree.items()}
     return tree
 
 
-def local(tensor: Any) -> Tensor:
+def local_tensor(tensor: Any) -> Tensor:
     """This process's part of a tensor, in the same memory."""
-    return cast(Tensor, tensor.to_local() if is_cut(tensor) else tensor)
+    return cast(Tensor, tensor.to_local() if is_dtensor(tensor) else tensor)
 
 
 def gather_to_host(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     """Whole tensors in host memory on the processes that `keep` them, one at a time on a device; all must call it."""
     gathered = {}
     for name, tensor in tensors.items():
-        put_together: Tensor = whole(tensor)
+        put_together: Tensor = full_tensor(tensor)
         if keep:
             gathered[name] = put_together.detach().cpu()
     return gathered
 
 
-def like(tensor: Tensor, reference: Tensor) -> Tensor:
+def distribute_like(tensor: Tensor, reference: Tensor) -> Tensor:
     """A whole tensor that every process has, cut and placed as `reference` is."""
-    if not is_cut(reference):
+    if not is_dtensor(reference):
         return tensor.to(reference.device)
     from torch.distributed.tensor import distribute_tensor
 
@@ -52,5 +52,7 @@ def like(tensor: Tensor, reference: Tensor) -> Tensor:
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], strict: bool = True) -> None:
     """Loads whole tensors into a model that may be sharded."""
     current = model.state_dict()
-    placed = {name: like(tensor, current[name]) if name in current else tensor for name, tensor in weights.items()}
+    placed = {
+        name: distribute_like(tensor, current[name]) if name in current else tensor for name, tensor in weights.items()
+    }
     model.load_state_dict(placed, strict=strict)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cleangpt.errors import UserError
-from cleangpt.inference.sampling import GREEDY, Draws, Sampling, distribution
+from cleangpt.inference.sampling import GREEDY, Sampling, SeededSampler, distribution
 from cleangpt.models.base import LanguageModel, gather_positions
 from cleangpt.models.cache import KVCache
 
@@ -158,7 +158,7 @@ def generate(
     context = Context(
         model, prompts, device, vocab_size=vocab_size, cached=cached, compiled=compiled, room=max_new_tokens
     )
-    draws = Draws(sampling.seed + row for row in range(len(prompts)))
+    draws = SeededSampler(sampling.seed + row for row in range(len(prompts)))
     ended = [False] * len(prompts)
     for _ in range(max_new_tokens):
         logits = context.logits()[:, -1]

@@ -51,14 +51,14 @@ def distribution(logits: Tensor, sampling: Sampling, context: Tensor | None = No
         logits = logits.masked_fill(logits < least, -torch.inf)
     probabilities = logits.softmax(dim=-1)
     if sampling.top_p is not None:
-        probabilities = _reaching(probabilities, sampling.top_p)
+        probabilities = _nucleus(probabilities, sampling.top_p)
     if sampling.min_p is not None:
         least = sampling.min_p * probabilities.amax(dim=-1, keepdim=True)
         probabilities = probabilities.masked_fill(probabilities < least, 0.0)
     return probabilities / probabilities.sum(dim=-1, keepdim=True)
 
 
-def _reaching(probabilities: Tensor, top_p: float) -> Tensor:
+def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     """The fewest likeliest tokens that together reach `top_p`; the others have 0."""
     ordered, ids = probabilities.sort(dim=-1, descending=True)
     # A token stays while those before it have not reached top_p, so the likeliest always stays.
@@ -66,7 +66,7 @@ def _reaching(probabilities: Tensor, top_p: float) -> Tensor:
     return probabilities.masked_fill(torch.zeros_like(dropped).scatter_(-1, ids, dropped), 0.0)
 
 
-class Draws:
+class SeededSampler:
     """Random numbers for each row of a batch, each from a generator of its own, on the host.
 
     So a row of a batch draws what it would draw alone; the global generators are left alone.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cleangpt.inference.engine import Context, Token, _check_numbers, _next
-from cleangpt.inference.sampling import GREEDY, Draws, Sampling
+from cleangpt.inference.sampling import GREEDY, Sampling, SeededSampler
 from cleangpt.models.base import LanguageModel
 
 
@@ -49,7 +49,7 @@ def speculate(
         "room": max_new_tokens,
     }
     large, small = (Context(one, [prompt], device, **given) for one in (model, draft))
-    draws, left = Draws([sampling.seed]), max_new_tokens
+    draws, left = SeededSampler([sampling.seed]), max_new_tokens
     while left > 0:
         # Guesses must not be what makes the text outgrow the model.
         count = min(draft_tokens, left - 1, large.limit - len(large.rows[0]))
@@ -64,7 +64,7 @@ def speculate(
         left -= len(tokens)
 
 
-def _draft(context: Context, draws: Draws, sampling: Sampling) -> tuple[int, Tensor]:
+def _draft(context: Context, draws: SeededSampler, sampling: Sampling) -> tuple[int, Tensor]:
     """A token, which is put behind the context, and the probabilities `(vocab,)` that it was drawn from."""
     probabilities = _next(context, context.logits()[:, -1], sampling)
     token = int(draws.tokens(probabilities))
@@ -72,7 +72,9 @@ def _draft(context: Context, draws: Draws, sampling: Sampling) -> tuple[int, Ten
     return token, probabilities[0]
 
 
-def _check(context: Context, guesses: Sequence[tuple[int, Tensor]], draws: Draws, sampling: Sampling) -> list[Token]:
+def _check(
+    context: Context, guesses: Sequence[tuple[int, Tensor]], draws: SeededSampler, sampling: Sampling
+) -> list[Token]:
     """The guesses up to the first that is rejected, and one more token; all are put behind the context."""
     for guess, _ in guesses:
         context.add([guess])

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cleangpt.data.dataset import TokenStore
-from cleangpt.data.tokenizers import StreamDecoder, Tokenizer, ends_of
+from cleangpt.data.dataset import TokenDataset
+from cleangpt.data.tokenizers import StreamDecoder, Tokenizer, eos_ids
 from cleangpt.errors import UserError
 from cleangpt.inference.engine import Token, generate
 from cleangpt.inference.sampling import Sampling
@@ -18,7 +18,7 @@ PROMPT_TOKENS = 16
 
 
 def sample_text(
-    model: LanguageModel, store: TokenStore, prompt: str | None, count: int, device: torch.device, seed: int
+    model: LanguageModel, store: TokenDataset, prompt: str | None, count: int, device: torch.device, seed: int
 ) -> str:
     """A prompt and up to `count` tokens that the model adds to it at temperature 0.8, to show how far it has come."""
     tokens = (torch.from_numpy(store.tokenizer.encode(prompt)) if prompt else validation_prompt(store)).tolist()
@@ -26,14 +26,14 @@ def sample_text(
     model.eval()
     drawn = generate(
         model, [tokens], device, max_new_tokens=count, sampling=Sampling(temperature=0.8, seed=seed),
-        vocab_size=store.vocab_size, ends=ends_of(store.tokenizer),
+        vocab_size=store.vocab_size, ends=eos_ids(store.tokenizer),
     )  # fmt: skip
     text = store.tokenizer.decode([*tokens, *(token.id for (token,) in drawn if token is not None)])
     model.train(was_training)
     return text
 
 
-def validation_prompt(store: TokenStore) -> Tensor:
+def validation_prompt(store: TokenDataset) -> Tensor:
     """Where the validation split begins: the question of the first row, or the first 16 tokens."""
     split = store.splits["val"]
     length = min(PROMPT_TOKENS, split.tokens)
@@ -110,7 +110,7 @@ def stream(
     Raises:
         UserError: the prompt has a character that the tokenizer does not know.
     """
-    ids, ends = prompt_tokens(tokenizer, prompt), ends_of(tokenizer)
+    ids, ends = prompt_tokens(tokenizer, prompt), eos_ids(tokenizer)
     drawn: Iterator[Token | None]
     if draft is not None:
         drawn = speculate(
@@ -152,7 +152,7 @@ def complete(
     writers, pieces = [Writer(tokenizer, stop) for _ in prompts], [list[Piece]() for _ in prompts]
     drawn = generate(
         model, [prompt_tokens(tokenizer, prompt) for prompt in prompts], device, max_new_tokens=max_new_tokens,
-        sampling=sampling, vocab_size=tokenizer.vocab_size, ends=ends_of(tokenizer), cached=cached,
+        sampling=sampling, vocab_size=tokenizer.vocab_size, ends=eos_ids(tokenizer), cached=cached,
         compiled=compiled,
     )  # fmt: skip
     for tokens in drawn:
@@ -174,8 +174,8 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str | None) -> list[int]:
     """
     if prompt:
         return [int(token) for token in tokenizer.encode(prompt)]
-    if tokenizer.end_of_text is not None:
-        return [tokenizer.end_of_text]
+    if tokenizer.eos_id is not None:
+        return [tokenizer.eos_id]
     try:
         return [int(tokenizer.encode("\n")[0])]
     except UserError:

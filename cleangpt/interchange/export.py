@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cleangpt.checkpoints.checkpoint import Checkpoint
 from cleangpt.errors import UserError
-from cleangpt.files import MANIFEST, PARTIAL, seal, sync_file, sync_folder
+from cleangpt.files import MANIFEST, PARTIAL, commit_folder, sync_file, sync_folder
 from cleangpt.interchange.gguf import MAGIC, write_gguf
 from cleangpt.interchange.huggingface import TOKENIZER_CONFIG, write_huggingface
 
@@ -38,7 +38,7 @@ def _export_folder(checkpoint: Checkpoint, partial: Path, out: Path) -> None:
     write_huggingface(checkpoint, partial)
     if out.is_dir() and not any(out.iterdir()):
         out.rmdir()
-    seal(partial, out)
+    commit_folder(partial, out)
 
 
 def _export_file(checkpoint: Checkpoint, partial: Path, out: Path) -> None:

@@ -64,8 +64,8 @@ def _architecture(config: ModelConfig) -> str:
             f"model.sliding_window is {config.sliding_window}; allowed in GGUF: None, or model.max_seq_len or more, "
             f"which is {config.max_seq_len}"
         )
-    if not config.normalize_shares:
-        raise UserError("model.normalize_shares is False; allowed in GGUF: True")
+    if not config.normalize_router_weights:
+        raise UserError("model.normalize_router_weights is False; allowed in GGUF: True")
     return llama.GGUF_ARCHITECTURES[llama.model_type(config)]
 
 
@@ -112,7 +112,7 @@ def vocabulary_of(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
             llama.cpp does not know.
     """
     content = _spelled(tokenizer) if isinstance(tokenizer, CharTokenizer) else to_tokenizers(tokenizer)
-    if tokenizer.end_of_text is None:
+    if tokenizer.eos_id is None:
         raise UserError("the tokenizer has no end-of-text token; llama.cpp needs one, and would take another for it")
     if (split := word_split(content)) is None:
         raise UserError(

@@ -11,9 +11,9 @@ from torch import Tensor
 from cleangpt.checkpoints.checkpoint import CONFIG, WEIGHTS, Checkpoint, load_checkpoint
 from cleangpt.checkpoints.run_folder import find_checkpoint
 from cleangpt.config import ModelConfig
-from cleangpt.data.chat_template import THEIR_TEMPLATE, find_template, stop_tokens
+from cleangpt.data.chat_template import HF_TEMPLATE, find_template, stop_tokens
 from cleangpt.data.dataset import TOKENIZER
-from cleangpt.errors import UserError, blaming
+from cleangpt.errors import UserError, parsing
 from cleangpt.files import read_json, write_json, write_text
 from cleangpt.hub import fetch, is_huggingface
 from cleangpt.interchange import gpt, llama
@@ -25,7 +25,7 @@ SHARDS = "model.safetensors.index.json"
 GENERATION_CONFIG, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
 MAPPINGS: dict[type[ModelConfig], ModuleType] = {GPTConfig: gpt, LlamaConfig: llama}
 """The file of each architecture that has a mapping to and from Hugging Face."""
-MODEL_TYPES: dict[str, ModuleType] = {"gpt2": gpt, **dict.fromkeys(llama.KIN, llama)}
+MODEL_TYPES: dict[str, ModuleType] = {"gpt2": gpt, **dict.fromkeys(llama.HF_FAMILIES, llama)}
 """The same, by Hugging Face's `model_type`."""
 
 
@@ -65,9 +65,9 @@ def read_huggingface(folder: Path) -> Checkpoint:
         raise UserError(f"{folder / CONFIG}: model_type is {kind!r}; allowed: {', '.join(MODEL_TYPES)}")
     mapping = MODEL_TYPES[kind]
     try:
-        with blaming(CONFIG):
+        with parsing(CONFIG):
             config: ModelConfig = mapping.config_from_huggingface(entries)
-        with blaming(WEIGHTS, RuntimeError):
+        with parsing(WEIGHTS, RuntimeError):
             weights: dict[str, Tensor] = mapping.from_huggingface(config, _read_weights(folder))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
@@ -125,7 +125,7 @@ def write_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
     write_json(folder / TOKENIZER, tokenizer)
     write_json(folder / TOKENIZER_CONFIG, _tokenizer_config(checkpoint))
     if checkpoint.chat_template is not None:
-        write_text(folder / THEIR_TEMPLATE, checkpoint.chat_template.source)
+        write_text(folder / HF_TEMPLATE, checkpoint.chat_template.source)
     tensors = mapping.to_huggingface(checkpoint.config, checkpoint.weights)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 

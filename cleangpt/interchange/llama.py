@@ -13,7 +13,7 @@ from cleangpt.validation import check
 
 
 # Hugging Face --------------------------------------------------------------------------------------------------------
-class Kin(NamedTuple):
+class HFFamily(NamedTuple):
     """An architecture of Hugging Face, and those of our optional fields that it has."""
 
     architecture: str
@@ -23,16 +23,16 @@ class Kin(NamedTuple):
     """Optional fields that may be set."""
 
 
-KIN: dict[str, Kin] = {
-    "llama": Kin("LlamaForCausalLM"),
-    "mistral": Kin("MistralForCausalLM", frozenset({"sliding_window"})),
-    "qwen2": Kin("Qwen2ForCausalLM", frozenset({"qkv_bias"}), frozenset({"sliding_window", "global_every"})),
-    "qwen3": Kin("Qwen3ForCausalLM", frozenset({"qk_norm"}), frozenset({"sliding_window", "global_every"})),
-    "mixtral": Kin("MixtralForCausalLM", frozenset({"n_experts"}), frozenset({"sliding_window"})),
-    "qwen3_moe": Kin(
+HF_FAMILIES: dict[str, HFFamily] = {
+    "llama": HFFamily("LlamaForCausalLM"),
+    "mistral": HFFamily("MistralForCausalLM", frozenset({"sliding_window"})),
+    "qwen2": HFFamily("Qwen2ForCausalLM", frozenset({"qkv_bias"}), frozenset({"sliding_window", "global_every"})),
+    "qwen3": HFFamily("Qwen3ForCausalLM", frozenset({"qk_norm"}), frozenset({"sliding_window", "global_every"})),
+    "mixtral": HFFamily("MixtralForCausalLM", frozenset({"n_experts"}), frozenset({"sliding_window"})),
+    "qwen3_moe": HFFamily(
         "Qwen3MoeForCausalLM",
         frozenset({"n_experts", "qk_norm"}),
-        frozenset({"sliding_window", "expert_hidden_dim", "normalize_shares"}),
+        frozenset({"sliding_window", "expert_hidden_dim", "normalize_router_weights"}),
     ),
 }
 """The models of Hugging Face that are Llamas, by their `model_type`."""
@@ -46,8 +46,8 @@ OPTIONAL = {
     "n_experts": None,
     "expert_hidden_dim": None,
     "n_shared_experts": 0,
-    "normalize_shares": True,
-    "balance_rate": None,
+    "normalize_router_weights": True,
+    "bias_update_rate": None,
     "activation": "swiglu",
     "value_residual": False,
     "logit_soft_cap": None,
@@ -84,12 +84,12 @@ def model_type(config: LlamaConfig) -> str:
         UserError: no kind has these optional fields together.
     """
     used = {name for name, unset in OPTIONAL.items() if getattr(config, name) != unset}
-    for kind, kin in KIN.items():
+    for kind, kin in HF_FAMILIES.items():
         if kin.always <= used <= kin.always | kin.perhaps:
             return kind
     raise UserError(
         f"Hugging Face has no model with {' and '.join('model.' + name for name in sorted(used))}; allowed: what "
-        f"{', '.join(KIN)} have"
+        f"{', '.join(HF_FAMILIES)} have"
     )
 
 
@@ -102,9 +102,9 @@ def config_to_huggingface(config: LlamaConfig) -> dict[str, Any]:
     kind = model_type(config)
     entries = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()} | {
         "model_type": kind,
-        "architectures": [KIN[kind].architecture],
+        "architectures": [HF_FAMILIES[kind].architecture],
         "num_key_value_heads": config.kv_heads(),
-        "head_dim": config.features_per_head(),
+        "head_dim": config.head_size(),
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied,
@@ -141,7 +141,7 @@ def _expert_entries(config: LlamaConfig, kind: str) -> dict[str, Any]:
     return chosen | {
         "num_experts": config.n_experts,
         "moe_intermediate_size": config.expert_features(),
-        "norm_topk_prob": config.normalize_shares,
+        "norm_topk_prob": config.normalize_router_weights,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     }
@@ -153,8 +153,8 @@ def config_from_huggingface(entries: Mapping[str, Any]) -> LlamaConfig:
     Raises:
         UserError: one line naming an entry that is missing or that asks for what is not here.
     """
-    if (kind := entries.get("model_type")) not in KIN:
-        raise UserError(f"model_type is {kind!r}; allowed: {', '.join(KIN)}")
+    if (kind := entries.get("model_type")) not in HF_FAMILIES:
+        raise UserError(f"model_type is {kind!r}; allowed: {', '.join(HF_FAMILIES)}")
     refused = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "decoder_sparse_step": 1}
     for name, allowed in refused.items():
         if entries.get(name, allowed) != allowed:
@@ -227,7 +227,7 @@ def _expert_fields(entries: Mapping[str, Any]) -> dict[str, Any]:
     else:
         return {}
     chosen = {"n_experts": n_experts, "experts_per_token": _entry(entries, "num_experts_per_tok")}
-    return chosen | {"expert_hidden_dim": width, "normalize_shares": normalize}
+    return chosen | {"expert_hidden_dim": width, "normalize_router_weights": normalize}
 
 
 def names_in_huggingface(config: LlamaConfig) -> dict[str, str]:
@@ -318,11 +318,11 @@ def add_gguf_sizes(writer: Any, config: LlamaConfig) -> None:
     writer.add_feed_forward_length(config.hidden_dim)
     writer.add_head_count(config.n_heads)
     writer.add_head_count_kv(config.kv_heads())
-    writer.add_key_length(config.features_per_head())
-    writer.add_value_length(config.features_per_head())
+    writer.add_key_length(config.head_size())
+    writer.add_value_length(config.head_size())
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
-    writer.add_rope_dimension_count(config.features_per_head())
+    writer.add_rope_dimension_count(config.head_size())
     if config.n_experts is not None:
         writer.add_expert_count(config.n_experts)
         writer.add_expert_used_count(config.experts_per_token)

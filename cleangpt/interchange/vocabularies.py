@@ -9,7 +9,7 @@ from typing import Any
 
 from cleangpt.data.dataset import TOKENIZER
 from cleangpt.data.tokenizers import (
-    BEGINS_OF_TEXT,
+    BOS_TOKENS,
     END_OF_TEXT,
     BPETokenizer,
     ByteTokenizer,
@@ -17,7 +17,7 @@ from cleangpt.data.tokenizers import (
     Tokenizer,
     load_tokenizer,
 )
-from cleangpt.errors import UserError, blaming
+from cleangpt.errors import UserError, parsing
 from cleangpt.files import read_json
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -48,11 +48,11 @@ def ends(tokenizer: Tokenizer) -> dict[str, int]:
 
     Where no token is for the beginning, a document begins after the end of another, as in GPT-2.
     """
-    if tokenizer.end_of_text is None:
+    if tokenizer.eos_id is None:
         return {}
     known = tokenizer.vocabulary if isinstance(tokenizer, BPETokenizer) else {}
-    begin = next((known[name] for name in BEGINS_OF_TEXT if name in known), tokenizer.end_of_text)
-    return {"bos_token": begin, "eos_token": tokenizer.end_of_text}
+    begin = next((known[name] for name in BOS_TOKENS if name in known), tokenizer.eos_id)
+    return {"bos_token": begin, "eos_token": tokenizer.eos_id}
 
 
 def to_tokenizers(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     """
     path = folder / TOKENIZER
     content = read_json(path) if path.is_file() else None
-    with blaming(path):
+    with parsing(path):
         if isinstance(content, dict) and isinstance(content.get("model"), dict):
             vocabulary: Any = content["model"].get("vocab")
             if content == to_tokenizers(ByteTokenizer()):

@@ -138,7 +138,7 @@ def gather_positions(features: Tensor, positions: Tensor) -> Tensor:
     return features.gather(1, positions[..., None].expand(*positions.shape, features.shape[-1]))
 
 
-class NothingDrawn(TorchFunctionMode):
+class SkipInit(TorchFunctionMode):
     """A context in which models have no initial values; what stands in their memory is left over from others."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -151,7 +151,7 @@ class NothingDrawn(TorchFunctionMode):
 @contextmanager
 def on_meta() -> Iterator[None]:
     """A context in which models have shapes alone. To draw nothing, PyTorch would load its compiler first."""
-    with torch.device("meta"), NothingDrawn():
+    with torch.device("meta"), SkipInit():
         yield
 
 

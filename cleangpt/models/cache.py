@@ -70,8 +70,8 @@ class KVCache:
         ids_wanted: whether to keep the ids of all tokens, for `tokens_before`.
     """
 
-    def __init__(self, windows: Sequence[int | None], max_len: int, spare: int = 0, ids_wanted: bool = False) -> None:
-        self.max_len, self.spare, self.ids_wanted = max_len, spare, ids_wanted
+    def __init__(self, windows: Sequence[int | None], max_len: int, spare: int = 0, keep_ids: bool = False) -> None:
+        self.max_len, self.spare, self.keep_ids = max_len, spare, keep_ids
         self.lengths = torch.empty(0, dtype=torch.int64)
         """Tokens that each row has read `(batch,)`."""
         self.end = 0
@@ -127,7 +127,7 @@ class KVCache:
         self.end = start + seq
         if separator is not None:
             self._note_separators(tokens == separator)
-        if self.ids_wanted:
+        if self.keep_ids:
             self.ids = self.ids if len(self.ids) else tokens.new_zeros(batch, self.max_len)
             self.ids.scatter_(1, self.positions, tokens)
         self.seen = {window: self._mask(window, start) for window in {block.window for block in self.blocks}}

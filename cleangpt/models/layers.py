@@ -34,7 +34,7 @@ def window_mask(positions: Tensor, window: int) -> Tensor:
     return (distance >= 0) & (distance < window)
 
 
-def documents_of(tokens: Tensor, separator: int) -> Tensor:
+def document_ids(tokens: Tensor, separator: int) -> Tensor:
     """The document of each of `tokens` `(batch, seq)`, in the same shape, int64; a separator ends the one it is in."""
     ends = (tokens == separator).long()
     return ends.cumsum(-1) - ends

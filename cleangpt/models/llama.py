@@ -22,8 +22,8 @@ from cleangpt.models.layers import (
     attend,
     both,
     document_blocks,
+    document_ids,
     document_mask,
-    documents_of,
     window_mask,
 )
 from cleangpt.models.moe import MixtureOfExperts, hidden_features
@@ -76,9 +76,9 @@ class LlamaConfig(ModelConfig):
     """Width within an expert, in features; none: hidden_dim."""
     n_shared_experts: int = 0
     """Experts that every token goes through besides; they make one MLP so many times as wide."""
-    normalize_shares: bool = True
+    normalize_router_weights: bool = True
     """The shares of a token's chosen experts add up to 1."""
-    balance_rate: float | None = None
+    bias_update_rate: float | None = None
     """What a step adds to or takes from the bias by which an expert is chosen, so that all get as many tokens (Wang et
     al. 2024, "Auxiliary-loss-free load balancing strategy for mixture-of-experts", algorithm 1, there 0.001); none: no
     biases."""
@@ -108,7 +108,7 @@ class LlamaConfig(ModelConfig):
         """Heads of keys and values."""
         return self.n_kv_heads or self.n_heads
 
-    def features_per_head(self) -> int:
+    def head_size(self) -> int:
         """Features of a head."""
         return self.head_dim or self.dim // self.n_heads
 
@@ -146,8 +146,8 @@ class LlamaConfig(ModelConfig):
                 f"model.experts_per_token is {self.experts_per_token}; allowed: at most model.n_experts, which is "
                 f"{self.n_experts}"
             )
-        if self.n_experts is None and self.balance_rate is not None:
-            raise UserError(f"model.balance_rate is {self.balance_rate}; allowed without model.n_experts: None")
+        if self.n_experts is None and self.bias_update_rate is not None:
+            raise UserError(f"model.bias_update_rate is {self.bias_update_rate}; allowed without model.n_experts: None")
         if any(not 2 <= length <= 16 for length in self.ngrams) or len(set(self.ngrams)) < len(self.ngrams):
             raise UserError(f"model.ngrams is {self.ngrams}; allowed: different whole numbers from 2 to 16")
         if self.separator is not None and self.vocab_size is not None and self.separator >= self.vocab_size:
@@ -166,7 +166,7 @@ def rope_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
 
     With `rope_factor`, long wavelengths are stretched as in Llama 3.1.
     """
-    head_dim = config.features_per_head()
+    head_dim = config.head_size()
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     frequencies = 1 / config.rope_theta**exponents
     if config.rope_factor is None:
@@ -177,7 +177,7 @@ def rope_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
     return kept * frequencies + (1 - kept) * frequencies / config.rope_factor
 
 
-def rotation_of(config: LlamaConfig, positions: Tensor) -> Tensor:
+def rope_cos_sin(config: LlamaConfig, positions: Tensor) -> Tensor:
     """Cosine and sine `(2, ..., seq, 1, head_dim / 2)`, float32, of the angles at `positions` `(..., seq)`."""
     angles = positions.float()[..., None] * rope_frequencies(config, positions.device)
     return torch.stack([angles.cos(), angles.sin()])[..., None, :]
@@ -194,11 +194,11 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).type_as(x)
 
 
-def seen_by_window(config: LlamaConfig, tokens: Tensor) -> dict[int | None, Seen]:
+def attention_masks(config: LlamaConfig, tokens: Tensor) -> dict[int | None, Seen]:
     """What each of `tokens` `(batch, seq)` sees in a block, by that block's window."""
     windows = {config.window(layer) for layer in range(config.n_layers)}
     seq = tokens.shape[1]
-    documents = None if config.separator is None else documents_of(tokens, config.separator)
+    documents = None if config.separator is None else document_ids(tokens, config.separator)
     if documents is not None and tokens.is_cuda:
         return {window: document_blocks(documents, window) for window in windows}
     seen = None if documents is None else document_mask(documents)
@@ -215,7 +215,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.head_dim = head_dim = config.features_per_head()
+        self.head_dim = head_dim = config.head_size()
         self.query = nn.Linear(config.dim, config.n_heads * head_dim, bias=config.qkv_bias)
         self.key = nn.Linear(config.dim, config.kv_heads() * head_dim, bias=config.qkv_bias)
         self.value = nn.Linear(config.dim, config.kv_heads() * head_dim, bias=config.qkv_bias)
@@ -267,7 +267,7 @@ class MLP(nn.Module):
         return self.down(hidden_features(gate, self.up(x)))  # type: ignore[no-any-return]
 
 
-def mlp_of(config: LlamaConfig) -> nn.Module:
+def build_mlp(config: LlamaConfig) -> nn.Module:
     """The MLP of a block, or the experts in its place."""
     if config.n_experts is None:
         return MLP(config.dim, config.hidden_dim, config.gated)
@@ -277,10 +277,10 @@ def mlp_of(config: LlamaConfig) -> nn.Module:
         hidden_dim=config.expert_features(),
         n_experts=config.n_experts,
         experts_per_token=config.experts_per_token,
-        normalize_shares=config.normalize_shares,
+        normalize_router_weights=config.normalize_router_weights,
         shared=MLP(config.dim, width, config.gated) if width else None,
         gated=config.gated,
-        balanced=config.balance_rate is not None,
+        balanced=config.bias_update_rate is not None,
     )
 
 
@@ -293,7 +293,7 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config)
         self.mlp_norm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.mlp = mlp_of(config)
+        self.mlp = build_mlp(config)
 
     def forward(
         self,
@@ -362,8 +362,8 @@ class Llama(LanguageModel):
             raise ValueError(f"a sequence of {seq} tokens; this model reads at most {config.max_seq_len}")
         positions = torch.arange(seq, device=tokens.device) if cache is None else cache.begin(tokens, config.separator)
         past = [None] * len(self.blocks) if cache is None else cache.blocks
-        seen = seen_by_window(config, tokens) if cache is None else {}
-        rotation = rotation_of(config, positions)
+        seen = attention_masks(config, tokens) if cache is None else {}
+        rotation = rope_cos_sin(config, positions)
         first_value = None
         x = F.dropout(self._embed(tokens, cache), config.dropout, self.training)
         for layer, block in enumerate(self.blocks):
@@ -386,7 +386,7 @@ class Llama(LanguageModel):
             return x  # type: ignore[no-any-return]
         longest = max(config.ngrams)
         if cache is None:
-            documents = None if config.separator is None else documents_of(tokens, config.separator)
+            documents = None if config.separator is None else document_ids(tokens, config.separator)
             before = tokens_before(tokens, longest, documents)
         else:
             before = cache.tokens_before(longest)
@@ -402,7 +402,7 @@ class Llama(LanguageModel):
     def new_cache(self, rollback_tokens: int = 0) -> KVCache:
         """An empty cache for generation, from which `rollback_tokens` can be taken back."""
         windows = [self.config.window(layer) for layer in range(self.config.n_layers)]
-        return KVCache(windows, self.config.max_seq_len, rollback_tokens, ids_wanted=bool(self.config.ngrams))
+        return KVCache(windows, self.config.max_seq_len, rollback_tokens, keep_ids=bool(self.config.ngrams))
 
     def flops_per_token(self, seq_len: int) -> int:
         """FLOPs to train on one token: 6 per weight of a matrix and 12 x heads x head_dim x tokens seen per layer.
@@ -419,7 +419,7 @@ class Llama(LanguageModel):
             matrices = 3 if config.gated else 2
             weights -= config.n_layers * idle * matrices * config.dim * config.expert_features()
         seen = sum(min(seq_len, config.window(layer) or seq_len) for layer in range(config.n_layers))
-        return 6 * weights + 12 * config.n_heads * config.features_per_head() * seen
+        return 6 * weights + 12 * config.n_heads * config.head_size() * seen
 
     def activation_bytes(self, batch: int, seq_len: int) -> int:
         """Bytes that one fp32 forward pass without dropout keeps for the backward pass, logits included.
@@ -432,7 +432,7 @@ class Llama(LanguageModel):
         """
         config = self.config
         assert config.vocab_size is not None
-        heads, kv_heads, head_dim = config.n_heads, config.kv_heads(), config.features_per_head()
+        heads, kv_heads, head_dim = config.n_heads, config.kv_heads(), config.head_size()
         per_layer = 6 * config.dim + 2 + 2 * (heads + kv_heads) * head_dim + heads
         if config.qk_norm:
             per_layer += (heads + kv_heads) * (2 * head_dim + 1)

@@ -25,7 +25,7 @@ class MixtureOfExperts(nn.Module):
         hidden_dim: features within an expert.
         n_experts: experts to choose from.
         experts_per_token: experts that a token goes through.
-        normalize_shares: whether the shares of a token's chosen experts are made to add up to 1.
+        normalize_router_weights: whether the shares of a token's chosen experts are made to add up to 1.
         shared: what every token goes through besides, with a share of 1; none: nothing.
         gated: whether the experts are SwiGLU; else ReLU².
         balanced: whether experts have biases by which they are chosen.
@@ -41,13 +41,13 @@ class MixtureOfExperts(nn.Module):
         hidden_dim: int,
         n_experts: int,
         experts_per_token: int,
-        normalize_shares: bool,
+        normalize_router_weights: bool,
         shared: nn.Module | None,
         gated: bool = True,
         balanced: bool = False,
     ) -> None:
         super().__init__()
-        self.experts_per_token, self.normalize_shares = experts_per_token, normalize_shares
+        self.experts_per_token, self.normalize_router_weights = experts_per_token, normalize_router_weights
         self.router = nn.Linear(dim, n_experts, bias=False)
         # In the state dict as all that is trained, but without a gradient.
         self.router_bias = nn.Parameter(torch.zeros(n_experts), requires_grad=False) if balanced else None
@@ -67,7 +67,7 @@ class MixtureOfExperts(nn.Module):
         else:
             chosen = (probabilities.detach() + self.router_bias).topk(self.experts_per_token, dim=-1).indices
             shares = probabilities.gather(-1, chosen)
-        if self.normalize_shares:
+        if self.normalize_router_weights:
             shares = shares / shares.sum(dim=-1, keepdim=True)
         return chosen, shares
 

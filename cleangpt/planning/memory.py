@@ -12,7 +12,7 @@ Blocks = Sequence[tuple[int, Part]]
 
 
 @dataclass(frozen=True)
-class Pace:
+class StepConfig:
     """How a step is made, on each device."""
 
     micro_batches: int = 1
@@ -65,7 +65,7 @@ def kinds_of_blocks(workload: Workload, recompute_every: int | None) -> Blocks:
 
 
 def device_memory(
-    workload: Workload, blocks: Blocks, place: Layout, pace: Pace, weight_bytes: int, trained: float = 1.0
+    workload: Workload, blocks: Blocks, place: Layout, pace: StepConfig, weight_bytes: int, trained: float = 1.0
 ) -> Memory:
     """Memory at the peak, on the device that needs the most.
 

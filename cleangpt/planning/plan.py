@@ -11,21 +11,21 @@ import torch
 from cleangpt.config import FineTuningConfig, TrainingConfig
 from cleangpt.corpora import store_folder
 from cleangpt.corpora.mixture import Mixture
-from cleangpt.data.dataset import STORE, TokenStore
-from cleangpt.distributed.layout import Layout, layout
+from cleangpt.data.dataset import STORE, TokenDataset
+from cleangpt.distributed.layout import Layout, choose_degrees
 from cleangpt.errors import UserError
 from cleangpt.experiment import Experiment, check_experiment, total_samples
 from cleangpt.models import build_model
 from cleangpt.models.base import LanguageModel, flops_per_token, on_meta
 from cleangpt.planning.devices import Device
-from cleangpt.planning.memory import Memory, Pace, device_memory, kinds_of_blocks
+from cleangpt.planning.memory import Memory, StepConfig, device_memory, kinds_of_blocks
 from cleangpt.planning.timing import Machine, StepTime, exchanged_bytes, step_time
 from cleangpt.planning.workload import Workload, measure
-from cleangpt.training.finetuning import restrict
+from cleangpt.training.finetuning import freeze_and_add_lora
 
 TENSOR_PARTS = (2, 4, 8)
 """Among how many devices of a machine it is worth trying to cut each matrix."""
-Way = tuple[str, str, Layout]
+Candidate = tuple[str, str, Layout]
 """A strategy in words, its options for `cleangpt train`, and its layout."""
 
 
@@ -102,7 +102,7 @@ def with_vocabulary(experiment: Experiment) -> Experiment:
     facts = store_folder(corpus, Path(experiment.data.folder)) / STORE
     if not facts.is_file():
         raise UserError("model.vocab_size is None and the corpus is not prepared; give --model.vocab-size")
-    return replace(experiment, model=replace(experiment.model, vocab_size=TokenStore(facts.parent).vocab_size))
+    return replace(experiment, model=replace(experiment.model, vocab_size=TokenDataset(facts.parent).vocab_size))
 
 
 def make_plan(
@@ -172,7 +172,7 @@ class _Planner:
         self.flops = flops_per_token(self.model, experiment.data.seq_len)
         self.measured: dict[tuple[int, bool], Workload] = {}
 
-    def ways(self, count: int) -> list[Way]:
+    def ways(self, count: int) -> list[Candidate]:
         """The strategies that are worth a look on so many devices."""
         if count == 1:
             return [("one device", "", Layout())]
@@ -185,7 +185,7 @@ class _Planner:
         if count in parts:
             found.append(("tp", Layout(1, 1, count)))
         config = self.experiment.parallel
-        own = layout(config, count)
+        own = choose_degrees(config, count)
         if config.strategy != "auto" and own not in [place for _, place in found]:
             found.insert(0, (config.strategy, own))
         return [(_in_words(name, place), _as_options(name, place), place) for name, place in found]
@@ -215,7 +215,7 @@ class _Planner:
             )
         return self.measured[micro_batch, gathered]
 
-    def estimate(self, count: int, way: Way, training: TrainingConfig) -> Estimate:
+    def estimate(self, count: int, way: Candidate, training: TrainingConfig) -> Estimate:
         """Memory, time and cost of one way to spread the model, with these fields of `training`."""
         strategy, options, place = way
         device, data, parallel = self.machine.device, self.experiment.data, self.experiment.parallel
@@ -223,7 +223,7 @@ class _Planner:
         in_step = training.accumulation * data.batch_size
         work = self.workload(micro_batch, place)
         blocks = kinds_of_blocks(work, training.recompute_every)
-        pace = Pace(in_step // place.parts // micro_batch, parallel.reshard_after_forward)
+        pace = StepConfig(in_step // place.parts // micro_batch, parallel.reshard_after_forward)
         memory = device_memory(work, blocks, place, pace, self.machine.weight_bytes, self.trained)
         time = step_time(work, blocks, place, pace, self.machine)
         speed = in_step * data.seq_len / time.total
@@ -232,7 +232,7 @@ class _Planner:
             devices=count,
             strategy=strategy,
             options=f"{options} --training.micro-batch-size {micro_batch}".strip(),
-            chosen=parallel.strategy != "auto" and layout(parallel, count) == place,
+            chosen=parallel.strategy != "auto" and choose_degrees(parallel, count) == place,
             place=place,
             micro_batch=micro_batch,
             memory=memory,
@@ -245,7 +245,7 @@ class _Planner:
             fits=memory.total <= device.memory,
         )
 
-    def advise(self, count: int, ways: Sequence[Way]) -> str:
+    def advise(self, count: int, ways: Sequence[Candidate]) -> str:
         """The fastest way to make it fit by smaller micro-batches and recomputation, in words."""
         training = self.experiment.training
         largest = max(self.micro_batch(place, training) for _, _, place in ways)
@@ -264,7 +264,7 @@ class _Planner:
 
 def trained_share(model: LanguageModel, tuning: FineTuningConfig) -> float:
     """The share of a model's parameters that train, adapters among them."""
-    restrict(model, tuning)
+    freeze_and_add_lora(model, tuning)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, trains in sizes if trains) / sum(size for size, _ in sizes)
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from cleangpt.distributed.layout import Layout
 from cleangpt.planning.devices import ATTENTION_SHARE, BANDWIDTH_SHARE, LAUNCH, MATMUL_SHARE, Device, Group
-from cleangpt.planning.memory import Blocks, Pace
+from cleangpt.planning.memory import Blocks, StepConfig
 from cleangpt.planning.workload import Work, Workload
 
 FP8_BYTES = 5
@@ -65,7 +65,7 @@ class Machine:
         return max(products + attention + moved / bandwidth, launches)
 
 
-def step_time(workload: Workload, blocks: Blocks, place: Layout, pace: Pace, machine: Machine) -> StepTime:
+def step_time(workload: Workload, blocks: Blocks, place: Layout, pace: StepConfig, machine: Machine) -> StepTime:
     """The time of a step; the arguments are those of `memory.device_memory`."""
     cut = place.tensor
     rest = workload.rest
@@ -137,7 +137,7 @@ def _around_blocks(
     return exposed + gather(rest) + gather(block) + reduce(rest) + reduce(block)
 
 
-def exchanged_bytes(workload: Workload, blocks: Blocks, place: Layout, pace: Pace, machine: Machine) -> float:
+def exchanged_bytes(workload: Workload, blocks: Blocks, place: Layout, pace: StepConfig, machine: Machine) -> float:
     """Bytes that a device sends in a step, in rings: (n - 1) / n of a tensor to gather it, or to reduce and scatter."""
     parameters = workload.parameters / place.tensor
     gathers = pace.micro_batches * (1 + pace.reshard_after_forward)

@@ -8,7 +8,7 @@ from cleangpt.config import TrackingConfig
 from cleangpt.errors import require
 from cleangpt.experiment import Experiment
 from cleangpt.tracking.metrics import MetricsFiles
-from cleangpt.tracking.progress import tell
+from cleangpt.tracking.progress import log_to_stderr
 
 FILES = "files"
 """The name under which the state of the metrics files stands among that of the trackers."""
@@ -17,7 +17,7 @@ FILES = "files"
 class Tracker(Protocol):
     """Whoever wants to know how a run goes."""
 
-    def open(self, keep_until: int | None) -> None:
+    def open(self, truncate_after: int | None) -> None:
         """Starts, after `load_state_dict`; the macro-batches after `keep_until` will be told again (None: all)."""
 
     def record(self, figures: Mapping[str, float | int | None]) -> None:
@@ -39,37 +39,37 @@ class Tracker(Protocol):
 class Trackers:
     """Tells the metrics files, which write later what they cannot now, and others; one that fails is left out."""
 
-    def __init__(self, files: MetricsFiles, others: dict[str, Tracker], say: Callable[[str], None]) -> None:
-        self._files, self._others, self._say = files, others, say
+    def __init__(self, files: MetricsFiles, others: dict[str, Tracker], log: Callable[[str], None]) -> None:
+        self._files, self._others, self._say = files, others, log
         self._working = dict(others)
         self._unused: dict[str, Any] = {}
         self._states: dict[str, dict[str, Any]] = {}
         """What each of the others told last."""
 
-    def open(self, keep_until: int | None) -> None:
+    def open(self, truncate_after: int | None) -> None:
         """Opens every tracker."""
-        self._files.open(keep_until)
-        self._tell(lambda tracker: tracker.open(keep_until))
+        self._files.open(truncate_after)
+        self._update_progress(lambda tracker: tracker.open(truncate_after))
 
     def record(self, figures: Mapping[str, float | int | None]) -> None:
         """Tells all the figures of one macro-batch."""
         self._files.record(figures)
-        self._tell(lambda tracker: tracker.record(figures))
+        self._update_progress(lambda tracker: tracker.record(figures))
 
     def sample(self, macro_batch: int, text: str) -> None:
         """Tells all a text that the model wrote after `macro_batch`."""
         self._files.sample(macro_batch, text)
-        self._tell(lambda tracker: tracker.sample(macro_batch, text))
+        self._update_progress(lambda tracker: tracker.sample(macro_batch, text))
 
-    def go_back(self, state: dict[str, Any], keep_until: int) -> None:
+    def rewind(self, state: dict[str, Any], truncate_after: int) -> None:
         """Goes back to a snapshot's `state`: the macro-batches after `keep_until` will be told again."""
         self._files.load_state_dict(state.get(FILES, {}))
-        self._files.open(keep_until)
+        self._files.open(truncate_after)
 
     def close(self, status: str) -> None:
         """Ends all; `status` is one of finished, stopped early, interrupted, failed."""
         self._files.close(status)
-        self._tell(lambda tracker: tracker.close(status))
+        self._update_progress(lambda tracker: tracker.close(status))
         self._working.clear()
 
     def state_dict(self) -> dict[str, Any]:
@@ -86,7 +86,7 @@ class Trackers:
             self._states[name] = state.get(name, {})
             self._try(name, lambda name, tracker: tracker.load_state_dict(self._states[name]))
 
-    def _tell(self, action: Callable[[Tracker], None]) -> None:
+    def _update_progress(self, action: Callable[[Tracker], None]) -> None:
         for name in list(self._working):
             self._try(name, lambda _, tracker: action(tracker))
 
@@ -99,7 +99,7 @@ class Trackers:
                 self._say(f"{name} is left out from now on, training goes on without it: {reason}")
 
 
-class Silence(Trackers):
+class NullTracker(Trackers):
     """What the processes have that do not speak for the run."""
 
     def __init__(self, run: Path) -> None:
@@ -111,7 +111,7 @@ class Silence(Trackers):
     def sample(self, macro_batch: int, text: str) -> None:
         """Tells nobody."""
 
-    def go_back(self, state: dict[str, Any], keep_until: int) -> None:
+    def rewind(self, state: dict[str, Any], truncate_after: int) -> None:
         """Forgets nothing."""
 
 
@@ -132,8 +132,8 @@ def open_trackers(
     experiment_json: dict[str, Any],
     run: Path,
     state: dict[str, Any] | None,
-    keep_until: int | None,
-    say: Callable[[str], None] | None = None,
+    truncate_after: int | None,
+    log: Callable[[str], None] | None = None,
 ) -> Trackers:
     """Opens the trackers that an experiment asks for, for the run in the folder `run`.
 
@@ -157,8 +157,8 @@ def open_trackers(
         from cleangpt.tracking.tensorboard import TensorBoardTracker
 
         others["tensorboard"] = TensorBoardTracker(experiment_json, run)
-    say = say or (lambda text: tell(run, text))
-    trackers = Trackers(MetricsFiles(run, say), others, say)
+    log = log or (lambda text: log_to_stderr(run, text))
+    trackers = Trackers(MetricsFiles(run, log), others, log)
     trackers.load_state_dict(state or {})
-    trackers.open(keep_until)
+    trackers.open(truncate_after)
     return trackers

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from cleangpt.errors import UserError, blaming
+from cleangpt.errors import UserError, parsing
 from cleangpt.files import check_regular, write_bytes
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
@@ -138,15 +138,15 @@ class MetricsFiles:
     `say` is told.
     """
 
-    def __init__(self, run: Path, say: Callable[[str], None] = lambda text: None) -> None:
-        self._run, self._say = run, say
+    def __init__(self, run: Path, log: Callable[[str], None] = lambda text: None) -> None:
+        self._run, self._say = run, log
         self._waiting: list[tuple[str, dict[str, Any]]] = []
         self._told = False
 
-    def open(self, keep_until: int | None) -> None:
+    def open(self, truncate_after: int | None) -> None:
         """Removes the lines of macro-batches after `keep_until`, all of them if it is None, and a torn last line."""
         for name in (METRICS, SAMPLES):
-            _keep_lines(self._run / name, keep_until)
+            _keep_lines(self._run / name, truncate_after)
             there = {entry["macro_batch"] for entry in _read_lines(self._run / name)}
             self._waiting = [(of, line) for of, line in self._waiting if of != name or line["macro_batch"] not in there]
         self._write()
@@ -200,7 +200,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     """
     rows = _read_lines(run / METRICS)
     for number, row in enumerate(rows, start=1):
-        with blaming(f"{run / METRICS}, line {number},"):
+        with parsing(f"{run / METRICS}, line {number},"):
             row.update({name: float(kind) for name, kind in row.pop(NOT_FINITE, {}).items()})
             for name, value in row.items():
                 if type(value) not in (int, float, NoneType):
@@ -261,13 +261,15 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _keep_lines(path: Path, keep_until: int | None) -> None:
+def _keep_lines(path: Path, truncate_after: int | None) -> None:
     if not path.exists():
         return
     entries = zip(_lines(path), _read_lines(path), strict=True)
-    with blaming(path):
+    with parsing(path):
         kept = b"".join(
-            line + b"\n" for line, entry in entries if keep_until is not None and entry["macro_batch"] <= keep_until
+            line + b"\n"
+            for line, entry in entries
+            if truncate_after is not None and entry["macro_batch"] <= truncate_after
         )
     if len(kept) != path.stat().st_size:
         write_bytes(path, kept)

@@ -66,7 +66,7 @@ class ProgressBar:
         self._print(_fit(words, self._console.width) if self._live and self._console else " · ".join(words))
         self._draw()
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Shows a line, above the bar where there is one, and keeps it in log.txt."""
         _log(self._run, text)
         self._print(text)
@@ -127,7 +127,7 @@ class ProgressBar:
         return Group(line, Text(_fit(_words(self._figures), width), no_wrap=True, style="dim"))
 
 
-def tell(run: Path | None, text: str) -> None:
+def log_to_stderr(run: Path | None, text: str) -> None:
     """Shows a line on the standard error and keeps it in the run's log.txt."""
     _log(run, text)
     print(text, file=sys.stderr, flush=True)

@@ -196,13 +196,13 @@ def _glossary(runs: list[Run]) -> str:
 # How it is said ------------------------------------------------------------------------------------------------------
 
 
-def _facts_table(runs: Sequence[Run], facts: Sequence[Mapping[str, Any]], say: Callable[[str, Any], str]) -> str:
+def _facts_table(runs: Sequence[Run], facts: Sequence[Mapping[str, Any]], log: Callable[[str, Any], str]) -> str:
     """One row for each fact that any run knows, one column for each run."""
     head = "".join(f"<th>{_text(run.name)}</th>" for run in runs)
     rows = [f"<tr><th></th>{head}</tr>"] if len(runs) > 1 else []
     for name in _names(facts):
-        cells = "".join(f"<td>{_text(say(name, part.get(name)))}</td>" for part in facts)
-        rows.append(f"<tr><th>{_text(name.replace('_', ' ') if say is _figure else name)}</th>{cells}</tr>")
+        cells = "".join(f"<td>{_text(log(name, part.get(name)))}</td>" for part in facts)
+        rows.append(f"<tr><th>{_text(name.replace('_', ' ') if log is _figure else name)}</th>{cells}</tr>")
     return f"<div class=wide><table>{''.join(rows)}</table></div>"
 
 

@@ -15,11 +15,11 @@ class TensorBoardTracker:
         self._experiment, self._folder = experiment_json, run / FOLDER
         self._writer: Any = None
 
-    def open(self, keep_until: int | None) -> None:
+    def open(self, truncate_after: int | None) -> None:
         """Starts a new event file; readers drop what older ones say of macro-batches after `keep_until`."""
         from torch.utils.tensorboard import SummaryWriter
 
-        purge = 0 if keep_until is None else keep_until + 1
+        purge = 0 if truncate_after is None else truncate_after + 1
         self._writer = SummaryWriter(str(self._folder), purge_step=purge)
         self._write_text("experiment", json.dumps(self._experiment, indent=2, ensure_ascii=False), purge)
 

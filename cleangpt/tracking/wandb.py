@@ -31,7 +31,7 @@ class WandbTracker:
         self._run: Any = None
         self._told = -1
 
-    def open(self, keep_until: int | None) -> None:
+    def open(self, truncate_after: int | None) -> None:
         """Starts the W&B run or goes on with it."""
         wandb = require("wandb", "wandb")
         online = self._tracking.wandb == "online"

@@ -10,11 +10,11 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor, nn
 
-from cleangpt.distributed.tensors import like
+from cleangpt.distributed.tensors import distribute_like
 from cleangpt.models.moe import MixtureOfExperts
 
 
-class Balancing:
+class ExpertLoadBalancer:
     """Counts the tokens of every expert that has a bias, and moves the biases; of a model without, nothing.
 
     Args:
@@ -26,7 +26,7 @@ class Balancing:
     def __init__(
         self, model: nn.Module, reduce: Callable[[Tensor], Tensor], frozen: Collection[str] = frozenset()
     ) -> None:
-        self.rate: float = getattr(getattr(model, "config", None), "balance_rate", None) or 0.0
+        self.rate: float = getattr(getattr(model, "config", None), "bias_update_rate", None) or 0.0
         self._mixtures = [
             module
             for name, module in model.named_modules()
@@ -53,5 +53,5 @@ class Balancing:
         above = counts * counts.shape[1] - counts.sum(dim=1, keepdim=True)
         for mixture, excess in zip(self._mixtures, above, strict=True):
             assert mixture.router_bias is not None
-            mixture.router_bias.sub_(like(self.rate * excess.sign(), mixture.router_bias))
+            mixture.router_bias.sub_(distribute_like(self.rate * excess.sign(), mixture.router_bias))
         self._counts.zero_()

@@ -14,12 +14,12 @@ from cleangpt.experiment import Experiment
 from cleangpt.models import build_model
 from cleangpt.models.base import LanguageModel, on_meta
 from cleangpt.models.lora import add_adapter, is_adapter, linear_layers
-from cleangpt.training.mup import width_factors
+from cleangpt.training.mup import mup_scales
 from cleangpt.training.optimizer import Optimizer
 
 
 # What trains ---------------------------------------------------------------------------------------------------------
-def restrict(model: LanguageModel, config: FineTuningConfig) -> None:
+def freeze_and_add_lora(model: LanguageModel, config: FineTuningConfig) -> None:
     """Adds the adapters, and freezes what is not to train: it gets no gradient, no moments and no decay.
 
     Raises:
@@ -127,12 +127,12 @@ def check_fine_tuning(experiment: Experiment, place: Layout) -> None:
         )
     with on_meta():
         model = build_model(experiment.model)
-    restrict(model, tuning)
+    freeze_and_add_lora(model, tuning)
     lr_factors(model, experiment.optimizer, tuning.layer_decay)
-    width_factors(experiment.model, experiment.optimizer)
+    mup_scales(experiment.model, experiment.optimizer)
 
 
-def take_moments(optimizer: Optimizer, snapshot: Path, group: dist.ProcessGroup | None) -> str:
+def load_moments(optimizer: Optimizer, snapshot: Path, group: dist.ProcessGroup | None) -> str:
     """Fills the moments of parameters that have the same name and shape in a snapshot of another run; a line about it.
 
     All processes call this together; each reads its parts.

@@ -7,7 +7,7 @@ import torch
 
 from cleangpt.config import FineTuningConfig
 from cleangpt.data.loader import Stream
-from cleangpt.data.mixing import MixedStore, Store, split_samples, stores, training_stream
+from cleangpt.data.mixing import MixedDataset, Store, split_samples, stores, training_stream
 from cleangpt.distributed.device import describe_device
 from cleangpt.distributed.layout import Layout, state_bytes
 from cleangpt.errors import UserError
@@ -84,13 +84,13 @@ def summary(
 
 def _data_lines(experiment: Experiment, store: Store) -> list[str]:
     """A line for each source: its share of the run where there are several, its tokens, and how often it is visited."""
-    visits = open_stream(experiment, store).visits(total_samples(experiment))
+    progress = open_stream(experiment, store).progress(total_samples(experiment))
     samples = split_samples(store, "train", experiment.data.seq_len)
     lines = []
     for name, part in stores(store).items():
-        times = visits[of_source("times_visited", name)]
+        times = progress[of_source("times_visited", name)]
         share = times * samples[name].num_training / total_samples(experiment)
-        words = f"{name}: {100 * share:.2f} % of the samples, " if isinstance(store, MixedStore) else ""
+        words = f"{name}: {100 * share:.2f} % of the samples, " if isinstance(store, MixedDataset) else ""
         tokens = part.splits["train"].tokens
         lines.append(
             f"data     {words}{tokens:,} training tokens in {part.folder}, {times:.2f} times visited at the end"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cleangpt.distributed.tensors import like, local, whole
+from cleangpt.distributed.tensors import distribute_like, full_tensor, local_tensor
 
 POLYNOMIALS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
@@ -46,14 +46,14 @@ def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
     return (x.mT if transposed else x).to(matrices.dtype)
 
 
-class WithoutCompiler(torch.optim.Optimizer):
+class EagerOptimizer(torch.optim.Optimizer):
     """Without what PyTorch wraps these methods in: that loads its compiler, which takes as long to load as PyTorch."""
 
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
 
-class Muon(WithoutCompiler):
+class Muon(EagerOptimizer):
     """Muon with Nesterov momentum and decoupled weight decay, for the matrices in a model's blocks.
 
     Parameters of one shape are made orthogonal together. A tensor of more than two dimensions is a stack of matrices; a
@@ -95,13 +95,15 @@ class Muon(WithoutCompiler):
         bad = self.found_inf.to(parameters[0].device) > 0
         rate = group["lr"] * ~bad
         for parameter in parameters:
-            gradient, momentum = local(parameter.grad), local(self.moments(parameter)["momentum"])
+            gradient, momentum = local_tensor(parameter.grad), local_tensor(self.moments(parameter)["momentum"])
             gradient.masked_fill_(bad, 0)
             momentum.lerp_(gradient, (1 - self.momentum) * ~bad)
             gradient.lerp_(momentum, self.momentum)
-        updates = torch.stack([whole(parameter.grad) for parameter in parameters])
+        updates = torch.stack([full_tensor(parameter.grad) for parameter in parameters])
         matrices = updates.reshape(-1, updates.shape[-2] // group["stacked"], updates.shape[-1])
         size = 0.2 * math.sqrt(max(matrices.shape[-2:]))
         updates = orthogonalize(matrices, self.iterations).view_as(updates) * (rate * size)
         for parameter, update in zip(parameters, updates, strict=True):
-            local(parameter).mul_(1 - rate * group["weight_decay"]).sub_(local(like(update, parameter)))
+            local_tensor(parameter).mul_(1 - rate * group["weight_decay"]).sub_(
+                local_tensor(distribute_like(update, parameter))
+            )

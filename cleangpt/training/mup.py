@@ -39,14 +39,14 @@ from cleangpt.training.optimizer import is_hidden_matrix
 
 
 @dataclass(frozen=True)
-class WidthFactor:
+class MuPScale:
     """What a parameter's initial values and its learning rate are multiplied by."""
 
     initial: float = 1.0
     lr: float = 1.0
 
 
-def width_factors(config: ModelConfig, optimizer: OptimizerConfig) -> dict[str, WidthFactor]:
+def mup_scales(config: ModelConfig, optimizer: OptimizerConfig) -> dict[str, MuPScale]:
     """The factors of muP for each parameter of a model; none without `optimizer.base_dim`.
 
     Raises:
@@ -63,7 +63,7 @@ def width_factors(config: ModelConfig, optimizer: OptimizerConfig) -> dict[str, 
     factors = {}
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2 or name in looked_up:
-            factors[name] = WidthFactor()
+            factors[name] = MuPScale()
         else:
             muon = with_muon and is_hidden_matrix(name, parameter)
             factors[name] = _matrix_factor(_matrix_shape(model, name), _matrix_shape(base, name), muon)
@@ -78,17 +78,17 @@ def _matrix_shape(model: LanguageModel, name: str) -> tuple[int, int, int]:
     return rows, columns, rows // model.stacked_matrices(name)
 
 
-def _matrix_factor(shape: tuple[int, int, int], base: tuple[int, int, int], muon: bool) -> WidthFactor:
+def _matrix_factor(shape: tuple[int, int, int], base: tuple[int, int, int], muon: bool) -> MuPScale:
     """The factor of a matrix by its own shape and that at the base width, both from `_matrix_shape`."""
     rows, columns, own_rows = (now / then for now, then in zip(shape, base, strict=True))
     initial = min(1.0, math.sqrt(rows / columns)) / math.sqrt(columns)
     if not muon:
-        return WidthFactor(initial, 1 / columns)
+        return MuPScale(initial, 1 / columns)
     growth = math.sqrt(max(shape[1:]) / max(base[1:]))  # of the spectral norm of an update
-    return WidthFactor(initial, math.sqrt(own_rows / columns) / growth)
+    return MuPScale(initial, math.sqrt(own_rows / columns) / growth)
 
 
-def _tied_head(factors: Mapping[str, WidthFactor], factor: float) -> dict[str, WidthFactor]:
+def _tied_head(factors: Mapping[str, MuPScale], factor: float) -> dict[str, MuPScale]:
     """The `factor` of a tied head, as the last norm takes it.
 
     Raises:
@@ -97,11 +97,11 @@ def _tied_head(factors: Mapping[str, WidthFactor], factor: float) -> dict[str, W
     norm = [name for name in factors if name.startswith("final_norm.")]
     if not norm:
         raise UserError("optimizer.base_dim needs a model with a head of its own, or a `final_norm` before a tied one")
-    return dict.fromkeys(norm, WidthFactor(factor, factor))
+    return dict.fromkeys(norm, MuPScale(factor, factor))
 
 
 @torch.no_grad()
-def scale_initial(model: LanguageModel, factors: Mapping[str, WidthFactor]) -> None:
+def scale_init(model: LanguageModel, factors: Mapping[str, MuPScale]) -> None:
     """Multiplies initial weights by their factors; of a normal draw, that is another deviation."""
     for name, parameter in model.named_parameters():
         if name in factors:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from cleangpt.config import OptimizerConfig
-from cleangpt.distributed.tensors import whole
+from cleangpt.distributed.tensors import full_tensor
 from cleangpt.models.base import LanguageModel
-from cleangpt.training.muon import Muon, WithoutCompiler
+from cleangpt.training.muon import EagerOptimizer, Muon
 
 
-class AdamW(WithoutCompiler, torch.optim.AdamW):
+class AdamW(EagerOptimizer, torch.optim.AdamW):
     """PyTorch's; its own step is wrapped as well."""
 
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
@@ -38,7 +38,7 @@ class Optimizer:
         config: OptimizerConfig,
         scale_loss: bool = False,
         factors: Mapping[str, float] | None = None,
-        width_factors: Mapping[str, float] | None = None,
+        mup_scales: Mapping[str, float] | None = None,
     ) -> None:
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         named.sort(key=lambda entry: entry[1].dim() < 2)  # matrices first, for the sums over all in one order
@@ -48,7 +48,7 @@ class Optimizer:
         with_muon = config.muon.lr is not None
         hidden = {name: parameter for name, parameter in named if with_muon and is_hidden_matrix(name, parameter)}
         others = {name: parameter for name, parameter in named if name not in hidden}
-        by_layer, by_width = factors or {}, width_factors or {}
+        by_layer, by_width = factors or {}, mup_scales or {}
         self.adamw = AdamW(
             _groups(model, others, by_layer, by_width), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
         )
@@ -83,7 +83,7 @@ class Optimizer:
                 group["weight_decay"] = weight_decay * group["decay"]
             self.scaler.unscale_(optimizer)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norm = whole(torch.nn.utils.get_total_norm(gradients))
+        norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
         if self.config.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, norm)
         bad = (~torch.isfinite(norm)).float()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cleangpt.config import TrainingConfig
 from cleangpt.distributed.processes import Ranks
-from cleangpt.distributed.tensors import local
+from cleangpt.distributed.tensors import local_tensor
 
 
 class Spikes:
@@ -75,7 +75,7 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str:
 
     The device is waited for once, unless there is one.
     """
-    parts = {name: local(tensor).detach() for name, tensor in tensors.items()}
+    parts = {name: local_tensor(tensor).detach() for name, tensor in tensors.items()}
     parts = {name: part for name, part in parts.items() if part.is_floating_point() and part.numel()}
     if not parts or torch.nn.utils.get_total_norm(parts.values(), math.inf).isfinite():
         return ""

@@ -20,7 +20,7 @@ class Position:
     """Finished ones: trained, validated and recorded."""
     time_trained: float = 0.0
     """Seconds, over all processes of the run."""
-    left_out: list[list[int]] = field(default_factory=list)
+    skipped_ranges: list[list[int]] = field(default_factory=list)
     """Ranges of the data, first and one after the last, passed over at spikes of the loss; not among `samples`."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -29,11 +29,11 @@ class Position:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from `state_dict`; raises ValueError for what is none."""
-        _take_numbers(self, {name: value for name, value in state.items() if name != "left_out"})
-        ranges: list[list[int]] = state.get("left_out", [])
+        _take_numbers(self, {name: value for name, value in state.items() if name != "skipped_ranges"})
+        ranges: list[list[int]] = state.get("skipped_ranges", [])
         if any(type(end) is not int or not 0 <= end < 2**63 for first, last in ranges for end in (first, last)):
             raise ValueError(f"left_out is {ranges!r}")
-        self.left_out = [[first, last] for first, last in ranges]
+        self.skipped_ranges = [[first, last] for first, last in ranges]
 
 
 class Meter:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 
-from cleangpt.checkpoints.checkpoint import Checkpoints, differing_fields, fill
+from cleangpt.checkpoints.checkpoint import Checkpoints, config_mismatches, load_matching_weights
 from cleangpt.checkpoints.run_folder import experiment_json, find_moments, write_status
 from cleangpt.checkpoints.snapshots import (
     Snapshots,
@@ -21,7 +21,7 @@ from cleangpt.checkpoints.snapshots import (
 )
 from cleangpt.corpora.mixture import tasks
 from cleangpt.data.batch import Batch
-from cleangpt.data.loader import BatchLoader, StreamWithout, validation_batches, with_range
+from cleangpt.data.loader import BatchLoader, StreamWithout, add_range, validation_batches
 from cleangpt.data.mixing import Store, mean_shares, split_samples, stores
 from cleangpt.data.tokenizers import same_tokens
 from cleangpt.distributed.device import (
@@ -40,29 +40,29 @@ from cleangpt.distributed.device import (
     use_fp8,
 )
 from cleangpt.distributed.layout import choose_layout, state_bytes
-from cleangpt.distributed.parallelize import parallelize, recompute, with_gradient_exchange, without_sync
+from cleangpt.distributed.parallelize import apply_activation_checkpointing, gradient_sync, parallelize, wrap_ddp
 from cleangpt.distributed.processes import Ranks
 from cleangpt.distributed.signals import StopRequest
 from cleangpt.distributed.tensors import gather_to_host
-from cleangpt.errors import DivergedError, RunFailedError, UserError, blaming
+from cleangpt.errors import DivergedError, RunFailedError, UserError, parsing
 from cleangpt.evaluation.tasks import SCORES
 from cleangpt.evaluation.validate import loss_figures, mean_loss, source_figures
 from cleangpt.experiment import Experiment, samples_per_macro_batch
-from cleangpt.files import clean, damage
+from cleangpt.files import find_corruption, recover_folder
 from cleangpt.inference.text import sample_text
 from cleangpt.interchange.huggingface import open_checkpoint
 from cleangpt.models import build_model
 from cleangpt.models.base import LanguageModel, flops_per_token
-from cleangpt.tracking import Silence, open_trackers
+from cleangpt.tracking import NullTracker, open_trackers
 from cleangpt.tracking.metrics import of_source
 from cleangpt.tracking.progress import ProgressBar
 from cleangpt.training import schedules
-from cleangpt.training.balancing import Balancing
+from cleangpt.training.balancing import ExpertLoadBalancer
 from cleangpt.training.deadline import WRITE_RATE, Deadline
 from cleangpt.training.early_stopping import EarlyStopping
-from cleangpt.training.finetuning import frozen_names, lr_factors, restrict, take_moments
+from cleangpt.training.finetuning import freeze_and_add_lora, frozen_names, load_moments, lr_factors
 from cleangpt.training.launch import open_stream
-from cleangpt.training.mup import scale_initial, width_factors
+from cleangpt.training.mup import mup_scales, scale_init
 from cleangpt.training.optimizer import Optimizer
 from cleangpt.training.recovery import Spikes, first_not_finite
 from cleangpt.training.state import Meter, Position
@@ -89,12 +89,12 @@ class Trainer:
         seed_everything(training.seed)
         tuning = experiment.fine_tuning
         self.layout = choose_layout(
-            experiment.parallel, experiment.model, self.ranks, self.device, partial(restrict, config=tuning)
+            experiment.parallel, experiment.model, self.ranks, self.device, partial(freeze_and_add_lora, config=tuning)
         )
-        widths = width_factors(experiment.model, experiment.optimizer)
+        widths = mup_scales(experiment.model, experiment.optimizer)
         self.objective = experiment.objective
         self._build_model()
-        scale_initial(self.model, widths)
+        scale_init(self.model, widths)
         if self.ranks.world_size > 1:
             seed_everything(training.seed + self.ranks.rank)  # every process drops out activations of its own
         self.model.loss_chunk = training.loss_chunk
@@ -109,25 +109,25 @@ class Trainer:
         self.optimizer = Optimizer(
             self.model, experiment.optimizer, scale_loss=training.precision == "fp16",
             factors=lr_factors(self.model, experiment.optimizer, tuning.layer_decay),
-            width_factors={name: factor.lr for name, factor in widths.items()},
+            mup_scales={name: factor.lr for name, factor in widths.items()},
         )  # fmt: skip
-        self.balancing = Balancing(self.model, self.ranks.sum_tensor, frozen_names(self.model, tuning))
+        self.balancing = ExpertLoadBalancer(self.model, self.ranks.sum_tensor, frozen_names(self.model, tuning))
         self.early_stopping, self.spikes = EarlyStopping(experiment.early_stopping), Spikes(training)
         self.checkpoints = Checkpoints(run / "checkpoints", experiment.saving, self.ranks)
         self.snapshots = Snapshots(
-            run / "snapshots", experiment.saving, self.ranks, experiment.parallel.timeout, progress.say
+            run / "snapshots", experiment.saving, self.ranks, experiment.parallel.timeout, progress.log
         )
         self.saved = ""
         snapshot = self._restore()
-        told_until = self.position.macro_batch if snapshot else None
-        self.trackers = Silence(run) if not self.ranks.is_main else open_trackers(
-            experiment, experiment_json(experiment), run, snapshot.get("trackers"), told_until, progress.say
+        last_logged = self.position.macro_batch if snapshot else None
+        self.trackers = NullTracker(run) if not self.ranks.is_main else open_trackers(
+            experiment, experiment_json(experiment), run, snapshot.get("trackers"), last_logged, progress.log
         )  # fmt: skip
         self.loader = self._open_loader()
 
     def _open_loader(self) -> BatchLoader:
         data = self.experiment.data
-        self.stream.left_out = self.position.left_out
+        self.stream.skipped_ranges = self.position.skipped_ranges
         return BatchLoader(
             self.stream,
             data.batch_size,
@@ -143,13 +143,13 @@ class Trainer:
         training, parallel = self.experiment.training, self.experiment.parallel
         compiled = training.compile if can_compile(self.device) else "off"
         if compiled != training.compile:
-            self.progress.say(f"training.compile is {training.compile}, but no compiler was found; going on without")
+            self.progress.log(f"training.compile is {training.compile}, but no compiler was found; going on without")
 
         def prepare(model: LanguageModel) -> None:
             if training.precision == "fp8":
                 use_fp8(model)
-            restrict(model, self.experiment.fine_tuning)
-            recompute(model, training.recompute_every)
+            freeze_and_add_lora(model, self.experiment.fine_tuning)
+            apply_activation_checkpointing(model, training.recompute_every)
             if compiled == "blocks":
                 compile_blocks(model)
 
@@ -163,7 +163,7 @@ class Trainer:
         )  # fmt: skip
         self.context = autocast(self.device, torch.float32 if gathered else dtype)
         called = cast(LanguageModel, torch.compile(self.model)) if compiled == "model" else self.model
-        self.forward_model = with_gradient_exchange(called, self.layout, self.device)
+        self.forward_model = wrap_ddp(called, self.layout, self.device)
 
     # The run ------------------------------------------------------------------------------------------------------
 
@@ -175,7 +175,7 @@ class Trainer:
             try:
                 while not (ended := self._ended()):
                     self.train_macro_batch()
-                    if self.go_back_at_spike():
+                    if self.roll_back_at_spike():
                         continue
                     val_loss = self.validate()
                     if self.stopping:
@@ -202,7 +202,7 @@ class Trainer:
             self.step()
             if time.perf_counter() - told > 0.25:
                 told = time.perf_counter()
-                self._tell(self.meter.seconds + told - started)
+                self._update_progress(self.meter.seconds + told - started)
         self.meter.sums.sum().item()  # waits for the device, so that the time is that of the work
         self.meter.seconds += time.perf_counter() - started
         self.meter.waited += self.loader.wait_time - waited
@@ -210,7 +210,7 @@ class Trainer:
 
     def step(self) -> None:
         """One update: the gradient of the mean loss per target over all batches of the step (design rule 3)."""
-        self.ranks.note_step(self.position.step)
+        self.ranks.heartbeat(self.position.step)
         count = schedules.accumulation(self.experiment, self.position.samples)
         lr = schedules.learning_rate(self.experiment, self.position.samples, count)
         weight_decay = schedules.weight_decay(self.experiment, self.position.samples, count)
@@ -238,7 +238,7 @@ class Trainer:
         """
         parts = list(batch.to(self.device).split(self.micro_batch_size))
         for number, part in enumerate(parts, start=1):
-            with without_sync(self.forward_model, last and number == len(parts)):
+            with gradient_sync(self.forward_model, last and number == len(parts)):
                 with self.context:
                     loss = self.objective(self.forward_model, part).total
                 self.optimizer.backward(loss * (self.layout.parts / max(targets, 1)))
@@ -288,7 +288,7 @@ class Trainer:
             experiment.fine_tuning.lora, store.chat_template,
         )  # fmt: skip
         if reason:
-            self.progress.say(f"the checkpoint of macro-batch {macro_batch} could not be saved: {reason}")
+            self.progress.log(f"the checkpoint of macro-batch {macro_batch} could not be saved: {reason}")
         if tracking.sample_tokens:
             first, *_ = stores(self.store).values()
             with uncompiled():
@@ -338,7 +338,7 @@ class Trainer:
                 return
             self.saved = ""
             if waited == 0 and patience:
-                self.progress.say(f"trying again for {patience} s; make room, or end without it by Ctrl-C twice")
+                self.progress.log(f"trying again for {patience} s; make room, or end without it by Ctrl-C twice")
             if waited + PAUSE <= patience:
                 time.sleep(PAUSE)
         path, _ = newest_snapshot(self.run / "snapshots", self.ranks)
@@ -355,9 +355,9 @@ class Trainer:
 
     def _load(self, path: Path) -> dict[str, Any]:
         live = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        with blaming(path):
+        with parsing(path):
             state = load_snapshot(path, live, self.snapshots.group)
-        with blaming(path, RuntimeError):
+        with parsing(path, RuntimeError):
             self.position.load_state_dict(state["position"])
             self.meter.load_state_dict(state["meter"], self.ranks)
             self.model.load_state_dict(state["model"])
@@ -369,7 +369,7 @@ class Trainer:
             if self.ranks.rank < len(state["random"]):
                 RandomState(self.device).load_state_dict(state["random"][self.ranks.rank])
         self.saved = path.name
-        self.progress.say(f"going on from {path}, step {self.position.step:,}")
+        self.progress.log(f"going on from {path}, step {self.position.step:,}")
         return state
 
     def _newest_snapshot(self) -> Path | None:
@@ -381,7 +381,7 @@ class Trainer:
         folder = self.run / "snapshots"
         if self.ranks.is_main:
             for place in (self.run, folder, self.run / "checkpoints"):
-                clean(place)
+                recover_folder(place)
         path = self._newest_snapshot_in(folder)
         if path is None and self.ranks.from_main(list_snapshots(folder)):
             raise UserError(
@@ -395,7 +395,7 @@ class Trainer:
     def _newest_snapshot_in(self, folder: Path) -> Path | None:
         path, complaints = newest_snapshot(folder, self.ranks)
         for line in complaints:
-            self.progress.say(line + ("; using the one before it" if path else ""))
+            self.progress.log(line + ("; using the one before it" if path else ""))
         return path
 
     def _initialise(self) -> None:
@@ -405,18 +405,18 @@ class Trainer:
             return
         checkpoint = open_checkpoint(source)
         same = same_tokens(checkpoint.tokenizer, self.store.tokenizer)
-        differing = differing_fields(checkpoint.config, self.experiment.model)
-        differing += fill(self.model, checkpoint.weights, same)
+        differing = config_mismatches(checkpoint.config, self.experiment.model)
+        differing += load_matching_weights(self.model, checkpoint.weights, same)
         if not same:
             differing.append("its tokenizer is not the corpus's, so token ids may mean other texts")
-        self.progress.say(f"starting from the weights of {checkpoint.folder}")
+        self.progress.log(f"starting from the weights of {checkpoint.folder}")
         if self.experiment.fine_tuning.optimizer_state == "kept":
             snapshot = self._newest_snapshot_in(find_moments(source))
             if snapshot is None:
                 raise UserError(f"fine_tuning.optimizer_state is 'kept', but no snapshot of {source} is whole")
-            differing.append(take_moments(self.optimizer, snapshot, self.snapshots.group))
+            differing.append(load_moments(self.optimizer, snapshot, self.snapshots.group))
         for line in differing:
-            self.progress.say(f"  {line}")
+            self.progress.log(f"  {line}")
 
     # Figures ------------------------------------------------------------------------------------------------------
 
@@ -439,7 +439,7 @@ class Trainer:
             "weight_decay": meter.weight_decay,
             "training_batch_size": meter.samples / meter.steps,
             "grad_norm": meter.sums[1].item() / meter.steps,
-            **self.stream.visits(position.samples),
+            **self.stream.progress(position.samples),
             **self._throughput(meter.seconds),
             "step_time": meter.seconds / meter.steps,
             "data_wait_share": max(waited) / meter.seconds,
@@ -451,7 +451,7 @@ class Trainer:
 
     def _left_out(self) -> dict[str, int]:
         """What spikes of the loss have cost, where they are watched for."""
-        samples = sum(end - start for start, end in self.position.left_out)
+        samples = sum(end - start for start, end in self.position.skipped_ranges)
         return {"rollbacks": self.spikes.rollbacks, "samples_left_out": samples} if self.spikes.enabled else {}
 
     def _score(self) -> dict[str, float]:
@@ -467,7 +467,7 @@ class Trainer:
                 if (task := wanted.get(name))
             }
 
-    def _tell(self, seconds: float) -> None:
+    def _update_progress(self, seconds: float) -> None:
         """Shows the macro-batch so far; reading the loss waits for the device, so this is done a few times a second."""
         self.failing = self._skipped_too_many()
         batches = self.position.samples // self.experiment.data.batch_size
@@ -477,7 +477,7 @@ class Trainer:
                 # Of this process's part of the targets, which stands for all.
                 "train_loss": self.meter.sums[0].item() * self.ranks.world_size / max(self.meter.targets, 1),
                 "lr": self.meter.lr,
-                "visited_share": self.stream.visits(self.position.samples)["visited_share"],
+                "visited_share": self.stream.progress(self.position.samples)["visited_share"],
                 **self._throughput(seconds),
             },
         )
@@ -491,7 +491,7 @@ class Trainer:
 
     # Numbers gone wrong ------------------------------------------------------------------------------------------
 
-    def go_back_at_spike(self) -> bool:
+    def roll_back_at_spike(self) -> bool:
         """Where the loss has spiked, goes back to a snapshot and leaves out batches up to the spike's; else False.
 
         After Chowdhery et al. 2022 ("PaLM", section 5.1), who did it by hand.
@@ -509,14 +509,14 @@ class Trainer:
             why = "no whole snapshot is left" if path is None else f"training.max_rollbacks is {rollbacks}"
             raise DivergedError(f"the loss has spiked before step {step:,}, and {why}; a lower optimizer.lr may help")
         first, last = self.stream.place(max(begin, self._samples(path))), self.stream.place(found - 1) + 1
-        left_out = with_range(self.position.left_out, first, last)
+        skipped_ranges = add_range(self.position.skipped_ranges, first, last)
         state = self._load(path)
-        self.position.left_out, self.position.time_trained = left_out, spent
+        self.position.skipped_ranges, self.position.time_trained = skipped_ranges, spent
         self.spikes.rollbacks, self.failing = rollbacks + 1, False
-        self.trackers.go_back(state["trackers"], self.position.macro_batch)
+        self.trackers.rewind(state["trackers"], self.position.macro_batch)
         self.loader.close()
         self.loader = self._open_loader()
-        self.progress.say(f"the loss has spiked; samples {first:,} to {last - 1:,} of the data are left out")
+        self.progress.log(f"the loss has spiked; samples {first:,} to {last - 1:,} of the data are left out")
         return True
 
     def _snapshot_before(self, samples: int) -> Path | None:
@@ -530,7 +530,7 @@ class Trainer:
         older = [path for path in paths if self._samples(path) <= samples]
         newer = [path for path in reversed(paths) if path not in older]
         for path in older + newer:
-            if not any(self.ranks.gather(damage(path, self.ranks.rank, self.ranks.world_size))):
+            if not any(self.ranks.gather(find_corruption(path, self.ranks.rank, self.ranks.world_size))):
                 return path
         return None
 
@@ -603,14 +603,14 @@ class Trainer:
         if failing:
             self._check_skipped()
         if late and not self.stopping:
-            self.progress.say(f"{max(self.deadline.left, 0):.0f} s before the time limit: saving")
+            self.progress.log(f"{max(self.deadline.left, 0):.0f} s before the time limit: saving")
         self.stopping = asked + late > 0
         if self.stopping:
             self.reason = self.reason or ("signal" if asked else "time limit")
         if save and not self.stopping and self.spikes.judge(self.ranks) is None:
             self.stop.save_requested = False
             self.save_snapshot()
-            self.progress.say(f"saving {self.snapshots.folder / self.saved}")
+            self.progress.log(f"saving {self.snapshots.folder / self.saved}")
         return self.stopping
 
     def _end(self, status: str) -> None:

@@ -30,7 +30,7 @@ MOST_RATES = 20
 """Rates that a search tries before it gives up."""
 
 
-class StoppedError(Exception):
+class RunInterruptedError(Exception):
     """A signal stopped a run after it was saved."""
 
 
@@ -82,7 +82,7 @@ def short_run(experiment: Experiment, steps: int, width: int | None) -> Experime
     )  # fmt: skip
 
 
-def at_rate(experiment: Experiment, lr: float) -> Experiment:
+def with_lr(experiment: Experiment, lr: float) -> Experiment:
     """The experiment with another `optimizer.lr`; Muon's keeps its ratio to it."""
     optimizer = experiment.optimizer
     muon_lr = optimizer.muon.lr and _short(optimizer.muon.lr * lr / optimizer.lr)
@@ -112,9 +112,9 @@ class Tuning:
     """
 
     def __init__(
-        self, experiment: Experiment, folder: Path, store: Store, ranks: Ranks, say: Callable[[str], None]
+        self, experiment: Experiment, folder: Path, store: Store, ranks: Ranks, log: Callable[[str], None]
     ) -> None:
-        self.experiment, self.folder, self.store, self.ranks, self.say = experiment, folder, store, ranks, say
+        self.experiment, self.folder, self.store, self.ranks, self.log = experiment, folder, store, ranks, log
         self.losses: dict[float, float] = {}
         """By rate; infinite where the run diverged."""
         found = ranks.is_main and (folder / RESULT).is_file()
@@ -149,18 +149,18 @@ class Tuning:
             if self.ranks.is_main:
                 write_json(self.folder / RESULT, self.to_json())
                 shutil.rmtree(run / "snapshots", ignore_errors=True)
-        self.say(f"lr {lr:<10g} {in_words(self.losses[lr])}")
+        self.log(f"lr {lr:<10g} {format_loss(self.losses[lr])}")
         return self.losses[lr]
 
     def _train(self, lr: float, run: Path) -> float:
         """The loss of a run in its folder."""
-        experiment = replace(at_rate(self.experiment, lr), run_dir=str(run))
+        experiment = replace(with_lr(self.experiment, lr), run_dir=str(run))
         if self.ranks.is_main:
             open_run(experiment, None, [])
         try:
             trainer = Probe(experiment, run, self.store, ProgressBar(run, progress=False), self.ranks)
             if trainer.train() == "interrupted":
-                raise StoppedError
+                raise RunInterruptedError
         except DivergedError:
             return math.inf
         loss: float = read_metrics(run)[-1]["train_loss"]
@@ -172,7 +172,7 @@ class Tuning:
         return {"experiment": experiment_json(self.experiment), "rates": rates}
 
 
-def in_words(loss: float) -> str:
+def format_loss(loss: float) -> str:
     """A loss for a reader."""
     return f"loss {loss:.4f}" if math.isfinite(loss) else "diverged"
 
@@ -191,11 +191,11 @@ def advice(experiment: Experiment, losses: Mapping[float, float]) -> list[str]:
     best = min(losses, key=lambda lr: (losses[lr], lr))
     if not math.isfinite(losses[best]):
         raise RunFailedError(f"every rate diverged, from {min(losses):g} to {max(losses):g}; try lower --rates")
-    lines = [f"{lr:<10g} {in_words(losses[lr])}{'  lowest' if lr == best else ''}" for lr in sorted(losses)]
+    lines = [f"{lr:<10g} {format_loss(losses[lr])}{'  lowest' if lr == best else ''}" for lr in sorted(losses)]
     if len(losses) > 1 and best in (min(losses), max(losses)):
         beyond = "lower" if best == min(losses) else "higher"
         lines.append(f"{best:g} is at the end of the rates tried; a {beyond} one may do better")
-    chosen = at_rate(experiment, best).optimizer
+    chosen = with_lr(experiment, best).optimizer
     options = [("lr", chosen.lr), ("muon.lr", chosen.muon.lr)]
     words = [f"--optimizer.{name} {value:g}" for name, value in options if value is not None]
     return [*lines, f"train with: {' '.join(words)}"]

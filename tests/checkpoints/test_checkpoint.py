@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from cleangpt.checkpoints import checkpoint as module
-from cleangpt.checkpoints.checkpoint import Checkpoints, best_checkpoint, fill, load_checkpoint
+from cleangpt.checkpoints.checkpoint import Checkpoints, best_checkpoint, load_checkpoint, load_matching_weights
 from cleangpt.config import SavingConfig
 from cleangpt.data.tokenizers import CharTokenizer
 from cleangpt.errors import UserError
-from cleangpt.files import flush, read_json, write_json
+from cleangpt.files import fsync_files, read_json, write_json
 from cleangpt.models.gpt import GPT, GPTConfig
 
 CONFIG = GPTConfig(vocab_size=5, max_seq_len=4, n_layers=1, n_heads=1, dim=4)
@@ -124,7 +124,7 @@ def test_an_unknown_architecture_is_refused_in_one_line(tmp_path: Path) -> None:
     content = read_json(path / "config.json")
     content["model"]["kind"] = "gpd"
     write_json(path / "config.json", content)
-    write_json(path / "manifest.json", flush([path / name for name in read_json(path / "manifest.json")]))
+    write_json(path / "manifest.json", fsync_files([path / name for name in read_json(path / "manifest.json")]))
     with pytest.raises(UserError, match="of kind 'gpd', which is not registered here; did you mean 'gpt'"):
         load_checkpoint(path)
 
@@ -136,7 +136,7 @@ def test_a_run_without_checkpoints_says_so(tmp_path: Path) -> None:
 
 def test_filling_takes_what_fits_and_names_what_does_not() -> None:
     longer = GPT(GPTConfig(vocab_size=5, max_seq_len=8, n_layers=2, n_heads=1, dim=4))
-    lines = fill(longer, MODEL.state_dict() | {"extra": torch.ones(1)})
+    lines = load_matching_weights(longer, MODEL.state_dict() | {"extra": torch.ones(1)})
     assert torch.equal(longer.blocks[0].mlp.up.weight, MODEL.blocks[0].mlp.up.weight)
     assert torch.equal(longer.position_embedding.weight[:4], MODEL.position_embedding.weight)
     assert any(line.startswith("position_embedding.weight takes 4 of 4 rows") for line in lines)

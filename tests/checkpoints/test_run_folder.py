@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cleangpt.checkpoints.run_folder import alone, check_data, check_folder, open_run, read_experiment
+from cleangpt.checkpoints.run_folder import check_data, check_folder, lock_run, open_run, read_experiment
 from cleangpt.corpora import prepare
 from cleangpt.errors import UserError
 from cleangpt.experiment import Experiment
@@ -60,7 +60,7 @@ def test_runs_begun_at_the_same_moment_get_folders_of_their_own(tiny: Build, mon
 def test_a_run_that_another_process_begins_is_not_written_to(tiny: Build) -> None:
     experiment = resolve(tiny(run_dir="run"), 16)
     Path("run").mkdir()
-    with alone(Path("run")), pytest.raises(UserError, match="run is being trained by another process"):
+    with lock_run(Path("run")), pytest.raises(UserError, match="run is being trained by another process"):
         open_run(experiment, None, [])
     assert [path.name for path in Path("run").iterdir()] == ["lock"]
     check_folder(experiment)

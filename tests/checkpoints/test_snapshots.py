@@ -16,7 +16,7 @@ from cleangpt.checkpoints import tensor_files as shards
 from cleangpt.checkpoints.snapshots import Snapshots, list_snapshots, load_snapshot, newest_snapshot, set_aside
 from cleangpt.config import SavingConfig
 from cleangpt.errors import UserError
-from cleangpt.files import clean, damage, read_json, write_json
+from cleangpt.files import find_corruption, read_json, recover_folder, write_json
 
 STATE = {
     "position": {"samples": 12, "time": 0.1 + 0.2},
@@ -146,9 +146,9 @@ def test_the_next_save_waits_for_the_one_under_way(tmp_path: Path, monkeypatch: 
     assert disk.began.wait(60)
     threading.Timer(0.2, disk.may_write.set).start()
     snapshots.save("mb000002", STATE)
-    assert damage(tmp_path / "mb000001") == ""
+    assert find_corruption(tmp_path / "mb000001") == ""
     snapshots.close()
-    assert damage(tmp_path / "mb000002") == ""
+    assert find_corruption(tmp_path / "mb000002") == ""
 
 
 def full_disk(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -160,7 +160,7 @@ def test_a_full_disk_is_told_at_once_and_the_next_save_makes_up_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    snapshots = Snapshots(tmp_path, SavingConfig(keep_snapshots=1), say=said.append)
+    snapshots = Snapshots(tmp_path, SavingConfig(keep_snapshots=1), log=said.append)
     snapshots.save("mb000001", STATE)
     assert snapshots.wait() == ""
     with monkeypatch.context() as patch:
@@ -296,7 +296,7 @@ def test_processes_look_for_damage_together(tmp_path: Path) -> None:
     for number, name in enumerate(names):
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(content[:-1])
-        assert [bool(damage(folder, rank, 2)) for rank in (0, 1)] == [number % 2 == 0, number % 2 == 1]
+        assert [bool(find_corruption(folder, rank, 2)) for rank in (0, 1)] == [number % 2 == 0, number % 2 == 1]
         (folder / name).write_bytes(content)
 
 
@@ -305,7 +305,7 @@ def test_remains_of_an_interrupted_save_are_no_snapshot_and_are_removed(tmp_path
     (tmp_path / "mb000002.0123abcd.partial").mkdir()
     (tmp_path / "mb000002.0123abcd.partial" / "shard_00000.safetensors").write_bytes(b"half")
     assert newest_snapshot(tmp_path)[0] == tmp_path / "mb000001"
-    clean(tmp_path)
+    recover_folder(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mb000001"]
 
 

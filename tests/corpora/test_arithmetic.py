@@ -13,7 +13,7 @@ from rich.console import Console
 from cleangpt.corpora import Adder, Multiplier, prepare
 from cleangpt.corpora.adder_chat import AdderChat
 from cleangpt.corpora.arithmetic import Arithmetic
-from cleangpt.data.dataset import TokenStore
+from cleangpt.data.dataset import TokenDataset
 from cleangpt.errors import UserError
 
 QUIET = Console(quiet=True)
@@ -29,7 +29,7 @@ def solved(left: int, right: int, corpus: Arithmetic) -> str:
     return f"{left:0{n}d}{sign}{right:0{n}d}{'=' if corpus.equals_sign else ''}{result}\n"
 
 
-def rows(store: TokenStore, split: str) -> list[str]:
+def rows(store: TokenDataset, split: str) -> list[str]:
     length = store.row_length
     assert length is not None
     text = store.tokenizer.decode(store.splits[split].read(0, store.splits[split].tokens).tolist())
@@ -149,7 +149,7 @@ def test_a_row_is_one_conversation_and_its_answer_is_the_target(tmp_path: Path) 
             ]
             assert f"{text}<|endoftext|>" == template.render(messages)
             assert store.tokenizer.decode(ids[counted == 1].tolist()) == answer
-            assert ids[counted == 1][-1] == store.tokenizer.end_of_text
+            assert ids[counted == 1][-1] == store.tokenizer.eos_id
             asked.add((left, right))
     assert asked == {(left, right) for left in range(10) for right in range(10)}
     assert store.facts["splits"]["val"]["text_bytes"] < store.facts["splits"]["val"]["tokens"]

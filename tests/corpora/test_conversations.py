@@ -18,7 +18,7 @@ from cleangpt.corpora.conversations import Chat
 from cleangpt.corpora.mixture import Mixture
 from cleangpt.data.batch import IGNORED
 from cleangpt.data.chat_template import PLAIN, encode_chat
-from cleangpt.data.dataset import CARD, TokenStore
+from cleangpt.data.dataset import CARD, TokenDataset
 from cleangpt.errors import UserError
 from cleangpt.interchange.export import export
 from cleangpt.interchange.huggingface import open_checkpoint
@@ -55,18 +55,18 @@ def asked(tmp_path: Path) -> str:
     return write_jsonl(tmp_path / "asked.jsonl", [{"messages": messages} for messages in ASKED])
 
 
-def make(folder: Path, **fields: Any) -> TokenStore:
+def make(folder: Path, **fields: Any) -> TokenDataset:
     fields = {"pack": 127, "val_fraction": 0.2, "vocab_size": 300} | fields
     return prepare(Chat(**fields), folder / "data", console=QUIET)  # type: ignore[return-value]
 
 
-def rows(store: TokenStore, split: str) -> tuple[np.ndarray, np.ndarray]:
+def rows(store: TokenDataset, split: str) -> tuple[np.ndarray, np.ndarray]:
     part = store.splits[split]
     shape = (part.documents, store.row_length)
     return part.read(0, part.tokens).reshape(shape), part.read_mask(0, part.tokens).reshape(shape)
 
 
-def answers(store: TokenStore) -> list[str]:
+def answers(store: TokenDataset) -> list[str]:
     """The texts of all targets that follow one another, of both splits."""
     found = []
     for split in ("train", "val"):
@@ -89,7 +89,7 @@ def test_every_answer_is_a_target_and_nothing_else_is(tokenizer: Any, asked: str
     for split in ("train", "val"):
         ids, mask = rows(store, split)
         last = (mask[:, :-1] == 1) & (mask[:, 1:] == 0)
-        assert (ids[:, :-1][last] == store.tokenizer.end_of_text).all()
+        assert (ids[:, :-1][last] == store.tokenizer.eos_id).all()
         assert not mask[:, 0].any()
 
 
@@ -233,7 +233,7 @@ def test_tokens_and_masks_are_those_of_transformers(asked: str, their: Any, tmp_
         one = their.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         expected.append((tuple(one["input_ids"]), tuple(one["assistant_masks"])))
     found = []
-    end = store.tokenizer.end_of_text
+    end = store.tokenizer.eos_id
     for split in ("train", "val"):
         for ids, mask in zip(*rows(store, split), strict=True):
             begin = 0
@@ -248,9 +248,9 @@ def test_conversations_end_where_attention_may_end(asked: str, their: Any, tmp_p
     """The end-of-text token stands after a conversation and not within one, and is no target there."""
     store = make(tmp_path, files=(asked,), tokenizer_file=f"hf:{tmp_path / 'their'}")
     ids, mask = rows(store, "train")
-    ends = ids == store.tokenizer.end_of_text
+    ends = ids == store.tokenizer.eos_id
     # Padding is token 0 as well, which is the end of text here.
-    assert store.tokenizer.end_of_text == 0 and not mask[ends].any()
+    assert store.tokenizer.eos_id == 0 and not mask[ends].any()
     starts = store.tokenizer.special["<|im_start|>"]  # type: ignore[attr-defined]
     begun = np.diff(ends.astype(int), axis=1) == -1
     assert (ids[:, 1:][begun] == starts).all() and (ids[:, 0] == starts).all()
@@ -278,9 +278,7 @@ def test_the_template_travels_with_every_checkpoint_and_every_export(
     again = open_checkpoint(f"hf:{tmp_path / 'exported'}").chat_template
     assert again is not None and again.render(ASKED[0]) == run.store.chat_template.render(ASKED[0])
     generation = json.loads((tmp_path / "exported/generation_config.json").read_text(encoding="utf-8"))
-    assert generation["eos_token_id"] == sorted(
-        [run.store.tokenizer.end_of_text, run.store.tokenizer.special["<|im_end|>"]]
-    )
+    assert generation["eos_token_id"] == sorted([run.store.tokenizer.eos_id, run.store.tokenizer.special["<|im_end|>"]])
 
 
 def test_a_batch_has_the_answers_as_its_targets(tiny: Any, trainer: Any, asked: str) -> None:
@@ -291,7 +289,7 @@ def test_a_batch_has_the_answers_as_its_targets(tiny: Any, trainer: Any, asked: 
     run.loader.close()
     tokens = batch.targets[batch.targets != IGNORED].tolist()
     assert batch.num_targets == len(tokens)
-    text = "".join(" " if token == run.store.tokenizer.end_of_text else chr(token) for token in tokens)
+    text = "".join(" " if token == run.store.tokenizer.eos_id else chr(token) for token in tokens)
     assert set(text.split()) <= set(EXPECTED) and text.endswith(" ")
 
 

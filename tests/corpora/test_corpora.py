@@ -25,9 +25,9 @@ from cleangpt.corpora.shakespeare_char import ShakespeareChar
 from cleangpt.corpora.stdlib import Stdlib
 from cleangpt.corpora.text import Text
 from cleangpt.corpora.tinystories import EDITIONS, TinyStories
-from cleangpt.data.dataset import CARD, TokenStore
+from cleangpt.data.dataset import CARD, TokenDataset
 from cleangpt.data.tokenizers import BPETokenizer, train_bpe
-from cleangpt.data.writer import StoreWriter
+from cleangpt.data.writer import DatasetWriter
 from cleangpt.errors import UserError
 from cleangpt.validation import from_json, to_json
 
@@ -35,11 +35,11 @@ QUIET = Console(quiet=True)
 ROMAN = "".join(f"line {number} of a story about cats and hats, {number * number} of them.\n" for number in range(4000))
 
 
-def text_of(store: TokenStore, split: str) -> str:
+def text_of(store: TokenDataset, split: str) -> str:
     return store.tokenizer.decode(store.splits[split].read(0, store.splits[split].tokens).tolist())
 
 
-def documents_of(store: TokenStore, split: str) -> list[str]:
+def document_ids(store: TokenDataset, split: str) -> list[str]:
     part = store.splits[split]
     bounds = [*part.document_starts().tolist(), part.tokens]
     return [store.tokenizer.decode(part.read(a, b - a).tolist()) for a, b in pairwise(bounds)]
@@ -166,7 +166,7 @@ def test_shakespeare_is_split_as_nanogpt_splits_it(tmp_path: Path) -> None:
     store = prepare(ShakespeareChar(file=name), tmp_path / "data", console=Console(file=said))
     characters = sorted(set(text))
     assert store.vocab_size == 65
-    assert store.tokenizer.end_of_text is None
+    assert store.tokenizer.eos_id is None
     for split, part in [("train", text[:1_003_854]), ("val", text[1_003_854:])]:
         ids = store.splits[split].read(0, store.splits[split].tokens)
         assert ids.tolist() == [characters.index(character) for character in part]
@@ -212,7 +212,7 @@ def test_the_standard_library_is_whole_modules_of_this_python(tmp_path: Path) ->
     store = prepare(Stdlib(max_bytes=1_000_000), tmp_path, console=QUIET)
     assert 500_000 < sum(split.text_bytes for split in store.splits.values()) <= 1_000_000
     names = {Path(name).as_posix(): Path(name).read_bytes().decode() for name, _, _ in store.facts["source"]["files"]}
-    documents = documents_of(store, "train") + documents_of(store, "val")
+    documents = document_ids(store, "train") + document_ids(store, "val")
     assert sorted(documents) == sorted(names.values())
     assert not [
         name for name in names if re.search("/(tests?|site-packages|idlelib|lib2to3)/", name.split("/lib/")[-1])
@@ -239,7 +239,7 @@ def test_the_standard_library_as_byte_pairs(tmp_path: Path) -> None:
     assert isinstance(store.tokenizer, BPETokenizer)
     assert store.vocab_size == 600
     names = [Path(name) for name, _, _ in store.facts["source"]["files"]]
-    assert sorted(documents_of(store, "train") + documents_of(store, "val")) == sorted(
+    assert sorted(document_ids(store, "train") + document_ids(store, "val")) == sorted(
         name.read_bytes().decode() for name in names
     )
     assert sum(s.text_bytes for s in store.splits.values()) > 1.5 * sum(s.tokens for s in store.splits.values())
@@ -259,7 +259,7 @@ def test_a_text_file_gives_its_tail_to_validation(tokenizer: Any, tmp_path: Path
     assert len(val) / len(ROMAN) == pytest.approx(0.1, abs=0.001)
     for split in store.splits.values():
         assert split.documents == 1
-        assert split.read(split.tokens - 1, 1)[0] == store.tokenizer.end_of_text
+        assert split.read(split.tokens - 1, 1)[0] == store.tokenizer.eos_id
 
 
 def test_many_files_are_held_out_whole(tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def test_many_files_are_held_out_whole(tmp_path: Path) -> None:
     for number, content in enumerate(texts):
         write(tmp_path / "in" / f"{number}.txt", content)
     store = prepare(Text(files=(str(tmp_path / "in"),), val_fraction=0.2), tmp_path / "data", console=QUIET)
-    train, val = documents_of(store, "train"), documents_of(store, "val")
+    train, val = document_ids(store, "train"), document_ids(store, "val")
     assert sorted(train + val) == sorted(texts)
     assert 30 < len(val) < 90
 
@@ -277,7 +277,7 @@ def test_documents_of_json_lines_are_held_out_whole_and_keep_their_order(tmp_pat
     texts = [f"document {number} ü" for number in range(500)]
     corpus = Text(files=(write_jsonl(tmp_path / "a.jsonl", texts),), val_fraction=0.2)
     store = prepare(corpus, tmp_path / "data", console=QUIET)
-    train, val = documents_of(store, "train"), documents_of(store, "val")
+    train, val = document_ids(store, "train"), document_ids(store, "val")
     assert sorted(train + val) == sorted(texts)
     assert 60 < len(val) < 140
     assert train == [text for text in texts if text in set(train)]
@@ -332,7 +332,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads(tmp_path: Path) -> 
         command = [sys.executable, "-c", code, repr(corpus), str(tmp_path / threads)]
         settings = {"RAYON_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "true", "PYTHONHASHSEED": threads}
         subprocess.run(command, env=environment() | settings, check=True)
-    one, three = (TokenStore(store_folder(corpus, tmp_path / threads)) for threads in ("1", "3"))
+    one, three = (TokenDataset(store_folder(corpus, tmp_path / threads)) for threads in ("1", "3"))
     assert one.facts == three.facts
 
 
@@ -369,16 +369,16 @@ def test_stories_of_files_are_split_by_their_names(tmp_path: Path) -> None:
     train = write(tmp_path / EDITIONS["v2"][0], "\n<|endoftext|>\n".join(STORIES) + "\n<|endoftext|>\n")
     valid = write(tmp_path / EDITIONS["v2"][1], "\n<|endoftext|>\n".join(VALID))
     store = prepare(TinyStories(files=(train, valid), vocab_size=300), tmp_path / "data", console=QUIET)
-    assert documents_of(store, "train") == STORIES
-    assert documents_of(store, "val") == VALID
+    assert document_ids(store, "train") == STORIES
+    assert document_ids(store, "val") == VALID
     part = store.splits["val"]
-    assert int((part.read(0, part.tokens) == store.tokenizer.end_of_text).sum()) == 2
+    assert int((part.read(0, part.tokens) == store.tokenizer.eos_id).sum()) == 2
 
 
 def test_stories_without_a_validation_file_are_split_by_hash(tmp_path: Path) -> None:
     corpus = TinyStories(files=(write_jsonl(tmp_path / "a.jsonl", STORIES),), vocab_size=300, val_fraction=0.2)
     store = prepare(corpus, tmp_path / "data", console=QUIET)
-    assert sorted(documents_of(store, "train") + documents_of(store, "val")) == sorted(STORIES)
+    assert sorted(document_ids(store, "train") + document_ids(store, "val")) == sorted(STORIES)
 
 
 def test_stories_come_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,7 +391,7 @@ def test_stories_come_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", served)
     store = prepare(TinyStories(edition="v1", vocab_size=300), tmp_path / "data", console=QUIET)
-    assert documents_of(store, "val") == VALID
+    assert document_ids(store, "val") == VALID
 
 
 @pytest.mark.parametrize(
@@ -475,15 +475,15 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(text, "GROUP", 5000)
     monkeypatch.setattr(reading, "BLOCK", 2000)
     monkeypatch.setattr(base, "COMMIT_SECONDS", 0)
-    corpus, append, calls = Text(files=(write(tmp_path / "a.txt", ROMAN),)), StoreWriter.append, []
+    corpus, append, calls = Text(files=(write(tmp_path / "a.txt", ROMAN),)), DatasetWriter.append, []
 
-    def interrupted(self: StoreWriter, *args: Any, **options: Any) -> None:
+    def interrupted(self: DatasetWriter, *args: Any, **options: Any) -> None:
         calls.append(args)
         if len(calls) == 10:
             raise KeyboardInterrupt
         append(self, *args, **options)
 
-    monkeypatch.setattr(StoreWriter, "append", interrupted)
+    monkeypatch.setattr(DatasetWriter, "append", interrupted)
     said = io.StringIO()
     with pytest.raises(KeyboardInterrupt):
         prepare(corpus, tmp_path / "data", console=Console(file=said))
@@ -525,7 +525,7 @@ def test_bad_text_is_one_line_and_leaves_nothing(
     assert_refused(Text(files=(str(tmp_path / name),), tokenizer=tokenizer), tmp_path / "data", message)
 
 
-@pytest.mark.parametrize("place", ["open", "write", "fsync", "seal"])
+@pytest.mark.parametrize("place", ["open", "write", "fsync", "commit_folder"])
 def test_a_full_disk_is_one_line_and_leaves_nothing(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -536,7 +536,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
         "open": "cleangpt.data.dataset.write_text",
         "write": "cleangpt.data.writer.StoreWriter._write",
         "fsync": "cleangpt.data.writer.StoreWriter._flush",
-        "seal": "cleangpt.data.dataset.seal",
+        "commit_folder": "cleangpt.data.dataset.seal",
     }
     corpus = Text(files=(write(tmp_path / "a.txt", ROMAN),))
     with monkeypatch.context() as patch:
@@ -551,7 +551,7 @@ def test_an_older_store_survives_a_failure(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff")
     with pytest.raises(UserError, match="UTF-8"):
         prepare(corpus, tmp_path / "data", again=True, console=QUIET)
-    TokenStore(store.folder).verify()
+    TokenDataset(store.folder).verify()
     assert [path.name for path in (tmp_path / "data").iterdir()] == [store.folder.name]
 
 

@@ -23,7 +23,7 @@ from cleangpt.corpora.hub_text import HubText
 from cleangpt.corpora.openwebtext import OpenWebText
 from cleangpt.corpora.text import Text
 from cleangpt.corpora.tinystories import TinyStories
-from cleangpt.data.dataset import TokenStore
+from cleangpt.data.dataset import TokenDataset
 from cleangpt.errors import UserError
 
 QUIET = Console(quiet=True)
@@ -79,7 +79,7 @@ def write_shards(folder: Path, shards: int) -> None:
         pyarrow.parquet.write_table(table, folder / f"00{number}_00000.parquet")
 
 
-def documents(store: TokenStore) -> list[str]:
+def documents(store: TokenDataset) -> list[str]:
     found = []
     for part in store.splits.values():
         for begin, end in pairwise([*part.document_starts().tolist(), part.tokens]):
@@ -207,7 +207,7 @@ def test_a_killed_stream_goes_on_without_the_shards_that_are_done(
     assert fetched == [["000"], ["001"], ["002"]]
     monkeypatch.setattr(text, "GROUP", 5000)
     whole = prepare(corpus, workplace / "whole", console=QUIET)
-    assert TokenStore(store_folder(corpus, workplace / "data")).facts == whole.facts
+    assert TokenDataset(store_folder(corpus, workplace / "data")).facts == whole.facts
 
 
 def test_without_a_network_one_line_says_which_files_to_fetch(workplace: Path) -> None:

@@ -67,8 +67,8 @@ def test_a_packed_corpus_has_a_sample_per_row_and_no_padding_as_target(tmp_path:
         (batch,) = validation_batches(samples, samples.num_validation)
         for inputs, targets in zip(batch.inputs["tokens"].tolist(), batch.targets.tolist(), strict=True):
             tokens = inputs[:1] + [target for target in targets if target != IGNORED]
-            assert tokens[-1] == store.tokenizer.end_of_text
-            ends = [at for at, token in enumerate(tokens) if token == store.tokenizer.end_of_text]
+            assert tokens[-1] == store.tokenizer.eos_id
+            ends = [at for at, token in enumerate(tokens) if token == store.tokenizer.eos_id]
             found += [store.tokenizer.decode(tokens[a + 1 : b]) for a, b in zip([-1, *ends], ends, strict=False)]
     assert sorted(found) == sorted(texts)
 

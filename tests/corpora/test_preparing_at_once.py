@@ -11,7 +11,7 @@ import pytest
 
 from cleangpt.corpora import prepare
 from cleangpt.corpora.adder import Adder
-from cleangpt.data.dataset import TokenStore
+from cleangpt.data.dataset import TokenDataset
 
 CORPUS = Adder(digits=2, train_samples=300, val_samples=20, test_samples=20)
 SLOW = """
@@ -60,7 +60,7 @@ def test_one_prepares_and_the_other_takes_what_it_made(workplace: Path) -> None:
         process.communicate(timeout=60)
         assert process.returncode == 0
     assert began() == 1
-    assert isinstance(prepare(CORPUS, Path("data")), TokenStore)
+    assert isinstance(prepare(CORPUS, Path("data")), TokenDataset)
     assert [path.name for path in Path("data").iterdir() if path.name.startswith(".")] == []
 
 

@@ -239,7 +239,7 @@ def test_an_answer_is_what_the_assistant_says_and_the_token_that_ends_it(name: s
     said = [message["content"] for message in LONG if message["role"] == "assistant"]
     assert [BPE.decode(ids) for ids in answers] == [begin + content for content in said]
     assert {ids[-1] for ids in answers} == {BPE.special[end]}
-    assert stop_tokens(template, BPE) == {BPE.special[end], BPE.end_of_text}
+    assert stop_tokens(template, BPE) == {BPE.special[end], BPE.eos_id}
 
 
 CHAR = CharTokenizer(
@@ -253,7 +253,7 @@ def test_the_plain_template_serves_every_tokenizer(tokenizer: Tokenizer) -> None
     answers = learned(template, tokenizer, LONG)
     said = [message["content"] for message in LONG if message["role"] == "assistant"]
     assert [tokenizer.decode(ids[:-1]) for ids in answers] == said
-    assert {ids[-1] for ids in answers} == stop_tokens(template, tokenizer) == {tokenizer.end_of_text}
+    assert {ids[-1] for ids in answers} == stop_tokens(template, tokenizer) == {tokenizer.eos_id}
 
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), CHAR, BPE], ids=["byte", "char", "bpe"])

@@ -13,20 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from cleangpt.data.dataset import CARD, STORE, TokenStore
+from cleangpt.data.dataset import CARD, STORE, TokenDataset
 from cleangpt.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
-from cleangpt.data.writer import StoreWriter
+from cleangpt.data.writer import DatasetWriter
 from cleangpt.errors import UserError
-from cleangpt.files import PARTIAL, damage
+from cleangpt.files import PARTIAL, find_corruption
 
 BYTES = ByteTokenizer()
 
 
-def writer(folder: Path, tokenizer: Tokenizer = BYTES, **options: Any) -> StoreWriter:
-    return StoreWriter(folder, {"kind": "made"}, tokenizer, **options)
+def writer(folder: Path, tokenizer: Tokenizer = BYTES, **options: Any) -> DatasetWriter:
+    return DatasetWriter(folder, {"kind": "made"}, tokenizer, **options)
 
 
-def finish(made: StoreWriter) -> TokenStore:
+def finish(made: DatasetWriter) -> TokenDataset:
     return made.finish(lambda facts: f"# card of {len(facts['splits'])} splits\n")
 
 
@@ -142,7 +142,7 @@ def test_nothing_stands_before_the_end(tmp_path: Path) -> None:
     store = finish(made)
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
     assert (store.folder / CARD).read_text(encoding="utf-8") == "# card of 1 splits\n"
-    assert damage(store.folder) == ""
+    assert find_corruption(store.folder) == ""
     store.verify()
 
 
@@ -164,7 +164,7 @@ def test_an_interrupted_writer_goes_on_at_its_commit(
     committed = data.draw(st.integers(0, len(appends)))
     stopped = data.draw(st.integers(committed, len(appends)))
 
-    def append(made: StoreWriter, first: int, last: int) -> None:
+    def append(made: DatasetWriter, first: int, last: int) -> None:
         for index in range(first, last):
             length = appends[index]
             made.append("train", np.arange(length) + index, ids(*([length - 1] if length > 1 and index else [])))
@@ -211,7 +211,7 @@ def test_lost_data_or_a_broken_journal_begins_anew(tmp_path: Path) -> None:
     assert writer(tmp_path / "t", source="a").position == 0
 
 
-def small_store(folder: Path) -> TokenStore:
+def small_store(folder: Path) -> TokenDataset:
     made = writer(folder)
     made.append("train", ids(1, 2, 3), ids(3))
     return finish(made)
@@ -228,16 +228,16 @@ def test_a_cut_missing_or_foreign_store_is_one_line(tmp_path: Path) -> None:
     store = small_store(tmp_path / "s")
     (store.folder / "train_00000.bin").write_bytes(b"\1\0\2\0")
     with pytest.raises(UserError, match="has 4 bytes, not 6"):
-        TokenStore(store.folder)
+        TokenDataset(store.folder)
     (store.folder / "train_00000.bin").unlink()
     with pytest.raises(UserError, match="is missing"):
-        TokenStore(store.folder)
+        TokenDataset(store.folder)
     facts = json.loads((store.folder / STORE).read_text(encoding="utf-8"))
     (store.folder / STORE).write_text(json.dumps(facts | {"format": 99}), encoding="utf-8")
     with pytest.raises(UserError, match="format 99"):
-        TokenStore(store.folder)
+        TokenDataset(store.folder)
     with pytest.raises(UserError, match="not a token store"):
-        TokenStore(tmp_path)
+        TokenDataset(tmp_path)
 
 
 @pytest.mark.parametrize("wrong", [-1, 257, 65_536 + 5])
@@ -250,7 +250,7 @@ def test_an_id_beyond_the_vocabulary_is_refused_when_it_is_written(tmp_path: Pat
     made.close()
 
 
-def made_store(folder: Path) -> TokenStore:
+def made_store(folder: Path) -> TokenDataset:
     made = writer(folder)
     for split in ("train", "val"):
         made.append(split, np.arange(250), ids(250))

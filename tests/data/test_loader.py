@@ -12,7 +12,7 @@ from cleangpt.data.batch import IGNORED
 from cleangpt.data.loader import BatchLoader, Samples, SplitStream, validation_batches
 from cleangpt.data.shuffle import Order
 from cleangpt.data.tokenizers import ByteTokenizer
-from cleangpt.data.writer import StoreWriter
+from cleangpt.data.writer import DatasetWriter
 from cleangpt.errors import UserError
 
 
@@ -136,7 +136,7 @@ def test_a_sequence_that_is_not_the_row_is_refused() -> None:
 def test_a_real_store_gives_the_same_batches_as_memory(tmp_path: Path) -> None:
 
     tokens = np.random.default_rng(0).integers(0, 256, 5000)
-    writer = StoreWriter(tmp_path / "store", {}, ByteTokenizer(), shard_tokens=777)
+    writer = DatasetWriter(tmp_path / "store", {}, ByteTokenizer(), shard_tokens=777)
     writer.append("train", tokens, np.array([5000]))
     stored = loader(Samples(writer.finish(lambda _: "").splits["train"], 16), 10)
     memory = loader(Samples(Memory(tokens), 16), 10)
@@ -147,7 +147,7 @@ def test_a_real_store_gives_the_same_batches_as_memory(tmp_path: Path) -> None:
 
 def test_an_id_beyond_the_vocabulary_is_named_with_its_place(tmp_path: Path) -> None:
     """In the second shard of a store of which somebody has changed two bytes."""
-    writer = StoreWriter(tmp_path / "store", {}, ByteTokenizer(), shard_tokens=100)
+    writer = DatasetWriter(tmp_path / "store", {}, ByteTokenizer(), shard_tokens=100)
     writer.append("train", np.arange(250) % 250, np.array([250]))
     split = writer.finish(lambda _: "").splits["train"]
     assert Samples(split, 16).batch(np.arange(15), np.zeros(15, np.int64)).num_targets == 15 * 16

@@ -9,11 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cleangpt.data.batch import IGNORED
-from cleangpt.data.dataset import TokenStore
+from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.loader import BatchLoader, Samples, SplitStream
-from cleangpt.data.mixing import MixedStore, MixedStream, Part, interleave, mean_shares, split_samples, training_stream
+from cleangpt.data.mixing import (
+    MixedDataset,
+    MixedStream,
+    Part,
+    interleave,
+    mean_shares,
+    split_samples,
+    training_stream,
+)
 from cleangpt.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
-from cleangpt.data.writer import StoreWriter
+from cleangpt.data.writer import DatasetWriter
 from cleangpt.errors import UserError
 
 ROW = 5
@@ -77,7 +85,7 @@ def test_the_visited_share_is_that_of_counting(mixture: tuple[list[int], list[in
     sizes, weights = mixture
     mixed = stream(sizes, list(map(float, weights)))
     drawn = read(mixed, 0, position) if position else []
-    figures = mixed.visits(position)
+    figures = mixed.progress(position)
     assert figures["visited_share"] == pytest.approx(len(set(drawn)) / sum(sizes))
     assert figures["times_visited"] == pytest.approx(position / sum(sizes))
     for source, size in enumerate(sizes):
@@ -103,16 +111,18 @@ def test_devices_share_out_the_batches_of_a_mixture(world_size: int) -> None:
 # From stores on disk -----------------------------------------------------------------------------------------------
 
 
-def store(folder: Path, tokens: int, tokenizer: Tokenizer | None = None, row_length: int | None = None) -> TokenStore:
-    writer = StoreWriter(folder, {}, tokenizer or ByteTokenizer(), row_length=row_length, masked=row_length is not None)
+def store(folder: Path, tokens: int, tokenizer: Tokenizer | None = None, row_length: int | None = None) -> TokenDataset:
+    writer = DatasetWriter(
+        folder, {}, tokenizer or ByteTokenizer(), row_length=row_length, masked=row_length is not None
+    )
     lengths = np.full(tokens // row_length, row_length) if row_length else np.array([tokens])
     for split in ("train", "val"):
         writer.append(split, np.arange(tokens) % 250, lengths, mask=np.tile([0, 1], tokens // 2), text_bytes=tokens)
     return writer.finish(lambda _: "")
 
 
-def mixture(*parts: Part, refuse_end: bool = False) -> MixedStore:
-    return MixedStore(Path(), {f"s{number}": part for number, part in enumerate(parts)}, refuse_end)
+def mixture(*parts: Part, error_on_exhaustion: bool = False) -> MixedDataset:
+    return MixedDataset(Path(), {f"s{number}": part for number, part in enumerate(parts)}, error_on_exhaustion)
 
 
 def test_shorter_rows_are_padded_and_their_masks_kept(tmp_path: Path) -> None:
@@ -142,11 +152,11 @@ def test_different_tokenizers_are_refused_in_one_line(tmp_path: Path) -> None:
 def test_a_run_in_which_a_source_ends_is_refused_where_asked(tmp_path: Path) -> None:
     parts = Part(store(tmp_path / "a", 100), 1.0, 2), Part(store(tmp_path / "b", 1000), 1.0, None)
     # 100 tokens are 9 training samples of 10; the 18th sample of every second position is the last of two epochs.
-    training_stream(mixture(*parts, refuse_end=True), 10, 1, 35)
+    training_stream(mixture(*parts, error_on_exhaustion=True), 10, 1, 35)
     with pytest.raises(UserError, match=r"the source s0 ends after 3[56] of the run's 40 samples; allowed: a larger"):
-        training_stream(mixture(*parts, refuse_end=True), 10, 1, 40)
+        training_stream(mixture(*parts, error_on_exhaustion=True), 10, 1, 40)
     shared = training_stream(mixture(*parts), 10, 1, 200)
-    assert shared.visits(200)["times_visited/s0"] == 2
+    assert shared.progress(200)["times_visited/s0"] == 2
 
 
 def test_mean_shares_are_those_of_the_weights_over_the_run(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ valid_text = st.text(st.characters(exclude_categories=["Cs"]))
 def test_a_character_is_a_token_by_its_place() -> None:
     tokenizer = CharTokenizer("abc\n", "\n")
     assert tokenizer.encode("cab\n").tolist() == [2, 0, 1, 3]
-    assert (tokenizer.vocab_size, tokenizer.end_of_text) == (4, 3)
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (4, 3)
     assert tokenizer.encode("").tolist() == []
 
 
@@ -83,12 +83,12 @@ def test_many_texts_encode_as_each_does(texts: list[str]) -> None:
 def test_bpe_learns_what_is_frequent() -> None:
     assert len(BPE.encode(STORY)) < len(STORY) / 2
     assert BPE.vocab_size <= 300
-    assert BPE.end_of_text == 0
+    assert BPE.eos_id == 0
 
 
 def test_a_text_that_spells_a_special_token_is_text() -> None:
     ids = BPE.encode("a<|endoftext|>b")
-    assert BPE.end_of_text not in ids
+    assert BPE.eos_id not in ids
     assert BPE.decode([*ids, 0]) == "a<|endoftext|>b"
 
 
@@ -116,7 +116,7 @@ def test_the_library_reads_what_we_learned() -> None:
 def test_end_of_text_is_found_in_a_given_tokenizer(name: str) -> None:
     peer = library.Tokenizer.from_str(BPE.to_json().replace("<|endoftext|>", "<|other|>"))
     peer.add_special_tokens([name])
-    assert BPETokenizer(peer.to_str()).end_of_text == peer.token_to_id(name)
+    assert BPETokenizer(peer.to_str()).eos_id == peer.token_to_id(name)
 
 
 def test_a_tokenizer_that_loses_text_is_refused() -> None:
@@ -139,7 +139,7 @@ def test_json_keeps_everything(tokenizer: Tokenizer, tmp_path: Path) -> None:
     again = load_tokenizer(path)
     assert type(again) is type(tokenizer)
     assert again.to_json() == tokenizer.to_json()
-    assert (again.vocab_size, again.end_of_text) == (tokenizer.vocab_size, tokenizer.end_of_text)
+    assert (again.vocab_size, again.eos_id) == (tokenizer.vocab_size, tokenizer.eos_id)
     assert np.array_equal(again.encode("abba"), tokenizer.encode("abba"))
 
 
@@ -253,7 +253,7 @@ def test_special_tokens_in_a_conversation_are_read_as_transformers_reads_them(co
 def test_a_text_gets_no_token_that_a_post_processor_adds() -> None:
     peer = library.Tokenizer.from_str(PREPENDING)
     assert peer.encode("the cat").ids == [1, *BPETokenizer(PREPENDING).encode("the cat").tolist(), 2]
-    assert BPETokenizer(PREPENDING).end_of_text == 2
+    assert BPETokenizer(PREPENDING).eos_id == 2
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cleangpt.checkpoints.snapshots import list_snapshots, load_snapshot
 from cleangpt.config import ParallelConfig
-from cleangpt.distributed.layout import Layout, check_compilation, check_devices, layout
-from cleangpt.distributed.parallelize import parallelize, with_gradient_exchange, without_sync
+from cleangpt.distributed.layout import Layout, check_compilation, check_devices, choose_degrees
+from cleangpt.distributed.parallelize import gradient_sync, parallelize, wrap_ddp
 from cleangpt.errors import UserError
-from cleangpt.files import damage
+from cleangpt.files import find_corruption
 from cleangpt.models.gpt import GPT, GPTConfig
 from cleangpt.tracking.metrics import read_metrics
 
@@ -186,7 +186,7 @@ def test_several_processes_learn_what_one_does(single: str, processes: int, stra
         entry["macro_batch"] for entry in several["checkpoints"]
     ]
     for entry in several["checkpoints"]:
-        assert damage(Path("several/checkpoints") / entry["name"]) == ""
+        assert find_corruption(Path("several/checkpoints") / entry["name"]) == ""
 
 
 def test_two_processes_sharing_the_data_learn_what_one_does(single: str) -> None:
@@ -329,7 +329,7 @@ if os.environ.get("RANK") == "1" and "RESUMED" not in os.environ:
 @pytest.mark.parametrize(("replicas", "processes"), [(1, 4), (4, 4), (3, 4)])
 def test_copies_that_do_not_fit_the_processes_are_refused(replicas: int, processes: int) -> None:
     with pytest.raises(UserError, match=f"parallel.replicas is {replicas}; allowed with strategy hsdp: a divisor"):
-        layout(ParallelConfig(strategy="hsdp", replicas=replicas), processes)
+        choose_degrees(ParallelConfig(strategy="hsdp", replicas=replicas), processes)
 
 
 @pytest.mark.parametrize(
@@ -345,7 +345,7 @@ def test_matrices_cut_in_a_way_that_does_not_fit_are_refused(
     config: ParallelConfig, processes: int, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        layout(config, processes)
+        choose_degrees(config, processes)
 
 
 def test_compiling_over_gloo_where_matrices_are_cut_is_refused() -> None:
@@ -367,11 +367,11 @@ def test_a_device_that_several_processes_cannot_have_each_is_refused(device: str
 @pytest.mark.parametrize("strategy", ["auto", "ddp", "fsdp", "hsdp", "tp"])
 def test_one_process_has_the_whole_model_whatever_the_strategy(strategy: str) -> None:
     tensor = 2 if strategy in ("fsdp", "hsdp") else 1
-    assert layout(ParallelConfig(strategy=strategy, replicas=2, tensor=tensor), 1) == Layout()
+    assert choose_degrees(ParallelConfig(strategy=strategy, replicas=2, tensor=tensor), 1) == Layout()
 
 
 def test_the_processes_that_share_a_matrix_are_neighbours_and_see_the_same_part_of_a_batch() -> None:
-    place = layout(ParallelConfig(strategy="hsdp", replicas=2, tensor=2), 8)
+    place = choose_degrees(ParallelConfig(strategy="hsdp", replicas=2, tensor=2), 8)
     assert place == Layout(replicas=2, shards=2, tensor=2)
     assert [place.part(rank) for rank in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3] and place.parts == 4
 
@@ -401,7 +401,7 @@ CPU = torch.device("cpu")
 def test_ddp_exchanges_gradients_after_the_last_micro_batch_of_a_step_only(one_of_two: None) -> None:
     exchanges: list[int] = []
     place = Layout(replicas=2)
-    called = with_gradient_exchange(parallelize(lambda: GPT(MODEL), place, CPU), place, CPU)
+    called = wrap_ddp(parallelize(lambda: GPT(MODEL), place, CPU), place, CPU)
     assert isinstance(called, DistributedDataParallel)
 
     def count(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -413,7 +413,7 @@ def test_ddp_exchanges_gradients_after_the_last_micro_batch_of_a_step_only(one_o
     called.register_comm_hook(None, count)
     for last in (False, False, True, False, True):
         exchanges.append(0)
-        with without_sync(called, last):
+        with gradient_sync(called, last):
             called(TOKENS).sum().backward()
     assert [number > 0 for number in exchanges] == [False, False, True, False, True]
 
@@ -421,7 +421,7 @@ def test_ddp_exchanges_gradients_after_the_last_micro_batch_of_a_step_only(one_o
 def test_fsdp_reduces_gradients_after_the_last_micro_batch_of_a_step_only(one_of_two: None) -> None:
     model = parallelize(lambda: GPT(MODEL), Layout(shards=2), CPU)
     for last in (False, False, True, False, True):
-        with without_sync(model, last):
+        with gradient_sync(model, last):
             model(TOKENS).sum().backward()
         assert {parameter.grad is not None for parameter in model.parameters()} == {last}
         model.zero_grad()

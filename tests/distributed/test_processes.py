@@ -21,7 +21,7 @@ def three(monkeypatch: pytest.MonkeyPatch) -> list[Ranks]:
     processes = [Ranks(rank, 0, 3, store, timedelta(seconds=600)) for rank in range(3)]
     for process, step in zip(processes, (120, 120, 118), strict=True):
         monkeypatch.setattr(room.platform, "node", lambda name=f"m{process.rank}": name)
-        process.note_step(step)
+        process.heartbeat(step)
     return processes
 
 
@@ -37,7 +37,7 @@ def test_a_silent_process_is_named_with_its_machine_and_its_step(three: list[Ran
 
 
 def test_a_process_that_has_lost_the_same_one_is_not_named(three: list[Ranks]) -> None:
-    three[1].note_step(118)
+    three[1].heartbeat(118)
     said(three[1], CLOSED)
     line = "lost the connection at step 120; no more was heard of process 2 (machine m2), last heard of at step 118"
     assert said(three[0], CLOSED) == line
@@ -57,7 +57,7 @@ def test_an_error_of_its_own_is_left_as_it_is(three: list[Ranks]) -> None:
 def test_a_process_alone_needs_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with join(5) as alone:
-        alone.note_step(1)
+        alone.heartbeat(1)
         assert alone == Ranks() and alone.after_main(lambda: 7) == 7
 
 

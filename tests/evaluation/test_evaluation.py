@@ -13,7 +13,7 @@ from torch import nn
 from cleangpt.corpora import prepare
 from cleangpt.corpora.adder_chat import AdderChat
 from cleangpt.data.batch import Batch
-from cleangpt.data.dataset import TokenStore
+from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.loader import Samples, validation_batches
 from cleangpt.evaluation.exact_match import exact_match
 from cleangpt.evaluation.validate import loss_figures, mean_loss
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 class Calculator(nn.Module):
     """Answers as a pocket calculator would, wrong for the problems it is told to; logits are one-hot."""
 
-    def __init__(self, store: TokenStore, wrong: float = 0.0) -> None:
+    def __init__(self, store: TokenDataset, wrong: float = 0.0) -> None:
         super().__init__()
         self.tokenizer, self.wrong, self.asked = store.tokenizer, wrong, set()
         self.config = GPTConfig(vocab_size=13, max_seq_len=64, n_layers=1, n_heads=1, dim=1)
@@ -46,11 +46,11 @@ class Calculator(nn.Module):
 
 
 @pytest.fixture
-def store(tiny: Callable[..., Experiment]) -> TokenStore:
+def store(tiny: Callable[..., Experiment]) -> TokenDataset:
     return prepare(tiny().corpus, Path("data"))
 
 
-def test_right_answers_score_one_and_wrong_ones_zero(store: TokenStore) -> None:
+def test_right_answers_score_one_and_wrong_ones_zero(store: TokenDataset) -> None:
     assert exact_match(Calculator(store), store.splits["test"], None, CPU) == 1.0
     assert exact_match(Calculator(store, wrong=1.0), store.splits["test"], None, CPU) == 0.0
 
@@ -89,21 +89,21 @@ def test_answers_and_questions_of_any_length_are_scored(wrong: str, workplace: P
     assert exact_match(Reciter(texts), split, None, CPU) == expected
 
 
-def test_the_score_is_the_share_of_right_answers(store: TokenStore) -> None:
+def test_the_score_is_the_share_of_right_answers(store: TokenDataset) -> None:
     model = Calculator(store, wrong=0.4)
     score = exact_match(model, store.splits["val"], None, CPU)
     expected = np.mean([hash(question) % 1000 >= 400 for question in model.asked])
     assert len(model.asked) == 40 and score == pytest.approx(expected)
 
 
-def test_a_limit_asks_the_same_problems_every_time(store: TokenStore) -> None:
+def test_a_limit_asks_the_same_problems_every_time(store: TokenDataset) -> None:
     one, two = Calculator(store), Calculator(store)
     for model in (one, two):
         exact_match(model, store.splits["val"], 7, CPU)
     assert len(one.asked) == 7 and one.asked == two.asked
 
 
-def test_no_answer_is_given_away(store: TokenStore) -> None:
+def test_no_answer_is_given_away(store: TokenDataset) -> None:
     """A model that copies the answer out of its input would see it only if it stood there."""
 
     class Peeking(Calculator):
@@ -115,7 +115,7 @@ def test_no_answer_is_given_away(store: TokenStore) -> None:
     assert exact_match(Peeking(store), store.splits["test"], None, CPU) == 1.0
 
 
-def test_the_mean_loss_weighs_every_target_the_same_whatever_the_batch_size(store: TokenStore) -> None:
+def test_the_mean_loss_weighs_every_target_the_same_whatever_the_batch_size(store: TokenDataset) -> None:
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=13, max_seq_len=9, n_layers=1, n_heads=1, dim=8, dropout=0.5)).train()
     samples = Samples(store.splits["val"], 9)
@@ -126,7 +126,7 @@ def test_the_mean_loss_weighs_every_target_the_same_whatever_the_batch_size(stor
     assert model.training
 
 
-def test_giving_up_is_told_by_a_nan(store: TokenStore) -> None:
+def test_giving_up_is_told_by_a_nan(store: TokenDataset) -> None:
     def endless() -> Iterator[Batch]:
         yield from validation_batches(Samples(store.splits["val"], 9), 4)
         raise AssertionError("went on")

@@ -26,7 +26,7 @@ import cleangpt.experiment_files
 import cleangpt.training.trainer  # noqa: F401
 from cleangpt.checkpoints.snapshots import list_snapshots, load_snapshot, newest_snapshot
 from cleangpt.commands import main
-from cleangpt.files import damage, read_json
+from cleangpt.files import find_corruption, read_json
 from cleangpt.tracking.metrics import read_metrics
 
 # What is forked has one thread; the server, and all that it forks, inherits this.
@@ -170,7 +170,7 @@ def check_whole(folder: Path, reference: Path | None = None, checkpoints: bool =
     if checkpoints:
         assert (difference := differing(checkpoint_sums(ours), checkpoint_sums(theirs))) == "", difference
     for path in list_snapshots(ours / "snapshots"):
-        assert damage(path) == "", f"{path}: {damage(path)}"
+        assert find_corruption(path) == "", f"{path}: {find_corruption(path)}"
     assert (strays := remains(ours)) == [], strays
 
 

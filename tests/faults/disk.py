@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cleangpt.checkpoints.snapshots import list_snapshots
-from cleangpt.files import damage, flush, read_json, write_json
+from cleangpt.files import find_corruption, fsync_files, read_json, write_json
 from cleangpt.tracking.metrics import read_metrics
 from cleangpt.training import trainer
 from tests.faults import _disk, fault
@@ -32,7 +32,7 @@ def check_told(folder: Path, code: int) -> None:
     for kept in (folder / "run" / "snapshots", folder / "run" / "checkpoints"):
         for path in kept.glob("*"):
             if path.is_dir() and not path.name.endswith((".partial", ".old")):
-                assert damage(path) == "", f"{path}: {damage(path)}"
+                assert find_corruption(path) == "", f"{path}: {find_corruption(path)}"
 
 
 def check_goes_on(folder: Path) -> None:
@@ -77,15 +77,15 @@ PATIENT = EXPERIMENT.replace("patience=0", "patience=60")
 def full_until_told(at: int) -> None:
     """A disk that is full until the trainer has said that it waits."""
     trainer.PAUSE = 1
-    said = trainer.ProgressBar.say
+    said = trainer.ProgressBar.log
     disk = _disk.install("full", at, FOR_GOOD)
 
-    def say(self: trainer.ProgressBar, text: str) -> None:
+    def log(self: trainer.ProgressBar, text: str) -> None:
         said(self, text)
         if text.startswith("trying again"):
             disk.length = 0
 
-    trainer.ProgressBar.say = say  # type: ignore[method-assign]
+    trainer.ProgressBar.log = log  # type: ignore[method-assign]
 
 
 @fault("disk read-only, closed or broken from an operation on", short=2, long=120)
@@ -191,7 +191,7 @@ def newer(seed: int, folder: Path) -> None:
     newest = list_snapshots(finished(folder))[0]
     state = read_json(newest / "state.json") | {"format": 3 + seed}
     write_json(newest / "state.json", state)
-    write_json(newest / "manifest.json", flush([newest / name for name in FILES[:3]]))
+    write_json(newest / "manifest.json", fsync_files([newest / name for name in FILES[:3]]))
     refused(folder, f"{Path('run/snapshots') / newest.name} has snapshot format {3 + seed}; this version reads 2")
 
 

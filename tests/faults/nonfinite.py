@@ -133,7 +133,7 @@ def spiked(strategy: str = "") -> Path:
         assert run_two(folder, *TRAIN, *by(strategy), hooks=[bad_data, bad_data]) == [0, 0], output(folder)
     else:
         assert run(folder, *TRAIN, hook=bad_data) == 0, output(folder)
-    assert newest_state(folder / "run")["position"]["left_out"], output(folder)
+    assert newest_state(folder / "run")["position"]["skipped_ranges"], output(folder)
     return folder
 
 

@@ -58,7 +58,7 @@ def place(workplace: Path) -> Path:
     return workplace
 
 
-def tell(words: str) -> tuple[int, str]:
+def outcome_of(words: str) -> tuple[int, str]:
     """The exit code of a command line, and the last line that it has put on standard error."""
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
@@ -132,7 +132,7 @@ def test_a_pickle_in_the_place_of_any_file_is_never_unpickled(place: Path, patte
         for extra in ("pytorch_model.bin", "model.pt", "model.npy", ".metadata", "optimizer.pt"):
             (folder / extra).write_bytes(pickled)
         reseal(folder)
-    assert all(tell(words) == (0, "") for words in AFTER)
+    assert all(outcome_of(words) == (0, "") for words in AFTER)
     paths = sorted(path for pattern in patterns for path in Path().glob(pattern) if path.is_file())
     for number, path in enumerate(paths):
         before = path.read_bytes()
@@ -140,10 +140,10 @@ def test_a_pickle_in_the_place_of_any_file_is_never_unpickled(place: Path, patte
         reseal(path.parent)
         for words in AFTER:
             if path.parts[0] in words or path.parts[0] == "data":
-                tell(words)
+                outcome_of(words)
         path.write_bytes(before)
         reseal(path.parent)
-    assert tell("resume sums --training.macro-batches 3")[0] == 0
+    assert outcome_of("resume sums --training.macro-batches 3")[0] == 0
     assert not Path("owned").exists()
 
 
@@ -152,9 +152,9 @@ def test_the_experiment_file_within_a_run_runs_when_it_is_trained_and_never_othe
         path = Path(run) / "experiment.py"
         path.write_text("import os\nos.mkdir('owned')\n" + path.read_text())
     for words in AFTER:
-        assert tell(words) == (0, ""), words
+        assert outcome_of(words) == (0, ""), words
         assert not Path("owned").exists(), words
-    assert tell("resume sums --training.macro-batches 3")[0] == 0
+    assert outcome_of("resume sums --training.macro-batches 3")[0] == 0
     assert Path("owned").is_dir(), "train and resume run it, as docs/reliability.md says"
 
 
@@ -164,7 +164,7 @@ def test_the_experiment_file_within_a_run_runs_when_it_is_trained_and_never_othe
 @pytest.mark.parametrize("name", ["../out", "/tmp/out", "a/b", "..", "a\\b", "a\0b", "", "x" * 101])
 def test_a_run_s_name_is_no_path(place: Path, name: str) -> None:
     code, line = (
-        tell("train sums.py --name NAME".replace("NAME", name)) if name.isprintable() and name else (2, "name is")
+        outcome_of("train sums.py --name NAME".replace("NAME", name)) if name.isprintable() and name else (2, "name is")
     )
     assert code == 2 and "name is" in line
     with pytest.raises(UserError, match=r"^name is "):
@@ -198,17 +198,17 @@ def test_a_file_named_in_a_file_is_its_neighbour(place: Path, name: Any) -> None
 
     (store,) = Path("data").glob("text*")
     put(store / "store.json", lambda facts: facts["splits"]["train"]["shards"][0].update(file=name))
-    code, line = tell("evaluate tale")
+    code, line = outcome_of("evaluate tale")
     assert code == 2 and "store.json" in line, line
     put(Path("sums/checkpoints/index.json"), lambda index: index["checkpoints"][0].update(name=name))
-    code, line = tell("sample sums")
+    code, line = outcome_of("sample sums")
     assert code == 2 and "index.json" in line, line
     Path("hf-tale/model.safetensors").rename("hf-tale/secret.safetensors")
     write_json(Path("hf-tale/model.safetensors.index.json"), {"weight_map": {"a": name}})
-    assert tell("sample hf:hf-tale")[0] == 2
+    assert outcome_of("sample hf:hf-tale")[0] == 2
     newest = Path("sums/snapshots/mb000002")
     put(newest / "index.json", lambda index: index["optimizer/skipped"]["parts"][0].update(file=name))
-    code, line = tell("resume sums --training.macro-batches 3")
+    code, line = outcome_of("resume sums --training.macro-batches 3")
     assert code == 2 and "index.json" in line, line
 
 
@@ -217,7 +217,7 @@ def test_a_link_among_snapshots_and_checkpoints_costs_the_link_alone(place: Path
     Path("precious/photo").write_text("mine")
     for link in ("sums/snapshots/mb000000", "sums/checkpoints/val9.0000_mb000009"):
         Path(link).symlink_to(Path("precious").resolve(), target_is_directory=True)
-    assert tell("resume sums --training.macro-batches 5")[0] == 0
+    assert outcome_of("resume sums --training.macro-batches 5")[0] == 0
     assert Path("precious/photo").read_text() == "mine"
     assert not Path("sums/snapshots/mb000000").exists()
 
@@ -230,14 +230,14 @@ def test_a_checkpoint_s_model_is_refused_before_it_takes_memory(place: Path) -> 
     config["model"] |= {"dim": 2**20, "n_layers": 64, "max_seq_len": 2**31}  # terabytes
     write_json(checkpoint() / "config.json", config)
     reseal(checkpoint())
-    code, line = tell("sample sums")
+    code, line = outcome_of("sample sums")
     assert code == 2 and "the weights blocks.0.attention.out.bias are torch.float32 (16,); the model's are" in line
 
 
 def test_a_cache_takes_memory_for_what_is_asked_and_not_for_what_the_model_could_read(place: Path) -> None:
     config = read_json(Path("hf-tale/config.json"))
     write_json(Path("hf-tale/config.json"), config | {"max_position_embeddings": 2**31})  # no weights depend on it
-    assert tell("sample hf:hf-tale --max-new-tokens 2") == (0, "")
+    assert outcome_of("sample hf:hf-tale --max-new-tokens 2") == (0, "")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -247,14 +247,14 @@ def test_weights_that_are_no_numbers_are_told_and_draw_no_token(place: Path, val
         save_file(
             {name: torch.full_like(tensor, value) for name, tensor in weights.items()}, f"{model}/model.safetensors"
         )
-        assert tell(f"sample hf:{model}")[1] == (
+        assert outcome_of(f"sample hf:{model}")[1] == (
             "error: the model's logits are not finite: it has diverged, or its weights are damaged"
         )
 
 
 def test_a_tokenizer_of_another_model_is_told(place: Path) -> None:
     shutil.copy("hf-tale/tokenizer.json", "hf-sums/tokenizer.json")
-    code, line = tell("sample hf:hf-sums --prompt once")
+    code, line = outcome_of("sample hf:hf-sums --prompt once")
     assert code == 2 and "this model has 13 tokens, from 0 on" in line
 
 
@@ -271,24 +271,24 @@ def test_what_would_be_read_without_end_is_not_read(place: Path, kind: str) -> N
             os.mkfifo(path)
         else:
             Path(path).symlink_to("/dev/zero" if kind == "device" else Path(path).name)
-        assert tell(words)[0] == 2
+        assert outcome_of(words)[0] == 2
 
 
 @pytest.mark.parametrize("layers", [10**6, 10**30])
 def test_a_plan_of_more_than_any_model_is_refused_at_once(place: Path, layers: int) -> None:
-    code, line = tell(f"plan sums.py --model.vocab-size 16 --model.n-layers {layers}")
+    code, line = outcome_of(f"plan sums.py --model.vocab-size 16 --model.n-layers {layers}")
     assert code == 2 and "model.n_layers is" in line
-    assert tell(f"plan sums.py --model.vocab-size 16 --data.batch-size {10**9 + 7}")[0] == 0
+    assert outcome_of(f"plan sums.py --model.vocab-size 16 --data.batch-size {10**9 + 7}")[0] == 0
 
 
 def test_a_line_of_error_is_fit_for_a_terminal(place: Path) -> None:
-    code, line = tell("sample \x1b[2Jnone")
+    code, line = outcome_of("sample \x1b[2Jnone")
     assert (code, line) == (
         2,
         "error: \\x1b[2Jnone is not a run: neither a folder with an experiment.json, nor a name in runs/",
     )
     write_json(Path("hf-tale/config.json"), {"model_type": "\x1b[2J\n" + "x" * 10**6})
-    code, line = tell("sample hf:hf-tale")
+    code, line = outcome_of("sample hf:hf-tale")
     assert code == 2 and len(line) < 1100 and line.isprintable()
 
 
@@ -298,12 +298,12 @@ def test_what_another_program_s_format_cannot_hold_is_refused_when_it_is_read(pl
     config = read_json(path)
     write_json(path, config | {"model": config["model"] | {"rope_theta": 1e308}})
     reseal(path.parent)
-    assert tell(f"export tale --format {format} --out out")[1].startswith(
+    assert outcome_of(f"export tale --format {format} --out out")[1].startswith(
         "error: model.rope_theta is 1e+308; allowed: "
     )
     (checkpoint("talk") / "chat_template.json").write_text(json.dumps({"template": "", "eos_token": "\ud800"}))
     reseal(checkpoint("talk"))
-    code, line = tell(f"export talk --format {format} --out out")
+    code, line = outcome_of(f"export talk --format {format} --out out")
     assert code == 2 and "chat_template.json is not valid JSON" in line
 
 
@@ -316,7 +316,7 @@ def test_counts_of_a_store_are_counts(place: Path, name: str, value: Any) -> Non
         facts = read_json(store / "store.json")
         facts["splits"]["val"][name] = value
         write_json(store / "store.json", facts)
-        code, line = tell(f"evaluate {run}")
+        code, line = outcome_of(f"evaluate {run}")
         assert code == 2 and str(store) in line, line
 
 
@@ -324,14 +324,14 @@ def test_a_report_does_without_a_figure_that_is_missing(place: Path) -> None:
     lines = Path("sums/metrics.jsonl").read_text().splitlines()
     rows = [{name: value for name, value in json.loads(line).items() if name != "tokens"} for line in lines]
     Path("sums/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert tell("report sums") == (0, "")
+    assert outcome_of("report sums") == (0, "")
 
 
 def test_a_tokenizer_that_makes_its_library_panic_is_told(place: Path) -> None:
     content = read_json(Path("hf-tale/tokenizer.json"))
     content["model"]["continuing_subword_prefix"] = "/etc/passwd"
     write_json(Path("hf-tale/tokenizer.json"), content)
-    code, line = tell("sample hf:hf-tale")
+    code, line = outcome_of("sample hf:hf-tale")
     assert code == 2 and "this is not a tokenizer of Hugging Face's tokenizers" in line
 
 

@@ -24,7 +24,7 @@ class Faulty:
         if self.what == what:
             raise ConnectionError(f"cannot {what}")
 
-    def open(self, keep_until: int | None) -> None:
+    def open(self, truncate_after: int | None) -> None:
         self.fail("open")
 
     def record(self, figures: Mapping[str, Any]) -> None:
@@ -47,8 +47,8 @@ class Faulty:
 def with_faulty(what: str) -> None:
     plain = tracking.Trackers.__init__
 
-    def begin(self: tracking.Trackers, files: Any, others: Any, say: Any) -> None:
-        plain(self, files, others | {"faulty": Faulty(what)}, say)
+    def begin(self: tracking.Trackers, files: Any, others: Any, log: Any) -> None:
+        plain(self, files, others | {"faulty": Faulty(what)}, log)
 
     tracking.Trackers.__init__ = begin  # type: ignore[method-assign]
 

@@ -17,7 +17,7 @@ from transformers import (
 from transformers import LlamaForCausalLM as TheirLlama
 
 from cleangpt.inference.engine import Token, generate, greedy
-from cleangpt.inference.sampling import GREEDY, Draws, Sampling, distribution
+from cleangpt.inference.sampling import GREEDY, Sampling, SeededSampler, distribution
 from cleangpt.inference.speculative import speculate
 from cleangpt.interchange.huggingface import mapping_of
 from cleangpt.models import build_model
@@ -220,4 +220,4 @@ def test_draws_of_a_row_follow_its_seed() -> None:
     one = ids(generate(model(), [[1]], CPU, max_new_tokens=10, sampling=sampling))
     assert one == ids(generate(model(), [[1]], CPU, max_new_tokens=10, sampling=sampling))
     assert one != ids(generate(model(), [[1]], CPU, max_new_tokens=10, sampling=Sampling(seed=12)))
-    assert Draws([11]).uniform() == Draws([11]).uniform()
+    assert SeededSampler([11]).uniform() == SeededSampler([11]).uniform()

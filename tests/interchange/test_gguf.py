@@ -61,7 +61,7 @@ def test_llama_cpp_encodes_and_goes_on_as_we_do(kind: str, tokenizer: Tokenizer,
     ids = tokenizer.encode(TEXT).tolist()
     assert theirs.tokenize(TEXT.encode(), add_bos=False, special=False) == ids
     assert theirs.detokenize(ids).decode() == TEXT
-    assert theirs.token_eos() == tokenizer.end_of_text
+    assert theirs.token_eos() == tokenizer.eos_id
     stream = theirs.generate(ids, temp=0.0)
     ours = greedy(checkpoint.model(torch.device("cpu")), torch.tensor([ids]), 50)[0].tolist()
     assert [next(stream) for _ in range(50)] == ours
@@ -99,8 +99,8 @@ def test_only_an_earlier_export_is_replaced(tmp_path: Path) -> None:
     [
         (replace(LLAMA_SMALL, sliding_window=8), r"model\.sliding_window is 8; allowed in GGUF: None, or .* 256"),
         (
-            replace(LLAMA_SMALL, qk_norm=True, n_experts=4, normalize_shares=False),
-            r"model\.normalize_shares is False; allowed in GGUF: True",
+            replace(LLAMA_SMALL, qk_norm=True, n_experts=4, normalize_router_weights=False),
+            r"model\.normalize_router_weights is False; allowed in GGUF: True",
         ),
         (ModelConfig(vocab_size=448, max_seq_len=8), "a model of ModelConfig cannot be exported"),
     ],

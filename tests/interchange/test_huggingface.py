@@ -23,7 +23,7 @@ from transformers import (
 from transformers import LlamaConfig as TheirLlamaConfig
 
 from cleangpt import hub
-from cleangpt.checkpoints.checkpoint import Checkpoint, best_checkpoint, differing_fields, fill
+from cleangpt.checkpoints.checkpoint import Checkpoint, best_checkpoint, config_mismatches, load_matching_weights
 from cleangpt.commands import main
 from cleangpt.config import ModelConfig
 from cleangpt.corpora.text import Text
@@ -360,20 +360,20 @@ def test_without_a_network_the_experiment_of_gpt2_says_in_one_line_what_is_missi
 def test_rows_of_tokens_are_taken_only_where_the_tokens_are_the_same() -> None:
     small, large = build_model(GPT_SMALL), build_model(replace(GPT_SMALL, vocab_size=330))
     before = large.state_dict()["token_embedding.weight"].clone()
-    lines = fill(large, small.state_dict(), same_tokens=False)
+    lines = load_matching_weights(large, small.state_dict(), same_tokens=False)
     assert torch.equal(large.state_dict()["token_embedding.weight"], before)
     assert lines == ["token_embedding.weight has shape (320, 32); it keeps its initial values, shape (330, 32)"]
-    fill(large, small.state_dict(), same_tokens=True)
+    load_matching_weights(large, small.state_dict(), same_tokens=True)
     assert torch.equal(large.state_dict()["token_embedding.weight"][:320], small.state_dict()["token_embedding.weight"])
     assert torch.equal(large.state_dict()["token_embedding.weight"][320:], before[320:])
 
 
 def test_fields_that_shapes_do_not_tell_are_compared() -> None:
-    assert differing_fields(GPT_SMALL, replace(GPT_SMALL, vocab_size=9, max_seq_len=9, dropout=0.1)) == []
-    assert differing_fields(GPT_SMALL, replace(GPT_SMALL, n_heads=2)) == [
+    assert config_mismatches(GPT_SMALL, replace(GPT_SMALL, vocab_size=9, max_seq_len=9, dropout=0.1)) == []
+    assert config_mismatches(GPT_SMALL, replace(GPT_SMALL, n_heads=2)) == [
         "model.n_heads is 2; in the checkpoint it is 4"
     ]
-    assert differing_fields(LLAMA_SMALL, GPT_SMALL) == ["the checkpoint is of LlamaConfig, the model of GPTConfig"]
+    assert config_mismatches(LLAMA_SMALL, GPT_SMALL) == ["the checkpoint is of LlamaConfig, the model of GPTConfig"]
 
 
 def test_a_model_of_hugging_face_is_sampled_from(
@@ -399,7 +399,7 @@ KINDS = {
     "mistral": replace(LLAMA_SMALL, sliding_window=8),
     "mixtral": replace(LLAMA_SMALL, n_experts=4),
     "qwen3": replace(LLAMA_SMALL, qk_norm=True),
-    "qwen3_moe": replace(LLAMA_SMALL, qk_norm=True, n_experts=4, expert_hidden_dim=16, normalize_shares=False),
+    "qwen3_moe": replace(LLAMA_SMALL, qk_norm=True, n_experts=4, expert_hidden_dim=16, normalize_router_weights=False),
 }
 
 
@@ -412,7 +412,7 @@ def test_an_exported_model_has_the_same_logits_and_ids_there(kind: str, tmp_path
     assert ids == BPE.encode(TEXT).tolist() and tokenizer.decode(ids) == TEXT
     tokens = torch.tensor([ids])
     torch.testing.assert_close(model(tokens).logits, checkpoint.model(CPU)(tokens), atol=1e-4, rtol=1e-4)
-    assert model.config.eos_token_id == model.config.bos_token_id == tokenizer.eos_token_id == BPE.end_of_text
+    assert model.config.eos_token_id == model.config.bos_token_id == tokenizer.eos_token_id == BPE.eos_id
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "biases" not in kind])
@@ -430,7 +430,7 @@ def test_the_other_tokenizers_have_the_same_ids_and_text_there(tokenizer: Tokeni
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert theirs.encode(TEXT) == tokenizer.encode(TEXT).tolist()
     assert theirs.decode(theirs.encode(TEXT)) == TEXT
-    assert theirs.eos_token_id == tokenizer.end_of_text
+    assert theirs.eos_token_id == tokenizer.eos_id
 
 
 @pytest.mark.parametrize(

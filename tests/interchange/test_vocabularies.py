@@ -69,7 +69,7 @@ def test_what_was_written_is_read_back_as_it_was(tmp_path: Path, tokenizer: Toke
     (tmp_path / "tokenizer.json").write_text(json.dumps(to_tokenizers(tokenizer)), encoding="utf-8")
     back = read_tokenizer(tmp_path)
     assert type(back) is type(tokenizer) and same_tokens(back, tokenizer)
-    assert back.end_of_text == tokenizer.end_of_text
+    assert back.eos_id == tokenizer.eos_id
 
 
 def test_a_vocabulary_of_words_of_another_is_refused(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_vocab_json_and_merges_txt_make_the_same_tokenizer(tmp_path: Path) -> No
     lines = ["#version: 0.2", *(" ".join(merge) for merge in model["merges"])]
     (tmp_path / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     read = load_tokenizer(tmp_path)
-    assert same_tokens(read, TRAINED) and read.end_of_text == TRAINED.end_of_text
+    assert same_tokens(read, TRAINED) and read.eos_id == TRAINED.eos_id
     text = "the cat sat 144 times, déjà vu\n"
     assert read.encode(text).tolist() == TRAINED.encode(text).tolist()
 
@@ -124,7 +124,7 @@ def test_a_document_begins_with_the_token_for_it_or_after_the_end_of_another() -
     content["model"]["vocab"]["<|begin_of_text|>"] = TRAINED.vocab_size
     content["added_tokens"][-1]["id"] = TRAINED.vocab_size
     begun = BPETokenizer(json.dumps(content))
-    assert ends(begun) == {"bos_token": TRAINED.vocab_size, "eos_token": TRAINED.end_of_text}
+    assert ends(begun) == {"bos_token": TRAINED.vocab_size, "eos_token": TRAINED.eos_id}
     assert name_of(begun, TRAINED.vocab_size) == "<|begin_of_text|>"
 
 

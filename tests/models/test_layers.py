@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import NemotronConfig
 from transformers.models.nemotron.modeling_nemotron import NemotronMLP
 
-from cleangpt.models.layers import attend, document_blocks, document_mask, documents_of, window_mask
+from cleangpt.models.layers import attend, document_blocks, document_ids, document_mask, window_mask
 from cleangpt.models.llama import MLP, Llama, LlamaConfig
 
 SMALL = LlamaConfig(vocab_size=23, max_seq_len=64, n_layers=3, n_heads=4, n_kv_heads=2, dim=48, hidden_dim=80)
@@ -43,7 +43,7 @@ each_reach = pytest.mark.parametrize("changes", [{}, {"sliding_window": 4}, {"sl
 
 def test_a_separator_belongs_to_the_document_that_it_ends() -> None:
     tokens = torch.tensor([[7, 8, END, 9, END, END, 7], [7, 8, 9, 7, 8, 9, 7]])
-    assert documents_of(tokens, END).tolist() == [[0, 0, 0, 1, 1, 2, 3], [0] * 7]
+    assert document_ids(tokens, END).tolist() == [[0, 0, 0, 1, 1, 2, 3], [0] * 7]
 
 
 @each_reach
@@ -53,7 +53,7 @@ def test_a_token_changes_no_logit_of_another_document(changes: dict[str, Any]) -
         changed = tokens.clone()
         changed[0, position] = 22 if tokens[0, position] != 22 else 21
         differs = (model(tokens) != model(changed))[0].any(-1)
-        document = documents_of(tokens, END)[0]
+        document = document_ids(tokens, END)[0]
         assert differs[position] and not differs[document != document[position]].any()
 
 
@@ -88,7 +88,7 @@ def test_blocks_give_what_the_mask_gives(data: st.DataObject, window: int | None
     batch, seq = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 12))
     tokens = torch.tensor(data.draw(st.lists(st.lists(st.integers(4, 6), min_size=seq, max_size=seq),
                                              min_size=batch, max_size=batch)))  # fmt: skip
-    documents = documents_of(tokens, END)
+    documents = document_ids(tokens, END)
     mask = document_mask(documents)
     if window is not None:
         mask = mask & window_mask(torch.arange(seq), window)
@@ -157,7 +157,12 @@ def test_relu_squared_is_that_of_hugging_faces_nemotron() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"value_residual": True}, {"logit_soft_cap": 30.0}, {"separator": END}, {"n_experts": 4, "balance_rate": 0.001}],
+    [
+        {"value_residual": True},
+        {"logit_soft_cap": 30.0},
+        {"separator": END},
+        {"n_experts": 4, "bias_update_rate": 0.001},
+    ],
 )
 def test_a_part_changes_no_initial_weight(changes: dict[str, Any]) -> None:
     """So runs with and without it start alike; it adds no matrix."""

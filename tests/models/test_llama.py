@@ -180,7 +180,7 @@ def configurations(draw: st.DrawFn) -> LlamaConfig:
                 {"qkv_bias": True, "sliding_window": 5, "global_every": 2},
                 {"qk_norm": True},
                 {"n_experts": 3},
-                {"n_experts": 5, "qk_norm": True, "expert_hidden_dim": 6, "normalize_shares": False},
+                {"n_experts": 5, "qk_norm": True, "expert_hidden_dim": 6, "normalize_router_weights": False},
             ]
         )
     )
@@ -271,7 +271,7 @@ def test_a_tensor_that_is_missing_is_named() -> None:
     ("changes", "named"),
     [
         ({"qkv_bias": True, "qk_norm": True}, "model.qk_norm and model.qkv_bias"),
-        ({"n_experts": 4, "balance_rate": 0.001}, "model.balance_rate and model.n_experts"),
+        ({"n_experts": 4, "bias_update_rate": 0.001}, "model.bias_update_rate and model.n_experts"),
         ({"activation": "relu2"}, "model.activation"),
         ({"value_residual": True}, "model.value_residual"),
         ({"logit_soft_cap": 30.0}, "model.logit_soft_cap"),
@@ -338,7 +338,7 @@ def test_a_window_saves_flops() -> None:
         {"tied": True, "qk_norm": True, "head_dim": 24},
         {"sliding_window": 8, "global_every": 2},
         {"n_experts": 6, "experts_per_token": 3, "expert_hidden_dim": 40, "n_shared_experts": 2},
-        {"n_experts": 6, "n_shared_experts": 1, "activation": "relu2", "balance_rate": 0.1},
+        {"n_experts": 6, "n_shared_experts": 1, "activation": "relu2", "bias_update_rate": 0.1},
         {"activation": "relu2", "value_residual": True, "logit_soft_cap": 30.0},
         {"separator": 7, "sliding_window": 8, "global_every": 2},
     ],
@@ -385,12 +385,12 @@ def test_a_window_ends_what_a_position_sees(global_every: int | None, far: int, 
 
 def test_only_distances_matter() -> None:
     """Rotary positions: a sequence gives the same attention wherever it stands (Su et al. 2021, equation 16)."""
-    from cleangpt.models.llama import rotate, rotation_of
+    from cleangpt.models.llama import rope_cos_sin, rotate
 
     query, key = torch.randn(2, 1, 8, 1, 12).unbind()
     scores = []
     for start in (0, 31):
-        rotation = rotation_of(SMALL, torch.arange(start, start + 8))
+        rotation = rope_cos_sin(SMALL, torch.arange(start, start + 8))
         scores.append(rotate(query, rotation)[:, :, 0] @ rotate(key, rotation)[:, :, 0].mT)
     torch.testing.assert_close(scores[0], scores[1], atol=1e-5, rtol=1e-5)
 
@@ -443,7 +443,7 @@ def test_the_tensor_plan_names_every_module_with_weights() -> None:
             {"n_experts": 2, "experts_per_token": 3},
             "model.experts_per_token is 3; allowed: at most model.n_experts, which is 2",
         ),
-        ({"balance_rate": 0.001}, "model.balance_rate is 0.001; allowed without model.n_experts: None"),
+        ({"bias_update_rate": 0.001}, "model.bias_update_rate is 0.001; allowed without model.n_experts: None"),
         ({"ngrams": (2, 2)}, "model.ngrams is (2, 2); allowed: different whole numbers from 2 to 16"),
         ({"ngrams": (1,)}, "model.ngrams is (1,); allowed: different whole numbers from 2 to 16"),
         ({"separator": 97}, "model.separator is 97; allowed: less than model.vocab_size, which is 97"),
@@ -467,7 +467,7 @@ def test_fields_that_do_not_fit_are_refused_in_one_line(changes: dict[str, Any],
         {"rope_factor": 0.5},
         {"norm_eps": 0.0},
         {"n_shared_experts": -1},
-        {"balance_rate": 0.0},
+        {"bias_update_rate": 0.0},
         {"activation": "gelu"},
         {"logit_soft_cap": 0.0},
         {"dropout": 1.0},

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cleangpt.checkpoints.checkpoint import best_checkpoint, fill, load_checkpoint
+from cleangpt.checkpoints.checkpoint import best_checkpoint, load_checkpoint, load_matching_weights
 from cleangpt.commands import main
 from cleangpt.config import FineTuningConfig, LoRAConfig, ModelConfig
 from cleangpt.distributed.device import use_fp8
@@ -23,7 +23,7 @@ from cleangpt.models.gpt import GPT, GPTConfig
 from cleangpt.models.llama import LlamaConfig
 from cleangpt.models.lora import is_adapter, linear_layers, merge, split_adapters
 from cleangpt.tracking.metrics import read_metrics
-from cleangpt.training.finetuning import restrict
+from cleangpt.training.finetuning import freeze_and_add_lora
 from cleangpt.training.trainer import Trainer
 
 Build = Callable[..., Experiment]
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 SIZES = {"vocab_size": 32, "max_seq_len": 16, "n_layers": 2, "n_heads": 2, "dim": 16}
 GPT_SMALL = GPTConfig(**SIZES)  # type: ignore[arg-type]
 LLAMA_SMALL = LlamaConfig(**SIZES, hidden_dim=24)  # type: ignore[arg-type]
-EXPERTS = replace(LLAMA_SMALL, n_experts=4, n_shared_experts=1, balance_rate=0.01)
+EXPERTS = replace(LLAMA_SMALL, n_experts=4, n_shared_experts=1, bias_update_rate=0.01)
 TOKENS = torch.randint(32, (3, 16), generator=torch.Generator().manual_seed(0))
 
 
@@ -40,7 +40,7 @@ def adapted(config: ModelConfig, **fields: object) -> nn.Module:
     """A model with adapters, all of whose numbers are far from zero."""
     torch.manual_seed(0)
     model = build_model(config)
-    restrict(model, FineTuningConfig(lora=LoRAConfig(**{"rank": 3, "alpha": 6.0} | fields)))  # type: ignore[arg-type]
+    freeze_and_add_lora(model, FineTuningConfig(lora=LoRAConfig(**{"rank": 3, "alpha": 6.0} | fields)))  # type: ignore[arg-type]
     for name, parameter in model.named_parameters():
         nn.init.normal_(parameter, std=0.3 if is_adapter(name) else 0.1)
     return model.eval()
@@ -51,7 +51,7 @@ def test_a_model_with_new_adapters_is_the_base_exactly(config: ModelConfig) -> N
     torch.manual_seed(0)
     model = build_model(config)
     before = model(TOKENS)
-    restrict(model, FineTuningConfig(lora=LoRAConfig(rank=4)))
+    freeze_and_add_lora(model, FineTuningConfig(lora=LoRAConfig(rank=4)))
     assert torch.equal(model(TOKENS), before)
 
 
@@ -104,7 +104,7 @@ def test_every_linear_layer_of_the_blocks_has_an_adapter_but_routers_and_stacked
 def test_adapters_from_the_meta_device_are_drawn_as_they_should_be() -> None:
     tuning = FineTuningConfig(lora=LoRAConfig(rank=4))
     torch.manual_seed(0)
-    model = parallelize(lambda: GPT(GPT_SMALL), Layout(), CPU, lambda plain: restrict(plain, tuning))
+    model = parallelize(lambda: GPT(GPT_SMALL), Layout(), CPU, lambda plain: freeze_and_add_lora(plain, tuning))
     for name, parameter in model.named_parameters():
         assert not parameter.is_meta
         if name.endswith("lora.a"):
@@ -125,7 +125,7 @@ class Shifted(GPT):
 
 def test_adapters_of_a_model_that_is_built_whole_are_drawn_as_well() -> None:
     tuning = FineTuningConfig(lora=LoRAConfig(rank=4))
-    model = parallelize(lambda: Shifted(GPT_SMALL), Layout(), CPU, lambda plain: restrict(plain, tuning))
+    model = parallelize(lambda: Shifted(GPT_SMALL), Layout(), CPU, lambda plain: freeze_and_add_lora(plain, tuning))
     adapter = model.get_submodule("blocks.1.mlp.down.lora")
     assert adapter.a.unique().numel() == adapter.a.numel() and not adapter.b.any() and model.shift.item() == 1
 
@@ -135,7 +135,7 @@ def test_adapters_stand_beside_layers_that_multiply_in_fp8() -> None:
     pytest.importorskip("torchao")
     model, plain = build_model(GPT_SMALL), adapted(GPT_SMALL)
     use_fp8(model, emulate=True)
-    restrict(model, FineTuningConfig(lora=LoRAConfig(rank=3, alpha=6.0)))
+    freeze_and_add_lora(model, FineTuningConfig(lora=LoRAConfig(rank=3, alpha=6.0)))
     model.load_state_dict(plain.state_dict())
     ours, theirs = model.eval()(TOKENS), plain(TOKENS)
     assert 0 < (ours - theirs).abs().max() < 0.1 * theirs.abs().max()
@@ -158,7 +158,7 @@ def test_dropout_falls_on_an_adapters_inputs_in_training_only() -> None:
 def test_adapters_are_not_looked_for_in_a_checkpoint() -> None:
     model, other = adapted(GPT_SMALL), build_model(GPT_SMALL)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if is_adapter(name)}
-    assert fill(model, other.state_dict()) == []
+    assert load_matching_weights(model, other.state_dict()) == []
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name] if is_adapter(name) else other.state_dict()[name])
 

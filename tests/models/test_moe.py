@@ -20,7 +20,7 @@ from cleangpt.models.moe import MixtureOfExperts
 def mixture(**changes: Any) -> MixtureOfExperts:
     torch.manual_seed(0)
     sizes = {"dim": 12, "hidden_dim": 20, "n_experts": 5, "experts_per_token": 2} | changes
-    model = MixtureOfExperts(**({"normalize_shares": True, "shared": None} | sizes))
+    model = MixtureOfExperts(**({"normalize_router_weights": True, "shared": None} | sizes))
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.5)
     return model
@@ -33,7 +33,7 @@ def one_by_one(model: MixtureOfExperts, x: Tensor) -> Tensor:
         probabilities = (model.router.weight @ token).softmax(0)
         scores = probabilities if model.router_bias is None else probabilities + model.router_bias
         chosen = scores.sort(descending=True).indices[: model.experts_per_token]
-        whole = probabilities[chosen].sum() if model.normalize_shares else 1
+        whole = probabilities[chosen].sum() if model.normalize_router_weights else 1
         output = torch.zeros_like(token)
         for expert in chosen:
             up = model.up[expert] @ token
@@ -48,7 +48,7 @@ def one_by_one(model: MixtureOfExperts, x: Tensor) -> Tensor:
     seq=st.integers(1, 9),
     n_experts=st.integers(1, 7),
     experts_per_token=st.integers(1, 7),
-    options=st.fixed_dictionaries(dict.fromkeys(("normalize_shares", "gated", "balanced"), st.booleans())),
+    options=st.fixed_dictionaries(dict.fromkeys(("normalize_router_weights", "gated", "balanced"), st.booleans())),
 )
 @settings(max_examples=40)
 def test_each_token_gets_what_its_experts_compute(
@@ -94,7 +94,7 @@ def test_the_router_learns_from_the_shares() -> None:
 
 
 def test_the_bias_has_no_gradient_and_changes_no_share_of_those_chosen() -> None:
-    model, x = mixture(experts_per_token=5, normalize_shares=False, balanced=True), torch.randn(6, 12)
+    model, x = mixture(experts_per_token=5, normalize_router_weights=False, balanced=True), torch.randn(6, 12)
     chosen, shares = model.route(x)
     probabilities = model.router(x).softmax(-1)
     torch.testing.assert_close(shares, probabilities.gather(-1, chosen))
@@ -116,7 +116,7 @@ def test_under_autocast_the_shares_stay_float32_and_the_result_is_near() -> None
 def test_flops_count_the_experts_that_a_token_goes_through(activation: str) -> None:
     config = LlamaConfig(
         vocab_size=97, max_seq_len=32, n_layers=2, n_heads=4, dim=48, hidden_dim=80, n_experts=6, experts_per_token=2,
-        expert_hidden_dim=24, n_shared_experts=1, activation=activation, balance_rate=0.001,
+        expert_hidden_dim=24, n_shared_experts=1, activation=activation, bias_update_rate=0.001,
     )  # fmt: skip
     model, tokens = Llama(config), torch.randint(97, (2, 32))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

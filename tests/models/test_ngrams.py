@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cleangpt.models.layers import documents_of
+from cleangpt.models.layers import document_ids
 from cleangpt.models.llama import Llama, LlamaConfig
 from cleangpt.models.ngrams import ngram_rows, tokens_before
 
@@ -29,7 +29,7 @@ def test_the_tokens_before_are_those_of_the_row_and_document(
     rows: list[list[int]], count: int, separator: int | None
 ) -> None:
     tokens = torch.tensor(rows)
-    documents = None if separator is None else documents_of(tokens, separator)
+    documents = None if separator is None else document_ids(tokens, separator)
     before = tokens_before(tokens, count, documents)
     assert [[tuple(ngram) for ngram in row] for row in before.permute(1, 2, 0).tolist()] == [
         ngrams_by_hand(row, count, separator) for row in rows

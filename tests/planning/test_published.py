@@ -19,7 +19,7 @@ from cleangpt.distributed.layout import Layout
 from cleangpt.models.llama import Llama, LlamaConfig
 from cleangpt.objectives import NextToken
 from cleangpt.planning.devices import GIB, find_device
-from cleangpt.planning.memory import Pace, device_memory
+from cleangpt.planning.memory import StepConfig, device_memory
 from cleangpt.planning.timing import Machine, step_time
 from cleangpt.planning.workload import Part, Work, Workload, measure
 
@@ -80,7 +80,7 @@ def selective(row: Row, block: Part) -> Part:
     """Of a block's products in their order (query, key, value, out, gate, up, down) every other result is kept, and
     that of attention, and the block's input. Compiled, the last product's result is not kept: nothing needs it."""
     config, tokens = MODELS[row.model], row.batch * SEQ_LEN
-    dim, kv, hidden = config.dim, config.kv_heads() * config.features_per_head(), config.hidden_dim
+    dim, kv, hidden = config.dim, config.kv_heads() * config.head_size(), config.hidden_dim
     kept = dim + dim + kv + dim + hidden + (0 if row.compiled else dim)
     flops = 2 * tokens * (dim * kv + dim * dim + dim * hidden)
     again = replace(block.forward, matmul_flops=flops, attention_flops=0.0, exchanged=block.forward.exchanged / 2)
@@ -110,7 +110,7 @@ def planned(row: Row) -> tuple[float, float]:
     """Tokens/s and device, and GiB."""
     work, block = as_torchtitan(row)
     machine = Machine(find_device(row.device), row.precision, row.compiled, per_node=8)
-    blocks, pace = [(work.blocks, block)], Pace(logits_parts=row.place.tensor)
+    blocks, pace = [(work.blocks, block)], StepConfig(logits_parts=row.place.tensor)
     memory = device_memory(work, blocks, row.place, pace, machine.weight_bytes)
     seconds = step_time(work, blocks, row.place, pace, machine).total
     return row.batch * SEQ_LEN / row.place.tensor / seconds, memory.total / GIB

@@ -12,7 +12,7 @@ from cleangpt.models.gpt import GPT, GPTConfig
 from cleangpt.models.llama import LlamaConfig
 from cleangpt.objectives import NextToken
 from cleangpt.planning.devices import find_device
-from cleangpt.planning.memory import Pace, device_memory, kinds_of_blocks, static_bytes
+from cleangpt.planning.memory import StepConfig, device_memory, kinds_of_blocks, static_bytes
 from cleangpt.planning.timing import Machine
 from cleangpt.planning.workload import Work, Workload, measure
 from tests.losses import next_token
@@ -105,7 +105,7 @@ def test_autocast_copies_the_weights_and_gathering_does_not() -> None:
 def test_recomputation_keeps_a_blocks_input_alone() -> None:
     work = counted(CONFIGS[0])
     every, half = (
-        device_memory(work, kinds_of_blocks(work, number), Layout(), Pace(), 4).activations for number in (1, 2)
+        device_memory(work, kinds_of_blocks(work, number), Layout(), StepConfig(), 4).activations for number in (1, 2)
     )
     assert every == 3 * 4 * BATCH * SEQ_LEN * 32
     assert half == pytest.approx(2 * every / 3 + work.block.kept)
@@ -114,7 +114,8 @@ def test_recomputation_keeps_a_blocks_input_alone() -> None:
 def test_gradients_wait_whole_for_the_last_micro_batch_of_a_cut_model() -> None:
     work = counted(CONFIGS[0])
     once, twice = (
-        device_memory(work, kinds_of_blocks(work, None), Layout(1, 4), Pace(number), 4).gradients for number in (1, 2)
+        device_memory(work, kinds_of_blocks(work, None), Layout(1, 4), StepConfig(number), 4).gradients
+        for number in (1, 2)
     )
     assert twice - once == 4 * work.parameters
 

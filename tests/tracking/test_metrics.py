@@ -32,9 +32,9 @@ VALUES = st.none() | st.integers(-(2**60), 2**60) | st.floats()
 ROWS = st.lists(st.dictionaries(st.text(min_size=1).filter(lambda name: name != "not_finite"), VALUES), max_size=5)
 
 
-def new(run, keep_until=None):
+def new(run, truncate_after=None):
     files = MetricsFiles(run)
-    files.open(keep_until)
+    files.open(truncate_after)
     return files
 
 
@@ -87,16 +87,16 @@ def test_a_lone_surrogate_does_not_stop_the_run(tmp_path):
 
 
 @EVERY
-@given(last=st.integers(0, 6), keep_until=st.none() | st.integers(0, 8), torn=st.binary(max_size=9))
-def test_resuming_keeps_exactly_the_lines_up_to_the_snapshot(tmp_path, last, keep_until, torn):
+@given(last=st.integers(0, 6), truncate_after=st.none() | st.integers(0, 8), torn=st.binary(max_size=9))
+def test_resuming_keeps_exactly_the_lines_up_to_the_snapshot(tmp_path, last, truncate_after, torn):
     files = new(tmp_path)
     for macro_batch in range(1, last + 1):
         files.record({"macro_batch": macro_batch, "val_loss": 1 / macro_batch})
         files.sample(macro_batch, "text")
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(torn.replace(b"\n", b""))
-    resumed = new(tmp_path, keep_until)
-    kept = list(range(1, min(last, keep_until or 0) + 1))
+    resumed = new(tmp_path, truncate_after)
+    kept = list(range(1, min(last, truncate_after or 0) + 1))
     assert [row["macro_batch"] for row in read_metrics(tmp_path)] == kept
     assert [entry["macro_batch"] for entry in read_samples(tmp_path)] == kept
     resumed.record({"macro_batch": 99})

@@ -57,7 +57,7 @@ def log(run):
 
 def test_without_a_terminal_there_is_one_line_for_each_macro_batch(tmp_path, capsys):
     bar = ProgressBar(tmp_path)
-    bar.say("hello [bold] :smile:")
+    bar.log("hello [bold] :smile:")
     bar.start(10, 5)
     bar.update(3, {"train_loss": 2.0})
     bar.record(FIGURES)
@@ -71,7 +71,7 @@ def test_silent_on_the_screen_still_fills_the_log(tmp_path, capsys):
     bar.start(10, 5)
     bar.update(3, {"train_loss": 2.0})
     bar.record(FIGURES)
-    bar.say("bye")
+    bar.log("bye")
     bar.close()
     assert capsys.readouterr() == ("", "")
     assert log(tmp_path) == [LINE, "bye"]
@@ -79,7 +79,7 @@ def test_silent_on_the_screen_still_fills_the_log(tmp_path, capsys):
 
 def test_the_log_is_appended_to_by_a_resumed_run(tmp_path):
     for text in ("one", "two 你好"):
-        ProgressBar(tmp_path, progress=False).say(text)
+        ProgressBar(tmp_path, progress=False).log(text)
     assert log(tmp_path) == ["one", "two 你好"]
 
 
@@ -144,7 +144,7 @@ def test_a_terminal_that_is_gone_does_not_end_the_training(tmp_path, first):
     actions = {
         "update": lambda: bar.update(2, {"train_loss": 2.0}),
         "record": lambda: bar.record(FIGURES),
-        "say": lambda: bar.say("still here"),
+        "say": lambda: bar.log("still here"),
         "close": bar.close,
     }
     actions[first]()
@@ -161,7 +161,7 @@ def test_letters_that_the_screen_cannot_show_become_question_marks():
     raw = io.BytesIO()
     screen = io.TextIOWrapper(raw, encoding="cp1252", newline="\n")
     bar = ProgressBar(console=Console(file=screen))
-    bar.say("你好 é")
+    bar.log("你好 é")
     assert raw.getvalue().decode("cp1252") == "?? é\n"
 
 
@@ -180,7 +180,7 @@ def test_a_full_disk_under_the_output_and_the_log_does_not_end_the_training(tmp_
     file = Full()
     (tmp_path / "log.txt").mkdir()  # cannot be written either
     bar = ProgressBar(tmp_path, console=Console(file=file))
-    bar.say("unheard")
+    bar.log("unheard")
     file.full = False
-    bar.say("there is room again")
+    bar.log("there is room again")
     assert "there is room again" in file.getvalue()

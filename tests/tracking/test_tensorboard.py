@@ -11,9 +11,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cleangpt.tracking.tensorboard import TensorBoardTracker
 
 
-def begin(run, keep_until=None):
+def begin(run, truncate_after=None):
     tracker = TensorBoardTracker({"optimizer": {"lr": 0.001}}, run)
-    tracker.open(keep_until)
+    tracker.open(truncate_after)
     return tracker
 
 
@@ -50,13 +50,13 @@ def test_figures_are_there_before_the_run_ends(tmp_path):
     tracker.close("finished")
 
 
-@pytest.mark.parametrize(("keep_until", "kept"), [(2, [1, 2]), (1, [1]), (None, [])])
-def test_a_resumed_run_takes_back_what_it_does_again(tmp_path, keep_until, kept):
+@pytest.mark.parametrize(("truncate_after", "kept"), [(2, [1, 2]), (1, [1]), (None, [])])
+def test_a_resumed_run_takes_back_what_it_does_again(tmp_path, truncate_after, kept):
     first = begin(tmp_path)
     for macro_batch in (1, 2, 3):
         first.record({"macro_batch": macro_batch, "val_loss": float(macro_batch)})
     first.close("interrupted")
-    second = begin(tmp_path, keep_until)
+    second = begin(tmp_path, truncate_after)
     second.record({"macro_batch": 3, "val_loss": 30.0})
     second.close("finished")
     assert points(tmp_path, "val_loss") == [*((step, float(step)) for step in kept), (3, 30.0)]

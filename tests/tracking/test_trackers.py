@@ -37,7 +37,7 @@ class Faulty:
         if what == self.what:
             raise ConnectionError(f"cannot {what}:\n no network")
 
-    def open(self, keep_until):
+    def open(self, truncate_after):
         self._do("open")
 
     def record(self, figures):

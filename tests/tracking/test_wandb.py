@@ -81,8 +81,8 @@ def the(kind, path):
     return [getattr(record, kind) for record in records(path) if record.WhichOneof("record_type") == kind]
 
 
-def begin(run, state=None, keep_until=None):
-    return open_trackers(EXPERIMENT, EXPERIMENT_JSON, run, state, keep_until)
+def begin(run, state=None, truncate_after=None):
+    return open_trackers(EXPERIMENT, EXPERIMENT_JSON, run, state, truncate_after)
 
 
 def test_figures_config_and_samples_reach_the_run_file(tmp_path):
@@ -111,7 +111,7 @@ def test_resume_goes_on_in_the_same_run(tmp_path):
     first.record({"macro_batch": 1, "val_loss": 2.5})
     state = json.loads(json.dumps(first.state_dict()))
     first.close("interrupted")
-    second = begin(tmp_path, state, keep_until=1)
+    second = begin(tmp_path, state, truncate_after=1)
     second.record({"macro_batch": 2, "val_loss": 2.0})
     second.close("finished")
     assert second.state_dict() == state
@@ -142,7 +142,7 @@ def test_what_the_service_remembers_is_not_told_twice(tmp_path, monkeypatch):
         return run
 
     monkeypatch.setattr(wandb, "init", remembering)
-    trackers = begin(tmp_path, {"wandb": {"id": "again"}}, keep_until=2)
+    trackers = begin(tmp_path, {"wandb": {"id": "again"}}, truncate_after=2)
     for macro_batch in (3, 4):
         trackers.record({"macro_batch": macro_batch})
         trackers.sample(macro_batch, "text")

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from cleangpt.checkpoints.snapshots import list_snapshots, load_snapshot
-from cleangpt.distributed.parallelize import recompute
+from cleangpt.distributed.parallelize import apply_activation_checkpointing
 from cleangpt.models.llama import Llama, LlamaConfig
 from cleangpt.models.moe import MixtureOfExperts
-from cleangpt.training.balancing import Balancing
+from cleangpt.training.balancing import ExpertLoadBalancer
 from tests.losses import next_token
 
 MIXED = LlamaConfig(
-    vocab_size=32, max_seq_len=16, n_layers=2, n_heads=2, dim=16, hidden_dim=16, n_experts=8, balance_rate=0.01
+    vocab_size=32, max_seq_len=16, n_layers=2, n_heads=2, dim=16, hidden_dim=16, n_experts=8, bias_update_rate=0.01
 )
 
 
@@ -51,7 +51,7 @@ def counting(counts: Tensor) -> Callable[[MixtureOfExperts, tuple[Tensor], Tenso
 def load_after(config: LlamaConfig, steps: int) -> float:
     """Trains on fixed samples; tokens of the busiest expert over the mean, in the worst layer, in the last 50 steps."""
     model, tokens = skewed(config), torch.randint(32, (8, 17), generator=torch.Generator().manual_seed(0))
-    balancing = Balancing(model, alone)
+    balancing = ExpertLoadBalancer(model, alone)
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-3)
     counts, loads = torch.zeros(len(model.blocks), 8), []
     for block, count in zip(model.blocks, counts, strict=True):
@@ -68,14 +68,14 @@ def load_after(config: LlamaConfig, steps: int) -> float:
 
 def test_a_router_that_prefers_few_experts_comes_to_use_all() -> None:
     """With two of eight experts a token, 4 is the worst load and 1 the best."""
-    assert load_after(replace(MIXED, balance_rate=None), 200) > 3
-    assert load_after(replace(MIXED, balance_rate=0.003), 200) < 2
+    assert load_after(replace(MIXED, bias_update_rate=None), 200) > 3
+    assert load_after(replace(MIXED, bias_update_rate=0.003), 200) < 2
 
 
 def test_a_step_moves_each_bias_by_the_rate_towards_the_mean() -> None:
     """Wang et al. 2024, algorithm 1: 12 tokens go through 2 of 8 experts each, so the mean is 3."""
     model = Llama(replace(MIXED, n_layers=1))
-    balancing = Balancing(model, lambda counts: counts + torch.tensor([5, 3, 2, 0, 3, 4, 3, 4]))
+    balancing = ExpertLoadBalancer(model, lambda counts: counts + torch.tensor([5, 3, 2, 0, 3, 4, 3, 4]))
     balancing.step()
     expected = [-0.01, 0, 0.01, 0.01, 0, -0.01, 0, -0.01]
     torch.testing.assert_close(model.blocks[0].mlp.router_bias.data, torch.tensor(expected))
@@ -84,7 +84,7 @@ def test_a_step_moves_each_bias_by_the_rate_towards_the_mean() -> None:
 def test_counts_are_those_of_training_since_the_last_step() -> None:
     model, tokens = Llama(MIXED), torch.randint(32, (3, 16))
     seen: list[Tensor] = []
-    balancing = Balancing(model, lambda counts: seen.append(counts.clone()) or counts)
+    balancing = ExpertLoadBalancer(model, lambda counts: seen.append(counts.clone()) or counts)
     for micro_batch in tokens:
         model(micro_batch[None])
     model.eval()(tokens)
@@ -99,8 +99,8 @@ def test_recomputed_activations_move_the_biases_alike() -> None:
     for every in (None, 1):
         torch.manual_seed(0)
         model = Llama(MIXED)
-        recompute(model, every)
-        balancing = Balancing(model, alone)
+        apply_activation_checkpointing(model, every)
+        balancing = ExpertLoadBalancer(model, alone)
         next_token(model, tokens[:, :-1], tokens[:, 1:]).backward()
         balancing.step()
         biases.append([block.mlp.router_bias.data for block in model.blocks])
@@ -108,8 +108,8 @@ def test_recomputed_activations_move_the_biases_alike() -> None:
 
 
 def test_a_model_without_biases_is_left_alone() -> None:
-    model = Llama(replace(MIXED, balance_rate=None))
-    Balancing(model, alone).step()
+    model = Llama(replace(MIXED, bias_update_rate=None))
+    ExpertLoadBalancer(model, alone).step()
     assert all(module.tokens_per_expert is None for module in model.modules() if isinstance(module, MixtureOfExperts))
 
 
@@ -126,7 +126,7 @@ experiment = Experiment(
     data=DataConfig(seq_len=corpus.row_length - 1, batch_size=8, val_samples=16),
     model=LlamaConfig(
         max_seq_len=16, n_layers=2, n_heads=2, dim=16, hidden_dim=16, n_experts=6, n_shared_experts=1,
-        balance_rate=0.01, value_residual=True, activation="relu2", logit_soft_cap=30.0, separator=0,
+        bias_update_rate=0.01, value_residual=True, activation="relu2", logit_soft_cap=30.0, separator=0,
     ),
     optimizer=OptimizerConfig(lr=3e-3),
     objective=NextToken(z_loss=1e-4),

@@ -26,14 +26,14 @@ from cleangpt.models.base import flops_per_token
 from cleangpt.models.gpt import GPTConfig
 from cleangpt.models.llama import LlamaConfig
 from cleangpt.tracking.metrics import read_metrics
-from cleangpt.training.balancing import Balancing
+from cleangpt.training.balancing import ExpertLoadBalancer
 from cleangpt.training.finetuning import (
     check_fine_tuning,
+    freeze_and_add_lora,
     frozen_names,
     layer_factors,
     lr_factors,
     matching,
-    restrict,
 )
 from cleangpt.training.launch import summary
 from cleangpt.training.optimizer import Optimizer
@@ -84,7 +84,7 @@ def test_what_trains_learns_as_if_the_frozen_gradient_were_thrown_away() -> None
     torch.manual_seed(0)
     ours, theirs = (build_model(replace(GPT_SMALL, bias=False)) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
-    restrict(ours, freeze(*FROZEN))
+    freeze_and_add_lora(ours, freeze(*FROZEN))
     optimizer = Optimizer(ours, OptimizerConfig(lr=1e-2, clip_norm=None))
     trained = [parameter for name, parameter in theirs.named_parameters() if name in optimizer.names]
     groups = [
@@ -119,12 +119,12 @@ def test_a_run_with_frozen_layers_goes_on_bit_for_bit(tiny: Build, trainer: Open
 
 def test_the_bias_by_which_experts_are_chosen_moves_unless_it_is_frozen() -> None:
     config = LlamaConfig(
-        vocab_size=32, max_seq_len=16, n_layers=2, n_heads=2, dim=16, hidden_dim=16, n_experts=4, balance_rate=0.01
+        vocab_size=32, max_seq_len=16, n_layers=2, n_heads=2, dim=16, hidden_dim=16, n_experts=4, bias_update_rate=0.01
     )
     model = build_model(config)
     tuning = freeze("blocks.0.*")
-    restrict(model, tuning)
-    balancing = Balancing(model, lambda tensor: tensor, frozen_names(model, tuning))
+    freeze_and_add_lora(model, tuning)
+    balancing = ExpertLoadBalancer(model, lambda tensor: tensor, frozen_names(model, tuning))
     next_token(model, TOKENS[:, :-1], TOKENS[:, 1:]).backward()
     balancing.step()
     assert not model.blocks[0].mlp.router_bias.any() and model.blocks[1].mlp.router_bias.any()
@@ -236,9 +236,9 @@ def test_a_frozen_layer_spares_its_products_for_gradients() -> None:
         return flops_per_token(model, 0)
 
     assert told() == counted()
-    restrict(model, freeze("blocks.1.*", "final_norm.*"))
+    freeze_and_add_lora(model, freeze("blocks.1.*", "final_norm.*"))
     assert told() == counted()
-    restrict(model, freeze("token_embedding.*", "blocks.0.*"))
+    freeze_and_add_lora(model, freeze("token_embedding.*", "blocks.0.*"))
     assert counted() <= told() < 1.15 * counted()
 
 
@@ -499,7 +499,9 @@ def test_the_strategy_follows_what_trains(monkeypatch: pytest.MonkeyPatch) -> No
 
     def choose(tuning: FineTuningConfig) -> Layout:
         ranks, cpu = Ranks(0, 0, 2), torch.device("cpu")
-        return parallel.choose_layout(ParallelConfig(), GPT_SMALL, ranks, cpu, lambda model: restrict(model, tuning))
+        return parallel.choose_layout(
+            ParallelConfig(), GPT_SMALL, ranks, cpu, lambda model: freeze_and_add_lora(model, tuning)
+        )
 
     assert choose(FineTuningConfig()) == Layout(1, 2)
     assert choose(replace(FineTuningConfig(), lora=LoRAConfig(rank=1))) == Layout(2)

@@ -16,7 +16,7 @@ from cleangpt.experiment import Experiment, check_experiment
 from cleangpt.models import MODELS, build_model
 from cleangpt.models.gpt import GPT, GPTConfig
 from cleangpt.models.llama import LlamaConfig
-from cleangpt.training.mup import WidthFactor, scale_initial, width_factors
+from cleangpt.training.mup import MuPScale, mup_scales, scale_init
 from cleangpt.training.optimizer import Optimizer
 from cleangpt.training.trainer import Trainer
 
@@ -46,9 +46,9 @@ def rates(muon: bool, base_dim: int | None) -> OptimizerConfig:
 def prepared(config: ModelConfig, optimizer: OptimizerConfig) -> tuple[nn.Module, Optimizer]:
     """A model with the initial weights of its width, and its optimizer."""
     torch.manual_seed(0)
-    model, factors = build_model(config), width_factors(config, optimizer)
-    scale_initial(model, factors)
-    return model, Optimizer(model, optimizer, width_factors={name: factor.lr for name, factor in factors.items()})
+    model, factors = build_model(config), mup_scales(config, optimizer)
+    scale_init(model, factors)
+    return model, Optimizer(model, optimizer, mup_scales={name: factor.lr for name, factor in factors.items()})
 
 
 def train(model: nn.Module, optimizer: Optimizer, steps: int = 3) -> None:
@@ -101,8 +101,8 @@ def test_updates_change_activations_alike_at_all_widths_with_mup_and_more_at_lar
 def test_the_factors_are_those_of_the_table() -> None:
     r = 4
     config = llama(128, n_experts=4, qkv_bias=True, ngrams=(2,), ngram_rows=7)
-    factors = width_factors(config, rates(False, 32))
-    fixed, hidden, out = WidthFactor(), WidthFactor(1 / math.sqrt(r), 1 / r), WidthFactor(1 / r, 1 / r)
+    factors = mup_scales(config, rates(False, 32))
+    fixed, hidden, out = MuPScale(), MuPScale(1 / math.sqrt(r), 1 / r), MuPScale(1 / r, 1 / r)
     expected = {
         "token_embedding.weight": fixed, "ngram_embeddings.0.weight": fixed, "blocks.0.attention_norm.weight": fixed,
         "blocks.0.attention.query.bias": fixed, "blocks.0.attention.query.weight": hidden,
@@ -110,23 +110,23 @@ def test_the_factors_are_those_of_the_table() -> None:
         "blocks.0.mlp.router.weight": out, "final_norm.weight": fixed, "head.weight": out,
     }  # fmt: skip
     assert {name: factors[name] for name in expected} == expected
-    with_muon = width_factors(config, rates(True, 32))
+    with_muon = mup_scales(config, rates(True, 32))
     assert with_muon["blocks.0.mlp.up"].lr == 1 / math.sqrt(r) and with_muon["blocks.0.mlp.router.weight"].lr == 1 / r
     assert with_muon["head.weight"] == out
 
 
 def test_the_heads_of_a_fused_matrix_count_each_for_itself() -> None:
-    factors = width_factors(gpt(128), rates(True, 32))
-    assert factors["blocks.0.attention.qkv.weight"] == WidthFactor(1 / 2, 1 / 4)
-    assert factors["blocks.0.attention.out.weight"] == WidthFactor(1 / 2, 1 / 2)
+    factors = mup_scales(gpt(128), rates(True, 32))
+    assert factors["blocks.0.attention.qkv.weight"] == MuPScale(1 / 2, 1 / 4)
+    assert factors["blocks.0.attention.out.weight"] == MuPScale(1 / 2, 1 / 2)
 
 
 @pytest.mark.parametrize("kind", MODELS_BY_WIDTH)
 @pytest.mark.parametrize("muon", [False, True], ids=["adamw", "muon"])
 def test_at_the_base_width_nothing_changes(kind: str, muon: bool) -> None:
-    factors = width_factors(MODELS_BY_WIDTH[kind](64), rates(muon, 64))
-    assert set(factors.values()) == {WidthFactor()}
-    assert width_factors(MODELS_BY_WIDTH[kind](64), rates(muon, None)) == {}
+    factors = mup_scales(MODELS_BY_WIDTH[kind](64), rates(muon, 64))
+    assert set(factors.values()) == {MuPScale()}
+    assert mup_scales(MODELS_BY_WIDTH[kind](64), rates(muon, None)) == {}
 
 
 def test_the_last_norm_stands_for_a_multiplier_of_a_tied_heads_logits() -> None:
@@ -138,12 +138,12 @@ def test_the_last_norm_stands_for_a_multiplier_of_a_tied_heads_logits() -> None:
 
     optimizer = OptimizerConfig(lr=0.01, clip_norm=None, eps=1e-20, base_dim=32)
     ours, our_optimizer = prepared(gpt(128), optimizer)
-    factors = width_factors(gpt(128), optimizer)
+    factors = mup_scales(gpt(128), optimizer)
     theirs = Multiplied(ours.config)
     theirs.load_state_dict(ours.state_dict())
     nn.init.ones_(theirs.final_norm.weight)
     rates_there = {name: 1.0 if name.startswith("final_norm") else factor.lr for name, factor in factors.items()}
-    their_optimizer = Optimizer(theirs, optimizer, width_factors=rates_there)
+    their_optimizer = Optimizer(theirs, optimizer, mup_scales=rates_there)
     for model, each in ((ours, our_optimizer), (theirs, their_optimizer)):
         train(model, each)
     torch.testing.assert_close(outputs(ours)[""], outputs(theirs)[""], atol=1e-4, rtol=1e-3)
@@ -151,7 +151,7 @@ def test_the_last_norm_stands_for_a_multiplier_of_a_tied_heads_logits() -> None:
 
 def test_a_step_decays_the_same_share_of_a_matrix_at_any_width() -> None:
     model = nn.Linear(4, 4)
-    optimizer = Optimizer(model, OptimizerConfig(lr=0.1), width_factors={"weight": 1 / 8})
+    optimizer = Optimizer(model, OptimizerConfig(lr=0.1), mup_scales={"weight": 1 / 8})
     before = model.weight.detach().clone()
     model.weight.grad, model.bias.grad = torch.zeros(4, 4), torch.zeros(4)
     optimizer.step(0.1, 0.5)
@@ -162,7 +162,7 @@ def test_a_run_begins_and_moves_by_the_factors(
     tiny: Callable[..., Experiment], trainer: Callable[..., Trainer]
 ) -> None:
     plain, other = trainer(tiny(run_dir="plain")), trainer(tiny(run_dir="other", optimizer__base_dim=8))
-    factors = width_factors(other.experiment.model, other.experiment.optimizer)
+    factors = mup_scales(other.experiment.model, other.experiment.optimizer)
     for name, weight in plain.model.named_parameters():
         torch.testing.assert_close(other.model.get_parameter(name), weight * factors[name].initial)
     assert {group["factor"] for group in other.optimizer.adamw.param_groups} == {1.0, 0.5}
@@ -175,7 +175,7 @@ def test_a_model_at_another_width_has_heads_of_the_same_size() -> None:
     config = LlamaConfig(**SMALL, dim=128, n_heads=8, n_kv_heads=4, hidden_dim=344)
     narrow = config.at_width(64)
     assert (narrow.dim, narrow.n_heads, narrow.n_kv_heads, narrow.hidden_dim) == (64, 4, 2, 172)
-    assert narrow.features_per_head() == config.features_per_head()
+    assert narrow.head_size() == config.head_size()
     assert narrow.at_width(128) == config
 
 
@@ -200,7 +200,7 @@ def test_a_model_with_convolutions_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setitem(MODELS, "gpt", (GPTConfig, Convolutional))
     with pytest.raises(UserError, match="convolutions"):
-        width_factors(gpt(64), rates(False, 32))
+        mup_scales(gpt(64), rates(False, 32))
 
 
 def test_a_model_without_head_and_final_norm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,4 +211,4 @@ def test_a_model_without_head_and_final_norm_is_refused(monkeypatch: pytest.Monk
 
     monkeypatch.setitem(MODELS, "gpt", (GPTConfig, Headless))
     with pytest.raises(UserError, match="final_norm"):
-        width_factors(gpt(64), rates(False, 32))
+        mup_scales(gpt(64), rates(False, 32))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cleangpt.checkpoints.snapshots import list_snapshots, load_snapshot
 from cleangpt.config import TrainingConfig
 from cleangpt.data.batch import Batch
-from cleangpt.data.loader import Samples, SplitStream, StreamWithout, with_range
+from cleangpt.data.loader import Samples, SplitStream, StreamWithout, add_range
 from cleangpt.data.mixing import MixedStream, interleave
 from cleangpt.data.shuffle import Order
 from cleangpt.distributed.processes import Ranks
@@ -50,10 +50,10 @@ ranges = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9)), max_size=4).
 
 
 def merged(pairs: list[list[int]]) -> list[list[int]]:
-    left_out: list[list[int]] = []
+    skipped_ranges: list[list[int]] = []
     for start, end in pairs:
-        left_out = with_range(left_out, start, end)
-    return left_out
+        skipped_ranges = add_range(skipped_ranges, start, end)
+    return skipped_ranges
 
 
 def numbers(stream: Any, start: int, count: int) -> list[int]:
@@ -73,7 +73,7 @@ def test_a_stream_without_ranges_is_the_whole_with_these_positions_struck_out(
     expected = [numbers(whole, place, 1)[0] for place in kept[: 4 * batches]]
     read = [number for batch in range(batches) for number in numbers(without, 4 * batch, 4)]
     assert read == expected
-    figures = without.visits(4 * batches)
+    figures = without.progress(4 * batches)
     assert figures["times_visited"] == pytest.approx(4 * batches / n)
     assert figures["visited_share"] == pytest.approx(len(set(expected)) / n)
 
@@ -89,7 +89,7 @@ def test_the_figures_of_a_mixture_count_what_was_left_out_of_each_source(
     without = StreamWithout(mixed, merged(pairs))
     sources = mixed.interleaving.sources(0, 400)
     kept = [place for place in range(400) if not any(start <= place < end for start, end in pairs)][: 4 * batches]
-    figures = without.visits(4 * batches)
+    figures = without.progress(4 * batches)
     for source, (name, n) in enumerate(sizes.items()):
         mine = [numbers(mixed, place, 1)[0] for place in kept if sources[place] == source]
         assert figures[f"times_visited/{name}"] == pytest.approx(len(mine) / n)
@@ -309,7 +309,7 @@ def test_a_run_goes_back_from_a_spike_and_ends_like_one_that_never_saw_its_sampl
     tiny: Build, trainer: Open, reference: dict[str, Any]
 ) -> None:
     """Goes back to macro-batch 3 and leaves out 3 batches; meets the second bad one; goes back to macro-batch 2."""
-    assert reference["position"]["left_out"] == [[80, 128]]
+    assert reference["position"]["skipped_ranges"] == [[80, 128]]
     assert reference["position"]["samples"] == 192 and reference["spikes"]["rollbacks"] == 2
     log = Path("reference/log.txt").read_text()
     assert "the loss has spiked; samples 96 to 119 of the data are left out" in log
@@ -320,7 +320,7 @@ def test_a_run_goes_back_from_a_spike_and_ends_like_one_that_never_saw_its_sampl
     assert [line["samples"] for line in lines] == [32, 64, 96, 128, 160, 192]
     assert lines[-1]["rollbacks"] == 2
     never = trainer(tiny(run_dir="never", **SPIKES))
-    never.position.left_out = [[80, 128]]
+    never.position.skipped_ranges = [[80, 128]]
     never.loader.close()
     never.loader = never._open_loader()
     never.train()
@@ -365,16 +365,16 @@ def test_skipped_steps_and_poisoned_weights_are_gone_back_from_too(tiny: Build, 
     objective = run.objective
     run.objective = lambda *given: objective(*given) * (math.nan if run.position.step in (17, 18) and not again else 1)
     again: list[int] = []
-    back = run.go_back_at_spike
+    back = run.roll_back_at_spike
 
     def noted() -> bool:
         went = back()
         again.extend([1] * went)
         return went
 
-    run.go_back_at_spike = noted  # type: ignore[method-assign]
+    run.roll_back_at_spike = noted  # type: ignore[method-assign]
     assert run.train() == "finished"
-    assert again == [1] and run.position.left_out == [[128, 152]]
+    assert again == [1] and run.position.skipped_ranges == [[128, 152]]
     other = trainer(tiny(run_dir="other", **SPIKES))
     spoil_after(other, 17, "weight")
     step = other.step
@@ -392,4 +392,4 @@ def test_a_run_that_spikes_again_and_again_ends_and_says_so(tiny: Build, trainer
 def test_a_spike_is_let_pass_where_no_threshold_is_given(tiny: Build, trainer: Open) -> None:
     run = with_bad_data(trainer(tiny(run_dir="run")))
     assert run.train() == "finished"
-    assert run.position.left_out == [] and "rollbacks" not in read_metrics(Path("run"))[-1]
+    assert run.position.skipped_ranges == [] and "rollbacks" not in read_metrics(Path("run"))[-1]

@@ -18,7 +18,7 @@ from cleangpt.config import MuonConfig, Schedule, ScheduleConfig
 from cleangpt.experiment import Experiment
 from cleangpt.tracking.metrics import read_metrics
 from cleangpt.training.trainer import Trainer
-from cleangpt.training.tuning import MOST_RATES, Probe, at_rate, search, short_run
+from cleangpt.training.tuning import MOST_RATES, Probe, search, short_run, with_lr
 from tests.commands.test_commands import EXPERIMENT, error_of
 
 # The search ----------------------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def test_a_narrower_run_imitates_the_width_of_the_experiment(tiny: Callable[...,
 
 
 def test_muons_rate_keeps_its_ratio_to_the_other(tiny: Callable[..., Experiment]) -> None:
-    changed = at_rate(tiny(optimizer__lr=0.01, optimizer__muon=MuonConfig(lr=0.04)), 0.005)
+    changed = with_lr(tiny(optimizer__lr=0.01, optimizer__muon=MuonConfig(lr=0.04)), 0.005)
     assert (changed.optimizer.lr, changed.optimizer.muon.lr) == (0.005, 0.02)
 
 
