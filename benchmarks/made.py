@@ -15,6 +15,7 @@ from cleangpt.experiment import Experiment, check_experiment
 from cleangpt.experiment_files import find_experiment, load_experiment
 from cleangpt.files import read_json, write_json
 from cleangpt.tracking.progress import ProgressBar
+from cleangpt.training.build import build_trainer
 from cleangpt.training.launch import resolve
 from cleangpt.training.trainer import Trainer
 
@@ -66,7 +67,13 @@ def make_trainer(experiment: Experiment, store: TokenDataset, run: Path) -> Trai
     """A trainer of `experiment` on `store`, whatever corpus it names, with its run in the folder `run`."""
     check_experiment(experiment)
     experiment = resolve(dataclasses.replace(experiment, run_dir=str(run)), store.vocab_size)
-    return Trainer(experiment, open_run(experiment, None, []), store, ProgressBar(run, progress=False))
+    return build_trainer(experiment, open_run(experiment, None, []), store, ProgressBar(run, progress=False))
+
+
+def flops_of_step(trainer: Trainer) -> int:
+    """FLOPs of a step of one batch."""
+    throughput = trainer.recorder.throughput
+    return throughput.flops_per_token * throughput.seq_len * trainer.length.batch_size
 
 
 def train_macro_batch(trainer: Trainer) -> tuple[float, float]:
@@ -80,5 +87,5 @@ def train_macro_batch(trainer: Trainer) -> tuple[float, float]:
 
 def close(trainer: Trainer) -> None:
     """Ends what a trainer runs in the background."""
-    trainer.loader.close()
-    trainer.trackers.close("finished")
+    trainer.source.close()
+    trainer.recorder.trackers.close("finished")

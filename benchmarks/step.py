@@ -28,6 +28,7 @@ from cleangpt.errors import UserError
 from cleangpt.experiment import Experiment
 from cleangpt.models import build_model
 from cleangpt.models.gpt import GPTConfig
+from cleangpt.training.launch import resolve
 
 OVERHEAD_GOAL = 1.03
 BARE = "bare PyTorch loop"
@@ -41,7 +42,7 @@ def run(setup: Setup) -> list[Row]:
     store = make_store(setup.folder / "store", 1_000_000)
     experiment = shipped("shakespeare_char_cpu", training={"batches_per_macro_batch": steps, "macro_batches": 1000})
     trainer = make_trainer(experiment, store, setup.folder / "run")
-    experiment = trainer.experiment
+    experiment = resolve(experiment, store.vocab_size)
     loader = batch_loader(store, experiment.data.batch_size, experiment.data.seq_len)
     batches = [(batch.inputs["tokens"], batch.targets) for batch in (loader.next() for _ in range(100))]
     loader.close()

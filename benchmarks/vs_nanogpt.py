@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.loader import batch_loader
-from benchmarks.made import close, make_store, make_trainer, shipped, train_macro_batch
+from benchmarks.made import close, flops_of_step, make_store, make_trainer, shipped, train_macro_batch
 from benchmarks.resume import PROJECT, call, checked
 from benchmarks.runner import Row, Setup, interleave
 from benchmarks.step import Loss, adamw, nanogpt_loop, nanogpt_module, train_loop
@@ -43,9 +43,9 @@ from cleangpt.data.mixing import split_samples, stores
 from cleangpt.distributed.device import can_compile
 from cleangpt.experiment import Experiment
 from cleangpt.files import read_json
-from cleangpt.models.base import flops_per_token
 from cleangpt.models.gpt import GPTConfig
 from cleangpt.tracking.metrics import read_metrics
+from cleangpt.training.launch import resolve
 from cleangpt.training.trainer import Trainer
 
 SEEDS = (1337, 1, 2)
@@ -205,13 +205,14 @@ def steps(experiment: Experiment, setup: Setup) -> list[Row]:
         experiment, training=dataclasses.replace(experiment.training, batches_per_macro_batch=count, macro_batches=1000)
     )
     trainer = make_trainer(changed, store, setup.folder / f"run{experiment.data.seq_len}")
-    experiment, data, model = trainer.experiment, trainer.experiment.data, trainer.experiment.model
+    experiment = resolve(changed, store.vocab_size)
+    data, model = experiment.data, experiment.model
     assert isinstance(model, GPTConfig)
     loader = batch_loader(store, data.batch_size, data.seq_len)
     batches = [(batch.inputs["tokens"], batch.targets) for batch in (loader.next() for _ in range(20))]
     loader.close()
     loops = peers(experiment, batches, setup)
-    flops = flops_per_token(trainer.model, data.seq_len) * data.batch_size * data.seq_len
+    flops = flops_of_step(trainer)
     measures: dict[str, Callable[[], float]] = {"ours": lambda: train_macro_batch(trainer)[0]}
     measures |= {name: partial(loop, count) for name, loop in loops.items()}
     measures["its FLOPs at the rate of a large product"] = lambda: flops / product_rate()
@@ -317,12 +318,6 @@ def growth(setup: Setup) -> list[Row]:
             [seconds * flops[name] / flops[""] for seconds in taken[""]])
         for name, times in taken.items() if name
     ]  # fmt: skip
-
-
-def flops_of_step(trainer: Trainer) -> int:
-    """FLOPs of a step of one batch."""
-    data = trainer.experiment.data
-    return flops_per_token(trainer.model, data.seq_len) * data.batch_size * data.seq_len
 
 
 if __name__ == "__main__":

@@ -290,6 +290,8 @@ class TrackingConfig:
     """Weights & Biases; needs cleangpt[wandb]."""
     wandb_project: str = "cleangpt"
     """Project in Weights & Biases."""
+    every: int | None = None
+    """Steps between two points of steps.jsonl; None: about 1,000 points in the whole run."""
     tensorboard: bool = False
     """Write TensorBoard event files into the run; needs cleangpt[tensorboard]."""
     score_samples: int = 1000

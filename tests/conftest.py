@@ -26,6 +26,7 @@ from cleangpt.corpora import CORPORA, prepare
 from cleangpt.experiment import Experiment
 from cleangpt.models.gpt import GPTConfig
 from cleangpt.tracking.progress import ProgressBar
+from cleangpt.training.build import build_trainer
 from cleangpt.training.launch import resolve
 from cleangpt.training.trainer import Trainer
 
@@ -95,6 +96,6 @@ def trainer() -> Callable[..., Trainer]:
         store = prepare(experiment.corpus, Path(experiment.data.folder))
         experiment = resolve(experiment, store.vocab_size)
         run = open_run(experiment, None, [])
-        return Trainer(experiment, run, store, ProgressBar(run, progress=False))
+        return build_trainer(experiment, run, store, ProgressBar(run, progress=False))
 
     return build

@@ -10,7 +10,7 @@ checkpoints/val1.4697_mb000012/        validation loss and macro-batch
 import contextlib
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from cleangpt.config import LoRAConfig, ModelConfig, SavingConfig
 from cleangpt.data.chat_template import CHAT_TEMPLATE, ChatTemplate, find_template
 from cleangpt.data.dataset import TOKENIZER
 from cleangpt.data.tokenizers import Tokenizer, load_tokenizer
 from cleangpt.distributed.processes import Ranks
-from cleangpt.distributed.tensors import full_tensor, load_weights
+from cleangpt.distributed.tensors import full_tensor, gather_to_host, load_weights
 from cleangpt.errors import UserError, parsing
 from cleangpt.files import PARTIAL, commit_folder, find_corruption, read_json, remove, safe_name, write_json, write_text
 from cleangpt.models import build_model, model_kinds
@@ -53,53 +53,52 @@ class CheckpointEntry:
 class Checkpoints:
     """The checkpoints of a run; on a tie the older one counts as better, and a NaN is never among the best."""
 
-    def __init__(self, folder: Path, config: SavingConfig, ranks: Ranks | None = None) -> None:
-        self.folder, self.config = folder, config
-        self.ranks = ranks or Ranks()
+    def __init__(
+        self, folder: Path, config: SavingConfig, ranks: Ranks, model_config: ModelConfig, tokenizer: Tokenizer,
+        lora: LoRAConfig | None = None, chat_template: ChatTemplate | None = None,
+        log: Callable[[str], None] = lambda text: None,
+    ) -> None:  # fmt: skip
+        self.folder, self.config, self.log = folder, config, log
+        self.ranks = ranks
         """The main process writes the files; every one keeps the list."""
+        self.model_config, self.tokenizer, self.lora, self.chat_template = model_config, tokenizer, lora, chat_template
         self.entries: list[CheckpointEntry] = []
 
-    def wanted(self, macro_batch: int, val_loss: float) -> bool:
-        """Whether a checkpoint with this validation loss is to be kept."""
-        return self._permanent(macro_batch) or self._among_best(val_loss)
+    def offer(self, macro_batch: int, val_loss: float, model: LanguageModel) -> bool:
+        """Saves a checkpoint if its validation loss is among the best, or its macro-batch is one to keep.
 
-    def save(
-        self,
-        macro_batch: int,
-        val_loss: float,
-        weights: Mapping[str, Tensor],
-        config: ModelConfig,
-        tokenizer: Tokenizer,
-        lora: LoRAConfig | None = None,
-        chat_template: ChatTemplate | None = None,
-    ) -> str:
-        """Writes a checkpoint of whole `weights`, then removes those that are no longer among the best.
-
-        Returns why it could not be written, and an empty string where it is; those before it are as they were.
+        Then removes those that are no longer among the best. Where it cannot be written, those before it stay as they
+        are, and a line says why. All processes call this together; returns whether a checkpoint was due.
         """
-        entry = CheckpointEntry(
-            f"val{val_loss:.4f}_mb{macro_batch:06d}", macro_batch, val_loss, permanent=self._permanent(macro_batch)
-        )
+        permanent = self._permanent(macro_batch)
+        if not permanent and not self._among_best(val_loss):
+            return False
+        weights = gather_to_host(model.state_dict(), keep=self.ranks.is_main)
+        entry = CheckpointEntry(f"val{val_loss:.4f}_mb{macro_batch:06d}", macro_batch, val_loss, permanent)
         best = sorted([*self.entries, entry], key=_rank)
         finite = [other for other in best if not math.isnan(other.val_loss)]
         entries = [other for other in best if other.permanent or other in finite[: self.config.keep_best]]
+        reason: str = self.ranks.from_main(self._write(entry, entries, weights) if self.ranks.is_main else "")
+        if reason:
+            self.log(f"the checkpoint of macro-batch {macro_batch} could not be saved: {reason}")
+            return True
+        self.entries = entries
+        if self.ranks.is_main:
+            self.prune()
+        return True
 
-        def write() -> str:
-            try:
-                folder = self.folder / entry.name
-                save_checkpoint(folder, weights, config, tokenizer, asdict(entry), lora, chat_template)
-                index = {"format": FORMAT, "checkpoints": [asdict(other) for other in entries]}
-                write_json(self.folder / INDEX, index)
-            except (OSError, SafetensorError) as error:
-                return str(error)
-            return ""
-
-        reason: str = self.ranks.from_main(write() if self.ranks.is_main else "")
-        if not reason:
-            self.entries = entries
-            if self.ranks.is_main:
-                self.prune()
-        return reason
+    def _write(self, entry: CheckpointEntry, entries: list[CheckpointEntry], weights: Mapping[str, Tensor]) -> str:
+        """Writes a checkpoint and the new index; returns why that could not be, empty where it could."""
+        try:
+            save_checkpoint(
+                self.folder / entry.name, weights, self.model_config, self.tokenizer, asdict(entry), self.lora,
+                self.chat_template,
+            )  # fmt: skip
+            index = {"format": FORMAT, "checkpoints": [asdict(other) for other in entries]}
+            write_json(self.folder / INDEX, index)
+        except (OSError, SafetensorError) as error:
+            return str(error)
+        return ""
 
     def prune(self) -> None:
         """Removes every folder that the index does not name; one that cannot be removed stays until the next time."""
@@ -251,7 +250,7 @@ TOKEN_ROWS = ("token_embedding.weight", "head.weight")
 """Matrices with one row per position or per token, of which there may be more or fewer in a model than in another."""
 
 
-def load_matching_weights(model: nn.Module, weights: Mapping[str, Tensor], same_tokens: bool = False) -> list[str]:
+def load_matching_weights(model: LanguageModel, weights: Mapping[str, Tensor], same_tokens: bool = False) -> list[str]:
     """Copies into `model` every weight whose name and shape match; returns a line about each that did not.
 
     Of the rows that stand for positions, and for tokens where they are the `same_tokens`, those that both have are

@@ -367,8 +367,8 @@ def _train(
     from cleangpt.distributed.processes import join
     from cleangpt.distributed.signals import SAVE, without
     from cleangpt.tracking.progress import ProgressBar
+    from cleangpt.training.build import build_trainer
     from cleangpt.training.launch import summary
-    from cleangpt.training.trainer import Trainer
 
     _check_source(experiment)
     # Before there is something to save, the signal that asks for it would end the process.
@@ -380,7 +380,7 @@ def _train(
         progress = ProgressBar(run if ranks.is_main else None, experiment.tracking.progress and ranks.is_main)
         with ExitStack() as held:
             ranks.on_main(lambda: held.enter_context(acquire_run(run, experiment, store)))
-            trainer = Trainer(experiment, run, store, progress, ranks, end)
+            trainer = build_trainer(experiment, run, store, progress, ranks, end)
             for line in summary(experiment, run, store, trainer.model, trainer.device, trainer.layout):
                 progress.log(line)
             status = trainer.train()

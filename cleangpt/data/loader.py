@@ -252,3 +252,53 @@ class BatchLoader:
         part = self.batch_size // self.world_size
         batch = self.stream.batch(position + self.rank * part, part)
         return batch.pin() if self.pin_memory else batch
+
+
+class DatasetSource:
+    """Interim."""
+
+    def __init__(
+        self, stream: Stream, batch_size: int, *, prefetch: int, pin_memory: bool, rank: int, world_size: int
+    ) -> None:
+        self.stream, self.batch_size = StreamWithout(stream, []), batch_size
+        self.settings = {"prefetch": prefetch, "pin_memory": pin_memory, "rank": rank, "world_size": world_size}
+        self.position, self.waited, self.loader = 0, 0.0, None
+
+    def _open(self) -> BatchLoader:
+        if self.loader is None:
+            self.loader = BatchLoader(self.stream, self.batch_size, self.position, **self.settings)
+        return self.loader
+
+    @property
+    def wait_time(self) -> float:
+        return self.waited + (self.loader.wait_time if self.loader else 0)
+
+    def next(self) -> Batch:
+        batch = self._open().next()
+        self.position += self.batch_size
+        return batch
+
+    def metrics(self) -> dict[str, float]:
+        return self.stream.progress(self.position)
+
+    def skip(self, start: int, end: int) -> None:
+        first, last = self.stream.place(start), self.stream.place(end - 1) + 1
+        self.close()
+        self.stream.skipped_ranges = add_range(self.stream.skipped_ranges, first, last)
+
+    def state_dict(self):
+        return {"samples": self.position, "skipped_ranges": [list(r) for r in self.stream.skipped_ranges]}
+
+    def load_state_dict(self, state) -> None:
+        self.close()
+        self.position = state["samples"]
+        ranges = self.stream.skipped_ranges
+        for first, last in state["skipped_ranges"]:
+            ranges = add_range(ranges, first, last)
+        self.stream.skipped_ranges = ranges
+
+    def close(self) -> None:
+        if self.loader is not None:
+            self.waited += self.loader.wait_time
+            self.loader.close()
+            self.loader = None

@@ -8,8 +8,9 @@ from cleangpt.data.batch import Batch
 class BatchSource(Protocol):
     """An endless row of batches; its position is the number of samples consumed, over all devices."""
 
-    wait_time: float
-    """Seconds that `next` has waited for a batch, since the start."""
+    @property
+    def wait_time(self) -> float:
+        """Seconds that `next` has waited for a batch, since the start."""
 
     def next(self) -> Batch:
         """This rank's part of the next batch, on the host."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from cleangpt.distributed.processes import Ranks
 from cleangpt.errors import UserError, require
 from cleangpt.models.base import LanguageModel
 from cleangpt.validation import RULES
@@ -183,36 +184,42 @@ def seed_everything(seed: int) -> None:
 
 
 class RandomState:
-    """The random generators of PyTorch (host and device), NumPy and Python, as something to save."""
+    """The random generators of PyTorch (host and device), NumPy and Python of every process, as something to save."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, ranks: Ranks) -> None:
+        self.device, self.ranks = device, ranks
 
     def state_dict(self) -> dict[str, Any]:
-        """Where every generator stands."""
+        """The generators' states by rank; all processes call it together."""
+        return {"ranks": self.ranks.gather(self._own())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Sets this process's generators; those of a process or a device that was not there are left alone."""
+        if self.ranks.rank >= len(state["ranks"]):
+            return
+        own = state["ranks"][self.ranks.rank]
+        torch.set_rng_state(own["torch"])
+        kind, keys, position, has_gauss, gauss = own["numpy"]
+        np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+        version, internal, gauss_next = own["python"]
+        random.setstate((version, tuple(internal), gauss_next))
+        if self.device.type == "cuda" and "cuda" in own:
+            torch.cuda.set_rng_state(own["cuda"], self.device)
+        if self.device.type == "mps" and "mps" in own:
+            torch.mps.set_rng_state(own["mps"])
+
+    def _own(self) -> dict[str, Any]:
         kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-        state: dict[str, Any] = {
+        own: dict[str, Any] = {
             "torch": torch.get_rng_state(),
             "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, gauss],
             "python": random.getstate(),
         }
         if self.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self.device)
+            own["cuda"] = torch.cuda.get_rng_state(self.device)
         if self.device.type == "mps":
-            state["mps"] = torch.mps.get_rng_state()
-        return state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Puts every generator where it stood; one of a device that is not in use here is left alone."""
-        torch.set_rng_state(state["torch"])
-        kind, keys, position, has_gauss, gauss = state["numpy"]
-        np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
-        version, internal, gauss_next = state["python"]
-        random.setstate((version, tuple(internal), gauss_next))
-        if self.device.type == "cuda" and "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"], self.device)
-        if self.device.type == "mps" and "mps" in state:
-            torch.mps.set_rng_state(state["mps"])
+            own["mps"] = torch.mps.get_rng_state()
+        return own
 
 
 def describe_device(device: torch.device) -> str:

@@ -46,7 +46,7 @@ class Trackers:
         self._states: dict[str, dict[str, Any]] = {}
         """What each of the others told last."""
 
-    def open(self, truncate_after: int | None) -> None:
+    def open(self, truncate_after: int | None, last_step: int = 0) -> None:
         """Opens every tracker."""
         self._files.open(truncate_after)
         self._update_progress(lambda tracker: tracker.open(truncate_after))
@@ -55,6 +55,9 @@ class Trackers:
         """Tells all the figures of one macro-batch."""
         self._files.record(figures)
         self._update_progress(lambda tracker: tracker.record(figures))
+
+    def log_steps(self, rows: Any) -> None:
+        """Takes points."""
 
     def sample(self, macro_batch: int, text: str) -> None:
         """Tells all a text that the model wrote after `macro_batch`."""
@@ -127,6 +130,33 @@ def check_tracking(config: TrackingConfig) -> None:
         require("tensorboard", "tensorboard")
 
 
+def create_trackers(
+    experiment: Experiment, experiment_json: dict[str, Any], run: Path, log: Callable[[str], None]
+) -> Trackers:
+    """The trackers that an experiment asks for, for the run in the folder `run`; to be opened.
+
+    Args:
+        experiment: what is trained.
+        experiment_json: the same as JSON, shown beside the metrics.
+        run: its folder.
+        log: told about a tracker that fails.
+
+    Raises:
+        UserError: the package of a tracker is not installed.
+    """
+    check_tracking(experiment.tracking)
+    others: dict[str, Tracker] = {}
+    if experiment.tracking.wandb != "disabled":
+        from cleangpt.tracking.wandb import WandbTracker
+
+        others["wandb"] = WandbTracker(experiment, experiment_json, run)
+    if experiment.tracking.tensorboard:
+        from cleangpt.tracking.tensorboard import TensorBoardTracker
+
+        others["tensorboard"] = TensorBoardTracker(experiment_json, run)
+    return Trackers(MetricsFiles(run, log), others, log)
+
+
 def open_trackers(
     experiment: Experiment,
     experiment_json: dict[str, Any],
@@ -147,18 +177,8 @@ def open_trackers(
         UserError: the package of a tracker is not installed, or metrics.jsonl is damaged.
         OSError: the lines of metrics.jsonl that are told again cannot be removed.
     """
-    check_tracking(experiment.tracking)
-    others: dict[str, Tracker] = {}
-    if experiment.tracking.wandb != "disabled":
-        from cleangpt.tracking.wandb import WandbTracker
-
-        others["wandb"] = WandbTracker(experiment, experiment_json, run)
-    if experiment.tracking.tensorboard:
-        from cleangpt.tracking.tensorboard import TensorBoardTracker
-
-        others["tensorboard"] = TensorBoardTracker(experiment_json, run)
     log = log or (lambda text: log_to_stderr(run, text))
-    trackers = Trackers(MetricsFiles(run, log), others, log)
+    trackers = create_trackers(experiment, experiment_json, run, log)
     trackers.load_state_dict(state or {})
     trackers.open(truncate_after)
     return trackers

@@ -1,21 +1,27 @@
 """What trains of a model that has learned already, and how fast; applied from outside the model (design rule 7)."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch.distributed as dist
 
+from cleangpt.checkpoints.checkpoint import config_mismatches, load_matching_weights
+from cleangpt.checkpoints.run_folder import find_moments
 from cleangpt.checkpoints.snapshots import fill_tensors, saved_shapes
-from cleangpt.config import FineTuningConfig, OptimizerConfig
+from cleangpt.config import FineTuningConfig, ModelConfig, OptimizerConfig
+from cleangpt.data.tokenizers import Tokenizer, same_tokens
 from cleangpt.distributed.layout import Layout
+from cleangpt.distributed.processes import Ranks
 from cleangpt.errors import UserError, nearest
 from cleangpt.experiment import Experiment
+from cleangpt.interchange.huggingface import open_checkpoint
 from cleangpt.models import build_model
 from cleangpt.models.base import LanguageModel, on_meta
 from cleangpt.models.lora import add_adapter, is_adapter, linear_layers
 from cleangpt.training.mup import mup_scales
 from cleangpt.training.optimizer import Optimizer
+from cleangpt.training.saving import find_newest
 
 
 # What trains ---------------------------------------------------------------------------------------------------------
@@ -130,6 +136,40 @@ def check_fine_tuning(experiment: Experiment, place: Layout) -> None:
     freeze_and_add_lora(model, tuning)
     lr_factors(model, experiment.optimizer, tuning.layer_decay)
     mup_scales(experiment.model, experiment.optimizer)
+
+
+def start_from(
+    source: str, model: LanguageModel, optimizer: Optimizer, config: ModelConfig, tokenizer: Tokenizer, ranks: Ranks,
+    group: dist.ProcessGroup | None, log: Callable[[str], None], with_moments: bool,
+) -> None:  # fmt: skip
+    """Takes the weights of a run, a checkpoint or a model of Hugging Face as far as they fit, and logs which do not.
+
+    Args:
+        source: as `Experiment.init_from` names it.
+        model: to be filled; its configuration is `config`, its corpus's tokenizer `tokenizer`.
+        optimizer: of the model.
+        ranks: all processes call this together.
+        group: the process group that snapshots are read in.
+        log: told about each weight that does not fit.
+        with_moments: takes the optimizer's moments from the newest snapshot of the run as well.
+
+    Raises:
+        UserError: there is no such source, or no intact snapshot of it.
+    """
+    checkpoint = open_checkpoint(source)
+    same = same_tokens(checkpoint.tokenizer, tokenizer)
+    differing = config_mismatches(checkpoint.config, config)
+    differing += load_matching_weights(model, checkpoint.weights, same)
+    if not same:
+        differing.append("its tokenizer is not the corpus's, so token ids may mean other texts")
+    log(f"starting from the weights of {checkpoint.folder}")
+    if with_moments:
+        snapshot = find_newest(find_moments(source), ranks, log)
+        if snapshot is None:
+            raise UserError(f"fine_tuning.optimizer_state is 'kept', but every snapshot of {source} is corrupt")
+        differing.append(load_moments(optimizer, snapshot, group))
+    for line in differing:
+        log(f"  {line}")
 
 
 def load_moments(optimizer: Optimizer, snapshot: Path, group: dist.ProcessGroup | None) -> str:

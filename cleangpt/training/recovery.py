@@ -1,48 +1,60 @@
-"""Numbers gone wrong: a loss that jumps, and weights that are not finite."""
+"""When numbers go wrong: losses that spike, weights that are not finite, and the way back to a good snapshot."""
 
 import math
 from collections import deque
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cleangpt.checkpoints.snapshots import list_snapshots
 from cleangpt.config import TrainingConfig
+from cleangpt.data.source import BatchSource
 from cleangpt.distributed.processes import Ranks
 from cleangpt.distributed.tensors import local_tensor
+from cleangpt.errors import DivergedError
+from cleangpt.files import find_corruption
+from cleangpt.models.base import LanguageModel
+from cleangpt.tracking import Trackers
+from cleangpt.training.optimizer import Optimizer
+from cleangpt.training.saving import Saver
+from cleangpt.training.state import Length, Position, StepResult
 
 
-class Spikes:
-    """Finds the step at which the loss jumped, or at which too many in a row were skipped; see docs/reliability.md.
+class SpikeDetector:
+    """Finds the step at which the loss spiked, or at which too many steps in a row were skipped.
 
-    The losses stay on the device until `judge` reads them, before anything is made of the weights. Which step is found
-    depends on the losses alone, not on when they are read, so a resumed run finds the same.
+    Losses stay on the device until `detect` reads them, before anything is made of the weights. Which step is found
+    depends on the losses alone, not on when they are read, so a resumed run finds the same; see docs/reliability.md.
     """
 
-    def __init__(self, config: TrainingConfig) -> None:
-        self.config = config
+    def __init__(self, config: TrainingConfig, ranks: Ranks) -> None:
+        self.config, self._ranks = config, ranks
         self.enabled = config.spike_threshold is not None
         self.recent: deque[float] = deque(maxlen=config.spike_window)
-        """Losses of the last steps, in nats; of skipped steps there are none."""
+        """Losses of the last steps, without skipped ones."""
         self.skipped = 0
         """Steps skipped in a row until now."""
         self.rollbacks = 0
         self.found: int | None = None
-        """The position after the step that was found, in samples; None: there is none."""
+        """The position after the step that was found, in samples; None: none was."""
         self._unread: list[tuple[int, Tensor]] = []
 
-    def note(self, end: int, loss: Tensor, skipped: Tensor) -> None:
-        """Takes this process's part of the loss of the step that ended at a position, and whether it was skipped."""
-        self._unread.append((end, torch.where(skipped > 0, math.nan, loss)))
+    def observe(self, end: int, step: StepResult) -> None:
+        """Takes the step that ended at a position."""
+        if self.enabled:
+            loss = step.loss / max(step.count, 1)
+            self._unread.append((end, torch.where(step.skipped > 0, math.nan, loss)))
 
-    def judge(self, ranks: Ranks) -> int | None:
-        """Reads the losses noted since the last time, on all processes together; returns `found`."""
+    def detect(self) -> int | None:
+        """Reads the losses observed since the last time, on all processes together; returns `found`."""
         if not self._unread:
             return self.found
         ends, parts = zip(*self._unread, strict=True)
         self._unread.clear()
-        for end, loss in zip(ends, ranks.sum(*torch.stack(parts).tolist()), strict=True):
+        for end, loss in zip(ends, self._ranks.sum(*torch.stack(parts).tolist()), strict=True):
             if self.found is None and self._is_spike(loss):
                 self.found = end
         return self.found
@@ -63,15 +75,33 @@ class Spikes:
         return {"recent": list(self.recent), "skipped": self.skipped, "rollbacks": self.rollbacks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state_dict`."""
+        """Continues from `state_dict`."""
         self.recent = deque(state["recent"], self.config.spike_window)
         self.skipped, self.rollbacks = state["skipped"], state["rollbacks"]
         self.found = None
         self._unread.clear()
 
 
+class Health:
+    """Whether weights and moments are finite, and gradients have been."""
+
+    def __init__(self, model: LanguageModel, optimizer: Optimizer, ranks: Ranks, max_skipped_steps: int) -> None:
+        self.model, self.optimizer, self.ranks, self.max_skipped_steps = model, optimizer, ranks, max_skipped_steps
+
+    def not_finite(self) -> str:
+        """The first weight or moment that is not finite, on any process; empty: all are."""
+        moments = self.optimizer.state_dict()["moments"].items()
+        tensors = dict(self.model.named_parameters())
+        tensors |= {f"{key} of {name}": tensor for name, entry in moments for key, tensor in entry.items()}
+        return next(filter(None, self.ranks.gather(first_not_finite(tensors))), "")
+
+    def skipped_too_many(self) -> bool:
+        """Whether as many steps in a row were skipped as may be; waits for the device."""
+        return int(self.optimizer.skipped[2].item()) >= self.max_skipped_steps
+
+
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str:
-    """The name of the first tensor of whose part here a number is NaN or infinite; empty: all are finite.
+    """The name of the first tensor that has a NaN or an infinity in this process's part; empty: none has.
 
     The device is waited for once, unless there is one.
     """
@@ -80,3 +110,92 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str:
     if not parts or torch.nn.utils.get_total_norm(parts.values(), math.inf).isfinite():
         return ""
     return next(name for name, part in parts.items() if not part.isfinite().all())
+
+
+class Recovery:
+    """Returns to a snapshot where the loss has spiked, and skips the batches up to the spike.
+
+    Chowdhery et al. 2022 ("PaLM", section 5.1) did so by hand.
+    """
+
+    def __init__(
+        self, spikes: SpikeDetector, health: Health, saver: Saver, source: BatchSource, trackers: Trackers,
+        position: Position, length: Length,
+    ) -> None:  # fmt: skip
+        self.spikes, self.health, self.saver, self.source = spikes, health, saver, source
+        self.trackers, self.position, self.length = trackers, position, length
+
+    def roll_back(self) -> bool:
+        """Rolls back if the loss has spiked, or if weights are not finite where spikes are watched for.
+
+        Raises:
+            DivergedError: it has happened too often, or there is no snapshot to return to.
+        """
+        found, position = self.spikes.detect(), self.position
+        if self.spikes.enabled and found is None and self.health.not_finite():
+            found = position.samples
+        if found is None:
+            return False
+        config, step, rollbacks = self.spikes.config, position.step, self.spikes.rollbacks
+        begin = found - config.spike_skip * self.length.batch_size
+        path, spent = self._snapshot_before(begin), position.read_clock()
+        if path is None or rollbacks >= config.max_rollbacks:
+            why = "no intact snapshot is left" if path is None else f"training.max_rollbacks is {rollbacks}"
+            raise DivergedError(f"the loss has spiked before step {step:,}, and {why}; a lower optimizer.lr may help")
+        first = max(begin, self._samples(path))
+        self.source.skip(first, found)
+        state = self.saver.load(path, without=("trackers",))
+        position.time_trained, self.spikes.rollbacks = spent, rollbacks + 1
+        self.trackers.rewind(state["trackers"], position.macro_batch)
+        self.saver.log(f"the loss has spiked; {found - first:,} samples are skipped from now on")
+        return True
+
+    def metrics(self) -> dict[str, int]:
+        """What spikes of the loss have cost, where they are watched for."""
+        skipped = sum(end - start for start, end in self.source.state_dict().get("skipped_ranges", []))
+        return {"rollbacks": self.spikes.rollbacks, "samples_left_out": skipped} if self.spikes.enabled else {}
+
+    def check_weights(self) -> None:
+        """Ends the run before weights that are not finite take the place of good ones.
+
+        Raises:
+            DivergedError: names the first weight or moment that is not finite, and the last good snapshot.
+        """
+        if name := self.health.not_finite():
+            raise DivergedError(f"{name} is not finite after step {self.position.step:,}; {self.saver.last_good()}")
+
+    def check_skipped(self) -> None:
+        """Ends the run, or has the spike detector roll back, where too many steps in a row were skipped.
+
+        Raises:
+            DivergedError: names the last good snapshot.
+        """
+        if not self.health.skipped_too_many():
+            return
+        if self.spikes.enabled:
+            self.spikes.detect()
+            return
+        raise DivergedError(
+            f"{self.health.max_skipped_steps} steps in a row up to step {self.position.step:,} had a loss or gradient "
+            f"that is not finite; {self.saver.last_good()}"
+        )
+
+    def _snapshot_before(self, samples: int) -> Path | None:
+        """Of the intact snapshots at the end of macro-batches, the newest before a position, else the oldest.
+
+        Those that a signal has left are passed over: a run without signals does not have them.
+        """
+        snapshots, ranks = self.saver.snapshots, self.health.ranks
+        snapshots.wait()
+        found: list[Path] = ranks.from_main(list_snapshots(snapshots.folder))
+        paths = [path for path in found if "_" not in path.name]
+        older = [path for path in paths if self._samples(path) <= samples]
+        newer = [path for path in reversed(paths) if path not in older]
+        for path in older + newer:
+            if not any(ranks.gather(find_corruption(path, ranks.rank, ranks.world_size))):
+                return path
+        return None
+
+    def _samples(self, snapshot: Path) -> int:
+        """The position of a snapshot at the end of a macro-batch."""
+        return int(snapshot.name.removeprefix("mb")) * self.length.samples_per_macro_batch

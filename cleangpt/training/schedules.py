@@ -5,6 +5,7 @@ size stay together when the last of them grows.
 """
 
 import math
+from dataclasses import dataclass
 
 from cleangpt.config import Schedule
 from cleangpt.experiment import Experiment, samples_per_macro_batch, total_samples
@@ -34,6 +35,27 @@ def factor(schedule: Schedule, progress: float, step_share: float = 0.0) -> floa
     else:
         remaining = min(1.0, (1 - min(progress, 1.0)) / schedule.decay) if schedule.decay else 1.0
     return final + (initial - final) * remaining
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What the schedules say of a step."""
+
+    accumulation: int
+    """Batches in it."""
+    lr: float
+    weight_decay: float
+
+
+def step_plan(experiment: Experiment, samples: int) -> StepPlan:
+    """The step that begins after `samples` samples."""
+    count = accumulation(experiment, samples)
+    return StepPlan(count, learning_rate(experiment, samples, count), weight_decay(experiment, samples, count))
+
+
+def planned_steps(experiment: Experiment) -> int:
+    """About how many steps the run has: exactly, where every step has as many batches."""
+    return math.ceil(total_samples(experiment) / (experiment.data.batch_size * experiment.training.accumulation))
 
 
 def learning_rate(experiment: Experiment, samples: int, accumulation: int) -> float:

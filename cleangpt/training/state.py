@@ -1,12 +1,62 @@
-"""Where a run stands, and what it has summed up since the last macro-batch."""
+"""The state of a run: every part that a snapshot holds, and where the run stands."""
 
 import math
-from dataclasses import asdict, dataclass, field
-from typing import Any
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from cleangpt.distributed.processes import Ranks
+from cleangpt.objectives import Loss
+
+
+class Stateful(Protocol):
+    """A part of a run that a snapshot holds."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: a tree of dicts, lists, numbers, strings and tensors."""
+
+    def load_state_dict(self, state: Any) -> Any:
+        """Continues from `state_dict`."""
+
+
+class TrainState:
+    """Everything that a resumed run needs, listed once by name (design rule 5)."""
+
+    def __init__(self, parts: Mapping[str, Stateful]) -> None:
+        self.parts = dict(parts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of every part; all processes call it together."""
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any], without: Collection[str] = ()) -> None:
+        """Continues from `state_dict`, but for the parts named in `without`."""
+        for name, part in self.parts.items():
+            if name not in without:
+                part.load_state_dict(state[name])
+
+    def tensors(self) -> dict[str, Any]:
+        """The parts that are large and sharded; a snapshot is read straight into their tensors."""
+        return {name: self.parts[name].state_dict() for name in ("model", "optimizer")}
+
+
+@dataclass(frozen=True)
+class Length:
+    """The length of a run and of its units."""
+
+    batch_size: int
+    """Samples in a batch, over all devices."""
+    batches_per_macro_batch: int
+    macro_batches: int
+
+    @property
+    def samples_per_macro_batch(self) -> int:
+        """Over all devices."""
+        return self.batch_size * self.batches_per_macro_batch
 
 
 @dataclass
@@ -14,62 +64,147 @@ class Position:
     """Where a run stands."""
 
     samples: int = 0
-    """Trained on so far: with `left_out`, the data's whole state."""
+    """Trained on so far."""
     step: int = 0
     macro_batch: int = 0
     """Finished ones: trained, validated and recorded."""
     time_trained: float = 0.0
-    """Seconds, over all processes of the run."""
-    skipped_ranges: list[list[int]] = field(default_factory=list)
-    """Ranges of the data, first and one after the last, passed over at spikes of the loss; not among `samples`."""
+    """Seconds, over all processes of the run that came one after another."""
+
+    def __post_init__(self) -> None:
+        self._clock = time.perf_counter()
+
+    def start_clock(self) -> None:
+        """Starts counting time from now."""
+        self._clock = time.perf_counter()
+
+    def read_clock(self) -> float:
+        """Adds the time since the clock was last read; returns `time_trained`."""
+        now = time.perf_counter()
+        self.time_trained += now - self._clock
+        self._clock = now
+        return self.time_trained
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
+        self.read_clock()
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state_dict`; raises ValueError for what is none."""
-        _take_numbers(self, {name: value for name, value in state.items() if name != "skipped_ranges"})
-        ranges: list[list[int]] = state.get("skipped_ranges", [])
-        if any(type(end) is not int or not 0 <= end < 2**63 for first, last in ranges for end in (first, last)):
-            raise ValueError(f"left_out is {ranges!r}")
-        self.skipped_ranges = [[first, last] for first, last in ranges]
+        """Continues from `state_dict`.
+
+        Raises:
+            ValueError: an entry is no number that it may be.
+        """
+        _set_numbers(self, state)
+
+
+class LossSums:
+    """Sums of the losses of a step's micro-batches, on the device."""
+
+    def __init__(self, device: torch.device, copies: int) -> None:
+        """`copies` is how many processes compute the same loss, as under tensor parallelism."""
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.total = torch.zeros((), dtype=dtype, device=device)
+        self.metrics: dict[str, Tensor] = {}
+        self.copies = copies
+
+    def add(self, loss: Loss) -> None:
+        """Adds a micro-batch. A loss that is not finite skips the step; kept out of the sum, it hides no other step."""
+        self.total += loss.total.detach().nan_to_num(0.0, 0.0, 0.0) / self.copies
+        for name, value in loss.metrics.items():
+            share = value.detach().to(self.total.dtype).nan_to_num(0.0, 0.0, 0.0) / self.copies
+            self.metrics[name] = self.metrics[name] + share if name in self.metrics else share
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What came of one optimizer step."""
+
+    loss: Tensor
+    """Of this process's rows, summed over what the objective counts; 0-dim, on the device."""
+    metrics: dict[str, Tensor]
+    """Of the objective, likewise."""
+    count: float
+    """What the objective counted, over all processes."""
+    grad_norm: Tensor
+    """Before clipping; 0-dim, on the device."""
+    skipped: Tensor
+    """More than 0 where the gradient was not finite; 0-dim, on the device."""
+    samples: int
+    lr: float
+    weight_decay: float
 
 
 class Meter:
-    """Sums over the macro-batch in progress. The loss stays on the device until it is read."""
+    """Sums over the macro-batch in progress; losses stay on the device until they are read."""
 
-    def __init__(self, device: torch.device) -> None:
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.device = device
-        self.sums = torch.zeros(2, dtype=dtype, device=device)
-        """Of the loss over this process's targets and of the gradient norm over steps."""
-        self.targets = 0.0
+    def __init__(self, device: torch.device, ranks: Ranks) -> None:
+        self._device, self._ranks = device, ranks
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts a macro-batch."""
+        dtype = torch.float32 if self._device.type == "mps" else torch.float64
+        self.loss = torch.zeros((), dtype=dtype, device=self._device)
+        """Summed over this process's rows."""
+        self.grad_norm = torch.zeros_like(self.loss)
+        """Summed over steps."""
+        self.metrics: dict[str, Tensor] = {}
+        self.count = 0.0
+        """Over all processes."""
         self.steps = self.samples = 0
         self.seconds = self.waited = 0.0
+        """Of training, and of it waiting for batches."""
         self.lr = self.weight_decay = 0.0
         """Of the last step."""
 
-    def state_dict(self, ranks: Ranks) -> dict[str, Any]:
-        """What a run resumed within a macro-batch needs: the loss of each process, in whose order they are added."""
-        own = {name: value for name, value in vars(self).items() if name != "device"}
-        return own | {"sums": self.sums.cpu(), "losses": ranks.gather(self.sums[0].item())}
+    def add(self, step: StepResult) -> None:
+        """Adds a step."""
+        self.loss += step.loss
+        self.grad_norm += step.grad_norm
+        for name, value in step.metrics.items():
+            self.metrics[name] = self.metrics[name] + value if name in self.metrics else value
+        self.count += step.count
+        self.steps += 1
+        self.samples += step.samples
+        self.lr, self.weight_decay = step.lr, step.weight_decay
 
-    def load_state_dict(self, state: dict[str, Any], ranks: Ranks) -> None:
-        """Goes on from `state_dict`; where the number of processes is another, the main one takes the loss of all.
+    def mean_loss(self) -> float:
+        """Per counted thing, over all processes."""
+        return self._ranks.sum(self.loss.item() / max(self.count, 1))[0]
+
+    def mean_metrics(self) -> dict[str, float]:
+        """The objective's metrics, likewise."""
+        names = sorted(self.metrics)
+        sums = self._ranks.sum(*(self.metrics[name].item() / max(self.count, 1) for name in names))
+        return dict(zip(names, sums, strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run resumed within a macro-batch needs: every process's own sums, for they are added in its order."""
+        sums = {"loss": self.loss.item(), **{name: value.item() for name, value in self.metrics.items()}}
+        numbers = {name: value for name, value in vars(self).items() if isinstance(value, int | float)}
+        return numbers | {"grad_norm": self.grad_norm.item(), "sums": self._ranks.gather(sums)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from `state_dict`; with another number of processes, the main one takes the sums of all.
 
         Raises:
-            ValueError: it is none.
+            ValueError: an entry is no number that it may be.
         """
-        sums: torch.Tensor = state["sums"]
-        losses: list[float] = state.get("losses", [sums[0].item()])
-        _take_numbers(self, {name: value for name, value in state.items() if name not in ("sums", "losses")})
-        self.sums = sums.to(self.device, self.sums.dtype, copy=True).reshape(2)
-        same = len(losses) == ranks.world_size
-        self.sums[0] = losses[ranks.rank] if same else math.fsum(losses) * ranks.is_main
+        self.reset()
+        sums: list[dict[str, float]] = state["sums"]
+        _set_numbers(self, {name: value for name, value in state.items() if name not in ("sums", "grad_norm")})
+        self.grad_norm += state["grad_norm"]
+        if len(sums) == self._ranks.world_size:
+            own = sums[self._ranks.rank]
+        else:
+            own = {name: math.fsum(each[name] for each in sums) * self._ranks.is_main for name in sums[0]}
+        self.loss += own.pop("loss")
+        self.metrics = {name: torch.full_like(self.loss, value) for name, value in own.items()}
 
 
-def _take_numbers(target: object, state: dict[str, Any]) -> None:
+def _set_numbers(target: object, state: Mapping[str, Any]) -> None:
     """Sets attributes that `target` has, each to a number that may be one of its values."""
     for name, value in state.items():
         kinds = (int,) if type(vars(target)[name]) is int else (int, float)

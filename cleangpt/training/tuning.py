@@ -21,7 +21,7 @@ from cleangpt.experiment import Experiment
 from cleangpt.files import read_json, write_json
 from cleangpt.tracking.metrics import read_metrics
 from cleangpt.tracking.progress import ProgressBar
-from cleangpt.training.trainer import Trainer
+from cleangpt.training.build import build_trainer
 
 RESULT = "tune.json"
 PARTS = 4
@@ -89,14 +89,6 @@ def with_lr(experiment: Experiment, lr: float) -> Experiment:
     return replace(experiment, optimizer=replace(optimizer, lr=lr, muon=replace(optimizer.muon, lr=muon_lr)))
 
 
-class Probe(Trainer):
-    """A trainer that leaves the validation split alone."""
-
-    def validate(self) -> float:
-        """NaN, which is kept as no checkpoint."""
-        return math.nan
-
-
 class Tuning:
     """The rates tried on a short run, kept in a folder: tune.json, and a run for each rate.
 
@@ -158,7 +150,8 @@ class Tuning:
         if self.ranks.is_main:
             open_run(experiment, None, [])
         try:
-            trainer = Probe(experiment, run, self.store, ProgressBar(run, progress=False), self.ranks)
+            progress = ProgressBar(run, progress=False)
+            trainer = build_trainer(experiment, run, self.store, progress, self.ranks, validate=False)
             if trainer.train() == "interrupted":
                 raise RunInterruptedError
         except DivergedError:

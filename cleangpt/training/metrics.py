@@ -1,0 +1,151 @@
+"""What a run records: a point every few steps, and a row after each macro-batch."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cleangpt.data.source import BatchSource
+from cleangpt.distributed.device import peak_memory
+from cleangpt.distributed.processes import Ranks
+from cleangpt.tracking import Trackers
+from cleangpt.tracking.progress import ProgressBar
+from cleangpt.training.state import Meter, Position, StepResult
+
+FLUSH = 64
+"""Points that are read from the device together."""
+Row = Mapping[str, float | int | None]
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Turns samples per second into tokens per second and the share of the devices' peak."""
+
+    seq_len: int
+    flops_per_token: int
+    peak_flops: float | None
+    """Of one device; None: not known."""
+    devices: int
+
+    def metrics(self, samples: int, seconds: float) -> dict[str, float | None]:
+        """Of so many samples in so many seconds, over all devices."""
+        rate = samples * self.seq_len / seconds
+        flops = rate * self.flops_per_token / self.devices
+        return {"tokens_per_second": rate, "mfu": flops / self.peak_flops if self.peak_flops else None}
+
+
+class StepLog:
+    """Points of steps.jsonl: kept on the device and read together, so that no step waits for them.
+
+    Every process adds and flushes at the same steps; the main one has the trackers that write.
+    """
+
+    def __init__(self, every: int, seq_len: int, trackers: Trackers, ranks: Ranks) -> None:
+        self.every, self.seq_len, self.trackers, self.ranks = every, seq_len, trackers, ranks
+        self._points: list[tuple[dict[str, float | int], StepResult]] = []
+        self._since, self._samples = time.perf_counter(), 0
+
+    def add(self, position: Position, step: StepResult) -> None:
+        """Takes the step that has led to a position."""
+        self._samples += step.samples
+        if position.step % self.every:
+            return
+        now = time.perf_counter()
+        rate = self._samples * self.seq_len / max(now - self._since, 1e-9)
+        self._since, self._samples = now, 0
+        row: dict[str, float | int] = {
+            "step": position.step, "samples": position.samples, "tokens": position.samples * self.seq_len,
+            "lr": step.lr, "weight_decay": step.weight_decay, "batch_size": step.samples, "tokens_per_second": rate,
+        }  # fmt: skip
+        self._points.append((row, step))
+        if len(self._points) >= FLUSH:
+            self.flush()
+
+    def restart_clock(self) -> None:
+        """Leaves out of the speed what is no training, such as validation."""
+        self._since, self._samples = time.perf_counter(), 0
+
+    def flush(self) -> None:
+        """Reads the points from the device and hands them to the trackers; all processes together."""
+        points, self._points = self._points, []
+        if not points:
+            return
+        names = sorted({name for _, step in points for name in step.metrics})
+        zero = torch.zeros_like(points[0][1].loss)
+        table = torch.stack([self._numbers(step, names, zero) for _, step in points]).tolist()
+        sums = iter(self.ranks.sum(*(number for row in table for number in row[2:])))
+        rows = []
+        for (row, step), (grad_norm, skipped, *_) in zip(points, table, strict=True):
+            means = [next(sums) / max(step.count, 1) for _ in ("loss", *names)]
+            rows.append({**row, "loss": means[0], "grad_norm": grad_norm, "skipped": int(skipped > 0),
+                         **dict(zip(names, means[1:], strict=True))})  # fmt: skip
+        self.trackers.log_steps(rows)
+
+    @staticmethod
+    def _numbers(step: StepResult, names: list[str], zero: Tensor) -> Tensor:
+        parts = [step.grad_norm, step.skipped, step.loss, *(step.metrics.get(name, zero) for name in names)]
+        return torch.stack([part.to(zero.dtype) for part in parts])
+
+
+class Recorder:
+    """Tells trackers and progress bar how a run goes."""
+
+    def __init__(
+        self, trackers: Trackers, progress: ProgressBar, step_log: StepLog, throughput: Throughput, source: BatchSource,
+        ranks: Ranks, device: torch.device, validation_metrics: Callable[[float], Row], scores: Callable[[], Row],
+        sample: Callable[[int], str] | None,
+    ) -> None:  # fmt: skip
+        """What is made of the validation loss, task scores and a text sampled from the model come from the caller."""
+        self.trackers, self.progress, self.step_log, self.throughput = trackers, progress, step_log, throughput
+        self.source, self.ranks, self.device = source, ranks, device
+        self.validation_metrics, self.scores, self.sample = validation_metrics, scores, sample
+
+    def update_progress(self, position: Position, meter: Meter, batches: int, seconds: float) -> None:
+        """Shows the macro-batch so far; reading the loss waits for the device, so not after every step."""
+        self.progress.update(
+            batches,
+            {
+                # Of this process's rows, which stand for all.
+                "train_loss": meter.loss.item() * self.ranks.world_size / max(meter.count, 1),
+                "lr": meter.lr,
+                "visited_share": self.source.metrics().get("visited_share"),
+                **self.throughput.metrics(meter.samples, seconds),
+            },
+        )
+
+    def record(self, position: Position, meter: Meter, val_loss: float, recovery: Row, skipped_steps: int) -> None:
+        """Records the macro-batch just finished."""
+        row = {**self._row(position, meter, val_loss), "skipped_steps": skipped_steps, **recovery}
+        self.trackers.record(row)
+        self.progress.record(row)
+
+    def record_sample(self, macro_batch: int) -> None:
+        """Records a text sampled from the model, where that is asked for."""
+        if self.sample is not None:
+            self.trackers.sample(macro_batch, self.sample(macro_batch))
+
+    def _row(self, position: Position, meter: Meter, val_loss: float) -> dict[str, float | int | None]:
+        waited, peaks = zip(*self.ranks.gather((meter.waited, peak_memory(self.device))), strict=True)
+        return {
+            "macro_batch": position.macro_batch,
+            "step": position.step,
+            "samples": position.samples,
+            "tokens": position.samples * self.throughput.seq_len,
+            "train_loss": meter.mean_loss(),
+            **{f"train_{name}": value for name, value in meter.mean_metrics().items()},
+            "val_loss": val_loss,
+            **self.validation_metrics(val_loss),
+            **self.scores(),
+            "lr": meter.lr,
+            "weight_decay": meter.weight_decay,
+            "training_batch_size": meter.samples / meter.steps,
+            "grad_norm": meter.grad_norm.item() / meter.steps,
+            **self.source.metrics(),
+            **self.throughput.metrics(meter.samples, meter.seconds),
+            "step_time": meter.seconds / meter.steps,
+            "data_wait_share": max(waited) / meter.seconds,
+            "time_trained": position.time_trained,
+            "peak_memory": None if None in peaks else max(peaks),
+        }

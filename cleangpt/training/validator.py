@@ -1,0 +1,42 @@
+"""Validation after each macro-batch: the objective over the validation split of every source."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from cleangpt.data.loader import Samples, validation_batches
+from cleangpt.distributed.layout import Layout
+from cleangpt.distributed.processes import Ranks
+from cleangpt.evaluation.validate import mean_loss
+from cleangpt.models.base import LanguageModel
+from cleangpt.objectives import Objective
+
+
+class Validator:
+    """The loss on the validation split; of a mixture, the mean of the sources' losses by their shares of the run."""
+
+    def __init__(
+        self, model: LanguageModel, objective: Objective, samples: Mapping[str, Samples], shares: Mapping[str, float],
+        *, batch_size: int, limit: int | None, layout: Layout, ranks: Ranks, device: torch.device,
+        autocast: AbstractContextManager[Any],
+    ) -> None:  # fmt: skip
+        """`batch_size` samples at a time on each device, and `limit` of each source in all (None: every one)."""
+        self.model, self.objective, self.samples, self.shares = model, objective, samples, shares
+        self.batch_size, self.limit, self.layout, self.ranks = batch_size, limit, layout, ranks
+        self.device, self.autocast = device, autocast
+        self.losses: dict[str, float] = {}
+        """Of the sources, at the last validation."""
+
+    def validate(self, give_up: Callable[[], bool]) -> float:
+        """The loss per counted thing; NaN where `give_up` cut it short."""
+        for name, samples in self.samples.items():
+            batches = validation_batches(
+                samples, self.batch_size, self.limit, rank=self.layout.part(self.ranks.rank),
+                world_size=self.layout.parts,
+            )  # fmt: skip
+            self.losses[name] = mean_loss(
+                self.model, self.objective, batches, self.device, self.autocast, give_up, self.ranks.sum_tensor
+            )
+        return sum(share * self.losses[name] for name, share in self.shares.items())
