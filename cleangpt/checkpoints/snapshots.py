@@ -33,7 +33,7 @@ from cleangpt.distributed.tensors import is_dtensor
 from cleangpt.errors import UserError, parsing
 from cleangpt.files import MANIFEST, PARTIAL, commit_folder, find_corruption, read_json, remove, write_json
 
-FORMAT = 2
+FORMAT = 3
 
 
 DAMAGED = ".damaged"

@@ -338,7 +338,7 @@ def test_generators_come_back_where_they_stood() -> None:
 
     from cleangpt.distributed.device import RandomState
 
-    state = RandomState(torch.device("cpu"))
+    state = RandomState(torch.device("cpu"), Ranks())
     before = state.state_dict()
     first = (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random())
     state.load_state_dict(before)

@@ -58,15 +58,15 @@ CORPORA["uneven"] = Uneven
 if path := os.environ.get("LOG_SAMPLES"):
     step = Trainer.step
     def logged(self):
-        take = self.loader.next
+        take = self.source.next
         def next_batch():
             batch = take()
             with open(f"{path}_{self.ranks.rank}_{os.getpid()}.txt", "a") as file:
                 file.writelines(f"{self.position.samples} {row}\\n" for row in batch.inputs["tokens"].tolist())
             return batch
-        self.loader.next = next_batch
+        self.source.next = next_batch
         step(self)
-        self.loader.next = take
+        self.source.next = take
         if os.environ.get("DIE_AT") == str(self.position.step) and self.ranks.rank == 1:
             if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
                 os.kill(os.getpid(), 9)

@@ -79,8 +79,8 @@ def test_sigusr1_saves_at_once_and_changes_nothing_else(tiny: Build, trainer: Op
     run = trainer(tiny(run_dir="run"))
     after_step(run, 6, signal.SIGUSR1, signal.SIGUSR1)
     saved: list[str] = []
-    save = run.snapshots.save
-    run.snapshots.save = lambda name, state: (saved.append(name), save(name, state))[1]  # type: ignore[method-assign]
+    save = run.saver.snapshots.save
+    run.saver.snapshots.save = lambda name, state: (saved.append(name), save(name, state))[1]  # type: ignore[method-assign]
     assert run.train() == "finished"
     assert saved == ["mb000001", "mb000001_b00002", *(f"mb00000{number}" for number in range(2, 7))]
     assert "saving run/snapshots/mb000001_b00002" in Path("run/log.txt").read_text()
@@ -115,8 +115,8 @@ def test_a_signal_during_validation(tiny: Build, trainer: Open, unbroken: Path, 
         return objective(*given)  # type: ignore[arg-type]
 
     broken.objective = loud  # type: ignore[assignment]
-    save, names = broken.snapshots.save, []
-    broken.snapshots.save = lambda name, state: (names.append(name), save(name, state))[1]  # type: ignore[method-assign]
+    save, names = broken.saver.snapshots.save, []
+    broken.saver.snapshots.save = lambda name, state: (names.append(name), save(name, state))[1]  # type: ignore[method-assign]
     assert broken.train() == ("finished" if number == signal.SIGUSR1 else "interrupted")
     assert raised and "mb000002_b00004" in names
     assert trainer(experiment).train() == "finished"
@@ -152,13 +152,13 @@ def test_a_signal_during_saving(
 def test_a_signal_while_the_trackers_close_does_not_end_the_process(tiny: Build, trainer: Open) -> None:
     """torchrun's own SIGTERM may come seconds after the first, when everything is saved."""
     run = trainer(tiny(run_dir="run", training__macro_batches=1))
-    close = run.trackers.close
+    close = run.recorder.trackers.close
 
     def late(status: str) -> None:
         signal.raise_signal(signal.SIGTERM)
         close(status)
 
-    run.trackers.close = late  # type: ignore[method-assign]
+    run.recorder.trackers.close = late  # type: ignore[method-assign]
     assert run.train() == "finished"
 
 

@@ -28,7 +28,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "a checkpoint": (Checkpoints, "save"),
     "recording": (MetricsFiles, "record"),
     "sampling": (trainer, "sample_text"),
-    "the end": (trainer.Trainer, "save_last_snapshot"),
+    "the end": (saving.Saver, "save_last"),
 }
 
 

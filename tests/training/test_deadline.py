@@ -20,9 +20,9 @@ from cleangpt.experiment import Experiment
 from cleangpt.tracking.metrics import read_metrics
 from cleangpt.tracking.progress import ProgressBar
 from cleangpt.training import deadline
+from cleangpt.training.build import build_trainer
 from cleangpt.training.deadline import SPARE, Deadline, read_time_limit
 from cleangpt.training.launch import resolve
-from cleangpt.training.trainer import Trainer
 
 Build = Callable[..., Experiment]
 Open = Callable[[Experiment], Trainer]
@@ -116,7 +116,7 @@ def test_a_run_out_of_time_saves_and_goes_on_later_bit_for_bit(tiny: Build, trai
     store = prepare(experiment.corpus, Path(experiment.data.folder))
     experiment = resolve(experiment, store.vocab_size)
     run = open_run(experiment, None, [])
-    broken = Trainer(experiment, run, store, ProgressBar(run, progress=False), end=time.time() + 3600)
+    broken = build_trainer(experiment, run, store, ProgressBar(run, progress=False), end=time.time() + 3600)
     step = broken.step
 
     def until_the_tenth() -> None:
@@ -128,7 +128,7 @@ def test_a_run_out_of_time_saves_and_goes_on_later_bit_for_bit(tiny: Build, trai
     assert broken.train() == "interrupted"
     assert broken.position.step == 10
     assert "s before the time limit: saving" in (run / "log.txt").read_text()
-    assert broken.snapshots.longest > 0
+    assert broken.saver.snapshots.longest > 0
     resumed = trainer(tiny(run_dir="broken"))
     assert resumed.train() == "finished"
     ours, theirs = (load_snapshot(list_snapshots(Path(name) / "snapshots")[0]) for name in ("broken", "unbroken"))

@@ -108,7 +108,10 @@ def test_a_run_with_frozen_layers_goes_on_bit_for_bit(tiny: Build, trainer: Open
     trainer(tiny(run_dir="parts", fine_tuning=freeze(*FROZEN), training__macro_batches=6)).train_macro_batch()
     first = trainer(tiny(run_dir="parts", fine_tuning=freeze(*FROZEN)))
     step = first.step
-    first.step = lambda: (step(), setattr(first.stop, "requested", 15 if first.position.step == 10 else None))  # type: ignore[method-assign, assignment, func-returns-value]
+    first.step = lambda: (
+        step(),
+        setattr(first.stopping.signals, "requested", 15 if first.position.step == 10 else None),
+    )  # type: ignore[method-assign, assignment, func-returns-value]
     assert first.train() == "interrupted"
     second = trainer(tiny(run_dir="parts", fine_tuning=freeze(*FROZEN)))
     assert second.position.step == 10
@@ -216,7 +219,7 @@ def test_the_summary_says_how_many_parameters_train_and_what_they_take(tiny: Bui
     trained = sum(size for name, size in sizes.items() if not name.startswith("blocks."))
     assert f"{sum(sizes.values()):,} parameters ({trained:,} of them train)" in lines[1]
     assert state_bytes(tuned.model) == 4 * sum(sizes.values()) + 12 * trained
-    tuned.loader.close()
+    tuned.source.close()
 
 
 def test_a_frozen_layer_spares_its_products_for_gradients() -> None:
@@ -334,7 +337,7 @@ def test_moments_begin_anew_or_are_those_of_the_newest_snapshot(tiny: Build, tra
     line = f"the optimizer begins with the moments of {count} of {count} parameters from {newest}"
     assert line in Path("kept/log.txt").read_text() and "moments" not in Path("anew/log.txt").read_text()
     for one in (kept, anew):
-        one.loader.close()
+        one.source.close()
 
 
 def test_moments_of_another_shape_or_name_are_left(tiny: Build, trainer: Open) -> None:
@@ -350,7 +353,7 @@ def test_moments_of_another_shape_or_name_are_left(tiny: Build, trainer: Open) -
             assert all(torch.equal(entry[key], theirs[name][key]) for key in entry)
     taken = len(theirs) - 1
     assert f"moments of {taken} of {len(ours)} parameters" in Path("wider/log.txt").read_text()
-    wider.loader.close()
+    wider.source.close()
 
 
 def test_moments_that_are_not_there_are_refused_before_anything_is_made(

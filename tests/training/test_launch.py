@@ -56,15 +56,15 @@ def step(self):
         plain_step(self)
         self.objective = objective
     else:
-        take = self.loader.next
+        take = self.source.next
         def logged():
             batch = take()
             with open(f"seen_{RANK}.txt", "a") as file:
                 file.writelines(f"{self.position.step} {row}\\n" for row in batch.inputs["tokens"].tolist())
             return batch
-        self.loader.next = logged
+        self.source.next = logged
         plain_step(self)
-        self.loader.next = take
+        self.source.next = take
     with open(f"weights_{RANK}.txt", "a") as file:
         total = sum(p.detach().double().abs().sum() for p in self.model.parameters())
         total = total.full_tensor() if hasattr(total, "full_tensor") else total

@@ -104,7 +104,7 @@ def test_the_figures_of_each_source_are_told(tiny: Build, trainer: Open) -> None
 def test_the_summary_says_each_source_s_share_of_the_run(tiny: Build, trainer: Open) -> None:
     run = trainer(three(tiny, (2.0, 1.0, 1.0)))
     lines = summary(run.experiment, run.run, run.store, run.model, run.device, run.layout)
-    run.loader.close()
+    run.source.close()
     assert [line.split(",")[0] for line in lines if "digits" in line] == [
         f"data     digits{digits}: {share} % of the samples"
         for digits, share in ((1, "50.00"), (2, "25.00"), (3, "25.00"))

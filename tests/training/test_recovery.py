@@ -22,7 +22,7 @@ from cleangpt.distributed.processes import Ranks
 from cleangpt.errors import RunFailedError
 from cleangpt.experiment import Experiment
 from cleangpt.tracking.metrics import read_metrics
-from cleangpt.training.recovery import Spikes, first_not_finite
+from cleangpt.training.recovery import SpikeDetector, first_not_finite
 from cleangpt.training.trainer import Trainer
 
 Build = Callable[..., Experiment]
@@ -109,17 +109,17 @@ def test_positions_are_the_inverse_of_the_order(n: int, seed: int, epoch: int) -
 # Finding a spike -------------------------------------------------------------------------------------------------
 
 
-def watch(**fields: Any) -> Spikes:
+def watch(**fields: Any) -> SpikeDetector:
     fields = {"spike_threshold": 1.0, "spike_window": 3, "max_skipped_steps": 2} | fields
-    return Spikes(TrainingConfig(macro_batches=1, batches_per_macro_batch=1, **fields))
+    return SpikeDetector(TrainingConfig(macro_batches=1, batches_per_macro_batch=1, **fields), Ranks())
 
 
-def found(spikes: Spikes, losses: list[float], read_every: int = 1) -> int | None:
+def found(spikes: SpikeDetector, losses: list[float], read_every: int = 1) -> int | None:
     for step, loss in enumerate(losses, start=1):
         spikes.note(step, torch.tensor(loss), torch.tensor(0.0 if math.isfinite(loss) else 1.0))
         if step % read_every == 0:
-            spikes.judge(Ranks())
-    return spikes.judge(Ranks())
+            spikes.detect()
+    return spikes.detect()
 
 
 @pytest.mark.parametrize("read_every", [1, 2, 100])
@@ -272,8 +272,8 @@ def with_bad_data(trainer: Trainer) -> Trainer:
         return read_batch
 
     trainer.stream.stream.batch = batch  # type: ignore[method-assign]
-    trainer.loader.close()
-    trainer.loader = trainer._open_loader()
+    trainer.source.close()
+    trainer.source = trainer._open_loader()
     return trainer
 
 
@@ -321,8 +321,8 @@ def test_a_run_goes_back_from_a_spike_and_ends_like_one_that_never_saw_its_sampl
     assert lines[-1]["rollbacks"] == 2
     never = trainer(tiny(run_dir="never", **SPIKES))
     never.position.skipped_ranges = [[80, 128]]
-    never.loader.close()
-    never.loader = never._open_loader()
+    never.source.close()
+    never.source = never._open_loader()
     never.train()
     theirs = state_of("never")
     for part in ("model", "optimizer", "random", "position"):

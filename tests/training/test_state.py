@@ -24,14 +24,14 @@ class Three(Ranks):
 def saved(rank: int) -> dict[str, Any]:
     meter = Meter(CPU)
     meter.sums += torch.tensor([LOSSES[rank], 7.0], dtype=torch.float64)
-    meter.steps, meter.targets = 4, 12.0
+    meter.steps, meter.count = 4, 12.0
     return meter.state_dict(Three(rank=rank, world_size=3))
 
 
 def resumed(state: dict[str, Any], ranks: Ranks) -> Meter:
     meter = Meter(CPU)
     meter.load_state_dict(state, ranks)
-    assert (meter.steps, meter.targets, meter.sums[1].item()) == (4, 12.0, 7.0)
+    assert (meter.steps, meter.count, meter.sums[1].item()) == (4, 12.0, 7.0)
     return meter
 
 

@@ -20,6 +20,7 @@ from cleangpt.experiment import Experiment
 from cleangpt.models.base import LanguageModel
 from cleangpt.objectives import Loss, NextToken
 from cleangpt.tracking.metrics import read_metrics
+from cleangpt.training.state import LossSums
 from cleangpt.training.trainer import Trainer
 
 Build = Callable[..., Experiment]
@@ -40,7 +41,7 @@ def assert_equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> 
 
 def uneven_mask(trainer: Trainer) -> None:
     """Makes every sample's count of targets differ, between micro-batches and batches alike."""
-    original = trainer.loader.next
+    original = trainer.source.next
 
     def next_batch() -> Batch:
         batch = original()
@@ -48,7 +49,7 @@ def uneven_mask(trainer: Trainer) -> None:
             batch.targets[row, : int(batch.inputs["tokens"][row].sum()) % batch.targets.shape[1]] = IGNORED
         return batch
 
-    trainer.loader.next = next_batch  # type: ignore[method-assign]
+    trainer.source.next = next_batch  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(
@@ -69,9 +70,10 @@ def test_a_step_is_the_same_however_it_is_cut(tiny: Build, trainer: Open, split:
         uneven_mask(each)
         for _ in range(3):
             each.step()
-        each.loader.close()
-    assert whole.meter.targets == cut.meter.targets
-    torch.testing.assert_close(whole.meter.sums, cut.meter.sums, atol=1e-4, rtol=1e-4)
+        each.source.close()
+    assert whole.meter.count == cut.meter.count
+    torch.testing.assert_close(whole.meter.loss, cut.meter.loss, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(whole.meter.grad_norm, cut.meter.grad_norm, atol=1e-4, rtol=1e-4)
     for name, tensor in weights(whole).items():
         torch.testing.assert_close(tensor, weights(cut)[name], atol=2e-5, rtol=1e-3)
 
@@ -80,8 +82,8 @@ def test_the_gradient_is_that_of_the_mean_over_all_targets(tiny: Build, trainer:
     """Against autograd of the plain mean cross-entropy over the batches put together."""
     ours = trainer(tiny(model__dropout=0.0, training__accumulation=4, optimizer__clip_norm=None))
     uneven_mask(ours)
-    batches = [ours.loader.next() for _ in range(4)]
-    ours.loader.close()
+    batches = [ours.source.next() for _ in range(4)]
+    ours.source.close()
     inputs, targets = (
         torch.cat(parts) for parts in zip(*((b.inputs["tokens"], b.targets) for b in batches), strict=True)
     )
@@ -90,7 +92,7 @@ def test_the_gradient_is_that_of_the_mean_over_all_targets(tiny: Build, trainer:
     expected = {name: parameter.grad.clone() for name, parameter in ours.model.named_parameters()}
     ours.model.zero_grad()
     for batch in batches:
-        ours._backward(batch, sum(each.num_targets for each in batches))
+        ours._backward(batch, sum(each.num_targets for each in batches), LossSums(ours.device, 1))
     for name, parameter in ours.model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], atol=1e-6, rtol=1e-4)
 
@@ -233,14 +235,14 @@ def test_each_sample_is_seen_once_an_epoch_across_a_resume(tiny: Build, trainer:
     seen: list[list[int]] = []
 
     def watch(each: Trainer) -> None:
-        original = each.loader.next
+        original = each.source.next
 
         def next_batch() -> Batch:
             batch = original()
             seen.extend(batch.inputs["tokens"].tolist())
             return batch
 
-        each.loader.next = next_batch  # type: ignore[method-assign]
+        each.source.next = next_batch  # type: ignore[method-assign]
 
     fields = {"run_dir": "run", "data__batch_size": 9, "training__macro_batches": 5}
     first = trainer(tiny(**fields))
@@ -311,7 +313,9 @@ def test_too_many_skipped_steps_in_a_row_end_the_run_and_name_the_last_good_snap
 ) -> None:
     run = trainer(tiny(run_dir="run", training__max_skipped_steps=3))
     poison(run, {9, 10, 11})
-    with pytest.raises(RunFailedError, match=r"3 steps in a row .* the last good snapshot is run.snapshots.mb000002;"):
+    with pytest.raises(
+        RunFailedError, match=r"3 steps in a row .* the last good snapshot is run.saver.snapshots.mb000002;"
+    ):
         run.train()
     assert list_snapshots(Path("run/snapshots"))[0].name == "mb000002"
 
@@ -350,7 +354,7 @@ def test_validation_takes_batches_of_a_size_of_its_own(tiny: Build, trainer: Ope
             rows.append(len(batch))
             return objective(model, batch)
 
-    larger.objective = Counted()
+    larger.validator.objective = Counted()
     assert larger.validate() == pytest.approx(plain.validate())
     assert rows == [13] * 4  # of 40 samples
 
@@ -377,7 +381,7 @@ def test_fine_tuning_starts_from_the_best_checkpoint_and_says_what_did_not_fit(t
     assert checkpoint or "starting from the weights of base" in log
     assert "blocks.2.mlp.up.weight is not in the checkpoint; it keeps its initial values" in log
     assert tuned.position.step == 0
-    tuned.loader.close()
+    tuned.source.close()
 
 
 def test_fine_tuning_loads_exactly_the_checkpoint(tiny: Build, trainer: Open) -> None:
@@ -388,7 +392,7 @@ def test_fine_tuning_loads_exactly_the_checkpoint(tiny: Build, trainer: Open) ->
     trainer(tiny(run_dir="base")).train()
     tuned = trainer(tiny(run_dir="tuned", init_from="base"))
     assert_equal(load_file(best_checkpoint(Path("base")) / "model.safetensors"), weights(tuned))
-    tuned.loader.close()
+    tuned.source.close()
 
 
 @pytest.mark.slow
@@ -445,11 +449,11 @@ def test_recomputed_activations_change_nothing_but_the_memory(tiny: Build, train
             seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        batch = run.loader.next()
+        batch = run.source.next()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             run.objective(run.forward_model, batch)
         kept[name] = sum(seen.values())
-        run.loader.close()
+        run.source.close()
         run = trainer(tiny(run_dir=f"{name} trained", training__recompute_every=every, model__dropout=0.1))
         run.train()
         ends[name] = weights(run)

@@ -160,7 +160,7 @@ def test_interrupted_it_goes_on_where_it_was(
         Trainer.step(self)
         steps.append(self.experiment.optimizer.lr)
         if len(steps) == 8 + 3:
-            self.stop.requested = "SIGTERM"
+            self.stopping.signals.requested = "SIGTERM"
 
     monkeypatch.setattr(Probe, "step", step)
     capsys.readouterr()
