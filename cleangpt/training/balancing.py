@@ -1,8 +1,8 @@
-"""Keeps the experts of a mixture evenly loaded without a loss of its own, applied from outside the model.
+"""Load balancing for mixtures of experts without an auxiliary loss, applied from outside the model.
 
 Wang et al. 2024, "Auxiliary-loss-free load balancing strategy for mixture-of-experts", section 3 and algorithm 1: after
-each step, the bias of every expert that got fewer tokens than the mean rises by a fixed rate, and of every one that got
-more it falls. The biases are among the model's weights, so snapshots and checkpoints have them.
+each step, the router bias of every expert that received fewer tokens than the mean rises by a fixed rate, and that of
+every expert that received more falls. The biases are weights of the model, so snapshots and checkpoints have them.
 """
 
 from collections.abc import Callable, Collection
@@ -15,12 +15,12 @@ from cleangpt.models.moe import MixtureOfExperts
 
 
 class ExpertLoadBalancer:
-    """Counts the tokens of every expert that has a bias, and moves the biases; of a model without, nothing.
+    """Counts the tokens of every expert with a router bias, and updates the biases; does nothing without any.
 
     Args:
-        model: on its device, and cut where it is to be.
+        model: on its device, already sharded.
         reduce: sums a tensor over the processes.
-        frozen: names of parameters that stay as they are.
+        frozen: names of parameters that do not change.
     """
 
     def __init__(
@@ -43,9 +43,9 @@ class ExpertLoadBalancer:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Moves the biases by what the experts got in this step, over all micro-batches and processes.
+        """Updates the biases by the tokens of this step, over all micro-batches and processes.
 
-        Activation checkpointing counts a token twice, in every expert of a layer alike, which changes no sign.
+        Activation checkpointing counts every token of a layer twice, which changes no sign.
         """
         if not self._mixtures:
             return

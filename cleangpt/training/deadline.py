@@ -1,4 +1,4 @@
-"""When a run must have saved and ended, such as the end of a batch job, and how much of that time saving takes."""
+"""The time by which a run must have saved and exited, such as the end of a batch job."""
 
 import os
 import re
@@ -9,15 +9,15 @@ from cleangpt.errors import UserError
 
 FORMS = "MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS, DAYS-HOURS:MINUTES, DAYS-HOURS:MINUTES:SECONDS"
 SLURM_END = "SLURM_JOB_END_TIME"
-"""In a job's environment: when SLURM will end it, in seconds since 1970."""
+"""Environment variable with the time at which SLURM ends the job, in seconds since 1970."""
 SPARE = 5.0
-"""Seconds for what is not measured, such as closing the trackers."""
+"""Seconds reserved for what is not measured, such as closing the trackers."""
 WRITE_RATE = 100e6
-"""Bytes per second that a save is reckoned with before one was measured: a slow disk."""
+"""Bytes per second assumed before a save has been measured: a slow disk."""
 
 
 def read_time_limit(text: str, now: float) -> float:
-    """When a time limit that begins `now` ends, both in seconds since 1970.
+    """The end of a time limit that starts `now`, both in seconds since 1970.
 
     Args:
         text: a duration as SLURM writes it, one of `FORMS`; or `slurm`: the end of the job that this process is in.
@@ -42,14 +42,15 @@ def read_time_limit(text: str, now: float) -> float:
 
 
 class Deadline:
-    """Says when it is time to save and end.
+    """Decides when a run has to save and exit.
 
-    The reserve is measured: the longest piece of work between two looks at the clock, in this macro-batch and the one
-    before (so that the first, which may compile, is forgotten), and twice the longest save, since one may be under way
-    when the last is asked for. Until something was saved, `first_save` seconds stand for that.
+    The reserve is measured: the longest time between two looks at the clock, in this macro-batch and the one before (so
+    that the first, which may compile, is forgotten), and twice the longest save, since one may be in progress when the
+    last one starts. Until a save has been measured, `first_save` seconds are assumed.
 
     Args:
-        end: in seconds since 1970; None: never.
+        end: in seconds since 1970; None: there is no limit.
+        first_save: in seconds.
     """
 
     def __init__(self, end: float | None, first_save: float) -> None:
@@ -58,14 +59,14 @@ class Deadline:
         self._looked = time.monotonic()
 
     def near(self, longest_save: float) -> bool:
-        """Whether so little time is left that the run must save now; asked between any two pieces of work."""
+        """Whether the run has to save now; to be asked between any two pieces of work."""
         now = time.monotonic()
         self._longest[-1] = max(self._longest[-1], now - self._looked)
         self._looked = now
         return self.left < self.reserve(longest_save)
 
     def reserve(self, longest_save: float) -> float:
-        """Seconds before the end at which to save."""
+        """Seconds needed for saving and exiting."""
         return max(self._longest) + 2 * (longest_save or self.first_save) + SPARE
 
     @property

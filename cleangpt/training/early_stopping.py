@@ -1,4 +1,4 @@
-"""Early stopping: enough macro-batches without a better validation loss."""
+"""Early stopping after a number of macro-batches without a better validation loss."""
 
 import math
 from typing import Any
@@ -15,7 +15,7 @@ class EarlyStopping:
         self.waited = 0
 
     def update(self, val_loss: float) -> None:
-        """Takes the validation loss of one macro-batch, in nats."""
+        """Records the validation loss of a macro-batch, in nats."""
         if val_loss < self.best - self.config.min_delta:
             self.best, self.waited = val_loss, 0
         else:
@@ -31,5 +31,5 @@ class EarlyStopping:
         return {"best": self.best, "waited": self.waited}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state_dict`."""
+        """Continues from `state_dict`."""
         self.best, self.waited = state["best"], state["waited"]

@@ -1,4 +1,4 @@
-"""What trains of a model that has learned already, and how fast; applied from outside the model (design rule 7)."""
+"""Fine-tuning: frozen parameters, LoRA, layer-wise learning rates; applied from outside the model (design rule 7)."""
 
 from collections.abc import Callable, Collection, Iterable
 from fnmatch import fnmatchcase
@@ -26,7 +26,7 @@ from cleangpt.training.saving import find_newest
 
 # What trains ---------------------------------------------------------------------------------------------------------
 def freeze_and_add_lora(model: LanguageModel, config: FineTuningConfig) -> None:
-    """Adds the adapters, and freezes what is not to train: it gets no gradient, no moments and no decay.
+    """Adds LoRA adapters and freezes parameters: they get no gradient, no moments and no decay.
 
     Raises:
         UserError: a pattern matches nothing, or everything would be frozen.
@@ -45,7 +45,7 @@ def freeze_and_add_lora(model: LanguageModel, config: FineTuningConfig) -> None:
 
 
 def frozen_names(model: LanguageModel, config: FineTuningConfig) -> set[str]:
-    """The parameters that stay as they are: those that patterns name, or with adapters all others.
+    """The names of frozen parameters: those matching `freeze`, or with LoRA everything but the adapters.
 
     Raises:
         UserError: a pattern matches nothing.
@@ -57,10 +57,10 @@ def frozen_names(model: LanguageModel, config: FineTuningConfig) -> set[str]:
 
 
 def matching(patterns: Iterable[str], names: Collection[str], field: str, what: str) -> set[str]:
-    """The names that one of the patterns matches.
+    """The names that match any of the patterns.
 
     Raises:
-        UserError: a pattern matches none; names the nearest.
+        UserError: a pattern matches nothing; suggests the nearest name.
     """
     found: set[str] = set()
     for pattern in patterns:
@@ -74,17 +74,17 @@ def matching(patterns: Iterable[str], names: Collection[str], field: str, what: 
 
 
 def _folders(names: Iterable[str]) -> set[str]:
-    """The patterns that name all that is in one module."""
+    """A pattern for everything inside each module."""
     parts = [name.split(".") for name in names]
     return {".".join([*words[:end], "*"]) for words in parts for end in range(1, len(words))}
 
 
-# How fast ------------------------------------------------------------------------------------------------------------
+# Learning rates ------------------------------------------------------------------------------------------------------------
 def lr_factors(model: LanguageModel, config: OptimizerConfig, layer_decay: float) -> dict[str, float]:
-    """The factor on each parameter's learning rate: that of its layer, times that of the first pattern that fits.
+    """The factor on each parameter's learning rate: that of its layer times that of the first matching pattern.
 
     Raises:
-        UserError: a pattern fits no parameter, or the model has no `blocks`.
+        UserError: a pattern matches no parameter, or the model has no layers.
     """
     by_layer = layer_factors(model, layer_decay)
     by_name: dict[str, float] = {}
@@ -94,13 +94,13 @@ def lr_factors(model: LanguageModel, config: OptimizerConfig, layer_decay: float
 
 
 def layer_factors(model: LanguageModel, decay: float) -> dict[str, float]:
-    """The factor on each parameter's learning rate: decay to the power of how many layers stand above it.
+    """Layer-wise learning rates: `decay` to the power of the number of layers above a parameter.
 
-    Howard and Ruder 2018, "Universal language model fine-tuning", section 3.2. What stands in the model before
-    `blocks`, the embeddings, is the lowest layer; each block is one; what stands after them is the highest.
+    Howard and Ruder 2018, "Universal language model fine-tuning", section 3.2. Everything before the blocks (the
+    embeddings) is the lowest layer, each block is one, and everything after them is the highest.
 
     Raises:
-        UserError: the model has no `blocks`.
+        UserError: the model has no layers.
     """
     names = [name for name, _ in model.named_parameters()]
     if decay == 1:
@@ -119,9 +119,9 @@ def layer_factors(model: LanguageModel, decay: float) -> dict[str, float]:
     return factors
 
 
-# Before and at the start ---------------------------------------------------------------------------------------------
+# At the start ---------------------------------------------------------------------------------------------
 def check_fine_tuning(experiment: Experiment, place: Layout) -> None:
-    """Refuses what cannot be applied to the experiment's model, before anything is made; its vocabulary is known.
+    """Checks that fine-tuning fits the experiment's model, whose vocabulary is known, before anything is made.
 
     Raises:
         UserError: one line naming the field.
@@ -129,7 +129,7 @@ def check_fine_tuning(experiment: Experiment, place: Layout) -> None:
     tuning = experiment.fine_tuning
     if tuning.lora.rank is not None and place.tensor > 1:
         raise UserError(
-            f"fine_tuning.lora.rank is {tuning.lora.rank}; allowed where matrices are cut: None; use strategy fsdp"
+            f"fine_tuning.lora.rank is {tuning.lora.rank}; allowed with tensor parallelism: None; use strategy fsdp"
         )
     with on_meta():
         model = build_model(experiment.model)
@@ -173,9 +173,9 @@ def start_from(
 
 
 def load_moments(optimizer: Optimizer, snapshot: Path, group: dist.ProcessGroup | None) -> str:
-    """Fills the moments of parameters that have the same name and shape in a snapshot of another run; a line about it.
+    """Loads the moments of parameters with the same name and shape from a snapshot of another run; returns a log line.
 
-    All processes call this together; each reads its parts.
+    All processes call this together; each reads its shards.
     """
     shapes, moments = saved_shapes(snapshot), optimizer.state_dict()["moments"]
     fitting = {
@@ -184,4 +184,4 @@ def load_moments(optimizer: Optimizer, snapshot: Path, group: dist.ProcessGroup 
         if all(shapes.get(f"optimizer/moments/{name}/{key}") == tensor.shape for key, tensor in entry.items())
     }
     fill_tensors(snapshot, {"optimizer": {"moments": fitting}}, group)
-    return f"the optimizer begins with the moments of {len(fitting)} of {len(moments)} parameters from {snapshot}"
+    return f"the optimizer starts with the moments of {len(fitting)} of {len(moments)} parameters from {snapshot}"

@@ -1,8 +1,8 @@
-"""Muon (Jordan et al. 2024): the update of a matrix is its momentum, made orthogonal.
+"""Muon (Jordan et al. 2024): the update of a matrix is its momentum, orthogonalized.
 
-All directions of the matrix then move alike, not only the few that most gradients point to. Scaled as by Liu et al.
-2025, "Muon is scalable for LLM training", equation 4, an update is as large as one of AdamW, so that rates and decay
-mean the same in both.
+Every direction of the matrix then moves equally far, not only the few that dominate most gradients. With the scale of
+Liu et al. 2025 ("Muon is scalable for LLM training", equation 4) an update has the RMS of one of AdamW, so that
+learning rate and weight decay mean the same in both.
 """
 
 import inspect
@@ -22,17 +22,17 @@ POLYNOMIALS = (
     (3.3184196573706015, -2.488488024314874, 0.51004894012372),
     (2.300652019954817, -1.6689039845749493, 0.4188073119525673),
 )
-"""a, b, c of a x + b x³ + c x⁵, one after the other the best for singular values from 1e-3 to 1 (Amsel et al. 2025,
-"The Polar Express", algorithm 1); of more iterations, the others take the last."""
+"""Coefficients a, b, c of a x + b x³ + c x⁵ by iteration, optimal for singular values from 1e-3 to 1 (Amsel et al. 2025,
+"The Polar Express", algorithm 1); iterations beyond the fifth use the last."""
 MARGIN = 1.01
-"""What a matrix is divided by besides its norm, so that rounding takes no singular value above 1 (ibid.)."""
+"""Safety factor on the norm, so that rounding takes no singular value above 1 (ibid.)."""
 
 
 def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
-    """Matrices `(batch, rows, columns)` with the same singular vectors, and singular values near 1.
+    """Replaces the singular values of matrices `(batch, rows, columns)` by values near 1.
 
-    On CUDA devices products are taken in bf16, which is enough there (Jordan et al. 2024); elsewhere in fp32, because a
-    CPU without bf16 arithmetic takes ten times as long.
+    The products run in bf16 on CUDA, which is precise enough (Jordan et al. 2024), and in fp32 elsewhere, because a CPU
+    without bf16 arithmetic takes ten times as long.
     """
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
     if transposed := x.shape[-2] > x.shape[-1]:
@@ -47,7 +47,7 @@ def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
 
 
 class EagerOptimizer(torch.optim.Optimizer):
-    """Without what PyTorch wraps these methods in: that loads its compiler, which takes as long to load as PyTorch."""
+    """An optimizer without PyTorch's wrappers around these methods, which load the compiler and double the import time."""
 
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
@@ -56,24 +56,24 @@ class EagerOptimizer(torch.optim.Optimizer):
 class Muon(EagerOptimizer):
     """Muon with Nesterov momentum and decoupled weight decay, for the matrices in a model's blocks.
 
-    Parameters of one shape are made orthogonal together. A tensor of more than two dimensions is a stack of matrices; a
-    group whose `stacked` is not 1 has so many of them one above the other in each parameter. What is cut over devices
-    is gathered for it, one parameter at a time, and every device computes the whole.
+    Parameters of equal shape are orthogonalized together. A tensor of more than two dimensions is a stack of matrices;
+    in a group with `stacked` > 1, each parameter holds that many matrices stacked along its rows. Sharded parameters
+    are gathered one at a time, and every device orthogonalizes the full matrix.
 
     Args:
-        groups: of parameters, as in PyTorch.
-        momentum: share of the momentum that a step keeps.
-        iterations: of `orthogonalize`.
+        groups: parameter groups, as in PyTorch.
+        momentum: decay rate of the momentum.
+        iterations: passed to `orthogonalize`.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], momentum: float, iterations: int) -> None:
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "stacked": 1})
         self.momentum, self.iterations = momentum, iterations
         self.found_inf = torch.zeros(())
-        """Above 0: the step changes nothing; on the device of the parameters."""
+        """More than 0: the step is skipped; on the device of the parameters, as GradScaler sets it."""
 
     def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """The state of a parameter; before the first step, that with which it will begin."""
+        """The optimizer state of a parameter, initialised where there is none yet."""
         if not self.state[parameter]:
             self.state[parameter] = {"momentum": torch.zeros_like(parameter)}
         state: dict[str, Tensor] = self.state[parameter]
@@ -81,7 +81,7 @@ class Muon(EagerOptimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Updates all parameters that have a gradient, and uses their gradients up."""
+        """Updates all parameters that have a gradient, and overwrites the gradients."""
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[nn.Parameter]] = {}
             for parameter in group["params"]:
@@ -91,7 +91,7 @@ class Muon(EagerOptimizer):
                 self._update(parameters, group)
 
     def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
-        """One step of parameters `(..., rows, columns)` of one shape."""
+        """Updates parameters `(..., rows, columns)` of equal shape."""
         bad = self.found_inf.to(parameters[0].device) > 0
         rate = group["lr"] * ~bad
         for parameter in parameters:

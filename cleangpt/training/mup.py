@@ -1,26 +1,25 @@
-"""muP: initial weights and learning rates under which the best rate does not depend on the width of the model.
+"""muP: initialization and learning rates under which the optimal rate does not depend on the width of the model.
 
 Yang et al. 2022, "Tensor Programs V: Tuning large neural networks via zero-shot hyperparameter transfer", table 3. It
-is applied from outside the model (design rule 7): a factor on each parameter's initial values and one on its rate, with
-nothing in the forward pass, so that checkpoints are those of a plain model.
+is applied from outside the model (design rule 7): a factor on each parameter's initial values and one on its learning
+rate, and nothing in the forward pass, so that checkpoints are those of a plain model.
 
-A side of a matrix grows if it is another in the same model at the base width. With r = width / base width:
+A dimension of a matrix is a width if it differs in the same model at the base width. With r = width / base width:
 
-what                                initial values   AdamW   Muon
+parameters                          initial values   AdamW   Muon
 embeddings, biases, gains           1                1       -
-matrices between growing sides      1/√r             1/r     1/√r
-a head, a router: to fixed sides    1/r              1/r     1/r
+matrices between two widths         1/√r             1/r     1/√r
+heads, routers: to a fixed size     1/r              1/r     1/r
 the last norm before a tied head    1/r              1/r     -
 
-A tied head would have to multiply its logits by 1/r (table 8 there). The gain of the norm before it does so as well:
-AdamW does not see the scale of a gradient, so a gain that begins at 1/r and moves at 1/r of the rate is the same thing.
+A tied head would need its logits multiplied by 1/r (table 8 there). The gain of the norm before it does the same: AdamW
+is invariant to the scale of a gradient, so a gain that starts at 1/r and learns at 1/r of the rate is equivalent.
 
-Muon's updates have the root mean square of AdamW's at any width, and with it a spectral norm that grows as √r. Features
-move alike at all widths if that norm is that of √(rows / columns) (Yang et al. 2023, "A spectral condition for feature
-learning", condition 1), which gives the last column. The heads of a fused query, key and value, taken apart, have a
-fixed number of rows.
+Muon's updates have the RMS of AdamW's at any width, and so a spectral norm that grows as √r. Features change equally at
+all widths if that norm is √(rows / columns) (Yang et al. 2023, "A spectral condition for feature learning", condition
+1), which gives the last column. The heads of a fused query, key and value count separately: their rows are fixed.
 
-Heads keep their size, and there are more of them, so attention's own scale stays as it is.
+A wider model has more heads of the same size, so attention's own scale is unchanged.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""AdamW and Muon with decay on matrices only, and the step: clip, skip what is not finite, update."""
+"""AdamW and Muon with weight decay on matrices only; a step clips the gradient, and skips it if it is not finite."""
 
 import inspect
 from collections.abc import Mapping
@@ -14,22 +14,22 @@ from cleangpt.training.muon import EagerOptimizer, Muon
 
 
 class AdamW(EagerOptimizer, torch.optim.AdamW):
-    """PyTorch's; its own step is wrapped as well."""
+    """PyTorch's AdamW, without the wrapper around its step either."""
 
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
 class Optimizer:
-    """One update of a model's weights at a time.
+    """Updates the weights of a model, one step at a time.
 
-    A step whose gradient is not finite leaves weights and moments as they were. The decision stays on the device: the
-    fused kernels take it as `found_inf`, the tensor through which GradScaler tells them the same, so the host never
-    waits for it. With `scale_loss`, for fp16, losses are multiplied by a factor that is halved at every such step and
-    doubled after 2,000 good ones (Micikevicius et al. 2018, "Mixed precision training", section 3.2).
+    A step whose gradient is not finite leaves weights and moments unchanged. The decision stays on the device: the
+    fused kernels read it from `found_inf`, the tensor that GradScaler sets for the same purpose, so the host never
+    waits. With `scale_loss`, for fp16, losses are multiplied by a factor that is halved at every such step and doubled
+    after 2,000 good ones (Micikevicius et al. 2018, "Mixed precision training", section 3.2).
 
-    Matrices in the model's blocks are updated by Muon where that is asked for, all else by AdamW. `factors` multiply
-    the learning rate of the parameters that they name, as `layer_factors` gives them. So do `width_factors`, those of
-    muP, which leave the share that decays in a step as it is: wider matrices would otherwise hardly decay.
+    Muon, where enabled, updates the matrices in the model's blocks, AdamW everything else. `factors` multiply the
+    learning rates of the parameters they name (see `lr_factors`). So do `mup_scales`, which leave the relative decay of
+    a step unchanged: wider matrices would otherwise hardly decay.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Optimizer:
         mup_scales: Mapping[str, float] | None = None,
     ) -> None:
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        named.sort(key=lambda entry: entry[1].dim() < 2)  # matrices first, for the sums over all in one order
+        named.sort(key=lambda entry: entry[1].dim() < 2)  # matrices first, so that sums over all have one order
         self.config = config
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
@@ -60,18 +60,18 @@ class Optimizer:
         device = self.parameters[0].device
         self.scaler = torch.amp.GradScaler(device.type, enabled=scale_loss)
         self.skipped = torch.zeros(3, device=device)
-        """Steps skipped in all, in a row until now, and in a row at the most."""
+        """Skipped steps: in total, in a row until now, and the longest row."""
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of a loss, scaled where that is asked for."""
+        """Accumulates the gradient of a loss, scaled for fp16."""
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
     def step(self, lr: float, weight_decay: float) -> Tensor:
-        """Updates the weights from their gradients and clears these.
+        """Updates the weights and clears the gradients.
 
         Args:
-            lr: of AdamW; that of Muon follows it.
-            weight_decay: of matrices.
+            lr: learning rate of AdamW; Muon's keeps its ratio to it.
+            weight_decay: applied to matrices.
 
         Returns:
             The gradient's norm before clipping, 0-dim, on the device; 0 for a skipped step.
@@ -98,12 +98,12 @@ class Optimizer:
         return torch.where(bad > 0, torch.zeros_like(norm), norm)
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments by parameter name, cut as the parameter is, the counts of skipped steps, and the loss scale."""
+        """Moments by parameter name, sharded as the parameter is; the counts of skipped steps; the loss scale."""
         moments = {name: self._moments(parameter) for name, parameter in zip(self.names, self.parameters, strict=True)}
         return {"moments": moments, "skipped": self.skipped, "scaler": self.scaler.state_dict()}
 
     def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """The state of a parameter; before the first step, that with which it will begin."""
+        """The optimizer state of a parameter, initialised where there is none yet."""
         if self.muon is not None and parameter in self.hidden:
             return self.muon.moments(parameter)
         if not self.adamw.state[parameter]:
@@ -114,7 +114,7 @@ class Optimizer:
         return moments
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state_dict`, filled in place or not; rates and decays come from the experiment."""
+        """Continues from `state_dict`, which may hold the same tensors; rates and decays come from the experiment."""
         own = self.state_dict()["moments"]
         for name, entry in state["moments"].items():
             for key, value in entry.items():
@@ -125,7 +125,7 @@ class Optimizer:
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether a parameter is one or several matrices within the model's blocks, which is what Muon is made for."""
+    """Whether a parameter is a matrix, or a stack of them, in the model's blocks: what Muon is designed for."""
     return name.startswith("blocks.") and parameter.dim() >= 2
 
 
@@ -136,10 +136,7 @@ def _groups(
     by_width: Mapping[str, float],
     ratio: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Parameters that are updated alike, as PyTorch's optimizers take them; `ratio` multiplies all their factors.
-
-    A model's `stacked_matrices(name)`, where it has one, says how many matrices a parameter holds.
-    """
+    """PyTorch's parameter groups, one for each learning-rate factor; `ratio` multiplies all of them."""
     stacked = model.stacked_matrices
     groups: dict[tuple[float, float, int], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():

@@ -75,8 +75,8 @@ def weight_decay(experiment: Experiment, samples: int, accumulation: int) -> flo
 def accumulation(experiment: Experiment, samples: int) -> int:
     """Batches in the step that begins after `samples` samples.
 
-    At most what the schedule says, and never past the end of the macro-batch: what is left of it is shared out
-    evenly over as few steps as will do, so that no step is much smaller than its neighbours.
+    At most what the schedule says, and never past the end of the macro-batch: the rest of a macro-batch is divided
+    evenly among as few steps as possible, so that no step is much smaller than its neighbours.
     """
     scheduled = experiment.training.accumulation * factor(
         experiment.schedule.batch_size, samples / total_samples(experiment)
@@ -88,7 +88,7 @@ def accumulation(experiment: Experiment, samples: int) -> int:
 
 
 def curves(experiment: Experiment) -> tuple[list[int], dict[str, list[float]]]:
-    """Every step of the planned run: the samples before it, and learning rate, weight decay, training batch size."""
+    """Every step of the planned run: the samples before it, its learning rate, weight decay and training batch size."""
     samples, seen = 0, []
     planned: dict[str, list[float]] = {"lr": [], "weight_decay": [], "training_batch_size": []}
     while samples < total_samples(experiment):

@@ -1,8 +1,8 @@
-"""The learning rate at which a short run of an experiment learns most: `cleangpt tune`.
+"""Learning-rate search by short runs: `cleangpt tune`.
 
-Each rate gets a run of its own, by the trainer of all runs, with the same initial weights and the same samples in the
-same order. It is judged by the mean training loss of its last quarter, on samples that most short runs see for the
-first time; the validation split is never looked at. The rates form a grid, and the search walks it downhill.
+Each rate gets a run of its own, with the same initial weights and the same samples in the same order. Its score is the
+mean training loss of its last quarter, on samples that most short runs see for the first time; the validation split is
+never used. The rates form a grid, and the search walks it downhill.
 """
 
 import math
@@ -25,9 +25,9 @@ from cleangpt.training.build import build_trainer
 
 RESULT = "tune.json"
 PARTS = 4
-"""Macro-batches of a run, of which the last is judged."""
+"""Macro-batches of a short run; the last one is its score."""
 MOST_RATES = 20
-"""Rates that a search tries before it gives up."""
+"""Rates that a search tries at most."""
 
 
 class RunInterruptedError(Exception):
@@ -35,10 +35,10 @@ class RunInterruptedError(Exception):
 
 
 def search(loss: Callable[[int], float], most: int = MOST_RATES) -> dict[int, float]:
-    """Losses by place on a grid: from place 0 downhill, until both neighbours of the lowest are known.
+    """Losses by index on a grid: from index 0 downhill, until both neighbours of the lowest loss are known.
 
-    Of two places that do equally well, the lower one counts as better; so a search that begins where all is infinite
-    goes down. A grid with one valley has its lowest place found, if `most` evaluations reach it.
+    Of two equal losses the lower index wins, so that a search that starts where every loss is infinite goes down. On a
+    grid with a single valley the minimum is found, if `most` evaluations reach it.
     """
     losses = {0: loss(0)}
     while len(losses) < most:
@@ -51,13 +51,13 @@ def search(loss: Callable[[int], float], most: int = MOST_RATES) -> dict[int, fl
 
 
 def short_run(experiment: Experiment, steps: int, width: int | None) -> Experiment:
-    """The experiment made `steps` steps of the full batch size long, its schedules with it; perhaps at another width.
+    """The experiment shortened to `steps` steps of the full batch size, with its schedules; optionally at another width.
 
-    It saves snapshots, and nothing else but its figures. At another width it imitates the experiment's own by muP: the
-    base is `model.dim`, unless `optimizer.base_dim` is given, and the rate that it finds is that of the experiment.
+    It saves snapshots and metrics, and nothing else. At another width, muP makes the best rate that of the experiment's
+    own width: the base is `model.dim`, unless `optimizer.base_dim` is given.
 
     Raises:
-        UserError: the model cannot be had at that width.
+        UserError: the model cannot have that width.
     """
     if width is not None:
         if experiment.init_from is not None:
@@ -67,7 +67,7 @@ def short_run(experiment: Experiment, steps: int, width: int | None) -> Experime
         experiment = replace(experiment, model=model, optimizer=optimizer)
     training = experiment.training
     batches = max(1, round(training.accumulation * peak(experiment.schedule.batch_size)))
-    # Scaling of the loss for fp16 skips steps of itself; anywhere else one is enough to be told.
+    # Loss scaling for fp16 skips steps by design; anywhere else a single one means that the run has diverged.
     skipped = training.max_skipped_steps if training.precision == "fp16" else 1
     return replace(
         experiment,
@@ -83,24 +83,24 @@ def short_run(experiment: Experiment, steps: int, width: int | None) -> Experime
 
 
 def with_lr(experiment: Experiment, lr: float) -> Experiment:
-    """The experiment with another `optimizer.lr`; Muon's keeps its ratio to it."""
+    """The experiment with another `optimizer.lr`; Muon's rate keeps its ratio to it."""
     optimizer = experiment.optimizer
     muon_lr = optimizer.muon.lr and _short(optimizer.muon.lr * lr / optimizer.lr)
     return replace(experiment, optimizer=replace(optimizer, lr=lr, muon=replace(optimizer.muon, lr=muon_lr)))
 
 
 class Tuning:
-    """The rates tried on a short run, kept in a folder: tune.json, and a run for each rate.
+    """The rates tried so far, kept in a folder: tune.json, and a run for each rate.
 
     Args:
         experiment: from `short_run`, its vocabulary known.
-        folder: where it goes on if it was interrupted.
+        folder: an interrupted search continues from it.
         store: of the experiment's corpus.
-        ranks: the processes, all of which call everything together.
-        say: told of each rate as it is known.
+        ranks: the processes; all call every method together.
+        log: told about each rate's loss.
 
     Raises:
-        UserError: the folder holds the rates of another experiment.
+        UserError: the folder belongs to another experiment.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Tuning:
             self.losses = {row["lr"]: math.inf if row["loss"] is None else row["loss"] for row in kept["rates"]}
 
     def grid(self, factor: float) -> dict[float, float]:
-        """Losses by rate of a search over the experiment's rate times powers of `factor`, lowest rate first."""
+        """Searches over the experiment's rate times powers of `factor`; returns losses by rate, lowest rate first."""
         start = self.experiment.optimizer.lr
         rates: dict[int, float] = {}
 
@@ -129,7 +129,7 @@ class Tuning:
         return {rates[place]: found[place] for place in sorted(found)}
 
     def loss(self, lr: float) -> float:
-        """The loss at a rate: that of a run now, or gone on with, or before; infinite if it diverges.
+        """Final loss of the short run at this rate; reuses or resumes an earlier one; infinite if it diverges.
 
         Raises:
             StoppedError: a signal stopped the run.
@@ -145,7 +145,7 @@ class Tuning:
         return self.losses[lr]
 
     def _train(self, lr: float, run: Path) -> float:
-        """The loss of a run in its folder."""
+        """Trains or resumes the run of a rate; returns its final loss."""
         experiment = replace(with_lr(self.experiment, lr), run_dir=str(run))
         if self.ranks.is_main:
             open_run(experiment, None, [])
@@ -160,23 +160,23 @@ class Tuning:
         return loss
 
     def to_json(self) -> dict[str, Any]:
-        """The content of tune.json; a loss that is infinite is null."""
+        """The content of tune.json; an infinite loss is null."""
         rates = [{"lr": lr, "loss": loss if math.isfinite(loss) else None} for lr, loss in sorted(self.losses.items())]
         return {"experiment": experiment_json(self.experiment), "rates": rates}
 
 
 def format_loss(loss: float) -> str:
-    """A loss for a reader."""
+    """A loss for display."""
     return f"loss {loss:.4f}" if math.isfinite(loss) else "diverged"
 
 
 def _short(rate: float) -> float:
-    """A rate as it is printed, so that what is printed is what was tried."""
+    """Rounds a rate to what is printed, so that what is printed is what was tried."""
     return float(f"{rate:.6g}")
 
 
 def advice(experiment: Experiment, losses: Mapping[float, float]) -> list[str]:
-    """What rates tried on an experiment amount to: the table, and the options to train with.
+    """The result of a search: a table, and the options to train with.
 
     Raises:
         RunFailedError: all of them diverged.
