@@ -79,7 +79,7 @@ def _folders(names: Iterable[str]) -> set[str]:
     return {".".join([*words[:end], "*"]) for words in parts for end in range(1, len(words))}
 
 
-# Learning rates ------------------------------------------------------------------------------------------------------------
+# Learning rates -----------------------------------------------------------------------------------------------------
 def lr_factors(model: LanguageModel, config: OptimizerConfig, layer_decay: float) -> dict[str, float]:
     """The factor on each parameter's learning rate: that of its layer times that of the first matching pattern.
 
@@ -173,7 +173,7 @@ def start_from(
 
 
 def load_moments(optimizer: Optimizer, snapshot: Path, group: dist.ProcessGroup | None) -> str:
-    """Loads the moments of parameters with the same name and shape from a snapshot of another run; returns a log line.
+    """Loads moments of parameters with equal names and shapes from a snapshot of another run; returns a log line.
 
     All processes call this together; each reads its shards.
     """

@@ -22,8 +22,8 @@ POLYNOMIALS = (
     (3.3184196573706015, -2.488488024314874, 0.51004894012372),
     (2.300652019954817, -1.6689039845749493, 0.4188073119525673),
 )
-"""Coefficients a, b, c of a x + b x³ + c x⁵ by iteration, optimal for singular values from 1e-3 to 1 (Amsel et al. 2025,
-"The Polar Express", algorithm 1); iterations beyond the fifth use the last."""
+"""Coefficients a, b, c of a x + b x³ + c x⁵ by iteration, optimal for singular values from 1e-3 to 1 (Amsel et al.
+2025, "The Polar Express", algorithm 1); iterations beyond the fifth use the last."""
 MARGIN = 1.01
 """Safety factor on the norm, so that rounding takes no singular value above 1 (ibid.)."""
 
@@ -47,7 +47,7 @@ def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
 
 
 class EagerOptimizer(torch.optim.Optimizer):
-    """An optimizer without PyTorch's wrappers around these methods, which load the compiler and double the import time."""
+    """An optimizer without PyTorch's wrappers around these methods, which would load the compiler at import."""
 
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)

@@ -51,7 +51,7 @@ def search(loss: Callable[[int], float], most: int = MOST_RATES) -> dict[int, fl
 
 
 def short_run(experiment: Experiment, steps: int, width: int | None) -> Experiment:
-    """The experiment shortened to `steps` steps of the full batch size, with its schedules; optionally at another width.
+    """Shortens the experiment to `steps` steps of the full batch size, with its schedules; optionally at another width.
 
     It saves snapshots and metrics, and nothing else. At another width, muP makes the best rate that of the experiment's
     own width: the base is `model.dim`, unless `optimizer.base_dim` is given.
