@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from rich.console import Console
 
-from cleangpt.corpora.base import Corpus, check_text, write_store
+from cleangpt.corpora.base import Corpus, check_text, write_dataset
 from cleangpt.corpora.packing import pack
 from cleangpt.corpora.reading import (
     Piece,
@@ -120,7 +120,7 @@ class Chat(Corpus):
             for number, path in enumerate(paths)
         ]
         tokenizer = given or choose_tokenizer(self.tokenizer, self.vocab_size, None, _plain(files, known), console)
-        return write_store(
+        return write_dataset(
             self, folder, tokenizer, lambda start: encode_conversations(files, tokenizer, start, self.row_length),
             sum(file.bytes for file in files), console,
             source={"files": stamps(files)}, row_length=self.row_length, chat_template=template,

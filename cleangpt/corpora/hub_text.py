@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 from rich.console import Console
 
 from cleangpt.corpora import text as text_corpus
-from cleangpt.corpora.base import Corpus, check_text, write_store
+from cleangpt.corpora.base import Corpus, check_text, write_dataset
 from cleangpt.corpora.reading import Piece, TextFile, find_files, read_parquet, read_pieces, split_documents
 from cleangpt.corpora.text import choose_tokenizer, encode_group, grouped, write_texts
 from cleangpt.data.dataset import JOURNAL, TOKENIZER, TokenDataset
@@ -188,14 +188,14 @@ def write_shards(
     console: Console,
     max_tokens: int | None,
 ) -> TokenDataset:
-    """`write_store` of shards; a tokenizer is learned from the first that trains, so that no other need be there."""
+    """`write_dataset` of shards; a tokenizer is learned from the first that trains, so that no other need be there."""
     files = shards.files(pieces)
     first = [file for file in files if not _validates(file.path.name)][:1]
     kind = getattr(corpus, "tokenizer", "bpe")
     tokenizer = _begun(folder, shards) or choose_tokenizer(
         kind, corpus.vocab_size, corpus.tokenizer_file, first, console
     )
-    store = write_store(
+    store = write_dataset(
         corpus, folder, tokenizer, lambda start: shards.groups(files, tokenizer, start),
         sum(shards.sizes.values()), console, source=shards.source(), max_tokens=max_tokens,
     )  # fmt: skip

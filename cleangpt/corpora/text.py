@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from cleangpt.corpora.base import Corpus, check_text, write_store
+from cleangpt.corpora.base import Corpus, check_text, write_dataset
 from cleangpt.corpora.reading import Piece, TextFile, find_files, is_plain, read_pieces, split_documents, split_tail
 from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer, train_bpe
@@ -40,14 +40,14 @@ def write_texts(
     max_tokens: int | None = None,
     **source: Any,
 ) -> TokenDataset:
-    """`write_store` of files of text; with a row length, of their documents packed into rows."""
+    """`write_dataset` of files of text; with a row length, of their documents packed into rows."""
     from cleangpt.corpora.packing import packed  # here, because packing imports this file
 
     def groups(start: int) -> Groups:
         encoded = encode_files(files, tokenizer, start)
         return encoded if row_length is None else packed(encoded, row_length)
 
-    return write_store(
+    return write_dataset(
         corpus,
         folder,
         tokenizer,
