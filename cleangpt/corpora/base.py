@@ -49,14 +49,6 @@ CORPORA: dict[str, type[Corpus]] = {}
 """Every corpus by its name; `corpora/__init__.py` fills it, a line each."""
 
 
-def check_text(vocab_size: int, val_fraction: float) -> None:
-    """Raises UserError for a vocabulary too small for every byte, or a share to validate with that leaves no text."""
-    if vocab_size < 257:
-        raise UserError(f"corpus.vocab_size is {vocab_size}; allowed: 257 or more")
-    if not 0.0001 <= val_fraction <= 0.5:
-        raise UserError(f"corpus.val_fraction is {val_fraction}; allowed: 0.0001 to 0.5")
-
-
 def as_json(corpus: CorpusConfig) -> dict[str, Any]:
     """A corpus as JSON, with its kind.
 

@@ -174,7 +174,7 @@ def test_shakespeare_is_split_as_nanogpt_splits_it(tmp_path: Path) -> None:
         assert ids.tolist() == [characters.index(character) for character in part]
         assert store.splits[split].documents == 1
     assert store.splits["val"].tokens == 111_540
-    assert "not the well-known input.txt" in said.getvalue()
+    assert "not the usual input.txt" in said.getvalue()
 
 
 def test_a_part_of_shakespeare_may_be_held_out_before_the_validation_split(tmp_path: Path) -> None:
@@ -194,7 +194,24 @@ def test_characters_of_several_bytes_are_split_by_character(tmp_path: Path) -> N
     assert (text_of(store, "train"), text_of(store, "val")) == (text[:18], text[18:])
 
 
-def test_shakespeare_is_downloaded_once_and_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_that_fails_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No such server; a server that sends another file."""
+    monkeypatch.setattr(shakespeare_char, "URL", "http://127.0.0.1:9/input.txt")
+    with pytest.raises(
+        UserError, match=r"^cannot download http://127.0.0.1:9/input.txt \(.*\): fetch it elsewhere and"
+    ):
+        prepare_dataset(ShakespeareChar(), tmp_path / "data", console=QUIET)
+    other = tmp_path / "other.txt"
+    other.write_text("another text", encoding="utf-8")
+    monkeypatch.setattr(shakespeare_char, "URL", other.as_uri())
+    with pytest.raises(
+        UserError, match=r"other.txt is not the expected file \(its SHA-256 differs\): fetch it elsewhere"
+    ):
+        prepare_dataset(ShakespeareChar(), tmp_path / "data", console=QUIET)
+    assert not list((tmp_path / "data").rglob("*.txt*"))
+
+
+def test_shakespeare_is_downloaded_once_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = ROMAN.encode()
     source = tmp_path / "served.txt"
     source.write_bytes(content)
