@@ -15,7 +15,7 @@ from cleangpt.checkpoints.snapshots import Snapshots
 from cleangpt.config import FineTuningConfig
 from cleangpt.corpora.mixture import tasks
 from cleangpt.data.loader import DatasetSource
-from cleangpt.data.mixing import Store, mean_shares, split_samples, stores
+from cleangpt.data.mixing import MixedDataset, mean_shares, split_samples
 from cleangpt.distributed.device import (
     RandomState,
     autocast,
@@ -75,7 +75,7 @@ class PlacedModel:
 
 
 def build_trainer(
-    experiment: Experiment, run: Path, store: Store, progress: ProgressBar, ranks: Ranks | None = None,
+    experiment: Experiment, run: Path, dataset: MixedDataset, progress: ProgressBar, ranks: Ranks | None = None,
     end: float | None = None, validate: bool = True,
 ) -> Trainer:  # fmt: skip
     """The trainer of a run, where its newest snapshot left it.
@@ -83,7 +83,7 @@ def build_trainer(
     Args:
         experiment: resolved and checked.
         run: its folder.
-        store: the dataset of its corpus.
+        dataset: of its corpus.
         progress: shows how it goes.
         ranks: the processes; None: this one alone.
         end: when the run must have saved and ended, in seconds since 1970; None: when it is done.
@@ -98,14 +98,14 @@ def build_trainer(
     model, layout, device = placed.model, placed.layout, placed.device
     length = Length(experiment.data.batch_size, training.batches_per_macro_batch, training.macro_batches)
     micro_batch_size = training.micro_batch_size or experiment.data.batch_size // layout.parts
-    source = open_source(experiment, store, layout, ranks, device)
+    source = open_source(experiment, dataset, layout, ranks, device)
     optimizer = build_optimizer(experiment, model)
     trackers = NullTracker(run) if not ranks.is_main else create_trackers(
         experiment, experiment_json(experiment), run, log
     )  # fmt: skip
     checkpoints = Checkpoints(
-        run / "checkpoints", experiment.saving, ranks, experiment.model, store.tokenizer,
-        experiment.fine_tuning.lora, store.chat_template, log,
+        run / "checkpoints", experiment.saving, ranks, experiment.model, dataset.tokenizer,
+        experiment.fine_tuning.lora, dataset.chat_template, log,
     )  # fmt: skip
     position, meter, spikes = Position(), Meter(device, ranks), SpikeDetector(training, ranks)
     early_stopping = EarlyStopping(experiment.early_stopping)
@@ -128,15 +128,15 @@ def build_trainer(
     resumed = saver.restore() is not None
     if not resumed and experiment.init_from is not None:
         start_from(
-            experiment.init_from, model, optimizer, experiment.model, store.tokenizer, ranks, snapshots.group, log,
+            experiment.init_from, model, optimizer, experiment.model, dataset.tokenizer, ranks, snapshots.group, log,
             with_moments=experiment.fine_tuning.optimizer_state == "kept",
         )  # fmt: skip
     trackers.open(position.macro_batch if resumed else None, position.step)
-    validator = build_validator(experiment, store, placed, ranks, micro_batch_size) if validate else None
+    validator = build_validator(experiment, dataset, placed, ranks, micro_batch_size) if validate else None
     recovery = Recovery(
         spikes, Health(model, optimizer, ranks, training.max_skipped_steps), saver, source, trackers, position, length
     )
-    recorder = build_recorder(experiment, store, placed, ranks, trackers, progress, source, validator)
+    recorder = build_recorder(experiment, dataset, placed, ranks, trackers, progress, source, validator)
     deadline = Deadline(end, state_bytes(model) / WRITE_RATE)
     return Trainer(
         run=run, model=model, forward_model=placed.forward_model, objective=experiment.objective, source=source,
@@ -193,11 +193,11 @@ def _prepare(
 
 
 def open_source(
-    experiment: Experiment, store: Store, layout: Layout, ranks: Ranks, device: torch.device
+    experiment: Experiment, dataset: MixedDataset, layout: Layout, ranks: Ranks, device: torch.device
 ) -> DatasetSource:
     """The training batches of this process."""
     return DatasetSource(
-        open_stream(experiment, store), experiment.data.batch_size, prefetch=experiment.data.prefetch,
+        open_stream(experiment, dataset), experiment.data.batch_size, prefetch=experiment.data.prefetch,
         pin_memory=device.type == "cuda", rank=layout.part(ranks.rank), world_size=layout.parts,
     )  # fmt: skip
 
@@ -214,24 +214,24 @@ def build_optimizer(experiment: Experiment, model: LanguageModel) -> Optimizer:
 
 
 def build_validator(
-    experiment: Experiment, store: Store, placed: PlacedModel, ranks: Ranks, micro_batch_size: int
+    experiment: Experiment, dataset: MixedDataset, placed: PlacedModel, ranks: Ranks, micro_batch_size: int
 ) -> Validator:
     """Validation over the split val of every source."""
     data = experiment.data
     return Validator(
-        placed.forward_model, experiment.objective, split_samples(store, "val", data.seq_len), mean_shares(store),
+        placed.forward_model, experiment.objective, split_samples(dataset, "val", data.seq_len), mean_shares(dataset),
         batch_size=data.val_batch_size or micro_batch_size, limit=data.val_samples, layout=placed.layout, ranks=ranks,
         device=placed.device, autocast=placed.autocast,
     )  # fmt: skip
 
 
 def build_recorder(
-    experiment: Experiment, store: Store, placed: PlacedModel, ranks: Ranks, trackers: Trackers, progress: ProgressBar,
-    source: DatasetSource, validator: Validator | None,
+    experiment: Experiment, dataset: MixedDataset, placed: PlacedModel, ranks: Ranks, trackers: Trackers,
+    progress: ProgressBar, source: DatasetSource, validator: Validator | None,
 ) -> Recorder:  # fmt: skip
     """What tells trackers and progress bar how the run goes."""
     model, device, tracking = placed.model, placed.device, experiment.tracking
-    splits = {name: part.splits["val"] for name, part in stores(store).items()}
+    splits = {source.name: source.dataset.splits["val"] for source in dataset.sources}
 
     def validation_metrics(val_loss: float) -> Row:
         losses = validator.losses if validator is not None else {}
@@ -249,7 +249,7 @@ def build_recorder(
             }
 
     def sample(macro_batch: int) -> str:
-        first, *_ = stores(store).values()
+        first = dataset.sources[0].dataset
         with uncompiled():
             return sample_text(model, first, tracking.sample_prompt, tracking.sample_tokens, device, macro_batch)
 

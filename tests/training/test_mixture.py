@@ -138,18 +138,18 @@ import hashlib
 from cleangpt.config import *
 from cleangpt.corpora.adder import Adder
 from cleangpt.corpora.mixture import Mixture
-from cleangpt.data.loader import BatchLoader
+from cleangpt.data.loader import DatasetSource
 from cleangpt.models.gpt import GPTConfig
 
-load = BatchLoader.next
+load = DatasetSource.next
 
 def logged(self):
-    position, batch = self.position, load(self)
+    position, batch = self.samples, load(self)
     with open("samples_" + LOG, "a") as file:
         print(position, hashlib.sha256(batch.inputs["tokens"].numpy().tobytes()).hexdigest(), file=file)
     return batch
 
-BatchLoader.next = logged
+DatasetSource.next = logged
 sources = tuple(
     Source(name=f"digits{digits}", weight=weight, max_epochs=epochs,
            corpus=Adder(digits=digits, train_samples=size, val_samples=20, test_samples=10))
