@@ -32,7 +32,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):  # on a full disk, half a file takes what others need
             aside.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    fsync_folder(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -106,13 +106,13 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
-def sync_file(path: Path) -> None:
+def fsync_file(path: Path) -> None:
     """Waits until the content of `path` is on the disk."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 
 
-def sync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
     """Waits until renames in `folder` are on the disk, where the system can open folders (not on Windows)."""
     if os.name == "nt":
         return
@@ -137,7 +137,7 @@ def fsync_files(files: Sequence[Path]) -> dict[str, Any]:
     with ThreadPoolExecutor(2) as threads:  # the processor takes checksums while the disk writes
         digests = threads.map(sha256, files)
         for path in files:
-            sync_file(path)
+            fsync_file(path)
         return {path.name: {"bytes": path.stat().st_size, "sha256": digest}
                 for path, digest in zip(files, digests, strict=True)}  # fmt: skip
 
@@ -163,7 +163,7 @@ def commit_folder(partial: Path, folder: Path, flushed: Mapping[str, Any] | None
     except OSError:
         restore(folder)
         raise
-    sync_folder(folder.parent)
+    fsync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -172,7 +172,7 @@ def restore(folder: Path) -> None:
     old = folder.with_name(folder.name + OLD)
     if old.exists() and not folder.exists():
         old.replace(folder)
-        sync_folder(folder.parent)
+        fsync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -196,7 +196,7 @@ def remove(folder: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     folder.replace(partial)
     try:
-        sync_folder(folder.parent)
+        fsync_folder(folder.parent)
     finally:
         shutil.rmtree(partial)
 

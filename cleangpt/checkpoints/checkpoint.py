@@ -78,7 +78,7 @@ class Checkpoints:
         best = sorted([*self.entries, entry], key=_rank)
         finite = [other for other in best if not math.isnan(other.val_loss)]
         entries = [other for other in best if other.permanent or other in finite[: self.config.keep_best]]
-        reason: str = self.ranks.from_main(self._write(entry, entries, weights) if self.ranks.is_main else "")
+        reason: str = self.ranks.broadcast(self._write(entry, entries, weights) if self.ranks.is_main else "")
         if reason:
             self.log(f"the checkpoint of macro-batch {macro_batch} could not be saved: {reason}")
             return True

@@ -75,7 +75,7 @@ class Snapshots:
         """Seconds that a save has taken at the most, from the call to the disk."""
         self.host: dict[Any, Tensor] = {}
         """The copy, kept for the next save: memory that is in use already is quicker to fill."""
-        self.attempt = self.ranks.from_main(secrets.token_hex(4))
+        self.attempt = self.ranks.broadcast(secrets.token_hex(4))
         """Stands in the names of unfinished folders: a process of a dead run may still be writing to its own."""
 
     def save(self, name: str, state: dict[str, Any]) -> None:
@@ -161,15 +161,15 @@ def newest_snapshot(folder: Path, ranks: Ranks | None = None) -> tuple[Path | No
     """
     ranks = ranks or Ranks()
     complaints: list[str] = []
-    for path in ranks.from_main(list_snapshots(folder)):
-        wrong = next(filter(None, ranks.gather(_damage(path, ranks))), "")
+    for path in ranks.broadcast(list_snapshots(folder)):
+        wrong = next(filter(None, ranks.all_gather(_damage(path, ranks))), "")
         if not wrong:
             return path, complaints
         complaints.append(f"snapshot {path} is damaged ({wrong})")
     return None, complaints
 
 
-def set_aside(folder: Path, newest: Path) -> None:
+def quarantine(folder: Path, newest: Path) -> None:
     """Renames the snapshots after the `newest` good one, which are damaged: they would count among those kept."""
     for path in list_snapshots(folder):
         if path == newest:

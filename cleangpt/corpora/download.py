@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from cleangpt.errors import UserError
-from cleangpt.files import PARTIAL, sha256, sync_file, sync_folder
+from cleangpt.files import PARTIAL, sha256, fsync_file, fsync_folder
 
 TRIES = 5
 FIRST_WAIT = 1.0
@@ -42,9 +42,9 @@ def download(url: str, path: Path, *, size: int, digest: str, otherwise: str, co
     if partial.stat().st_size != size or sha256(partial) != digest:
         partial.unlink()
         raise UserError(f"{url} is not the file it should be (its SHA-256 differs): {otherwise}")
-    sync_file(partial)
+    fsync_file(partial)
     partial.replace(path)
-    sync_folder(path.parent)
+    fsync_folder(path.parent)
     return path
 
 

@@ -191,7 +191,7 @@ class RandomState:
 
     def state_dict(self) -> dict[str, Any]:
         """The generators' states by rank; all processes call it together."""
-        return {"ranks": self.ranks.gather(self._own())}
+        return {"ranks": self.ranks.all_gather(self._own())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Sets this process's generators; those of a process or a device that was not there are left alone."""

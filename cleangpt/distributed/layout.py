@@ -54,7 +54,7 @@ class Layout:
         return mesh
 
 
-def choose_degrees(config: ParallelConfig, world_size: int) -> Layout:
+def layout_for(config: ParallelConfig, world_size: int) -> Layout:
     """How a strategy uses so many processes; `auto` counts as ddp.
 
     Raises:
@@ -81,17 +81,17 @@ def choose_degrees(config: ParallelConfig, world_size: int) -> Layout:
     return Layout(1, 1, world_size) if strategy == "tp" else Layout(world_size)
 
 
-def check_compilation(compiled: str, place: Layout, device: torch.device) -> None:
+def check_compilation(compiled: str, layout: Layout, device: torch.device) -> None:
     """Refuses to compile over gloo where matrices are cut: one run in some thirty has ended in a corrupted heap there.
 
     Raises:
         UserError: names the field and what is allowed.
     """
-    if compiled != "off" and place.tensor > 1 and device.type == "cpu":
+    if compiled != "off" and layout.tensor > 1 and device.type == "cpu":
         raise UserError(f"training.compile is {compiled!r}; allowed on CPUs with matrices cut: off; it is not reliable")
 
 
-def check_loss_chunk(training: TrainingConfig, model: ModelConfig, place: Layout) -> None:
+def check_loss_chunk(training: TrainingConfig, model: ModelConfig, layout: Layout) -> None:
     """Refuses a loss in chunks where the head is not this process's own, or cannot be called apart from the model.
 
     Raises:
@@ -100,7 +100,7 @@ def check_loss_chunk(training: TrainingConfig, model: ModelConfig, place: Layout
     asked = f"training.loss_chunk is {training.loss_chunk}"
     if training.loss_chunk is None:
         return
-    if place.tensor > 1:
+    if layout.tensor > 1:
         raise UserError(f"{asked}; allowed where matrices are cut: None, for the logits are cut as well")
     if training.compile == "model":
         raise UserError(f"{asked}; allowed with training.compile model: None; compile blocks instead")
@@ -135,5 +135,5 @@ def choose_layout(
         needed, memory = state_bytes(plain), device_memory(device)
         fits = memory is None or needed <= memory / 2
         # Processes may see different amounts of memory; the main one decides for all.
-        config = replace(config, strategy=ranks.from_main("ddp" if fits else "fsdp"))
-    return choose_degrees(config, ranks.world_size)
+        config = replace(config, strategy=ranks.broadcast("ddp" if fits else "fsdp"))
+    return layout_for(config, ranks.world_size)

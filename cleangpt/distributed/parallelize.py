@@ -29,7 +29,7 @@ from cleangpt.models.base import LanguageModel, SkipInit, on_meta
 # From a plain model to one spread over devices ------------------------------------------------------------------------
 def parallelize(
     build: Callable[[], LanguageModel],
-    place: Layout,
+    layout: Layout,
     device: torch.device,
     prepare: Callable[[LanguageModel], None] = lambda model: None,
     *,
@@ -45,34 +45,34 @@ def parallelize(
 
     Args:
         build: makes the plain model; the global generators must stand alike on all processes.
-        place: from `choose_layout`.
+        layout: from `choose_layout`.
         device: this process's device.
-        prepare: changes the model in place before it is cut.
+        prepare: changes the model in layout before it is cut.
         gather_dtype: what blocks are gathered and computed in where they are cut; None: as they are stored.
         reshard_after_forward: whether a block's gathered weights are freed between forward and backward pass.
         timeout: how long a process waits for those with which it shares the model; None: PyTorch's default.
 
     Raises:
-        UserError: the architecture cannot be cut into `place.tensor` parts.
+        UserError: the architecture cannot be cut into `layout.tensor` parts.
     """
     with on_meta():
         model = build()
     deferred = vars(type(model)).get("deferred_init", False)
     # Else adapters would draw their values twice where nothing is cut, and once where it is.
     with SkipInit() if deferred else nullcontext():
-        if not deferred or not place.sharded:
+        if not deferred or not layout.sharded:
             with device:
                 model = build()
         prepare(model)
-    if place.sharded:
+    if layout.sharded:
         from cleangpt.distributed.sharding import cut
 
-        mesh = place.mesh(device, timeout)
-        cut(model, place, mesh, gather_dtype, reshard_after_forward)
-        if place.tensor > 1:
+        mesh = layout.mesh(device, timeout)
+        cut(model, layout, mesh, gather_dtype, reshard_after_forward)
+        if layout.tensor > 1:
             model.gather_logits = full_tensor
     if deferred:
-        if place.sharded:
+        if layout.sharded:
             model.to_empty(device=device)
         _initialise(model, device)
     return model
@@ -95,9 +95,9 @@ def _initialise(model: LanguageModel, device: torch.device) -> None:
         parameter.copy_(distribute_like(values, parameter))
 
 
-def wrap_ddp(model: LanguageModel, place: Layout, device: torch.device) -> LanguageModel:
+def wrap_ddp(model: LanguageModel, layout: Layout, device: torch.device) -> LanguageModel:
     """The model to call in training: behind DDP where it has copies that are not cut, else `model` itself."""
-    if place.sharded or place.replicas == 1:
+    if layout.sharded or layout.replicas == 1:
         return model
     devices = [device] if device.type == "cuda" else None
     wrapped: Any = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)

@@ -87,7 +87,7 @@ class Ranks:
                 outcome = work()
             except UserError as error:
                 outcome = error
-        outcome = self.from_main(outcome)
+        outcome = self.broadcast(outcome)
         if isinstance(outcome, UserError):
             raise outcome
         return cast(T, outcome)
@@ -136,7 +136,7 @@ class Ranks:
             self.leave()
         elif self.notes is not None and _is_of_the_connection(error):
             # torchrun sends SIGTERM when one process has died, before the others can say so.
-            with without(signal.SIGTERM):
+            with ignore_signal(signal.SIGTERM):
                 reason = _explain(self, self.notes, "timed out" in str(error).lower())
             raise RunFailedError(reason) from error
         elif self.notes is not None:

@@ -31,19 +31,19 @@ for name in ("torch.distributed.tensor._redistribute", "torch.distributed.tensor
 
 
 def cut(
-    model: LanguageModel, place: Layout, mesh: DeviceMesh, gather_dtype: torch.dtype | None, reshard_after_forward: bool
+    model: LanguageModel, layout: Layout, mesh: DeviceMesh, gather_dtype: torch.dtype | None, reshard_after_forward: bool
 ) -> None:
-    """Cuts a model in place, as `parallelize` says.
+    """Cuts a model in layout, as `parallelize` says.
 
     Raises:
-        UserError: the architecture cannot be cut into `place.tensor` parts.
+        UserError: the architecture cannot be cut into `layout.tensor` parts.
     """
-    if place.tensor > 1:
+    if layout.tensor > 1:
         _cut_matrices(model, mesh["tensor"])
-    if place.shards > 1:
+    if layout.shards > 1:
         # Activations have that dtype already; what a model keeps in fp32 for exactness stays so.
         policy = MixedPrecisionPolicy(param_dtype=gather_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        inner = mesh["replicate", "shard"] if place.replicas > 1 else mesh["shard"]
+        inner = mesh["replicate", "shard"] if layout.replicas > 1 else mesh["shard"]
         for block in model.layers():
             fully_shard(block, mesh=inner, mp_policy=policy, reshard_after_forward=reshard_after_forward)
         fully_shard(model, mesh=inner, mp_policy=policy)

@@ -120,14 +120,14 @@ def layer_factors(model: LanguageModel, decay: float) -> dict[str, float]:
 
 
 # Before and at the start ---------------------------------------------------------------------------------------------
-def check_fine_tuning(experiment: Experiment, place: Layout) -> None:
+def check_fine_tuning(experiment: Experiment, layout: Layout) -> None:
     """Refuses what cannot be applied to the experiment's model, before anything is made; its vocabulary is known.
 
     Raises:
         UserError: one line naming the field.
     """
     tuning = experiment.fine_tuning
-    if tuning.lora.rank is not None and place.tensor > 1:
+    if tuning.lora.rank is not None and layout.tensor > 1:
         raise UserError(
             f"fine_tuning.lora.rank is {tuning.lora.rank}; allowed where matrices are cut: None; use strategy fsdp"
         )
