@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from cleangpt.errors import UserError
-from cleangpt.files import PARTIAL, sha256, fsync_file, fsync_folder
+from cleangpt.files import PARTIAL, fsync_file, fsync_folder, sha256
 
 TRIES = 5
 FIRST_WAIT = 1.0

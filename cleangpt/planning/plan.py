@@ -194,8 +194,8 @@ class _Planner:
         """Why a layout cannot run, or an empty string."""
         if layout.tensor > 1 and (rank := self.experiment.fine_tuning.lora.rank) is not None:
             return f"matrices cannot be cut with fine_tuning.lora.rank {rank}"
-        batch = self.experiment.data.batch_size
-        return f"data.batch_size {batch} is not a multiple of its {layout.dp_size} parts" if batch % layout.dp_size else ""
+        batch, parts = self.experiment.data.batch_size, layout.dp_size
+        return f"data.batch_size {batch} is not a multiple of its {parts} parts" if batch % parts else ""
 
     def micro_batch(self, layout: Layout, training: TrainingConfig) -> int:
         """The largest divisor of a device's part of a batch that `training.micro_batch_size` allows."""

@@ -242,7 +242,7 @@ def build_recorder(
         if not wanted:
             return {}
         model.eval()
-        with uncompiled():
+        with uncompiled(experiment.training.compile):
             return {
                 of_source(task, name): SCORES[task](model, splits[name], tracking.score_samples, device)
                 for name, task in wanted.items()
@@ -250,7 +250,7 @@ def build_recorder(
 
     def sample(macro_batch: int) -> str:
         first, *_ = stores(store).values()
-        with uncompiled():
+        with uncompiled(experiment.training.compile):
             return sample_text(model, first, tracking.sample_prompt, tracking.sample_tokens, device, macro_batch)
 
     seq_len = experiment.data.seq_len

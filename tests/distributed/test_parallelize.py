@@ -357,7 +357,7 @@ def test_compiling_over_gloo_where_matrices_are_cut_is_refused() -> None:
 
 @pytest.mark.parametrize("device", ["cuda:1", "mps"])
 def test_a_device_that_several_processes_cannot_have_each_is_refused(device: str) -> None:
-    message = f"training.device is '{device}'; allowed with 2 processes: cpu, or cuda, of which each takes its own"
+    message = f"training.device is '{device}'; allowed with 2 processes: cpu, or cuda, where each process takes its own"
     with pytest.raises(UserError, match=message):
         check_devices(torch.device(device), 2)
     check_devices(torch.device(device), 1)

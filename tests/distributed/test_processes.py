@@ -39,7 +39,7 @@ def test_a_silent_process_is_named_with_its_machine_and_its_step(three: list[Ran
 def test_a_process_that_has_lost_the_same_one_is_not_named(three: list[Ranks]) -> None:
     three[1].heartbeat(118)
     said(three[1], CLOSED)
-    line = "lost the connection at step 120; no more was heard of process 2 (machine m2), last heard of at step 118"
+    line = "lost the connection at step 120 to process 2 (machine m2), last heard of at step 118"
     assert said(three[0], CLOSED) == line
 
 
