@@ -125,7 +125,7 @@ def choose_layout(
 ) -> Layout:
     """As `layout_for`, but `auto` becomes fsdp if weights, gradients and moments take over half of a device's memory.
 
-    `prepare` changes a model in layout, as for `parallelize`: only parameters that require a gradient count as trained.
+    `prepare` changes a model in place, as for `parallelize`: only parameters that require a gradient count as trained.
     """
     if config.strategy == "auto" and ranks.world_size > 1:
         with on_meta():

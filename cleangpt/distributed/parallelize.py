@@ -47,7 +47,7 @@ def parallelize(
         build: makes the plain model; the global random generators must be in the same state on all ranks.
         layout: from `choose_layout`.
         device: this rank's device.
-        prepare: changes the model in layout before it is sharded.
+        prepare: changes the model in place before it is sharded.
         gather_dtype: dtype in which sharded blocks are all-gathered and computed; None: that of the parameters.
         reshard_after_forward: whether a block's gathered weights are freed between forward and backward pass.
         timeout: limit for the collectives of the device mesh; None: PyTorch's default.

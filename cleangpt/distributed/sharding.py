@@ -37,7 +37,7 @@ def shard_model(
     gather_dtype: torch.dtype | None,
     reshard_after_forward: bool,
 ) -> None:
-    """Shards a model in layout; arguments as for `parallelize`.
+    """Shards a model in place; arguments as for `parallelize`.
 
     Raises:
         UserError: the architecture does not support tensor parallelism over `layout.tensor` ranks.

@@ -168,7 +168,7 @@ def test_a_full_disk_is_told_at_once_and_the_next_save_makes_up_for_it(
         snapshots.save("mb000002", STATE)
         assert snapshots.wait() == "[Errno 28] No space left on device"
     assert said == [
-        "snapshot mb000002 could not be saved: [Errno 28] No space left on device; those before it are as they were"
+        "snapshot mb000002 could not be saved: [Errno 28] No space left on device; earlier snapshots are intact"
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["mb000001"]  # nothing half-written takes what room there is
     snapshots.save("mb000003", STATE)
