@@ -1,4 +1,4 @@
-"""The one kind of exception that reaches a user as a single line, without a traceback."""
+"""Errors that are shown to the user as a single line, without a traceback."""
 
 import contextlib
 import difflib
@@ -8,21 +8,21 @@ from types import ModuleType
 
 
 class UserError(Exception):
-    """A mistake that its maker can mend: the message says what was wrong, where, and what to do.
+    """A mistake the user can fix: the message says what is wrong, where, and what to do.
 
     `commands.main` prints it as one line and exits with code 2; anything else is a bug and keeps its traceback.
     """
 
 
 class RunFailedError(Exception):
-    """A run that cannot go on: the message says why and where it can be taken up; exit code 1, no traceback."""
+    """A run that cannot continue: the message says why, and where to resume; exit code 1, no traceback."""
 
 
 class DivergedError(RunFailedError):
-    """A run whose losses or gradients are no longer finite."""
+    """A run whose loss, gradients or weights are no longer finite."""
 
 
-LONGEST_LINE = 1000
+MAX_LINE_LENGTH = 1000
 PARSE_ERRORS: tuple[type[Exception], ...] = (
     ArithmeticError,
     AssertionError,
@@ -36,32 +36,32 @@ PARSE_ERRORS: tuple[type[Exception], ...] = (
 
 
 @contextlib.contextmanager
-def parsing(place: object, *also: type[Exception]) -> Iterator[None]:
-    """Blames a file for what fails while its content is taken apart, since a stranger's may hold anything.
+def parsing(path: object, *also: type[Exception]) -> Iterator[None]:
+    """Turns errors while a file's content is parsed into a `UserError`, since an untrusted file may hold anything.
 
     Args:
-        place: the file.
-        also: kinds of error to blame it for, besides those of Python's own operations.
+        path: the file to name.
+        also: types of error to convert besides `PARSE_ERRORS`.
 
     Raises:
-        UserError: something failed; names the `place`.
+        UserError: parsing failed; names the file.
     """
     try:
         yield
     except PARSE_ERRORS + also as error:
         reason = (str(error).strip().splitlines() or [""])[0]
-        raise UserError(f"{place} is not what CleanGPT writes: {type(error).__name__}: {reason}") from error
+        raise UserError(f"{path} is not what CleanGPT writes: {type(error).__name__}: {reason}") from error
 
 
 def single_line(error: Exception) -> str:
-    """What an error says, as one line that is fit for a terminal, whatever a file or a word put into it."""
+    """An error's message as one printable line of limited length, whatever untrusted text it quotes."""
     text = " ".join(str(error).split())
-    text = text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]}…"
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+    text = text if len(text) <= MAX_LINE_LENGTH else f"{text[:MAX_LINE_LENGTH]}…"
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint such as ``; did you mean 'dim'?``, or an empty string when nothing known is near `word`."""
+    """A hint such as ``; did you mean 'dim'?``, or an empty string if no known word is similar."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
@@ -70,7 +70,7 @@ def require(module: str, extra: str) -> ModuleType:
     """Imports an optional `module`.
 
     Raises:
-        UserError: it is not installed; names the extra of CleanGPT that brings it.
+        UserError: it is not installed; names the extra that installs it.
     """
     try:
         return importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent (design rule 6): written aside, flushed to the disk, then renamed."""
+"""Atomic files and folders (design rule 6): written under another name, fsynced, then renamed."""
 
 import contextlib
 import hashlib
@@ -15,33 +15,33 @@ from cleangpt.errors import UserError
 
 MANIFEST = "manifest.json"
 PARTIAL, OLD = ".partial", ".old"
-LONGEST = 2**28
-"""Bytes of text or JSON that are read at once, at most."""
+MAX_TEXT_BYTES = 2**28
+"""The largest text or JSON file that is read."""
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replaces `path` by `content` in one atomic step: after a crash either the old or the new file is there."""
-    aside = path.with_name(path.name + PARTIAL)
+    """Writes a file atomically: after a crash, either the old or the new content is there."""
+    partial = path.with_name(path.name + PARTIAL)
     try:
-        with aside.open("wb") as file:
+        with partial.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(path)
+        partial.replace(path)
     except OSError:
-        with contextlib.suppress(OSError):  # on a full disk, half a file takes what others need
-            aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # frees space on a full disk
+            partial.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    fsync_folder(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_bytes` for UTF-8 text; line ends are written as they are, on every system."""
+    """`write_bytes` for UTF-8 text, without translating line ends on any system."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` for a JSON value, indented for the reader."""
+    """`write_text` for a JSON value, indented."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -49,11 +49,11 @@ def read_text(path: Path) -> str:
     """The UTF-8 text in `path`.
 
     Raises:
-        UserError: the file is missing, no file but a device or a pipe, longer than `LONGEST`, or not UTF-8.
+        UserError: the file is missing, not a regular file, larger than `MAX_TEXT_BYTES`, or not UTF-8.
     """
     check_regular(path)
-    if (size := path.stat().st_size) > LONGEST:
-        raise UserError(f"{path} has {size:,} bytes; allowed: at most {LONGEST:,}")
+    if (size := path.stat().st_size) > MAX_TEXT_BYTES:
+        raise UserError(f"{path} has {size:,} bytes; allowed: at most {MAX_TEXT_BYTES:,}")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -61,7 +61,7 @@ def read_text(path: Path) -> str:
 
 
 def check_regular(path: Path) -> None:
-    """Refuses what would be read without end, such as a link to /dev/zero.
+    """Refuses anything but a regular file, such as a link to /dev/zero, which would be read forever.
 
     Raises:
         UserError: the file is missing, or a folder, a device or a pipe.
@@ -70,14 +70,14 @@ def check_regular(path: Path) -> None:
         raise UserError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
 
 
-def safe_name(name: str, place: Path) -> str:
-    """The name of a file, as read from the file `place`, which may name no file but its neighbours.
+def safe_name(name: str, source: Path) -> str:
+    """Checks a file name that was read from the file `source`: it must stay in the folder of `source`.
 
     Raises:
-        UserError: it leads to another folder.
+        UserError: the name leads to another folder.
     """
     if not isinstance(name, str) or name in ("", ".", "..") or any(letter in name for letter in "/\\:\0"):
-        raise UserError(f"{place} names {name!r}; allowed: a file's name without a folder")
+        raise UserError(f"{source} names {name!r}; allowed: a file name without a folder")
     return name
 
 
@@ -85,7 +85,7 @@ def parse_json(text: str) -> Any:
     """The JSON value in a text.
 
     Raises:
-        ValueError: it is not JSON, or has half a surrogate pair, which is no character and cannot be written again.
+        ValueError: it is not JSON, or has an unpaired surrogate, which UTF-8 cannot encode.
         RecursionError: it is nested too deeply.
     """
     value = json.loads(text)
@@ -98,7 +98,7 @@ def read_json(path: Path) -> Any:
     """The JSON value in `path`.
 
     Raises:
-        UserError: as `read_text`, or the file is not valid JSON.
+        UserError: as for `read_text`, or the file is not valid JSON.
     """
     try:
         return parse_json(read_text(path))
@@ -106,14 +106,14 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
-def sync_file(path: Path) -> None:
-    """Waits until the content of `path` is on the disk."""
+def fsync_file(path: Path) -> None:
+    """Flushes the content of a file to the disk."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 
 
-def sync_folder(folder: Path) -> None:
-    """Waits until renames in `folder` are on the disk, where the system can open folders (not on Windows)."""
+def fsync_folder(folder: Path) -> None:
+    """Flushes renames in a folder to the disk; does nothing on Windows, which cannot open folders."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -124,29 +124,29 @@ def sync_folder(folder: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file in hexadecimal, read in pieces of 1 MiB."""
+    """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
 def fsync_files(files: Sequence[Path]) -> dict[str, Any]:
-    """Waits until files are on the disk; returns their entries in a manifest, sizes and checksums, by name."""
-    with ThreadPoolExecutor(2) as threads:  # the processor takes checksums while the disk writes
+    """Flushes files to the disk; returns their manifest entries, sizes and checksums, by name."""
+    with ThreadPoolExecutor(2) as threads:  # checksums are computed while the disk writes
         digests = threads.map(sha256, files)
         for path in files:
-            sync_file(path)
+            fsync_file(path)
         return {path.name: {"bytes": path.stat().st_size, "sha256": digest}
                 for path, digest in zip(files, digests, strict=True)}  # fmt: skip
 
 
 def commit_folder(partial: Path, folder: Path, flushed: Mapping[str, Any] | None = None) -> None:
-    """Makes the finished folder `partial` appear as `folder`: manifest of sizes and checksums, flush, rename.
+    """Commits the finished folder `partial` as `folder`: writes its manifest, fsyncs, renames.
 
-    An older `folder` is moved aside first and removed last, so a good one exists at every moment, which `restore` finds
-    after a crash; one that has the same bits stays. `flushed` has the entries of files that are on the disk already.
+    An existing `folder` is renamed first and removed last, so there is an intact one at any moment, which `restore`
+    finds after a crash; one with the same content stays. `flushed` has the manifest entries of files fsynced already.
     """
     manifest = dict(flushed or {})
     manifest |= fsync_files(sorted(path for path in partial.iterdir() if path.name not in {MANIFEST, *manifest}))
@@ -163,32 +163,32 @@ def commit_folder(partial: Path, folder: Path, flushed: Mapping[str, Any] | None
     except OSError:
         restore(folder)
         raise
-    sync_folder(folder.parent)
+    fsync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def restore(folder: Path) -> None:
-    """Brings back a `folder` that `seal` had moved aside when a crash came; removes what it has replaced."""
+    """Undoes or completes a `commit_folder` that a crash interrupted: restores the old folder, or removes it."""
     old = folder.with_name(folder.name + OLD)
     if old.exists() and not folder.exists():
         old.replace(folder)
-        sync_folder(folder.parent)
+        fsync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def recover_folder(folder: Path) -> None:
-    """Brings back what a crash left aside in `folder`, and removes what it left half-done."""
+    """Cleans up a folder after a crash: restores what was being replaced, and removes partial files and folders."""
     for old in folder.glob("*" + OLD):
         restore(old.with_suffix(""))
     for partial in folder.glob("*" + PARTIAL):
         if partial.is_dir() and not partial.is_symlink():
-            shutil.rmtree(partial, ignore_errors=True)  # what a dying process is still writing goes the next time
+            shutil.rmtree(partial, ignore_errors=True)  # a dying process may still write here; removed the next time
         else:
             partial.unlink(missing_ok=True)
 
 
-def remove(folder: Path) -> None:
-    """Removes a folder: after a crash it is whole, or not there. Of a link to one, the link alone."""
+def remove_folder(folder: Path) -> None:
+    """Removes a folder atomically: after a crash it is intact or gone. Of a symbolic link, removes only the link."""
     if folder.is_symlink():
         folder.unlink()
         return
@@ -196,22 +196,25 @@ def remove(folder: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     folder.replace(partial)
     try:
-        sync_folder(folder.parent)
+        fsync_folder(folder.parent)
     finally:
         shutil.rmtree(partial)
 
 
-def find_corruption(folder: Path, part: int = 0, parts: int = 1, needed: Iterable[str] = ()) -> str:
-    """Says in a few words what is wrong with a sealed folder, or returns an empty string when it is whole.
+def find_corruption(folder: Path, rank: int = 0, world_size: int = 1, required: Iterable[str] = ()) -> str:
+    """Verifies a committed folder against its manifest; returns what is wrong, or an empty string if it is intact.
 
-    Several processes may share the work: each looks at one of so many `parts` of the files. The manifest must name
-    those that are `needed`.
+    Args:
+        folder: made by `commit_folder`.
+        rank: which share of the files to verify, so that several processes can divide the work.
+        world_size: the number of shares.
+        required: files that the manifest must list.
     """
     try:
         manifest = read_json(folder / MANIFEST)
-        if missing := sorted(set(needed) - manifest.keys()):
+        if missing := sorted(set(required) - manifest.keys()):
             return f"{missing[0]} is not in {MANIFEST}"
-        for name, entry in list(manifest.items())[part::parts]:
+        for name, entry in list(manifest.items())[rank::world_size]:
             path = folder / name
             if Path(name).name != name or not path.is_file():
                 return f"{name} is missing"
@@ -219,7 +222,7 @@ def find_corruption(folder: Path, part: int = 0, parts: int = 1, needed: Iterabl
                 return f"{name} has {path.stat().st_size:,} bytes, not {entry['bytes']:,}"
             if sha256(path) != entry["sha256"]:
                 return f"{name} does not match its checksum"
-    except (UserError, OSError) as error:  # a disk that fails says so when it is read
+    except (UserError, OSError) as error:  # a failing disk raises an error when it is read
         return str(error)
     except (AttributeError, KeyError, TypeError, ValueError):
         return f"{MANIFEST} is not a manifest"

@@ -1,4 +1,4 @@
-"""``hf:NAME_OR_FOLDER``: a local folder in Hugging Face's layout, or a model's name there, which is downloaded."""
+"""``hf:NAME_OR_FOLDER``: a local folder in Hugging Face's format, or a model to download from the Hub."""
 
 from pathlib import Path
 
@@ -9,11 +9,11 @@ PREFIX = "hf:"
 
 FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json", "vocab.json",
          "merges.txt", "tokenizer_config.json", "chat_template.jinja")  # fmt: skip
-"""All that is ever downloaded; each of them is data, and the chat template among it runs in a sandbox."""
+"""The only files that are downloaded. All are data; the chat template is rendered in a sandbox."""
 
 
 def is_huggingface(text: str) -> bool:
-    """Whether a user means a model of Hugging Face."""
+    """Whether `text` refers to a Hugging Face model."""
     return text.startswith(PREFIX)
 
 
@@ -23,10 +23,10 @@ def local_path(text: str) -> Path:
 
 
 def fetch(text: str) -> Path:
-    """The local folder of the model that ``hf:...`` means; a name is downloaded once, and then kept by the library.
+    """The local folder of ``hf:...``; a model is downloaded once, and then cached by `huggingface_hub`.
 
     Raises:
-        UserError: there is no such folder, or the model cannot be downloaded; says which files to put where.
+        UserError: there is no such folder, or the download failed; says how to provide the files without a network.
     """
     name = text.removeprefix(PREFIX)
     folder = Path(name).expanduser()
@@ -37,7 +37,7 @@ def fetch(text: str) -> Path:
     library = require("huggingface_hub", "hub")
     try:
         return Path(library.snapshot_download(name, allow_patterns=list(FILES)))
-    except Exception as error:  # the library lets errors of several network packages through
+    except Exception as error:  # huggingface_hub passes through errors of several network packages
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
             f"cannot download {name!r} from Hugging Face ({reason[0]}); without a network, put its config.json, "

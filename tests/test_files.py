@@ -11,7 +11,7 @@ from cleangpt.files import (
     find_corruption,
     read_json,
     recover_folder,
-    remove,
+    remove_folder,
     restore,
     sha256,
     write_bytes,
@@ -129,7 +129,7 @@ def test_a_folder_whose_removal_was_cut_short_is_not_there(tmp_path: Path, monke
 
         patch.setattr(files.shutil, "rmtree", crash)
         with pytest.raises(KeyboardInterrupt):
-            remove(tmp_path / "x")
+            remove_folder(tmp_path / "x")
     assert [path.name for path in tmp_path.iterdir()] == ["x.partial"]
     recover_folder(tmp_path)
     assert list(tmp_path.iterdir()) == []

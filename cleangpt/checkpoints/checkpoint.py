@@ -1,10 +1,10 @@
-"""Checkpoints: model weights with their configuration and tokenizer, the best of them kept.
+"""Checkpoints: model weights with config and tokenizer; a run keeps the best of them.
 
-checkpoints/index.json                 those kept, best first
+checkpoints/index.json                 the list of checkpoints, best first
 checkpoints/val1.4697_mb000012/        validation loss and macro-batch
     model.safetensors  config.json  tokenizer.json  manifest.json
-    adapters.safetensors               of a run with adapters, which model.safetensors has already
-    chat_template.json                 of conversations
+    adapters.safetensors               for a run with LoRA; model.safetensors has them merged
+    chat_template.json                 for a model trained on conversations
 """
 
 import contextlib
@@ -27,7 +27,16 @@ from cleangpt.data.tokenizers import Tokenizer, load_tokenizer
 from cleangpt.distributed.processes import Ranks
 from cleangpt.distributed.tensors import full_tensor, gather_to_host, load_weights
 from cleangpt.errors import UserError, parsing
-from cleangpt.files import PARTIAL, commit_folder, find_corruption, read_json, remove, safe_name, write_json, write_text
+from cleangpt.files import (
+    PARTIAL,
+    commit_folder,
+    find_corruption,
+    read_json,
+    remove_folder,
+    safe_name,
+    write_json,
+    write_text,
+)
 from cleangpt.models import build_model, model_kinds
 from cleangpt.models.base import LanguageModel, on_meta
 from cleangpt.models.lora import is_adapter, merge, split_adapters
@@ -47,11 +56,11 @@ class CheckpointEntry:
     macro_batch: int
     val_loss: float
     permanent: bool = False
-    """Kept because of `saving.checkpoint_every`, whatever its loss."""
+    """Kept regardless of its loss, by `saving.checkpoint_every`."""
 
 
 class Checkpoints:
-    """The checkpoints of a run; on a tie the older one counts as better, and a NaN is never among the best."""
+    """The checkpoints of a run. The older one wins a tie, and a NaN is never among the best."""
 
     def __init__(
         self, folder: Path, config: SavingConfig, ranks: Ranks, model_config: ModelConfig, tokenizer: Tokenizer,
@@ -60,25 +69,25 @@ class Checkpoints:
     ) -> None:  # fmt: skip
         self.folder, self.config, self.log = folder, config, log
         self.ranks = ranks
-        """The main process writes the files; every one keeps the list."""
+        """The main process writes the files; every process keeps the list."""
         self.model_config, self.tokenizer, self.lora, self.chat_template = model_config, tokenizer, lora, chat_template
         self.entries: list[CheckpointEntry] = []
 
     def offer(self, macro_batch: int, val_loss: float, model: LanguageModel) -> bool:
-        """Saves a checkpoint if its validation loss is among the best, or its macro-batch is one to keep.
+        """Saves a checkpoint if its validation loss is among the best, or `saving.checkpoint_every` asks for it.
 
-        Then removes those that are no longer among the best. Where it cannot be written, those before it stay as they
-        are, and a line says why. All processes call this together; returns whether a checkpoint was due.
+        Then removes those that are no longer among the best. If it cannot be written, logs why and leaves earlier ones
+        as they are. A collective; returns whether a checkpoint was due.
         """
         permanent = self._permanent(macro_batch)
         if not permanent and not self._among_best(val_loss):
             return False
         weights = gather_to_host(model.state_dict(), keep=self.ranks.is_main)
         entry = CheckpointEntry(f"val{val_loss:.4f}_mb{macro_batch:06d}", macro_batch, val_loss, permanent)
-        best = sorted([*self.entries, entry], key=_rank)
+        best = sorted([*self.entries, entry], key=_sort_key)
         finite = [other for other in best if not math.isnan(other.val_loss)]
         entries = [other for other in best if other.permanent or other in finite[: self.config.keep_best]]
-        reason: str = self.ranks.from_main(self._write(entry, entries, weights) if self.ranks.is_main else "")
+        reason: str = self.ranks.broadcast(self._write(entry, entries, weights) if self.ranks.is_main else "")
         if reason:
             self.log(f"the checkpoint of macro-batch {macro_batch} could not be saved: {reason}")
             return True
@@ -88,7 +97,7 @@ class Checkpoints:
         return True
 
     def _write(self, entry: CheckpointEntry, entries: list[CheckpointEntry], weights: Mapping[str, Tensor]) -> str:
-        """Writes a checkpoint and the new index; returns why that could not be, empty where it could."""
+        """Writes a checkpoint and the new index; returns why that failed, or an empty string."""
         try:
             save_checkpoint(
                 self.folder / entry.name, weights, self.model_config, self.tokenizer, asdict(entry), self.lora,
@@ -101,21 +110,21 @@ class Checkpoints:
         return ""
 
     def prune(self) -> None:
-        """Removes every folder that the index does not name; one that cannot be removed stays until the next time."""
+        """Removes every folder that is not in the index; one that cannot be removed is left for the next time."""
         kept = {entry.name for entry in self.entries}
         for path in self.folder.glob("val*"):
             if path.name not in kept and path.is_dir():
                 with contextlib.suppress(OSError):
-                    remove(path)
+                    remove_folder(path)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """The list of checkpoints, for snapshots."""
         return {"entries": [asdict(entry) for entry in self.entries]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state_dict`; an entry whose folder is gone is forgotten.
+        """Restores the list, without entries whose folder is gone.
 
-        A folder that came after the snapshot stays until the next `save`, which writes it again or prunes it.
+        A folder that is newer than the snapshot stays until the next `offer`, which replaces or prunes it.
         """
         entries = [CheckpointEntry(**entry) for entry in state["entries"]]
         self.entries = [entry for entry in entries if (self.folder / entry.name / CONFIG).exists()]
@@ -128,7 +137,7 @@ class Checkpoints:
         return not math.isnan(val_loss) and len(better) < self.config.keep_best
 
 
-def _rank(entry: CheckpointEntry) -> tuple[bool, float, int]:
+def _sort_key(entry: CheckpointEntry) -> tuple[bool, float, int]:
     return (math.isnan(entry.val_loss), entry.val_loss, entry.macro_batch)
 
 
@@ -141,10 +150,10 @@ def save_checkpoint(
     lora: LoRAConfig | None = None,
     chat_template: ChatTemplate | None = None,
 ) -> None:
-    """Writes a checkpoint to `folder`, whole or not at all; `facts` are kept in its config.json.
+    """Writes a checkpoint to `folder`, atomically; `facts` go into its config.json.
 
-    Adapters among the weights are merged into them, so that whoever reads the checkpoint need not know of adapters, and
-    are written once more for themselves.
+    Adapters among the weights are merged, so that readers of the checkpoint need not know about them, and also saved
+    separately.
     """
     partial = folder.with_name(folder.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
@@ -154,8 +163,8 @@ def save_checkpoint(
     try:
         if lora is not None and lora.rank is not None:
             base = merge(base, adapters, lora.alpha / lora.rank)
-            described = {"format": "pt", "rank": str(lora.rank), "alpha": str(lora.alpha)}
-            save_file(adapters, partial / ADAPTERS, metadata=described)
+            metadata = {"format": "pt", "rank": str(lora.rank), "alpha": str(lora.alpha)}
+            save_file(adapters, partial / ADAPTERS, metadata=metadata)
         save_file(base, partial / WEIGHTS, metadata={"format": "pt"})
         write_json(partial / CONFIG, {"format": FORMAT, "model": to_json(config, model_kinds()), "facts": facts})
         write_text(partial / TOKENIZER, tokenizer.to_json())
@@ -163,13 +172,13 @@ def save_checkpoint(
             write_text(partial / CHAT_TEMPLATE, chat_template.to_json())
         commit_folder(partial, folder)
     except (OSError, SafetensorError):
-        shutil.rmtree(partial, ignore_errors=True)  # it takes room that may be what is missing
+        shutil.rmtree(partial, ignore_errors=True)  # frees space on a full disk
         raise
 
 
 @dataclass
 class Checkpoint:
-    """A checkpoint, read."""
+    """A loaded checkpoint."""
 
     folder: Path
     config: ModelConfig
@@ -177,17 +186,17 @@ class Checkpoint:
     weights: dict[str, Tensor]
     facts: dict[str, Any]
     chat_template: ChatTemplate | None = None
-    """How it was taught to converse; None: it was not."""
+    """The template of its training conversations; None: it was trained on plain text."""
 
     def model(self, device: torch.device) -> LanguageModel:
-        """The model with its weights, for use, on `device`.
+        """The model in eval mode on `device`, with its weights.
 
         Raises:
-            UserError: the weights are not those of such a model; that is found out before it takes any memory.
+            UserError: the weights do not fit the config; checked on the meta device, before any memory is allocated.
         """
         with parsing(self.folder / CONFIG, RuntimeError), on_meta():
-            wanted = build_model(self.config, self._heads()).state_dict()
-        self._check_weights(wanted)
+            expected = build_model(self.config, self._heads()).state_dict()
+        self._check_weights(expected)
         model = build_model(self.config, self._heads())
         model.load_state_dict(self.weights)
         return model.to(device).eval()
@@ -195,24 +204,24 @@ class Checkpoint:
     def _heads(self) -> set[str]:
         return {name.split(".")[1] for name in self.weights if name.startswith("heads.")}
 
-    def _check_weights(self, wanted: Mapping[str, Tensor]) -> None:
-        for name in sorted(wanted.keys() | self.weights.keys()):
-            theirs, ours = self.weights.get(name), wanted.get(name)
-            if theirs is None or ours is None or theirs.shape != ours.shape or not theirs.is_floating_point():
-                found, asked = ("none" if one is None else f"{one.dtype} {tuple(one.shape)}" for one in (theirs, ours))
-                raise UserError(f"{self.folder}: the weights {name} are {found}; the model's are {asked}")
+    def _check_weights(self, expected: Mapping[str, Tensor]) -> None:
+        for name in sorted(expected.keys() | self.weights.keys()):
+            saved, own = self.weights.get(name), expected.get(name)
+            if saved is None or own is None or saved.shape != own.shape or not saved.is_floating_point():
+                there, here = ("missing" if one is None else f"{one.dtype} {tuple(one.shape)}" for one in (saved, own))
+                raise UserError(f"{self.folder}: {name} is {there} in the checkpoint, and {here} in the model")
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Reads a checkpoint; nothing in it is executed.
+    """Loads a checkpoint; nothing in it is executed.
 
     Raises:
-        UserError: the folder is no checkpoint, is damaged, or is of a newer format or an unknown architecture.
+        UserError: the folder is not a checkpoint, is corrupt, or has another format or an unknown architecture.
     """
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} is not a checkpoint: it has no {CONFIG}")
-    if wrong := find_corruption(folder, needed=(WEIGHTS, CONFIG, TOKENIZER)):
-        raise UserError(f"checkpoint {folder} is damaged: {wrong}")
+    if reason := find_corruption(folder, required=(WEIGHTS, CONFIG, TOKENIZER)):
+        raise UserError(f"checkpoint {folder} is corrupt: {reason}")
     content = read_json(folder / CONFIG)
     with parsing(folder / CONFIG):
         if content.get("format") != FORMAT:
@@ -239,54 +248,50 @@ def best_checkpoint(run: Path) -> Path:
     with parsing(index):
         entries = [CheckpointEntry(**entry) for entry in content["checkpoints"]]
         if not entries:
-            raise UserError(f"{run} has no checkpoint yet; one is saved after each macro-batch that improves")
-        return run / "checkpoints" / safe_name(min(entries, key=_rank).name, index)
+            raise UserError(f"{run} has no checkpoint yet; one is saved whenever the validation loss improves")
+        return run / "checkpoints" / safe_name(min(entries, key=_sort_key).name, index)
 
 
+# Matrices with one row per position or per token, which may be of different sizes in two models.
 POSITION_ROWS = ("position_embedding.weight",)
-
-
 TOKEN_ROWS = ("token_embedding.weight", "head.weight")
-"""Matrices with one row per position or per token, of which there may be more or fewer in a model than in another."""
 
 
 def load_matching_weights(model: LanguageModel, weights: Mapping[str, Tensor], same_tokens: bool = False) -> list[str]:
-    """Copies into `model` every weight whose name and shape match; returns a line about each that did not.
+    """Copies into `model` every weight whose name and shape match; returns a line about each that does not.
 
-    Of the rows that stand for positions, and for tokens where they are the `same_tokens`, those that both have are
-    copied. A model that is cut over several processes is filled by all of them together. Adapters begin anew.
+    Of embeddings of positions, and of tokens if both models have the `same_tokens`, the rows that both have are copied.
+    Adapters keep their initial values. A collective if the model is sharded.
     """
     rows = POSITION_ROWS + TOKEN_ROWS * same_tokens
     target = {name: tensor for name, tensor in model.state_dict().items() if not is_adapter(name)}
-    fitting: dict[str, Tensor] = {}
+    matching: dict[str, Tensor] = {}
     lines = []
     for name in sorted(target):
-        ours, theirs = target[name], weights.get(name)
-        if theirs is not None and theirs.shape == ours.shape:
-            fitting[name] = theirs
-        elif theirs is not None and theirs.shape[1:] == ours.shape[1:] and name in rows:
-            fitting[name] = torch.cat(
-                [theirs[: len(ours)], full_tensor(ours)[len(theirs) :].to(theirs.device, theirs.dtype)]
-            )
-            rest = (
-                "the model's others keep their initial values" if len(ours) > len(theirs) else "the others are left out"
-            )
-            lines.append(f"{name} takes {min(len(ours), len(theirs)):,} of {len(theirs):,} rows; {rest}")
+        own, saved = target[name], weights.get(name)
+        if saved is not None and saved.shape == own.shape:
+            matching[name] = saved
+        elif saved is not None and saved.shape[1:] == own.shape[1:] and name in rows:
+            rest = full_tensor(own)[len(saved) :].to(saved.device, saved.dtype)
+            matching[name] = torch.cat([saved[: len(own)], rest])
+            longer = len(own) > len(saved)
+            others = "the model's other rows keep their initial values" if longer else "the others are dropped"
+            lines.append(f"{name} takes {min(len(own), len(saved)):,} of {len(saved):,} rows; {others}")
         else:
-            found = "is not in the checkpoint" if theirs is None else f"has shape {tuple(theirs.shape)}"
-            lines.append(f"{name} {found}; it keeps its initial values, shape {tuple(ours.shape)}")
-    load_weights(model, fitting, strict=False)
+            found = "is not in the checkpoint" if saved is None else f"has shape {tuple(saved.shape)} in the checkpoint"
+            lines.append(f"{name} {found}; it keeps its initial values, shape {tuple(own.shape)}")
+    load_weights(model, matching, strict=False)
     lines += [f"{name} is in the checkpoint but not in the model" for name in sorted(weights.keys() - target.keys())]
     return lines
 
 
-def config_mismatches(theirs: ModelConfig, ours: ModelConfig) -> list[str]:
-    """A line about each field of a model that the shapes of its weights may not tell, such as the number of heads."""
-    if type(theirs) is not type(ours):
-        return [f"the checkpoint is of {type(theirs).__name__}, the model of {type(ours).__name__}"]
-    names = [entry.name for entry in fields(ours) if entry.name not in ("vocab_size", "max_seq_len", "dropout")]
+def config_mismatches(saved: ModelConfig, own: ModelConfig) -> list[str]:
+    """A line about each differing field that the shapes of the weights may not show, such as the number of heads."""
+    if type(saved) is not type(own):
+        return [f"the checkpoint is of {type(saved).__name__}, the model of {type(own).__name__}"]
+    names = [entry.name for entry in fields(own) if entry.name not in ("vocab_size", "max_seq_len", "dropout")]
     return [
-        f"model.{name} is {getattr(ours, name)!r}; in the checkpoint it is {getattr(theirs, name)!r}"
+        f"model.{name} is {getattr(own, name)!r}; in the checkpoint it is {getattr(saved, name)!r}"
         for name in names
-        if getattr(ours, name) != getattr(theirs, name)
+        if getattr(own, name) != getattr(saved, name)
     ]

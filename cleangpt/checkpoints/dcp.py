@@ -1,7 +1,7 @@
-"""Tensors cut over many processes, saved and loaded by `torch.distributed.checkpoint` in the files of `shards.py`.
+"""Tensors sharded over several processes, saved and loaded by `torch.distributed.checkpoint` (DCP).
 
-PyTorch plans who writes what and what each reads back; here is only how it is written and read. Its own storage
-pickles its index; nothing here is unpickled.
+DCP plans which process writes and reads what; this module is its storage, in the files of `tensor_files.py`. DCP's own
+storage pickles its metadata; nothing here is unpickled.
 """
 
 import io
@@ -35,8 +35,8 @@ from cleangpt.checkpoints.tensor_files import (
     TensorEntry,
     TensorSlice,
     copy_to_host,
-    part_name,
     shard_name,
+    slice_name,
     write_index,
     write_shard,
 )
@@ -44,14 +44,14 @@ from cleangpt.distributed.processes import Ranks
 from cleangpt.errors import UserError
 
 FLAT = (False, False)
-"""For PyTorch's planners: the tensors come in one dict already."""
+"""For DCP's planners: the state dict is flat already (`flatten_state_dict`, `flatten_sharded_tensors`)."""
 
 
 # Writing --------------------------------------------------------------------------------------------------------------
-class Parts(DefaultSavePlanner):
-    """Plans what this process writes of the tensors that it is made of.
+class ShardPlanner(DefaultSavePlanner):
+    """Plans this process's shard of some tensors.
 
-    With `host`, it copies that to the host at once, into the tensors there or new ones, and the copy is written.
+    With `host`, the shard is copied into the tensors there at once, and the copy is what will be written.
     """
 
     def __init__(self, tensors: dict[str, Tensor], host: dict[MetadataIndex, Tensor] | None) -> None:
@@ -60,68 +60,68 @@ class Parts(DefaultSavePlanner):
         super().create_local_plan()
         self.host = host
         if host is not None:
-            copy_to_host({item.index: self._part(item) for item in self.plan.items}, host)
+            copy_to_host({item.index: self._tensor(item) for item in self.plan.items}, host)
 
     def set_up_planner(
         self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
     ) -> None:
-        """Learns whether this is the process that puts the plans together; the tensors are known."""
+        """Sets whether this is the coordinator; the tensors are known already."""
         self.is_coordinator = is_coordinator
 
     def create_local_plan(self) -> SavePlan:
-        """What this process writes."""
+        """The plan made at construction."""
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        """The tensor that is to be written for an item of the plan."""
-        return self._part(write_item) if self.host is None else self.host[write_item.index]
+        """The tensor to write for an item of the plan."""
+        return self._tensor(write_item) if self.host is None else self.host[write_item.index]
 
-    def _part(self, item: WriteItem) -> Tensor:
-        part = super().resolve_data(item)
-        assert isinstance(part, Tensor)
-        return part
+    def _tensor(self, item: WriteItem) -> Tensor:
+        tensor = super().resolve_data(item)
+        assert isinstance(tensor, Tensor)
+        return tensor
 
 
-def to_write(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """The tensors of which this process writes its part.
+def tensors_to_write(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """The tensors of which this process writes its shard.
 
-    Of equal copies one is written, by whoever has least to write so far. All processes come to the same result without
-    asking each other, so that what another one writes need not be copied to the host here.
+    Each replicated tensor is written once, by the least-loaded rank. All processes compute the same assignment without
+    communicating, so none copies to the host what another one writes.
     """
     mine: dict[str, Tensor] = {}
     loads: dict[int, list[int]] = {}
     for name, tensor in tensors.items():
-        copy, copies = _copy(tensor, ranks)
-        load = loads.setdefault(copies, [0] * copies)
-        chosen = load.index(min(load))
-        load[chosen] += tensor.numel() * tensor.element_size()
-        if chosen == copy:
+        replica, replicas = _replica(tensor, ranks)
+        load = loads.setdefault(replicas, [0] * replicas)
+        writer = load.index(min(load))
+        load[writer] += tensor.numel() * tensor.element_size()
+        if writer == replica:
             mine[name] = tensor
     return mine
 
 
-def _copy(tensor: Tensor, ranks: Ranks) -> tuple[int, int]:
-    """Which copy is here, of how many equal ones, of a tensor or of a part of it."""
+def _replica(tensor: Tensor, ranks: Ranks) -> tuple[int, int]:
+    """Which replica of a tensor, or of a shard of it, this process has, and how many there are."""
     if not isinstance(tensor, DTensor):
         return ranks.rank, ranks.world_size
-    mesh, copy, copies = tensor.device_mesh, 0, 1
-    for place, size, placement in zip(mesh.get_coordinate() or (), mesh.shape, tensor.placements, strict=True):
+    mesh, replica, replicas = tensor.device_mesh, 0, 1
+    for coordinate, size, placement in zip(mesh.get_coordinate() or (), mesh.shape, tensor.placements, strict=True):
         if placement.is_replicate():
-            copy, copies = copy * size + place, copies * size
-    return copy, copies
+            replica, replicas = replica * size + coordinate, replicas * size
+    return replica, replicas
 
 
-def write_parts(
+def write_shards(
     folder: Path,
-    planner: Parts,
+    planner: ShardPlanner,
     rank: int,
     complete: Callable[[Mapping[str, Any]], None],
     group: dist.ProcessGroup,
 ) -> str:
-    """Writes what `planner` has of the tensors, on all processes of `group` together.
+    """Writes every process's shard; a collective over `group`, arguments as for `ShardWriter`.
 
     Returns:
-        Why that could not be, in a few words; empty where it could.
+        Why writing failed, or an empty string.
     """
     try:
         save({}, storage_writer=ShardWriter(folder, rank, complete), planner=planner, process_group=group)
@@ -133,12 +133,12 @@ def write_parts(
 
 
 class ShardWriter(FileSystemWriter):
-    """Writes one file per process, and the index.
+    """Writes one shard per process, and the index.
 
     Args:
-        folder: where; made where it is missing.
-        rank: this process's number.
-        complete: called on the main process when all files are on the disk, with their entries for a manifest.
+        folder: created if missing.
+        rank: this process's rank.
+        complete: called on the main process once all shards are fsynced, with their manifest entries.
     """
 
     def __init__(self, folder: Path, rank: int, complete: Callable[[Mapping[str, Any]], None]) -> None:
@@ -147,15 +147,15 @@ class ShardWriter(FileSystemWriter):
         self.shard = folder / shard_name(rank)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Writes and flushes this process's file; the results carry its entry for the manifest."""
-        parts = {item.index: cast(Tensor, planner.resolve_data(item)) for item in plan.items}
-        entry = write_shard(self.shard, {_name(index): part for index, part in parts.items()})
+        """Writes and fsyncs this process's shard; the results carry its manifest entry."""
+        tensors = {item.index: cast(Tensor, planner.resolve_data(item)) for item in plan.items}
+        entry = write_shard(self.shard, {_name(index): tensor for index, tensor in tensors.items()})
         done: Future[list[WriteResult]] = Future()
-        done.set_result([WriteResult(index, part.nbytes, entry) for index, part in parts.items()])
+        done.set_result([WriteResult(index, tensor.nbytes, entry) for index, tensor in tensors.items()])
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Runs on the main process when all have written."""
+        """Writes the index; runs on the main process when all shards are written."""
         entries: dict[str, Any] = {}
         files: dict[MetadataIndex, str] = {}
         for result in chain.from_iterable(results):
@@ -164,18 +164,24 @@ class ShardWriter(FileSystemWriter):
         index = {}
         for name, entry in metadata.state_dict_metadata.items():
             assert isinstance(entry, TensorStorageMetadata)
-            parts = [TensorSlice(files[MetadataIndex(name, chunk.offsets)], chunk.offsets, chunk.sizes)
-                     for chunk in entry.chunks]  # fmt: skip
-            index[name] = TensorEntry(entry.properties.dtype, entry.size, parts)
+            slices = [
+                TensorSlice(files[MetadataIndex(name, chunk.offsets)], chunk.offsets, chunk.sizes)
+                for chunk in entry.chunks
+            ]
+            index[name] = TensorEntry(entry.properties.dtype, entry.size, slices)
         write_index(self.folder, index)
         self.complete(entries)
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
-def read_parts(
+def read_shards(
     folder: Path, index: Mapping[str, TensorEntry], tensors: dict[str, Any], group: dist.ProcessGroup | None
 ) -> None:
-    """Fills `tensors` in place, of which each process reads its parts; as `shards.read_shards`."""
+    """Fills `tensors` in place, each process its own shards; a collective over `group`.
+
+    Raises:
+        UserError: a file cannot be read, or has no such tensor, or one of another shape.
+    """
     reader, planner = ShardReader(folder, index), DefaultLoadPlanner(*FLAT)
     try:
         load(tensors, storage_reader=reader, planner=planner, process_group=group)
@@ -185,51 +191,51 @@ def read_parts(
 
 
 class ShardReader(FileSystemReader):
-    """Reads the parts that a process needs from the files that have them."""
+    """Reads the slices that a process needs from the shards that hold them."""
 
     def __init__(self, folder: Path, index: Mapping[str, TensorEntry]) -> None:
         super().__init__(folder)
         self.folder, self.metadata = folder, Metadata({}, storage_data={})
         for name, entry in index.items():
-            chunks = [ChunkStorageMetadata(part.offset, part.shape) for part in entry.parts]
+            chunks = [ChunkStorageMetadata(piece.offset, piece.shape) for piece in entry.slices]
             properties = TensorProperties(dtype=entry.dtype)
             self.metadata.state_dict_metadata[name] = TensorStorageMetadata(properties, entry.shape, chunks)
-            for part in entry.parts:
-                self.metadata.storage_data[MetadataIndex(name, part.offset)] = part.file
+            for piece in entry.slices:
+                self.metadata.storage_data[MetadataIndex(name, piece.offset)] = piece.file
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """What the index says."""
+        """The index, as DCP's metadata."""
         return self.metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Copies parts of files to their places, file by file."""
+        """Copies slices from the shards into the tensors, file by file."""
         files: dict[str, list[ReadItem]] = {}
         for item in plan.items:
             files.setdefault(self.storage_data[item.storage_index], []).append(item)
         for file, items in files.items():
             with safe_open(self.folder / file, framework="pt") as shard:
                 for item in items:
-                    _read_part(shard, item, planner.resolve_tensor(item).detach())
+                    _read_slice(shard, item, planner.resolve_tensor(item).detach())
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
 
-def _read_part(shard: Any, item: ReadItem, place: Tensor) -> None:
-    """Copies what `item` asks for from an open safetensors file to `place`."""
+def _read_slice(shard: Any, item: ReadItem, target: Tensor) -> None:
+    """Copies the slice that `item` describes from an open safetensors file into `target`."""
     name = _name(item.storage_index)
     ends = [start + length for start, length in zip(item.storage_offsets, item.lengths, strict=True)]
     where = tuple(map(slice, item.storage_offsets, ends))
-    place.copy_(shard.get_slice(name)[where] if where else shard.get_tensor(name))
+    target.copy_(shard.get_slice(name)[where] if where else shard.get_tensor(name))
 
 
 # Both -----------------------------------------------------------------------------------------------------------------
 def _name(index: MetadataIndex) -> str:
-    """A part's name in its file."""
-    return part_name(index.fqn, tuple(index.offset or ()))
+    """A slice's key in its file."""
+    return slice_name(index.fqn, tuple(index.offset or ()))
 
 
 def _reason(error: CheckpointException, expected: tuple[type[Exception], ...]) -> str:
-    """What the system or a file is to blame for, in a few words; empty where the cause is another than `expected`."""
+    """The cause and rank of a failure, if the cause is one of the `expected` errors; else an empty string."""
     rank, (cause, _) = min(error.failures.items())
     return f"{cause} (process {rank})" if isinstance(cause, expected) else ""

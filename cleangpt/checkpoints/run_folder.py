@@ -1,4 +1,4 @@
-"""The run directory: where everything of a run lies, and how to find it again."""
+"""The run folder: its files, its lock, and how to find a run or a checkpoint."""
 
 import contextlib
 import itertools
@@ -32,13 +32,14 @@ from cleangpt.models.base import on_meta
 from cleangpt.objectives import OBJECTIVES
 from cleangpt.validation import from_json, to_json
 
-FIXED = {
+# Fields that cannot change when a run is resumed.
+FIXED_FIELDS = {
     *("name", "data.seq_len", "data.batch_size", "training.batches_per_macro_batch", "training.seed", "objective"),
     "fine_tuning.freeze",
 }
 
 
-FIXED_PARTS = ("corpus.", "model.", "fine_tuning.lora.")
+FIXED_PREFIXES = ("corpus.", "model.", "fine_tuning.lora.")
 
 
 EXPERIMENT, EXPERIMENT_FILE, ENVIRONMENT = "experiment.json", "experiment.py", "environment.json"
@@ -50,12 +51,12 @@ LOCK = "lock"
 STATUS, STORES = "status.json", "stores.json"
 
 
-LAUNCH = "TORCHELASTIC_RUN_ID"
-"""The variable by which torchrun tells its processes which of its launches they belong to."""
+LAUNCH_ID = "TORCHELASTIC_RUN_ID"
+"""The environment variable in which torchrun identifies a launch; the same after restarts."""
 
 
 def kinds() -> dict[str, type]:
-    """Every registered class that stands in an experiment's JSON under its name."""
+    """Every registered class that an experiment's JSON refers to by name."""
     return {**model_kinds(), **CORPORA, "mixture": Mixture, **OBJECTIVES}
 
 
@@ -65,22 +66,22 @@ def experiment_json(experiment: Experiment) -> dict[str, Any]:
 
 
 def open_run(experiment: Experiment, source: Path | None, overrides: Sequence[str]) -> Path:
-    """The folder of a run: a new one with its experiment and environment, or the one that `experiment.run_dir` names.
+    """Opens the run in `experiment.run_dir`, or creates one; a new run gets its experiment and environment.
 
     Args:
         experiment: with every field resolved.
-        source: the experiment's Python file, copied into the run as it is; None copies nothing.
-        overrides: the command line's words after the experiment, kept so that the run can be repeated.
+        source: the experiment's Python file, copied into the run; None: not copied.
+        overrides: the command-line arguments after the experiment, saved so that the run can be repeated.
 
     Raises:
-        UserError: the folder holds a run of another experiment, or another process trains it.
+        UserError: the folder holds a run of another experiment, or another process is training it.
     """
     wanted = experiment_json(experiment)
     if experiment.run_dir is not None:
         run = Path(experiment.run_dir)
         run.mkdir(parents=True, exist_ok=True)
     else:
-        run = _begun_before_restart(experiment.name) or _new_folder(experiment.name)
+        run = _run_before_restart(experiment.name) or _new_folder(experiment.name)
     with lock_run(run):
         if (run / EXPERIMENT).is_file():
             _check_same(run, read_json(run / EXPERIMENT), wanted)
@@ -93,24 +94,24 @@ def open_run(experiment: Experiment, source: Path | None, overrides: Sequence[st
 
 
 def check_folder(experiment: Experiment) -> None:
-    """Refuses a folder that is no run, nor the beginning of one that was killed.
+    """Refuses a folder that is neither a run nor the start of one that was killed.
 
     Raises:
-        UserError: `experiment.run_dir` is a file, or a folder that holds something else.
+        UserError: `experiment.run_dir` is a file, or a folder with other content.
     """
     run = Path(experiment.run_dir) if experiment.run_dir is not None else None
     if run is None or not run.exists() or (run / EXPERIMENT).is_file():
         return
-    begun = {name + end for name in (EXPERIMENT_FILE, ENVIRONMENT, EXPERIMENT) for end in ("", PARTIAL)} | {LOCK}
-    if run.is_file() or {path.name for path in run.iterdir()} - begun:
+    expected = {name + end for name in (EXPERIMENT_FILE, ENVIRONMENT, EXPERIMENT) for end in ("", PARTIAL)} | {LOCK}
+    if run.is_file() or {path.name for path in run.iterdir()} - expected:
         raise UserError(f"run_dir is {str(run)!r}, which holds something else; give another folder")
 
 
 def find_run(text: str) -> Path:
-    """The run that a user means: its folder, a folder of runs (the newest of them), or an experiment's name.
+    """Finds a run by its folder, by a folder of runs (the newest one), or by an experiment's name.
 
     Raises:
-        UserError: nothing of the kind is there.
+        UserError: there is no such run.
     """
     for path in (Path(text), Path("runs") / text):
         if (path / EXPERIMENT).is_file():
@@ -118,15 +119,15 @@ def find_run(text: str) -> Path:
         inside = sorted(path.glob(f"*/{EXPERIMENT}"), key=lambda found: found.stat().st_mtime)
         if inside:
             return inside[-1].parent
-    raise UserError(f"{text} is not a run: neither a folder with an {EXPERIMENT}, nor a name in runs/")
+    raise UserError(f"{text} is not a run; allowed: a folder with an {EXPERIMENT}, or a name in runs/")
 
 
 @contextlib.contextmanager
 def lock_run(run: Path) -> Iterator[None]:
-    """Keeps other processes from training the same run; the system frees the lock of a process that dies.
+    """Locks a run against other processes; the system releases the lock of a process that dies.
 
     Raises:
-        UserError: another process trains it.
+        UserError: another process is training it.
     """
     lock = FileLock(run / LOCK)
     try:
@@ -140,22 +141,22 @@ def lock_run(run: Path) -> Iterator[None]:
 
 
 def write_status(run: Path, status: str | None, reason: str | None = None) -> None:
-    """Notes how training ended, for a script that decides whether to start it again; None: it has not ended."""
+    """Writes how training ended, for scripts that decide whether to restart it; None: it has not ended."""
     (run / STATUS).unlink(missing_ok=True)
     if status is not None:
         write_json(run / STATUS, {"status": status, "reason": reason})
 
 
 def find_checkpoint(text: str) -> Path:
-    """The checkpoint that a user means: its folder, or the best of the run that `find_run` finds."""
+    """Finds a checkpoint by its folder, or the best one of the run that `find_run` finds."""
     return Path(text) if (Path(text) / CONFIG).is_file() else best_checkpoint(find_run(text))
 
 
 def find_moments(text: str) -> Path:
-    """The snapshots of the run whose optimizer's moments a user means to keep.
+    """The snapshots folder of a run, from which to load the optimizer's moments.
 
     Raises:
-        UserError: `text` is no run, or one without snapshots.
+        UserError: `text` is not a run with snapshots.
     """
     if not is_huggingface(text) and not (Path(text) / CONFIG).is_file():
         snapshots = find_run(text) / "snapshots"
@@ -170,13 +171,13 @@ def read_experiment(run: Path) -> Experiment:
     """The experiment of a run, from its JSON; its Python file is not executed.
 
     Raises:
-        UserError: the JSON is damaged, or names a model or corpus that is not registered.
+        UserError: the JSON is invalid, or names a model or corpus that is not registered.
     """
     return from_json(Experiment, read_json(run / EXPERIMENT), kinds())
 
 
 def check_data(run: Path, store: MixedDataset) -> None:
-    """Refuses to go on with other tokens than those that the run began with, which a new run notes in stores.json.
+    """Refuses to resume on other tokens than the run started with; their checksums are in stores.json.
 
     Raises:
         UserError: names the first file that differs.
@@ -192,10 +193,10 @@ def check_data(run: Path, store: MixedDataset) -> None:
 
 @contextlib.contextmanager
 def acquire_run(run: Path, experiment: Experiment, store: MixedDataset) -> Iterator[None]:
-    """Keeps the run for this process; notes the fields with which it goes on, and refuses other tokens than before.
+    """Locks the run for this process, refuses other tokens than before, and saves fields changed on resume.
 
     Raises:
-        UserError: another process trains it, or the tokens are others.
+        UserError: another process is training it, or the tokens have changed.
     """
     with lock_run(run):
         check_data(run, store)
@@ -205,27 +206,27 @@ def acquire_run(run: Path, experiment: Experiment, store: MixedDataset) -> Itera
 
 
 def check_resumable(before: Experiment, now: Experiment) -> None:
-    """Refuses a change of what a snapshot's position and weights depend on.
+    """Refuses changes to fields on which a snapshot's position or weights depend.
 
     Raises:
         UserError: names the first such field.
     """
     old, new = _flatten(experiment_json(before)), _flatten(experiment_json(now))
     for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name) and (name in FIXED or name.startswith(FIXED_PARTS)):
+        if old.get(name) != new.get(name) and (name in FIXED_FIELDS or name.startswith(FIXED_PREFIXES)):
             raise UserError(
                 f"{name} is {old.get(name)!r} in this run and cannot become {new.get(name)!r}: the position in the "
-                "data or the weights depend on it; start another run, with init_from for its weights"
+                "data or the weights depend on it; start another run, and load the weights with init_from"
             )
     if getattr(now.corpus, "changes", False) and old["training.macro_batches"] != new["training.macro_batches"]:
         raise UserError(
             f"training.macro_batches is {old['training.macro_batches']} in this run and cannot change: the weights of "
-            "its mixture change with progress; start another run, with init_from for its weights"
+            "its mixture change with progress; start another run, and load the weights with init_from"
         )
 
 
 def environment(experiment: Experiment, overrides: Sequence[str]) -> dict[str, Any]:
-    """Versions, git commit, device and command line: what a repetition would have to match."""
+    """Versions, git commit, device and command line, for reproducing the run."""
     with on_meta():
         parameters = sum(parameter.numel() for parameter in build_model(experiment.model).parameters())
     return {
@@ -241,21 +242,21 @@ def environment(experiment: Experiment, overrides: Sequence[str]) -> dict[str, A
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
         "overrides": list(overrides),
-        "launch": os.environ.get(LAUNCH),
+        "launch": os.environ.get(LAUNCH_ID),
     }
 
 
-def _begun_before_restart(name: str) -> Path | None:
-    """The run that this torchrun began before it started its processes anew; None where it had not come so far."""
+def _run_before_restart(name: str) -> Path | None:
+    """The run that this torchrun launch created before it restarted its processes; None: there is none."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
         return None
     runs = [path.parent for path in (Path("runs") / name).glob(f"*/{EXPERIMENT}")]
-    ours = [run for run in runs if read_json(run / ENVIRONMENT).get("launch") == os.environ.get(LAUNCH)]
+    ours = [run for run in runs if read_json(run / ENVIRONMENT).get("launch") == os.environ.get(LAUNCH_ID)]
     return max(ours, key=lambda run: (run / EXPERIMENT).stat().st_mtime, default=None)
 
 
 def _new_folder(name: str) -> Path:
-    """A folder that this process alone has made, however many start at the same moment."""
+    """Creates a folder for a new run, unique even if several processes start at the same moment."""
     stamp = time.strftime("%Y-%m-%d_%H%M%S")
     for number in itertools.count(1):
         folder = Path("runs") / name / (stamp if number == 1 else f"{stamp}_{number}")
@@ -266,7 +267,7 @@ def _new_folder(name: str) -> Path:
 
 
 def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """The first field in which two experiments as JSON differ, but for their folder, in words; empty: in none."""
+    """Describes the first field, other than run_dir, in which two experiments as JSON differ; empty: none."""
     before, now = _flatten(there), _flatten(here)
     names = (name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name))
     name = next((name for name in names if name != "run_dir"), None)
@@ -294,7 +295,7 @@ def _flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """The commit of the work tree in the current folder, with "-dirty" behind it where files have changed."""
+    """The git commit of the current folder, with the suffix "-dirty" if files have changed."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],

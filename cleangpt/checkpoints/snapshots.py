@@ -1,13 +1,13 @@
-"""Snapshots: everything needed to go on as if nothing had happened.
+"""Snapshots: everything needed to resume a run as if nothing had happened.
 
     snapshots/mb000012/              after 12 macro-batches; mb000012_b00034 is 34 batches into the next one
-        shard_00000.safetensors …    the tensors that one process wrote, or its parts of them
-        index.json                   every tensor by its path in the tree: dtype, shape, and which file has which part
-        state.json                   the rest of the tree; a tensor's place holds {"tensor": path}
+        shard_00000.safetensors …    the tensors that one process wrote, or its slices of them
+        index.json                   every tensor by its path in the state: dtype, full shape, slices and their files
+        state.json                   the rest of the state, with {"tensor": path} in place of each tensor
         manifest.json                sizes and checksums of all of these
 
-The tree is what the trainer's parts return from `state_dict`. Paths and whole shapes are the same under every strategy,
-so a snapshot may be loaded under another one and on another number of processes. Nothing is unpickled.
+The state is a tree of the `state_dict`s of a run's parts. Paths and full shapes do not depend on the parallel strategy,
+so a snapshot can be loaded under another strategy and on another number of processes. Nothing is unpickled.
 """
 
 import contextlib
@@ -26,40 +26,45 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cleangpt.checkpoints.tensor_files import INDEX, copy_to_host, read_index, read_whole, write_whole
+from cleangpt.checkpoints.tensor_files import (
+    INDEX,
+    copy_to_host,
+    read_full_tensors,
+    read_index,
+    write_full_tensors,
+)
 from cleangpt.config import SavingConfig
 from cleangpt.distributed.processes import Ranks
 from cleangpt.distributed.tensors import is_dtensor
 from cleangpt.errors import UserError, parsing
-from cleangpt.files import MANIFEST, PARTIAL, commit_folder, find_corruption, read_json, remove, write_json
+from cleangpt.files import MANIFEST, PARTIAL, commit_folder, find_corruption, read_json, remove_folder, write_json
 
 FORMAT = 3
 
 
-DAMAGED = ".damaged"
+CORRUPT = ".corrupt"
 
 
 STATE = "state.json"
 
 
-Write = Callable[[Path, Callable[[Mapping[str, Any]], None]], str]
-"""Writes tensors into a folder, and calls a function with their files' entries for a manifest when they are on the
-disk; returns why that could not be, in a few words, and an empty text where it could."""
+WriteTensors = Callable[[Path, Callable[[Mapping[str, Any]], None]], str]
+"""Writes tensors into a folder, and calls a function with the manifest entries of their files once these are fsynced;
+returns why that failed, or an empty string."""
 
 
 def snapshot_name(macro_batch: int, batches: int = 0) -> str:
-    """The folder of a snapshot `batches` batches after `macro_batch` whole macro-batches; names sort by time."""
+    """The name of a snapshot `batches` batches after `macro_batch` complete macro-batches; names sort by time."""
     return f"mb{macro_batch:06d}" + (f"_b{batches:05d}" if batches else "")
 
 
 # Saving --------------------------------------------------------------------------------------------------------------
 class Snapshots:
-    """Saves the snapshots of a run; all its processes do so together.
+    """Saves the snapshots of a run; its methods are collectives.
 
-    With `saving.async_snapshots`, training pauses only while the tensors are copied to the host's memory. A thread
-    writes the copy, over a process group of its own, so that its messages do not meet those of training. A process
-    waits `timeout` seconds for the others to write theirs. What the disk refuses is told to `say`, at once and by the
-    main process.
+    With `saving.async_snapshots`, training pauses only while the tensors are copied to host memory. A thread writes the
+    copy, with a process group of its own, so that its collectives do not mix with those of training. A process waits
+    `timeout` seconds for the others to write their shards. The main process logs what could not be written, at once.
     """
 
     def __init__(
@@ -70,173 +75,169 @@ class Snapshots:
         several, limit = self.ranks.world_size > 1, timedelta(seconds=timeout)
         self.group = dist.new_group(backend="gloo", timeout=limit) if several else None
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
-        self.under_way: Future[str] | None = None
-        self.longest = 0.0
-        """Seconds that a save has taken at the most, from the call to the disk."""
+        self.pending: Future[str] | None = None
+        """The save in progress."""
+        self.longest_save = 0.0
+        """Seconds that the slowest save has taken, from the call until it was on the disk."""
         self.host: dict[Any, Tensor] = {}
-        """The copy, kept for the next save: memory that is in use already is quicker to fill."""
-        self.attempt = self.ranks.from_main(secrets.token_hex(4))
-        """Stands in the names of unfinished folders: a process of a dead run may still be writing to its own."""
+        """The copy of the tensors, reused for the next save: memory that is mapped already is faster to fill."""
+        self.attempt = self.ranks.broadcast(secrets.token_hex(4))
+        """Part of the names of unfinished folders: a process of an earlier, killed run may still be writing its own."""
 
     def save(self, name: str, state: dict[str, Any]) -> None:
-        """Saves `state` as it is now as the snapshot `name`, whole or not at all; then removes the oldest.
+        """Saves the current `state` as the snapshot `name`, atomically; then removes the oldest snapshots.
+
+        Waits for the save in progress first; call `wait` before to learn whether that one succeeded.
 
         Args:
             name: from `snapshot_name`.
-            state: a tree of dicts, lists, numbers, texts and tensors, the same on every process but for the parts of
-                sharded tensors; numbers and texts are taken from the main process.
-
-        The one that is under way is waited for first; whether it is whole, `wait` tells before.
+            state: a tree of dicts, lists, numbers, strings and tensors, the same on every process but for the shards of
+                sharded tensors; numbers and strings are taken from the main process.
         """
         self.wait()
         began = time.monotonic()
         tensors: dict[str, Tensor] = {}
-        tree = _split(state, "", tensors)
-        write_tensors = self._prepared(tensors)
-        self.under_way = self.thread.submit(self._write, name, tree, write_tensors)
-        self.under_way.add_done_callback(lambda _: self._measure(began))
+        tree = _flatten(state, "", tensors)
+        write_tensors = self._prepare(tensors)
+        self.pending = self.thread.submit(self._write, name, tree, write_tensors)
+        self.pending.add_done_callback(lambda _: self._measure(began))
         if not self.config.async_snapshots:
-            self.under_way.exception()
+            self.pending.exception()
 
-    def _prepared(self, tensors: dict[str, Tensor]) -> Write:
-        """What writes the tensors, or the copy that is taken of them now."""
+    def _prepare(self, tensors: dict[str, Tensor]) -> WriteTensors:
+        """Copies the tensors to the host if saving is asynchronous; returns the function that writes them."""
         if (group := self.group) is not None:
-            from cleangpt.checkpoints.dcp import Parts, to_write, write_parts
+            from cleangpt.checkpoints.dcp import ShardPlanner, tensors_to_write, write_shards
 
-            planner = Parts(to_write(tensors, self.ranks), self.host if self.config.async_snapshots else None)
-            return lambda folder, complete: write_parts(folder, planner, self.ranks.rank, complete, group)
+            host = self.host if self.config.async_snapshots else None
+            planner = ShardPlanner(tensors_to_write(tensors, self.ranks), host)
+            return lambda folder, complete: write_shards(folder, planner, self.ranks.rank, complete, group)
         if self.config.async_snapshots:
             copy_to_host(tensors, self.host)
             tensors = {name: self.host[name] for name in tensors}
-        return lambda folder, complete: write_whole(folder, tensors, complete)
+        return lambda folder, complete: write_full_tensors(folder, tensors, complete)
 
     def _measure(self, began: float) -> None:
-        self.longest = max(self.longest, time.monotonic() - began)
+        self.longest_save = max(self.longest_save, time.monotonic() - began)
 
     def wait(self) -> str:
-        """Waits until the save under way is done; returns why it could not be, and an empty string where it is.
+        """Waits for the save in progress; returns why it failed, or an empty string, the same on every process.
 
-        The processes get the same answer. Older snapshots are as they were.
+        A save that fails leaves older snapshots as they were.
         """
-        task, self.under_way = self.under_way, None
+        task, self.pending = self.pending, None
         return task.result() if task is not None else ""
 
     def close(self) -> None:
-        """Lets the save under way finish, if it can: for the end of a run that has failed for another reason."""
+        """Lets the save in progress finish, ignoring its errors: the run has ended, maybe by an error of its own."""
         with contextlib.suppress(Exception):
             self.wait()
         self.thread.shutdown()
 
-    def _write(self, name: str, tree: Any, write_tensors: Write) -> str:
-        """What the thread does; returns what `wait` returns."""
+    def _write(self, name: str, tree: Any, write_tensors: WriteTensors) -> str:
+        """Runs in the thread; returns what `wait` returns."""
         unfinished = self.folder / f"{name}.{self.attempt}{PARTIAL}"
         reason = write_tensors(unfinished, partial(self._complete, unfinished, name, tree))
         if reason and self.ranks.is_main:
-            shutil.rmtree(unfinished, ignore_errors=True)  # it takes room that may be what is missing
-            self.log(f"snapshot {name} could not be saved: {reason}; those before it are as they were")
+            shutil.rmtree(unfinished, ignore_errors=True)  # frees space on a full disk
+            self.log(f"snapshot {name} could not be saved: {reason}; earlier snapshots are intact")
         return reason
 
     def _complete(self, unfinished: Path, name: str, tree: Any, shards: Mapping[str, Any]) -> None:
-        """The main process's part, when the shards are on the disk."""
+        """Runs on the main process once the shards are fsynced: commits the folder, removes old snapshots."""
         write_json(unfinished / STATE, {"format": FORMAT, "state": tree})
         commit_folder(unfinished, self.folder / name, shards)
         for old in list_snapshots(self.folder)[self.config.keep_snapshots :]:
             try:
-                remove(old)
+                remove_folder(old)
             except OSError as error:
                 self.log(f"snapshot {old} could not be removed: {error}")
 
 
 # Loading -------------------------------------------------------------------------------------------------------------
 def list_snapshots(folder: Path) -> list[Path]:
-    """The snapshots in `folder`, newest first, good or not."""
+    """The snapshots in `folder`, newest first, intact or not."""
     names = [path for path in folder.glob("mb*") if re.fullmatch(r"mb\d+(_b\d+)?", path.name) and path.is_dir()]
     return sorted(names, key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)], reverse=True)
 
 
 def newest_snapshot(folder: Path, ranks: Ranks | None = None) -> tuple[Path | None, list[str]]:
-    """The newest snapshot that is whole, and a line about each newer one that is not.
+    """The newest intact snapshot, and a line about each newer one that is corrupt.
 
-    All `ranks` call this together and get the same answer; each reads some of the files.
+    A collective: each process verifies some of the files, and all get the same answer.
     """
     ranks = ranks or Ranks()
-    complaints: list[str] = []
-    for path in ranks.from_main(list_snapshots(folder)):
-        wrong = next(filter(None, ranks.gather(_damage(path, ranks))), "")
-        if not wrong:
-            return path, complaints
-        complaints.append(f"snapshot {path} is damaged ({wrong})")
-    return None, complaints
+    problems: list[str] = []
+    for path in ranks.broadcast(list_snapshots(folder)):
+        reason = next(filter(None, ranks.all_gather(_find_corruption(path, ranks))), "")
+        if not reason:
+            return path, problems
+        problems.append(f"snapshot {path} is corrupt ({reason})")
+    return None, problems
 
 
-def set_aside(folder: Path, newest: Path) -> None:
-    """Renames the snapshots after the `newest` good one, which are damaged: they would count among those kept."""
+def quarantine(folder: Path, newest: Path) -> None:
+    """Renames the corrupt snapshots after the `newest` intact one, so that they do not count among those to keep."""
     for path in list_snapshots(folder):
         if path == newest:
             break
-        path.replace(path.with_name(f"{path.name}.{secrets.token_hex(4)}{DAMAGED}"))
+        path.replace(path.with_name(f"{path.name}.{secrets.token_hex(4)}{CORRUPT}"))
 
 
-def _damage(path: Path, ranks: Ranks) -> str:
-    """`damage` of this process's part of a snapshot; a shard that does not belong to it counts as well."""
-    if wrong := find_corruption(path, ranks.rank, ranks.world_size, (STATE, INDEX)):
-        return wrong
-    strange = {shard.name for shard in path.glob("shard_*")} - read_json(path / MANIFEST).keys()
-    return f"{min(strange)} is not in {MANIFEST}" if strange else ""
+def _find_corruption(path: Path, ranks: Ranks) -> str:
+    """`find_corruption` in this process's share of the files; a shard that the manifest does not name counts too."""
+    if reason := find_corruption(path, ranks.rank, ranks.world_size, (STATE, INDEX)):
+        return reason
+    unknown = {shard.name for shard in path.glob("shard_*")} - read_json(path / MANIFEST).keys()
+    return f"{min(unknown)} is not in {MANIFEST}" if unknown else ""
 
 
 def load_snapshot(
     path: Path, into: Mapping[str, Any] | None = None, group: dist.ProcessGroup | None = None
 ) -> dict[str, Any]:
-    """The state that `Snapshots.save` saved.
+    """Loads the state that `Snapshots.save` saved; a collective over `group`.
 
     Args:
         path: the snapshot's folder.
-        into: a tree like the saved one, or a part of it. Its tensors are filled in place, however they are sharded, and
-            stand in the result; of those, a process reads only its parts. All other tensors are on the host, whole.
-        group: the process group in which all call this together.
+        into: a tree like the saved one, or a part of it. Its tensors, sharded or not, are filled in place and appear in
+            the result; each process reads only its own shards. All other tensors are full, on the host.
+        group: a process group; None: the default one.
 
     Raises:
-        UserError: the snapshot has a format that this version does not read, or tensors that do not fit `into`.
+        UserError: the snapshot has a format that this version does not read, or its tensors do not match `into`.
     """
     content = read_json(path / STATE)
     with parsing(path / STATE):
         if content.get("format") != FORMAT:
             raise UserError(f"{path} has snapshot format {content.get('format')}; this version reads {FORMAT}")
     tensors: dict[str, Any] = {}
-    _split(into or {}, "", tensors)
-    read_shards(path, tensors, group, all_of_them=True)
+    _flatten(into or {}, "", tensors)
+    _read_tensors(path, tensors, group, read_all=True)
     with parsing(path / STATE):
-        state: dict[str, Any] = _join(content["state"], tensors)
+        state: dict[str, Any] = _unflatten(content["state"], tensors)
     return state
 
 
 def fill_tensors(path: Path, into: Mapping[str, Any], group: dist.ProcessGroup | None = None) -> None:
-    """Fills the tensors of `into`, a part of a tree like the saved one, in place; nothing else is read.
+    """Fills the tensors of `into`, a part of a tree like the saved one, in place, and reads nothing else.
 
     Raises:
         UserError: the snapshot has no such tensors.
     """
     tensors: dict[str, Any] = {}
-    _split(into, "", tensors)
-    read_shards(path, tensors, group)
+    _flatten(into, "", tensors)
+    _read_tensors(path, tensors, group)
 
 
 def saved_shapes(path: Path) -> dict[str, torch.Size]:
-    """The whole shape of every tensor in a snapshot, by its path in the tree."""
+    """The full shape of every tensor in a snapshot, by its path in the state."""
     return {name: entry.shape for name, entry in read_index(path).items()}
 
 
-def read_shards(
-    folder: Path, tensors: dict[str, Any], group: dist.ProcessGroup | None = None, all_of_them: bool = False
+def _read_tensors(
+    folder: Path, tensors: dict[str, Any], group: dist.ProcessGroup | None = None, read_all: bool = False
 ) -> None:
-    """Fills `tensors`, each of the name in the index, in place, however they are sharded.
-
-    Args:
-        folder: where the shards are.
-        tensors: to fill; a process reads only its parts.
-        group: the process group in which all call this together.
-        all_of_them: adds those that are not among them, whole and on the host.
+    """Fills `tensors`, named as in the index, in place, sharded or not; `read_all` adds the others, full, on the host.
 
     Raises:
         UserError: there is no such tensor, or one of another shape.
@@ -244,37 +245,37 @@ def read_shards(
     index = read_index(folder)
     if missing := tensors.keys() - index.keys():
         raise UserError(f"{folder} cannot be loaded: it has no {min(missing)}")
-    for name, entry in index.items() if all_of_them else ():
+    for name, entry in index.items() if read_all else ():
         if name not in tensors:
             with parsing(folder / INDEX, RuntimeError):
                 tensors[name] = torch.empty(entry.shape, dtype=entry.dtype)
     if group is None and not any(map(is_dtensor, tensors.values())):
-        read_whole(folder, index, tensors)
+        read_full_tensors(folder, index, tensors)
         return
-    from cleangpt.checkpoints.dcp import read_parts
+    from cleangpt.checkpoints.dcp import read_shards
 
-    read_parts(folder, index, tensors, group)
+    read_shards(folder, index, tensors, group)
 
 
-# The tree ------------------------------------------------------------------------------------------------------------
-def _split(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """Puts the tensors of a tree of dicts, lists and numbers into `tensors`; returns the tree with paths for them."""
+# The state as a tree -------------------------------------------------------------------------------------------------
+def _flatten(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """Collects the tensors of a tree in `tensors`, by path; returns the tree with their paths in their place."""
     if isinstance(tree, Tensor):
         tensors[path] = tree.detach()
         return {"tensor": path}
     if isinstance(tree, Mapping):
-        return {key: _split(value, f"{path}/{key}" if path else str(key), tensors) for key, value in tree.items()}
+        return {key: _flatten(value, f"{path}/{key}" if path else str(key), tensors) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return [_split(value, f"{path}/{index}", tensors) for index, value in enumerate(tree)]
+        return [_flatten(value, f"{path}/{index}", tensors) for index, value in enumerate(tree)]
     return tree
 
 
-def _join(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Puts the tensors back."""
+def _unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of `_flatten`."""
     if isinstance(tree, dict):
         if set(tree) == {"tensor"}:
             return tensors[tree["tensor"]]
-        return {key: _join(value, tensors) for key, value in tree.items()}
+        return {key: _unflatten(value, tensors) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [_join(value, tensors) for value in tree]
+        return [_unflatten(value, tensors) for value in tree]
     return tree

@@ -1,10 +1,10 @@
-"""Tensors in safetensors files, whole or in the parts that processes had of them.
+"""Full and sharded tensors in safetensors files.
 
-    shard_00000.safetensors …   the tensors that one process wrote, or its parts of them
-    index.json                  every tensor by name: dtype, shape, and which file has which part
+    shard_00000.safetensors …   the tensors that one process wrote, or its slices of them
+    index.json                  every tensor by name: dtype, full shape, and which file holds which slice
 
-A process that has whole tensors writes and reads them here. Where several have parts of one, `dcp.py` plans who writes
-what and what each reads back; it takes half as long to load as PyTorch, so that it is loaded only there.
+A single process with full tensors writes and reads them here. With several processes, `dcp.py` plans who writes what
+and what each reads back; importing it takes half as long as PyTorch, so it is imported only then.
 """
 
 import json
@@ -30,7 +30,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 class TensorSlice(NamedTuple):
-    """A box of a tensor: the file that has it, where it begins and how large it is."""
+    """A slice of a tensor: its file, its offset in the full tensor, and its shape."""
 
     file: str
     offset: torch.Size
@@ -38,44 +38,46 @@ class TensorSlice(NamedTuple):
 
 
 class TensorEntry(NamedTuple):
-    """What the index says of a tensor."""
+    """A tensor in the index."""
 
     dtype: torch.dtype
     shape: torch.Size
-    parts: list[TensorSlice]
+    slices: list[TensorSlice]
 
 
 def shard_name(rank: int) -> str:
-    """The file of a process."""
+    """The file name of a process's shard."""
     return f"shard_{rank:05d}.safetensors"
 
 
-def part_name(name: str, offset: Sequence[int]) -> str:
-    """A part's name in its file: that of the tensor and, unless it is at the tensor's start, where it begins."""
+def slice_name(name: str, offset: Sequence[int]) -> str:
+    """A slice's key in its file: the tensor's name, followed by the offset unless that is zero."""
     return f"{name}{list(offset)}" if any(offset) else name
 
 
 # Writing --------------------------------------------------------------------------------------------------------------
-def copy_to_host(parts: Mapping[Key, Tensor], host: dict[Key, Tensor]) -> None:
-    """Copies tensors into those of `host`, or into new ones there; the memory of a device's is pinned."""
-    for key, part in parts.items():
-        if key not in host or host[key].shape != part.shape:
-            host[key] = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
-        host[key].copy_(part, non_blocking=part.is_cuda)
-    if any(part.is_cuda for part in parts.values()):
+def copy_to_host(tensors: Mapping[Key, Tensor], host: dict[Key, Tensor]) -> None:
+    """Copies tensors into those of `host`, which it allocates where needed; pinned memory for tensors of a GPU."""
+    for key, tensor in tensors.items():
+        if key not in host or host[key].shape != tensor.shape:
+            host[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        host[key].copy_(tensor, non_blocking=tensor.is_cuda)
+    if any(tensor.is_cuda for tensor in tensors.values()):
         torch.cuda.synchronize()
 
 
-def write_whole(folder: Path, tensors: Mapping[str, Tensor], complete: Callable[[Mapping[str, Any]], None]) -> str:
-    """Writes the file of the one process there is, and the index.
+def write_full_tensors(
+    folder: Path, tensors: Mapping[str, Tensor], complete: Callable[[Mapping[str, Any]], None]
+) -> str:
+    """Writes full tensors from a single process: one shard and the index.
 
     Args:
-        folder: where; made where it is missing.
-        tensors: whole.
-        complete: called when the file is on the disk, with its entry for a manifest.
+        folder: created if missing.
+        tensors: by name, full.
+        complete: called once the shard is fsynced, with its manifest entry.
 
     Returns:
-        Why that could not be, in a few words; empty where it could.
+        Why writing failed, or an empty string.
     """
     file = shard_name(0)
     try:
@@ -93,21 +95,21 @@ def write_whole(folder: Path, tensors: Mapping[str, Tensor], complete: Callable[
     return ""
 
 
-def write_shard(path: Path, parts: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Writes a process's file, unless it has nothing to write, and flushes it; returns its entry for a manifest."""
-    if not parts:
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Writes and fsyncs a process's shard, unless it is empty; returns its manifest entry."""
+    if not tensors:
         return {}
-    save_file({name: part.detach().cpu().contiguous() for name, part in parts.items()}, path)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
     return fsync_files([path])
 
 
 def write_index(folder: Path, index: Mapping[str, TensorEntry]) -> None:
-    """The opposite of `read_index`."""
+    """Writes index.json."""
     content = {
         name: {
             "dtype": str(entry.dtype).removeprefix("torch."),
             "shape": entry.shape,
-            "parts": [part._asdict() for part in entry.parts],
+            "parts": [piece._asdict() for piece in entry.slices],
         }
         for name, entry in index.items()
     }
@@ -116,44 +118,44 @@ def write_index(folder: Path, index: Mapping[str, TensorEntry]) -> None:
 
 # Reading --------------------------------------------------------------------------------------------------------------
 def read_index(folder: Path) -> dict[str, TensorEntry]:
-    """What `write_index` said of the tensors in `folder`.
+    """Reads the index.json that `write_index` wrote.
 
     Raises:
         UserError: the index is missing, not valid JSON, or not what `write_index` writes.
     """
-    content = read_json(folder / INDEX)
-    with parsing(folder / INDEX):
+    path = folder / INDEX
+    content = read_json(path)
+
+    def to_slice(piece: Mapping[str, Any]) -> TensorSlice:
+        return TensorSlice(safe_name(piece["file"], path), torch.Size(piece["offset"]), torch.Size(piece["shape"]))
+
+    with parsing(path):
         return {
-            name: TensorEntry(
-                DTYPES[entry["dtype"]],
-                torch.Size(entry["shape"]),
-                [
-                    TensorSlice(
-                        safe_name(part["file"], folder / INDEX), torch.Size(part["offset"]), torch.Size(part["shape"])
-                    )
-                    for part in entry["parts"]
-                ],
-            )
+            name: TensorEntry(DTYPES[entry["dtype"]], torch.Size(entry["shape"]), list(map(to_slice, entry["parts"])))
             for name, entry in content.items()
         }
 
 
-def read_whole(folder: Path, index: Mapping[str, TensorEntry], tensors: Mapping[str, Tensor]) -> None:
-    """Fills whole tensors, file by file."""
+def read_full_tensors(folder: Path, index: Mapping[str, TensorEntry], tensors: Mapping[str, Tensor]) -> None:
+    """Fills full tensors in place, file by file.
+
+    Raises:
+        UserError: a file cannot be read, or has no such tensor, or one of another shape.
+    """
     files: dict[str, list[tuple[str, TensorSlice]]] = {}
     try:
         for name, tensor in tensors.items():
             if index[name].shape != tensor.shape:
                 raise ValueError(f"{name} is {list(index[name].shape)} there and {list(tensor.shape)} here")
-            for part in index[name].parts:
-                files.setdefault(part.file, []).append((name, part))
-        for file, parts in files.items():
+            for piece in index[name].slices:
+                files.setdefault(piece.file, []).append((name, piece))
+        for file, pieces in files.items():
             with safe_open(folder / file, framework="pt") as shard:
-                for name, part in parts:
-                    box = tuple(slice(start, start + size) for start, size in zip(part.offset, part.shape, strict=True))
-                    saved, place = shard.get_tensor(part_name(name, part.offset)), tensors[name][box]
-                    if saved.shape != place.shape:
-                        raise ValueError(f"{file} has {list(saved.shape)} of {name}, not {list(place.shape)}")
-                    place.copy_(saved)
+                for name, (_, offset, shape) in pieces:
+                    where = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+                    saved, target = shard.get_tensor(slice_name(name, offset)), tensors[name][where]
+                    if saved.shape != target.shape:
+                        raise ValueError(f"{file} has {list(saved.shape)} of {name}, not {list(target.shape)}")
+                    target.copy_(saved)
     except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{folder} cannot be loaded: {error}") from error

@@ -332,22 +332,22 @@ def _check(experiment: Any) -> None:
     """Refuses what cannot work, before anything is made."""
     from cleangpt.checkpoints.run_folder import check_folder
     from cleangpt.distributed.device import check_precision, choose_device
-    from cleangpt.distributed.layout import check_compilation, check_devices, check_loss_chunk, choose_degrees
+    from cleangpt.distributed.layout import check_compilation, check_devices, check_loss_chunk, layout_for
     from cleangpt.distributed.processes import local_rank, world_size
     from cleangpt.experiment import check_experiment
     from cleangpt.tracking import check_tracking
     from cleangpt.training.launch import check_row_length
 
-    place = choose_degrees(experiment.parallel, world_size())
-    check_experiment(experiment, place.parts)
+    layout = layout_for(experiment.parallel, world_size())
+    check_experiment(experiment, layout.dp_size)
     experiment.corpus.check()
     check_row_length(experiment)
     check_folder(experiment)
     check_devices(choose_device(experiment.training.device), world_size())
     device = choose_device(experiment.training.device, local_rank())
     check_precision(experiment.training.precision, device)
-    check_compilation(experiment.training.compile, place, device)
-    check_loss_chunk(experiment.training, experiment.model, place)
+    check_compilation(experiment.training.compile, layout, device)
+    check_loss_chunk(experiment.training, experiment.model, layout)
     check_tracking(experiment.tracking)
 
 
@@ -366,16 +366,16 @@ def _train(
     _check(experiment)
     from cleangpt.checkpoints.run_folder import acquire_run, open_run
     from cleangpt.distributed.processes import join
-    from cleangpt.distributed.signals import SAVE, without
+    from cleangpt.distributed.signals import SAVE_SIGNAL, ignore_signal
     from cleangpt.tracking.progress import ProgressBar
     from cleangpt.training.build import build_trainer
     from cleangpt.training.launch import summary
 
     _check_source(experiment)
     # Before there is something to save, the signal that asks for it would end the process.
-    with without(SAVE), join(experiment.parallel.timeout) as ranks:
+    with ignore_signal(SAVE_SIGNAL), join(experiment.parallel.timeout) as ranks:
         if end is not None:
-            end = float(ranks.of_launch("end", str(end)))
+            end = float(ranks.across_restarts("end", str(end)))
         experiment, store = _with_store(experiment, ranks)
         run: Path = begun or ranks.on_main(lambda: open_run(experiment, source, overrides))
         progress = ProgressBar(run if ranks.is_main else None, experiment.tracking.progress and ranks.is_main)
@@ -394,14 +394,14 @@ def _train(
 def _with_store(experiment: Any, ranks: "Ranks") -> tuple[Any, "MixedDataset"]:
     """The experiment with its vocabulary filled in, and the store of its corpus, prepared where needed."""
     from cleangpt.corpora import prepare
-    from cleangpt.distributed.layout import choose_degrees
+    from cleangpt.distributed.layout import layout_for
     from cleangpt.training.finetuning import check_fine_tuning
     from cleangpt.training.launch import check_store, resolve
 
-    store = ranks.after_main(lambda: prepare(experiment.corpus, Path(experiment.data.folder)))
+    store = ranks.main_process_first(lambda: prepare(experiment.corpus, Path(experiment.data.folder)))
     experiment = resolve(experiment, store.vocab_size)
     check_store(experiment, store)
-    check_fine_tuning(experiment, choose_degrees(experiment.parallel, ranks.world_size))
+    check_fine_tuning(experiment, layout_for(experiment.parallel, ranks.world_size))
     return experiment, store
 
 

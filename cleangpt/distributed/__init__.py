@@ -1,1 +1,1 @@
-"""One process among several, one model over several devices."""
+"""Processes, devices and parallelism."""

@@ -1,4 +1,4 @@
-"""Where and in which numbers a model computes: device, precision, compilation; applied from outside the model."""
+"""Device, precision, compilation and random state; applied from outside the model."""
 
 import contextlib
 import ctypes
@@ -31,18 +31,18 @@ PEAK_FLOPS = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
-"""Dense 16-bit matrix FLOP/s by a part of the device's name, from the makers' data sheets."""
+"""Dense 16-bit matrix FLOP/s by a part of the device's name, from the vendors' data sheets."""
 
 
 MALLOC_SETTINGS = {-4: 0, -1: 2**31 - 1}
-"""Of `malloc.h`: M_MMAP_MAX, allocations apart from the heap; M_TRIM_THRESHOLD, bytes free at its end that it keeps."""
+"""From `malloc.h`: M_MMAP_MAX, mappings outside the heap; M_TRIM_THRESHOLD, free bytes kept at the top of the heap."""
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device that a `training.device` means, for the process `local_rank` of this machine.
+    """The device for `training.device`, in the process `local_rank` of this machine.
 
     Raises:
-        UserError: there is no device of that name, or this machine has none.
+        UserError: the name is no device, or this machine does not have it.
     """
     known, names = RULES["training.device"]
     if not known(name):
@@ -59,22 +59,22 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def compute_dtype(device: torch.device, precision: str) -> torch.dtype:
-    """What `training.precision` multiplies matrices in; fp8 stands on bf16, and tf32 is a way to multiply fp32."""
+    """The autocast dtype of `training.precision`: bf16 for fp8; fp32 for tf32, which only changes its products."""
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     return {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """The context of a forward pass that multiplies in `dtype`; nothing for fp32."""
+    """The context of a forward pass with matrix products in `dtype`; does nothing for fp32."""
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def set_fp32_precision(precision: str) -> None:
-    """How matrices of fp32 are multiplied: exactly with fp32, else in TF32 where a device has it."""
+    """Sets the precision of fp32 matrix products: IEEE for fp32, else TF32 where the device has it."""
     exact = precision == "fp32"
     if hasattr(torch.backends, "fp32_precision"):
-        # What a library has set for matrices alone would count for more than the setting for all operations.
+        # A library may have set matrix products alone, which overrides the global setting.
         backends = cast(Any, torch.backends)
         for settings in (backends, backends.cuda.matmul, backends.mkldnn.matmul):
             settings.fp32_precision = "ieee" if exact else "tf32"
@@ -83,7 +83,7 @@ def set_fp32_precision(precision: str) -> None:
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """Refuses a precision that the device has no units for, or whose library is missing.
+    """Refuses a precision that the device does not support, or whose library is missing.
 
     Raises:
         UserError: one line naming what is missing.
@@ -99,11 +99,11 @@ def check_precision(precision: str, device: torch.device) -> None:
 
 
 def use_fp8(model: LanguageModel, emulate: bool = False) -> None:
-    """Makes the linear layers of the blocks multiply in fp8.
+    """Converts the linear layers of the blocks to fp8 products.
 
-    Micikevicius et al. 2022, "FP8 formats for deep learning"; torchao scales every tensor as it comes. Layers
-    with a side that 16 does not divide stay as they are: the units cannot take them. Weights and their names do not
-    change; `emulate` computes the same without such units.
+    Micikevicius et al. 2022, "FP8 formats for deep learning"; torchao scales each tensor dynamically. Layers
+    with a dimension that is not a multiple of 16 are left alone, since the hardware does not support them. Weights and
+    their names do not change; `emulate` computes the same on devices without fp8.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
@@ -115,27 +115,31 @@ def use_fp8(model: LanguageModel, emulate: bool = False) -> None:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile finds what it needs: Triton for CUDA, a C++ compiler for a CPU."""
+    """Whether torch.compile has its backend: Triton for CUDA, a C++ compiler for CPUs."""
     if device.type == "cuda":
         return importlib.util.find_spec("triton") is not None
     return any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))
 
 
 def compile_blocks(model: LanguageModel) -> None:
-    """Puts torch.compile into each element of `model.blocks`; they share what is compiled. Names do not change."""
+    """Compiles each block of the model, in place; they share the compiled code, and parameters keep their names."""
     for block in model.layers():
         block.compile()
 
 
-def uncompiled() -> AbstractContextManager[Any]:
-    """A context in which compiled modules run as plain ones, for inputs whose shape changes with every call."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and to ask would load the compiler
+def uncompiled(compiled: str) -> AbstractContextManager[Any]:
+    """A context in which modules run eagerly, for inputs whose shape changes with every call.
+
+    Args:
+        compiled: `training.compile`; with off there is nothing to do, and the compiler is not loaded.
+    """
+    if compiled == "off":
         return contextlib.nullcontext()
     return cast("AbstractContextManager[Any]", torch.compiler.set_stance("force_eager"))
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's peak 16-bit matrix FLOP/s, where it is known."""
+    """The device's peak 16-bit matrix FLOP/s; None: unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -143,7 +147,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def device_memory(device: torch.device) -> int | None:
-    """Bytes of memory for this process: the device's with CUDA, its share of the machine's on a CPU; None: unknown."""
+    """Bytes of memory for this process: the GPU's, or its share of the machine's on CPUs; None: unknown."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     if device.type == "mps" or not hasattr(os, "sysconf"):
@@ -153,7 +157,7 @@ def device_memory(device: torch.device) -> int | None:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """The most bytes held so far: of the device's memory with CUDA, else of the process; None where unknown."""
+    """Peak bytes allocated so far: of the GPU's memory with CUDA, else of the process; None: unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
@@ -165,10 +169,10 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Where a CPU computes: what a step frees stays with the process for the next one.
+    """On CPUs, makes glibc keep freed memory in the process, for the next step to reuse.
 
-    The C library would else give every large tensor back, and the system fill it with zeros again page by page, which
-    takes a tenth of a step whose tensors are larger than 32 MiB. Only glibc, of Linux, does so and can be told.
+    By default it returns large tensors to the system, which then has to zero their pages again: about a tenth of a
+    step whose tensors exceed 32 MiB.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if device.type == "cpu" and mallopt is not None:
@@ -177,24 +181,24 @@ def keep_freed_memory(device: torch.device) -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds the generators of PyTorch (all devices), NumPy and Python."""
+    """Seeds the random generators of PyTorch (all devices), NumPy and Python."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 
 
 class RandomState:
-    """The random generators of PyTorch (host and device), NumPy and Python of every process, as something to save."""
+    """The random generators of PyTorch (host and device), NumPy and Python of every process, for snapshots."""
 
     def __init__(self, device: torch.device, ranks: Ranks) -> None:
         self.device, self.ranks = device, ranks
 
     def state_dict(self) -> dict[str, Any]:
-        """The generators' states by rank; all processes call it together."""
-        return {"ranks": self.ranks.gather(self._own())}
+        """The generators' states by rank; a collective."""
+        return {"ranks": self.ranks.all_gather(self._own())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Sets this process's generators; those of a process or a device that was not there are left alone."""
+        """Restores this process's generators; without a saved state for its rank or device, they are left alone."""
         if self.ranks.rank >= len(state["ranks"]):
             return
         own = state["ranks"][self.ranks.rank]
@@ -223,7 +227,7 @@ class RandomState:
 
 
 def describe_device(device: torch.device) -> str:
-    """The device in a few words."""
+    """The device and its name or number of threads."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device} ({torch.get_num_threads()} threads of {os.cpu_count()} cores)" if device.type == "cpu" else "mps"

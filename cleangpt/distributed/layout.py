@@ -1,4 +1,4 @@
-"""Which process does what: copies of the model, parts of a copy, parts of each matrix."""
+"""The layout of the processes: a device mesh of replicas x shards x tensor-parallel ranks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,45 +17,44 @@ from cleangpt.models.base import LanguageModel, on_meta
 
 
 def state_bytes(model: LanguageModel) -> int:
-    """Bytes of all weights, and of a gradient and two moments of each that trains, in fp32."""
+    """Bytes of weights, and of gradients and both moments of those that train, in fp32."""
     return sum(parameter.numel() * (16 if parameter.requires_grad else 4) for parameter in model.parameters())
 
 
-# Which device does what ----------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Layout:
-    """The processes as a box: copies of the model x parts of a copy x parts of each matrix; the last are neighbours."""
+    """The sizes of the device mesh (replicate, shard, tensor); tensor-parallel ranks are neighbours."""
 
     replicas: int = 1
     shards: int = 1
     tensor: int = 1
 
     @property
-    def parts(self) -> int:
-        """Parts that a batch is cut into; those who share a matrix see the same part."""
+    def dp_size(self) -> int:
+        """The number of data-parallel ranks; tensor-parallel ranks count as one, since they read the same samples."""
         return self.replicas * self.shards
 
-    def part(self, rank: int) -> int:
-        """The part of each batch that a process sees."""
+    def dp_rank(self, rank: int) -> int:
+        """The data-parallel rank of a process."""
         return rank // self.tensor
 
     @property
     def sharded(self) -> bool:
-        """Whether a process holds parts of tensors."""
+        """Whether parameters are sharded, as `DTensor`s."""
         return self.shards * self.tensor > 1
 
     def mesh(self, device: torch.device, timeout: timedelta | None = None) -> DeviceMesh:
-        """The box in PyTorch's terms; its groups wait for each other as long as `timeout` (None: PyTorch's own)."""
+        """PyTorch's device mesh; `timeout` limits its collectives (None: PyTorch's default)."""
         names = ("replicate", "shard", "tensor")
         mesh = init_device_mesh(device.type, (self.replicas, self.shards, self.tensor), mesh_dim_names=names)
         if timeout is not None:
             for group in mesh.get_all_groups():
-                _set_pg_timeout(timeout, group)  # they do not take over that of the group of all
+                _set_pg_timeout(timeout, group)  # they do not inherit that of the default group
         return mesh
 
 
-def choose_degrees(config: ParallelConfig, world_size: int) -> Layout:
-    """How a strategy uses so many processes; `auto` counts as ddp.
+def layout_for(config: ParallelConfig, world_size: int) -> Layout:
+    """The layout of a strategy on `world_size` processes; `auto` counts as ddp.
 
     Raises:
         UserError: the strategy does not fit the number of processes.
@@ -67,32 +66,32 @@ def choose_degrees(config: ParallelConfig, world_size: int) -> Layout:
         return Layout()
     if world_size % tensor:
         raise UserError(f"parallel.tensor is {tensor}; allowed: a divisor of the {world_size} processes")
-    parts = world_size // tensor
+    dp_size = world_size // tensor
     if strategy == "hsdp":
-        if config.replicas < 2 or parts % config.replicas or parts == config.replicas:
-            among = f"{world_size} processes" if tensor == 1 else f"{parts} groups of {tensor} processes"
+        if config.replicas < 2 or dp_size % config.replicas or dp_size == config.replicas:
+            among = f"{world_size} processes" if tensor == 1 else f"{dp_size} groups of {tensor} processes"
             raise UserError(
                 f"parallel.replicas is {config.replicas}; allowed with strategy hsdp: a divisor of the {among}, "
                 "neither 1 nor all of them"
             )
-        return Layout(config.replicas, parts // config.replicas, tensor)
+        return Layout(config.replicas, dp_size // config.replicas, tensor)
     if strategy == "fsdp":
-        return Layout(1, parts, tensor)
+        return Layout(1, dp_size, tensor)
     return Layout(1, 1, world_size) if strategy == "tp" else Layout(world_size)
 
 
-def check_compilation(compiled: str, place: Layout, device: torch.device) -> None:
-    """Refuses to compile over gloo where matrices are cut: one run in some thirty has ended in a corrupted heap there.
+def check_compilation(compiled: str, layout: Layout, device: torch.device) -> None:
+    """Refuses to compile under tensor parallelism over gloo: about one run in thirty ended there in a corrupted heap.
 
     Raises:
         UserError: names the field and what is allowed.
     """
-    if compiled != "off" and place.tensor > 1 and device.type == "cpu":
-        raise UserError(f"training.compile is {compiled!r}; allowed on CPUs with matrices cut: off; it is not reliable")
+    if compiled != "off" and layout.tensor > 1 and device.type == "cpu":
+        raise UserError(f"training.compile is {compiled!r}; allowed with tensor parallelism on CPUs: off")
 
 
-def check_loss_chunk(training: TrainingConfig, model: ModelConfig, place: Layout) -> None:
-    """Refuses a loss in chunks where the head is not this process's own, or cannot be called apart from the model.
+def check_loss_chunk(training: TrainingConfig, model: ModelConfig, layout: Layout) -> None:
+    """Refuses a chunked loss where the head is sharded, or compiled together with the model.
 
     Raises:
         UserError: names the field and what is allowed.
@@ -100,20 +99,20 @@ def check_loss_chunk(training: TrainingConfig, model: ModelConfig, place: Layout
     asked = f"training.loss_chunk is {training.loss_chunk}"
     if training.loss_chunk is None:
         return
-    if place.tensor > 1:
-        raise UserError(f"{asked}; allowed where matrices are cut: None, for the logits are cut as well")
+    if layout.tensor > 1:
+        raise UserError(f"{asked}; allowed with tensor parallelism: None, since the logits are sharded")
     if training.compile == "model":
         raise UserError(f"{asked}; allowed with training.compile model: None; compile blocks instead")
 
 
 def check_devices(device: torch.device, processes: int) -> None:
-    """Refuses a device that several processes would have to share, or that has no means to exchange.
+    """Refuses a device that several processes would have to share, or that has no collectives.
 
     Raises:
         UserError: names the field and what is allowed.
     """
     if processes > 1 and (device.type == "mps" or device.index is not None):
-        allowed = "cpu, or cuda, of which each takes its own"
+        allowed = "cpu, or cuda, where each process takes its own device"
         raise UserError(f"training.device is {str(device)!r}; allowed with {processes} processes: {allowed}")
 
 
@@ -122,18 +121,18 @@ def choose_layout(
     model: ModelConfig,
     ranks: Ranks,
     device: torch.device,
-    freeze_and_add_lora: Callable[[LanguageModel], None] = lambda model: None,
+    prepare: Callable[[LanguageModel], None] = lambda model: None,
 ) -> Layout:
-    """`layout`, where `auto` becomes fsdp if weights, gradients and moments take more than half of the memory.
+    """As `layout_for`, but `auto` becomes fsdp if weights, gradients and moments take over half of a device's memory.
 
-    `restrict` changes a model so that what does not train requires no gradient.
+    `prepare` changes a model in place, as for `parallelize`: only parameters that require a gradient count as trained.
     """
     if config.strategy == "auto" and ranks.world_size > 1:
         with on_meta():
             plain = build_model(model)
-        freeze_and_add_lora(plain)
+        prepare(plain)
         needed, memory = state_bytes(plain), device_memory(device)
         fits = memory is None or needed <= memory / 2
-        # Processes may see different amounts of memory; the main one decides for all.
-        config = replace(config, strategy=ranks.from_main("ddp" if fits else "fsdp"))
-    return choose_degrees(config, ranks.world_size)
+        # Ranks may see different amounts of memory; the main process decides.
+        config = replace(config, strategy=ranks.broadcast("ddp" if fits else "fsdp"))
+    return layout_for(config, ranks.world_size)

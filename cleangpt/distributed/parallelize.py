@@ -1,15 +1,16 @@
-"""One model over many devices, applied from outside the model (design rule 7).
+"""Parallelism, applied from outside the model (design rule 7).
 
-ddp   every device has the whole model; gradients are averaged (Li et al. 2020, "PyTorch Distributed")
-fsdp  weights, gradients and moments are cut into one part per device, gathered block by block while they are used
+ddp   every device has a full replica of the model; gradients are all-reduced (Li et al. 2020, "PyTorch Distributed")
+fsdp  weights, gradients and moments are sharded over the devices; blocks are all-gathered while they are used
       (Zhao et al. 2023, "PyTorch FSDP"; PyTorch's `fully_shard`)
-hsdp  fsdp within groups of devices, copies of it across the groups
-tp    every matrix is cut, and so is the work with it (Shoeybi et al. 2019, "Megatron-LM"); between the matrices, the
-      sequence is cut (Korthikanti et al. 2022, "Reducing activation recomputation in large transformer models")
+hsdp  fsdp within groups of devices, replicated across the groups
+tp    tensor parallelism: every matrix is sharded, and so is its product (Shoeybi et al. 2019, "Megatron-LM"); between
+      the matrices, activations are sharded along the sequence (Korthikanti et al. 2022, "Reducing activation
+      recomputation in large transformer models")
 
-With `parallel.tensor`, neighbouring devices share a part of fsdp or hsdp as in tp. Whatever the strategy, tensors keep
-the model's own names and whole shapes in all that leaves a run, so that a run may go on under another strategy and on
-another number of devices.
+With `parallel.tensor`, fsdp or hsdp is combined with tensor parallelism over neighbouring devices. Whatever the
+strategy, everything a run saves has the model's own tensor names and full shapes, so that it can be resumed under
+another strategy and on another number of devices.
 """
 
 from collections.abc import Callable
@@ -26,10 +27,9 @@ from cleangpt.distributed.tensors import distribute_like, full_tensor
 from cleangpt.models.base import LanguageModel, SkipInit, on_meta
 
 
-# From a plain model to one spread over devices ------------------------------------------------------------------------
 def parallelize(
     build: Callable[[], LanguageModel],
-    place: Layout,
+    layout: Layout,
     device: torch.device,
     prepare: Callable[[LanguageModel], None] = lambda model: None,
     *,
@@ -37,67 +37,67 @@ def parallelize(
     reshard_after_forward: bool = True,
     timeout: timedelta | None = None,
 ) -> LanguageModel:
-    """The model, with this process's part of its parameters on `device`, holding the same values whatever the layout.
+    """Builds the model, with this rank's shard of it on `device`; initial weights do not depend on the layout.
 
-    A model whose class has an `init_parameter` gets its values one parameter at a time. One that is cut is built on the
-    meta device and gets its memory afterwards: it never exists whole. A class that inherits this method from another
-    may set values of its own elsewhere, so its models are built whole and then cut.
+    A model whose class sets `deferred_init` is initialised one parameter at a time; if it is sharded, it is built on
+    the meta device and allocated afterwards, so the full model is never in memory. A subclass that does not set it
+    itself may initialise parameters elsewhere, so its models are built in full and then sharded.
 
     Args:
-        build: makes the plain model; the global generators must stand alike on all processes.
-        place: from `choose_layout`.
-        device: this process's device.
-        prepare: changes the model in place before it is cut.
-        gather_dtype: what blocks are gathered and computed in where they are cut; None: as they are stored.
+        build: makes the plain model; the global random generators must be in the same state on all ranks.
+        layout: from `choose_layout`.
+        device: this rank's device.
+        prepare: changes the model in place before it is sharded.
+        gather_dtype: dtype in which sharded blocks are all-gathered and computed; None: that of the parameters.
         reshard_after_forward: whether a block's gathered weights are freed between forward and backward pass.
-        timeout: how long a process waits for those with which it shares the model; None: PyTorch's default.
+        timeout: limit for the collectives of the device mesh; None: PyTorch's default.
 
     Raises:
-        UserError: the architecture cannot be cut into `place.tensor` parts.
+        UserError: the architecture does not support tensor parallelism over `layout.tensor` ranks.
     """
     with on_meta():
         model = build()
     deferred = vars(type(model)).get("deferred_init", False)
-    # Else adapters would draw their values twice where nothing is cut, and once where it is.
+    # Otherwise adapters would be initialised twice when nothing is sharded, and once when it is.
     with SkipInit() if deferred else nullcontext():
-        if not deferred or not place.sharded:
+        if not deferred or not layout.sharded:
             with device:
                 model = build()
         prepare(model)
-    if place.sharded:
-        from cleangpt.distributed.sharding import cut
+    if layout.sharded:
+        from cleangpt.distributed.sharding import shard_model
 
-        mesh = place.mesh(device, timeout)
-        cut(model, place, mesh, gather_dtype, reshard_after_forward)
-        if place.tensor > 1:
+        mesh = layout.mesh(device, timeout)
+        shard_model(model, layout, mesh, gather_dtype, reshard_after_forward)
+        if layout.tensor > 1:
             model.gather_logits = full_tensor
     if deferred:
-        if place.sharded:
+        if layout.sharded:
             model.to_empty(device=device)
-        _initialise(model, device)
+        _init_parameters(model, device)
     return model
 
 
 @torch.no_grad()
-def _initialise(model: LanguageModel, device: torch.device) -> None:
-    """Draws every parameter whole, one after the other, and keeps this process's part of it.
+def _init_parameters(model: LanguageModel, device: torch.device) -> None:
+    """Initialises parameters one at a time: draws the full tensor on every rank, and keeps this rank's shard.
 
-    A part of the model that has an `init_parameter` of its own, such as an adapter, draws its own.
+    A submodule with an `init_parameter` of its own, such as an adapter, initialises its parameters itself.
     """
     for name, parameter in model.named_parameters():
         values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
         owner, _, own_name = name.rpartition(".")
-        part: Any = model.get_submodule(owner)
-        if hasattr(part, "init_parameter"):
-            part.init_parameter(own_name, values)
+        module: Any = model.get_submodule(owner)
+        if hasattr(module, "init_parameter"):
+            module.init_parameter(own_name, values)
         else:
             cast(Any, model).init_parameter(name, values)
         parameter.copy_(distribute_like(values, parameter))
 
 
-def wrap_ddp(model: LanguageModel, place: Layout, device: torch.device) -> LanguageModel:
-    """The model to call in training: behind DDP where it has copies that are not cut, else `model` itself."""
-    if place.sharded or place.replicas == 1:
+def wrap_ddp(model: LanguageModel, layout: Layout, device: torch.device) -> LanguageModel:
+    """The module to call in training: wrapped in DDP if the layout only replicates, else `model` itself."""
+    if layout.sharded or layout.replicas == 1:
         return model
     devices = [device] if device.type == "cuda" else None
     wrapped: Any = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
@@ -105,29 +105,29 @@ def wrap_ddp(model: LanguageModel, place: Layout, device: torch.device) -> Langu
 
 
 def apply_activation_checkpointing(model: LanguageModel, every: int | None) -> None:
-    """Makes every so-many-th block of `model.blocks` compute its activations again in the backward pass.
+    """Checkpoints activations of every `every`-th block: only its input is kept, the rest recomputed in backward.
 
-    Memory for arithmetic (Chen et al. 2016, "Training deep nets with sublinear memory cost"): such a block keeps its
-    input alone. Names and results stay the same, those of dropout included.
+    Chen et al. 2016, "Training deep nets with sublinear memory cost". Results do not change, dropout included. The
+    block's `forward` is replaced rather than wrapped in a module, which would rename its parameters.
     """
     for block in list(model.layers())[::every] if every else []:
         block.forward = _checkpointed(block.forward)
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A function and no `partial`: torch.compile leaves a block whose `forward` is one uncompiled, and says nothing."""
+    """A function, not a `partial`: torch.compile silently skips a block whose `forward` is a partial."""
 
-    def forward_and_again(*inputs: Any) -> Any:
+    def checkpointed(*inputs: Any) -> Any:
         return checkpoint(forward, *inputs, use_reentrant=False)
 
-    return forward_and_again
+    return checkpointed
 
 
 def gradient_sync(model: LanguageModel, last: bool) -> AbstractContextManager[Any]:
-    """The context of a micro-batch: gradients are exchanged between devices after the last one of a step only."""
+    """The context of a micro-batch: gradients are reduced between ranks only after the last one of a step."""
     if isinstance(model, DistributedDataParallel) and not last:
         return cast("AbstractContextManager[Any]", model.no_sync())
-    inner: Any = getattr(model, "_orig_mod", model)
-    if hasattr(inner, "set_requires_gradient_sync"):  # fully_shard gave it that
+    inner: Any = getattr(model, "_orig_mod", model)  # the module that torch.compile wraps
+    if hasattr(inner, "set_requires_gradient_sync"):  # an FSDPModule; importing that class is slow, see tensors.py
         inner.set_requires_gradient_sync(last)
     return nullcontext()

@@ -1,6 +1,6 @@
-"""The model's parts on each device, by PyTorch's `DTensor`: `parallel.py` decides what is cut, this cuts it.
+"""Shards a model with PyTorch's `DTensor`: tensor parallelism by the architecture's plan, then FSDP.
 
-Loaded only where something is cut: it takes the start of a run half as long again as PyTorch does.
+Imported only when a layout is sharded, because importing `DTensor` takes half as long as importing PyTorch.
 """
 
 import logging
@@ -24,91 +24,96 @@ from cleangpt.distributed.layout import Layout
 from cleangpt.errors import UserError
 from cleangpt.models.base import LanguageModel
 
-# A part of a matrix that is cut twice takes two collectives to put together, and gloo has no all-to-all; PyTorch would
-# warn of each.
+# PyTorch warns when a matrix sharded in two dimensions takes two collectives to gather, and when gloo, which has no
+# all-to-all, falls back to another collective. Both are expected here.
 for name in ("torch.distributed.tensor._redistribute", "torch.distributed.tensor._collective_utils"):
     logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def cut(
-    model: LanguageModel, place: Layout, mesh: DeviceMesh, gather_dtype: torch.dtype | None, reshard_after_forward: bool
+def shard_model(
+    model: LanguageModel,
+    layout: Layout,
+    mesh: DeviceMesh,
+    gather_dtype: torch.dtype | None,
+    reshard_after_forward: bool,
 ) -> None:
-    """Cuts a model in place, as `parallelize` says.
+    """Shards a model in place; arguments as for `parallelize`.
 
     Raises:
-        UserError: the architecture cannot be cut into `place.tensor` parts.
+        UserError: the architecture does not support tensor parallelism over `layout.tensor` ranks.
     """
-    if place.tensor > 1:
-        _cut_matrices(model, mesh["tensor"])
-    if place.shards > 1:
-        # Activations have that dtype already; what a model keeps in fp32 for exactness stays so.
+    if layout.tensor > 1:
+        _apply_tensor_parallelism(model, mesh["tensor"])
+    if layout.shards > 1:
+        # Inputs are not cast: activations have this dtype already, but for what a model keeps in fp32 on purpose.
         policy = MixedPrecisionPolicy(param_dtype=gather_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        inner = mesh["replicate", "shard"] if place.replicas > 1 else mesh["shard"]
+        fsdp_mesh = mesh["replicate", "shard"] if layout.replicas > 1 else mesh["shard"]
         for block in model.layers():
-            fully_shard(block, mesh=inner, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-        fully_shard(model, mesh=inner, mp_policy=policy)
+            fully_shard(block, mesh=fsdp_mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        fully_shard(model, mesh=fsdp_mesh, mp_policy=policy)
 
 
-# The words of an architecture's `tensor_plan`: between the modules, activations `(batch, seq, dim)` are cut along seq.
+# The entries of a `tensor_plan`. Between modules, activations `(batch, seq, dim)` are sharded along the sequence.
 STYLES: dict[str, Callable[[], ParallelStyle]] = {
-    # An embedding, cut by its entries; a device looks up those that it has.
+    # An embedding sharded along its vocabulary; each rank looks up the tokens it holds.
     "vocabulary": lambda: RowwiseParallel(
         input_layouts=Replicate(), output_layouts=Shard(1), use_local_output=False
     ),
-    # One cut by its features, so that there may be fewer entries than devices.
+    # An embedding sharded along its features, so it may have fewer entries than there are ranks.
     "positions": lambda: ColwiseParallel(input_layouts=Replicate(), output_layouts=Shard(0), use_local_output=False),
-    # A norm over features, whole on every device, each of which has a part of the sequence.
+    # A norm over features: replicated, each rank applies it to its shard of the sequence.
     "sequence": lambda: SequenceParallel(),
-    # A linear layer cut by its outputs: gathers the sequence, and leaves each device its own features.
+    # A linear layer sharded along its outputs: all-gathers the sequence; outputs stay sharded by feature.
     "column": lambda: ColwiseParallel(input_layouts=Shard(1)),
-    # One cut by its inputs: adds up the parts, and leaves each device its part of the sequence.
+    # A linear layer sharded along its inputs: reduce-scatters the outputs along the sequence.
     "row": lambda: RowwiseParallel(output_layouts=Shard(1), use_local_output=False),
-    # A norm within each head `(batch, seq, heads, head_dim)`, whole on every device, each of which has its own heads.
+    # A norm within each head `(batch, seq, heads, head_dim)`: replicated, each rank applies it to its own heads.
     "heads": lambda: SequenceParallel(sequence_dim=2, use_local_output=True),
-    # The last linear layer, cut by its outputs, the vocabulary.
+    # The output head, sharded along the vocabulary.
     "logits": lambda: ColwiseParallel(input_layouts=Shard(1), use_local_output=False),
 }  # fmt: skip
 
 
-def _cut_matrices(model: LanguageModel, mesh: DeviceMesh) -> None:
-    """Tensor and sequence parallelism by the architecture's own plan; what requires no gradient stays so."""
+def _apply_tensor_parallelism(model: LanguageModel, mesh: DeviceMesh) -> None:
+    """Tensor and sequence parallelism by the architecture's own plan; frozen parameters stay frozen."""
     plan = model.tensor_plan
     if not plan:
-        raise UserError(f"{type(model).__name__} has no tensor_plan, so its matrices cannot be cut; use strategy fsdp")
+        raise UserError(f"{type(model).__name__} has no tensor_plan for tensor parallelism; use strategy fsdp")
     _check_divisible(model, plan, mesh.size())
     for name, _ in model.named_parameters():
         if _pattern(name.rpartition(".")[0]) not in plan:
             raise UserError(
-                f"{name} has no entry in the tensor_plan of {type(model).__name__}, so its matrices cannot be cut; "
-                "use strategy fsdp, or add one"
+                f"{name} has no entry in the tensor_plan of {type(model).__name__}; add one, or use strategy fsdp"
             )
     present = {_pattern(name) for name, _ in model.named_modules()}
-    trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    parallelize_module(model, mesh, {name: STYLES[word]() for name, word in plan.items() if name in present})
-    # Generation then reads whole sequences: a token alone cannot be cut along the sequence.
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    parallelize_module(model, mesh, {name: STYLES[style]() for name, style in plan.items() if name in present})
+    # A single token cannot be sharded along the sequence, so generation recomputes the full sequence.
     model.can_cache = False
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trains[name])
+        parameter.requires_grad_(trained[name])
 
 
 def _pattern(name: str) -> str:
-    """A module's name with ``*`` for every number, as it stands in a plan."""
+    """A module's name with ``*`` for every number, as in a tensor plan."""
     return ".".join("*" if word.isdigit() else word for word in name.split("."))
 
 
-def _check_divisible(model: LanguageModel, plan: Mapping[str, str], parts: int) -> None:
-    """Refuses a number of parts that would cut through a head, or cut features unevenly."""
+def _check_divisible(model: LanguageModel, plan: Mapping[str, str], size: int) -> None:
+    """Refuses a tensor-parallel size that would split a head, or shard features unevenly."""
     config: Any = model.config
     for field in ("n_heads", "n_kv_heads"):
-        if (count := getattr(config, field, None)) is not None and count % parts:
-            raise UserError(f"model.{field} is {count}; allowed with matrices cut in {parts}: a multiple of that")
+        if (count := getattr(config, field, None)) is not None and count % size:
+            raise UserError(f"model.{field} is {count}; allowed with tensor parallelism over {size}: a multiple of it")
     for name, module in model.named_modules():
         pattern = _pattern(name)
         if isinstance(module, nn.Embedding) and plan.get(pattern) == "vocabulary":
             entries = module.num_embeddings
-            if -(-entries // parts) * (parts - 1) >= entries:
-                raise UserError(f"{name} has {entries} entries, too few to cut in {parts}")
+            if -(-entries // size) * (size - 1) >= entries:
+                raise UserError(f"{name} has {entries} entries, too few for tensor parallelism over {size}")
         if isinstance(module, nn.Linear) and plan.get(pattern) in ("column", "row"):
-            size = module.out_features if plan[pattern] == "column" else module.in_features
-            if size % parts:
-                raise UserError(f"{name} has {size} features; allowed with matrices cut in {parts}: a multiple of that")
+            features = module.out_features if plan[pattern] == "column" else module.in_features
+            if features % size:
+                raise UserError(
+                    f"{name} has {features} features; allowed with tensor parallelism over {size}: a multiple of it"
+                )

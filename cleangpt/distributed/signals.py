@@ -1,4 +1,4 @@
-"""A polite end: the first signal asks the loop to finish its step and save, a second Ctrl-C stops at once."""
+"""Graceful shutdown: the first signal finishes the step and saves; a second Ctrl-C stops at once."""
 
 import contextlib
 import os
@@ -8,73 +8,73 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
-STOPS = [number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None]
-
-
-SAVE: int | None = getattr(signal, "SIGUSR1", None)
-"""SIGHUP and SIGUSR1 are not on Windows."""
+# SIGHUP and SIGUSR1 do not exist on Windows.
+STOP_SIGNALS = [
+    number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None
+]
+SAVE_SIGNAL: int | None = getattr(signal, "SIGUSR1", None)
 
 
 class StopRequest:
-    """While entered, turns SIGINT (Ctrl-C), SIGTERM and SIGHUP into `requested`, SIGUSR1 into `save_requested`.
+    """While entered, SIGINT (Ctrl-C), SIGTERM and SIGHUP set `requested`, and SIGUSR1 sets `save_requested`.
 
-    A SIGTERM may come twice, from a scheduler and from torchrun, and stays one request. A SIGHUP says that the terminal
-    has gone; under nohup it stays ignored.
+    A second SIGTERM changes nothing: a scheduler and torchrun may both send one. SIGHUP means that the terminal has
+    closed; it stays ignored under nohup.
 
     Raises:
-        KeyboardInterrupt: at a SIGINT after another signal to stop.
+        KeyboardInterrupt: on SIGINT after an earlier signal to stop.
     """
 
     def __init__(self) -> None:
         self.requested: str | None = None
-        """The name of the first signal to stop."""
+        """Name of the first signal to stop."""
         self.save_requested = False
-        """Whoever saves sets it back."""
-        self._before: dict[int, Any] = {}
+        """Reset by whoever saves."""
+        self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            for number in STOPS:
+            for number in STOP_SIGNALS:
                 if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:
-                    self._before[number] = signal.signal(number, self._stop)
-            if SAVE is not None:
-                self._before[SAVE] = signal.signal(SAVE, self._save)
+                    self._previous_handlers[number] = signal.signal(number, self._request_stop)
+            if SAVE_SIGNAL is not None:
+                self._previous_handlers[SAVE_SIGNAL] = signal.signal(SAVE_SIGNAL, self._request_save)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
-        self._before.clear()
+        self._previous_handlers.clear()
 
-    def _stop(self, number: int, frame: FrameType | None) -> None:
+    def _request_stop(self, number: int, frame: FrameType | None) -> None:
         if self.requested is not None:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             return
         self.requested = signal.Signals(number).name
-        _say(f"{self.requested}: finishing the step and saving; another Ctrl-C stops at once")
+        _write_to_stderr(f"{self.requested}: finishing the step and saving; press Ctrl-C again to stop at once")
 
-    def _save(self, number: int, frame: FrameType | None) -> None:
+    def _request_save(self, number: int, frame: FrameType | None) -> None:
         self.save_requested = True
-        _say("SIGUSR1: finishing the step and saving, then going on")
+        _write_to_stderr("SIGUSR1: saving after this step, then continuing")
 
 
-def _say(text: str) -> None:
-    """Writes a line from a signal handler: print() may not be re-entered from one, and the terminal may have gone."""
+def _write_to_stderr(text: str) -> None:
+    """Writes a line from a signal handler, where print() is not reentrant and the terminal may be closed."""
     with contextlib.suppress(OSError):
         os.write(2, f"\n{text}\n".encode())
 
 
 @contextlib.contextmanager
-def without(number: int | None) -> Iterator[None]:
-    """While entered, a signal is ignored; None: it does not exist on this system."""
+def ignore_signal(number: int | None) -> Iterator[None]:
+    """Ignores a signal while entered; None: this system does not have it."""
     if number is None or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(number, signal.SIG_IGN)
+    previous = signal.signal(number, signal.SIG_IGN)
     try:
         yield
     finally:
-        signal.signal(number, before)
+        signal.signal(number, previous)

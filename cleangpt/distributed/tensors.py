@@ -1,21 +1,18 @@
-"""Tensors, whole or sharded over processes as DTensors, handled alike."""
+"""Full tensors and sharded ones (`DTensor`), handled alike."""
 
-import sys
 from collections.abc import Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 
-# Tensors, whole and cut ----------------------------------------------------------------------------------------------
 def is_dtensor(tensor: Any) -> bool:
-    """Whether a tensor is a `DTensor`. Loading that class takes half as long as PyTorch; nobody has, where none is."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    """Whether a tensor is sharded, a `DTensor`; by name, since importing the class takes half as long as PyTorch."""
+    return type(tensor).__name__ == "DTensor"
 
 
 def full_tensor(tree: Any) -> Any:
-    """A state dict with every sharded tensor put together again; all processes must call it together."""
+    """A tensor, or every tensor of a state dict, gathered from all ranks; a collective."""
     if is_dtensor(tree):
         return tree.full_tensor()
     if isinstance(tree, Mapping):
@@ -24,35 +21,35 @@ def full_tensor(tree: Any) -> Any:
 
 
 def local_tensor(tensor: Any) -> Tensor:
-    """This process's part of a tensor, in the same memory."""
+    """This rank's shard of a tensor, sharing its memory."""
     return cast(Tensor, tensor.to_local() if is_dtensor(tensor) else tensor)
 
 
 def gather_to_host(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Whole tensors in host memory on the processes that `keep` them, one at a time on a device; all must call it."""
+    """Gathers full tensors one at a time and keeps them in host memory on the ranks with `keep`; a collective."""
     gathered = {}
     for name, tensor in tensors.items():
-        put_together: Tensor = full_tensor(tensor)
+        full: Tensor = full_tensor(tensor)
         if keep:
-            gathered[name] = put_together.detach().cpu()
+            gathered[name] = full.detach().cpu()
     return gathered
 
 
 def distribute_like(tensor: Tensor, reference: Tensor) -> Tensor:
-    """A whole tensor that every process has, cut and placed as `reference` is."""
+    """Shards a full tensor that every rank has, with the device mesh and placements of `reference`."""
     if not is_dtensor(reference):
         return tensor.to(reference.device)
     from torch.distributed.tensor import distribute_tensor
 
     sharded: Any = reference
-    placed = tensor.to(sharded.to_local().device)
-    return distribute_tensor(placed, sharded.device_mesh, sharded.placements, src_data_rank=None)
+    local = tensor.to(sharded.to_local().device)
+    return distribute_tensor(local, sharded.device_mesh, sharded.placements, src_data_rank=None)
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], strict: bool = True) -> None:
-    """Loads whole tensors into a model that may be sharded."""
+    """Loads full tensors into a model that may be sharded."""
     current = model.state_dict()
-    placed = {
+    sharded = {
         name: distribute_like(tensor, current[name]) if name in current else tensor for name, tensor in weights.items()
     }
-    model.load_state_dict(placed, strict=strict)
+    model.load_state_dict(sharded, strict=strict)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cleangpt.checkpoints.checkpoint import Checkpoint
 from cleangpt.errors import UserError
-from cleangpt.files import MANIFEST, PARTIAL, commit_folder, sync_file, sync_folder
+from cleangpt.files import MANIFEST, PARTIAL, commit_folder, fsync_file, fsync_folder
 from cleangpt.interchange.gguf import MAGIC, write_gguf
 from cleangpt.interchange.huggingface import TOKENIZER_CONFIG, write_huggingface
 
@@ -43,9 +43,9 @@ def _export_folder(checkpoint: Checkpoint, partial: Path, out: Path) -> None:
 
 def _export_file(checkpoint: Checkpoint, partial: Path, out: Path) -> None:
     write_gguf(checkpoint, partial)
-    sync_file(partial)
+    fsync_file(partial)
     partial.replace(out)
-    sync_folder(out.parent)
+    fsync_folder(out.parent)
 
 
 EXPORTS: dict[str, Callable[[Checkpoint, Path, Path], None]] = {"hf": _export_folder, "gguf": _export_file}

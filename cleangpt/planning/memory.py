@@ -48,14 +48,14 @@ class Memory:
         return float(sum(getattr(self, entry.name) for entry in fields(self)))
 
 
-def static_bytes(parameters: int, place: Layout) -> float:
+def static_bytes(parameters: int, layout: Layout) -> float:
     """Weights, gradients and two moments on one device, all in fp32 and cut over those that share a copy.
 
     Args:
         parameters: in the whole model.
-        place: how the processes share it.
+        layout: how the processes share it.
     """
-    return 16 * parameters / (place.shards * place.tensor)
+    return 16 * parameters / (layout.shards * layout.tensor)
 
 
 def kinds_of_blocks(workload: Workload, recompute_every: int | None) -> Blocks:
@@ -65,26 +65,26 @@ def kinds_of_blocks(workload: Workload, recompute_every: int | None) -> Blocks:
 
 
 def device_memory(
-    workload: Workload, blocks: Blocks, place: Layout, pace: StepConfig, weight_bytes: int, trained: float = 1.0
+    workload: Workload, blocks: Blocks, layout: Layout, pace: StepConfig, weight_bytes: int, trained: float = 1.0
 ) -> Memory:
     """Memory at the peak, on the device that needs the most.
 
     Args:
         workload: of one micro-batch.
         blocks: from `kinds_of_blocks`.
-        place: how the processes share the model.
+        layout: how the processes share the model.
         pace: how the step is made.
         weight_bytes: of a gathered weight; 2 in 16 bit, else 4.
         trained: share of the parameters that train, and so have gradients and moments.
     """
-    state = static_bytes(workload.parameters, place) / 4
-    waiting = 4 * workload.parameters / place.tensor if place.shards > 1 and pace.micro_batches > 1 else 0.0
-    kept = sum(count * _kept(part, workload, place.tensor) for count, part in blocks)
+    state = static_bytes(workload.parameters, layout) / 4
+    waiting = 4 * workload.parameters / layout.tensor if layout.shards > 1 and pace.micro_batches > 1 else 0.0
+    kept = sum(count * _kept(part, workload, layout.tensor) for count, part in blocks)
     logits = (workload.rest.kept + workload.passing) / pace.logits_parts
     if any(count and part.again.operations for count, part in blocks):
         # A block that is computed again in the backward pass is whole for a while, when the logits are gone.
-        logits = max(logits, _kept(workload.block, workload, place.tensor))
-    gathered = _gathered(workload, place, weight_bytes, pace.reshard_after_forward) if place.shards > 1 else 0.0
+        logits = max(logits, _kept(workload.block, workload, layout.tensor))
+    gathered = _gathered(workload, layout, weight_bytes, pace.reshard_after_forward) if layout.shards > 1 else 0.0
     gradients, moments = trained * (state + waiting), trained * 2 * state
     used = state + gradients + moments + gathered + kept + logits
     return Memory(state, gradients, moments, gathered, kept, logits, (ALLOCATOR_FACTOR - 1) * used)
@@ -96,9 +96,9 @@ def _kept(part: Part, workload: Workload, tensor: int) -> float:
     return part.kept / tensor + whole
 
 
-def _gathered(workload: Workload, place: Layout, weight_bytes: int, reshard_after_forward: bool) -> float:
+def _gathered(workload: Workload, layout: Layout, weight_bytes: int, reshard_after_forward: bool) -> float:
     """What fsdp puts together: the rest of the model from its forward to its backward pass, with its gradients; a block
     in use and the next one; the gradients of one block, and their copy in fp32 that is reduced."""
     rest = 2 * weight_bytes * workload.rest_parameters
     at_hand = 2 if reshard_after_forward else workload.blocks
-    return (rest + ((at_hand + 1) * weight_bytes + 4) * workload.block_parameters) / place.tensor
+    return (rest + ((at_hand + 1) * weight_bytes + 4) * workload.block_parameters) / layout.tensor

@@ -12,7 +12,7 @@ from cleangpt.config import FineTuningConfig, TrainingConfig
 from cleangpt.corpora import dataset_folder
 from cleangpt.corpora.mixture import Mixture
 from cleangpt.data.dataset import TokenDataset, is_dataset
-from cleangpt.distributed.layout import Layout, choose_degrees
+from cleangpt.distributed.layout import Layout, layout_for
 from cleangpt.errors import UserError
 from cleangpt.experiment import Experiment, check_experiment, total_samples
 from cleangpt.models import build_model
@@ -40,7 +40,7 @@ class Estimate:
     """For the command line of `cleangpt train`."""
     chosen: bool
     """Whether the experiment itself asks for it."""
-    place: Layout
+    layout: Layout
     micro_batch: int
     memory: Memory
     time: StepTime
@@ -185,28 +185,28 @@ class _Planner:
         if count in parts:
             found.append(("tp", Layout(1, 1, count)))
         config = self.experiment.parallel
-        own = choose_degrees(config, count)
-        if config.strategy != "auto" and own not in [place for _, place in found]:
+        own = layout_for(config, count)
+        if config.strategy != "auto" and own not in [layout for _, layout in found]:
             found.insert(0, (config.strategy, own))
-        return [(_in_words(name, place), _as_options(name, place), place) for name, place in found]
+        return [(_in_words(name, layout), _as_options(name, layout), layout) for name, layout in found]
 
-    def refusal(self, place: Layout) -> str:
+    def refusal(self, layout: Layout) -> str:
         """Why a layout cannot run, or an empty string."""
-        if place.tensor > 1 and (rank := self.experiment.fine_tuning.lora.rank) is not None:
+        if layout.tensor > 1 and (rank := self.experiment.fine_tuning.lora.rank) is not None:
             return f"matrices cannot be cut with fine_tuning.lora.rank {rank}"
-        batch = self.experiment.data.batch_size
-        return f"data.batch_size {batch} is not a multiple of its {place.parts} parts" if batch % place.parts else ""
+        batch, parts = self.experiment.data.batch_size, layout.dp_size
+        return f"data.batch_size {batch} is not a multiple of its {parts} parts" if batch % parts else ""
 
-    def micro_batch(self, place: Layout, training: TrainingConfig) -> int:
+    def micro_batch(self, layout: Layout, training: TrainingConfig) -> int:
         """The largest divisor of a device's part of a batch that `training.micro_batch_size` allows."""
-        part = self.experiment.data.batch_size // place.parts
+        part = self.experiment.data.batch_size // layout.dp_size
         most = min(training.micro_batch_size or part, part)
         small = [size for size in range(1, min(most, math.isqrt(part)) + 1) if part % size == 0]
         return max([*small, *(part // size for size in small if part // size <= most)])
 
-    def workload(self, micro_batch: int, place: Layout) -> Workload:
+    def workload(self, micro_batch: int, layout: Layout) -> Workload:
         """Of a micro-batch; under fsdp, weights are gathered in the precision of products, else autocast copies."""
-        gathered = place.shards > 1
+        gathered = layout.shards > 1
         if (micro_batch, gathered) not in self.measured:
             dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.machine.base, torch.float32)
             objective = self.experiment.objective
@@ -217,27 +217,27 @@ class _Planner:
 
     def estimate(self, count: int, way: Candidate, training: TrainingConfig) -> Estimate:
         """Memory, time and cost of one way to spread the model, with these fields of `training`."""
-        strategy, options, place = way
+        strategy, options, layout = way
         device, data, parallel = self.machine.device, self.experiment.data, self.experiment.parallel
-        micro_batch = self.micro_batch(place, training)
+        micro_batch = self.micro_batch(layout, training)
         in_step = training.accumulation * data.batch_size
-        work = self.workload(micro_batch, place)
+        work = self.workload(micro_batch, layout)
         blocks = kinds_of_blocks(work, training.recompute_every)
-        pace = StepConfig(in_step // place.parts // micro_batch, parallel.reshard_after_forward)
-        memory = device_memory(work, blocks, place, pace, self.machine.weight_bytes, self.trained)
-        time = step_time(work, blocks, place, pace, self.machine)
+        pace = StepConfig(in_step // layout.dp_size // micro_batch, parallel.reshard_after_forward)
+        memory = device_memory(work, blocks, layout, pace, self.machine.weight_bytes, self.trained)
+        time = step_time(work, blocks, layout, pace, self.machine)
         speed = in_step * data.seq_len / time.total
         hours = self.tokens / speed / 3600
         return Estimate(
             devices=count,
             strategy=strategy,
             options=f"{options} --training.micro-batch-size {micro_batch}".strip(),
-            chosen=parallel.strategy != "auto" and choose_degrees(parallel, count) == place,
-            place=place,
+            chosen=parallel.strategy != "auto" and layout_for(parallel, count) == layout,
+            layout=layout,
             micro_batch=micro_batch,
             memory=memory,
             time=time,
-            exchanged=exchanged_bytes(work, blocks, place, pace, self.machine),
+            exchanged=exchanged_bytes(work, blocks, layout, pace, self.machine),
             tokens_per_second=speed,
             mfu=speed * self.flops / count / (device.bf16 or device.fp16 or device.fp32),
             hours=hours,
@@ -248,7 +248,7 @@ class _Planner:
     def advise(self, count: int, ways: Sequence[Candidate]) -> str:
         """The fastest way to make it fit by smaller micro-batches and recomputation, in words."""
         training = self.experiment.training
-        largest = max(self.micro_batch(place, training) for _, _, place in ways)
+        largest = max(self.micro_batch(layout, training) for _, _, layout in ways)
         found = []
         for every in dict.fromkeys([training.recompute_every, 1]):
             words = f" --training.recompute-every {every}" if every else ""
@@ -269,21 +269,21 @@ def trained_share(model: LanguageModel, tuning: FineTuningConfig) -> float:
     return sum(size for size, trains in sizes if trains) / sum(size for size, _ in sizes)
 
 
-def _in_words(name: str, place: Layout) -> str:
+def _in_words(name: str, layout: Layout) -> str:
     words = [name]
     if name == "hsdp":
-        words.append(f"{place.replicas} replicas")
-    if name != "tp" and place.tensor > 1:
-        words.append(f"tensor {place.tensor}")
+        words.append(f"{layout.replicas} replicas")
+    if name != "tp" and layout.tensor > 1:
+        words.append(f"tensor {layout.tensor}")
     return ", ".join(words)
 
 
-def _as_options(name: str, place: Layout) -> str:
+def _as_options(name: str, layout: Layout) -> str:
     options = f"--parallel.strategy {name}"
     if name == "hsdp":
-        options += f" --parallel.replicas {place.replicas}"
-    if name != "tp" and place.tensor > 1:
-        options += f" --parallel.tensor {place.tensor}"
+        options += f" --parallel.replicas {layout.replicas}"
+    if name != "tp" and layout.tensor > 1:
+        options += f" --parallel.tensor {layout.tensor}"
     return options
 
 

@@ -65,21 +65,21 @@ class Machine:
         return max(products + attention + moved / bandwidth, launches)
 
 
-def step_time(workload: Workload, blocks: Blocks, place: Layout, pace: StepConfig, machine: Machine) -> StepTime:
+def step_time(workload: Workload, blocks: Blocks, layout: Layout, pace: StepConfig, machine: Machine) -> StepTime:
     """The time of a step; the arguments are those of `memory.device_memory`."""
-    cut = place.tensor
+    cut = layout.tensor
     rest = workload.rest
     outside = machine.seconds(_cut(rest.forward + rest.backward, cut, pace.logits_parts), block=False)
     forward = [(count, machine.seconds(_share(part.forward, cut), True)) for count, part in blocks]
     backward = [(count, machine.seconds(_share(part.backward + part.again, cut), True)) for count, part in blocks]
     compute = outside + sum(count * seconds for count, seconds in forward + backward)
-    within = _within_matrices(workload, blocks, place, machine, whole_logits=pace.logits_parts == 1)
+    within = _within_matrices(workload, blocks, layout, machine, whole_logits=pace.logits_parts == 1)
     # All micro-batches gather weights; the last one exchanges gradients too.
     first, last = (
-        _around_blocks(workload, forward, backward, place, machine, pace.reshard_after_forward, exchange)
+        _around_blocks(workload, forward, backward, layout, machine, pace.reshard_after_forward, exchange)
         for exchange in (False, True)
     )
-    optimizer = OPTIMIZER_BYTES * workload.parameters / (place.shards * cut)
+    optimizer = OPTIMIZER_BYTES * workload.parameters / (layout.shards * cut)
     return StepTime(
         compute=pace.micro_batches * compute,
         exposed=pace.micro_batches * within + (pace.micro_batches - 1) * first + last,
@@ -97,11 +97,11 @@ def _cut(work: Work, parts: int, logits_parts: int) -> Work:
     return Work(matmul_flops=work.matmul_flops / parts, moved=work.moved / logits_parts, operations=work.operations)
 
 
-def _within_matrices(workload: Workload, blocks: Blocks, place: Layout, machine: Machine, whole_logits: bool) -> float:
+def _within_matrices(workload: Workload, blocks: Blocks, layout: Layout, machine: Machine, whole_logits: bool) -> float:
     """Exchange of activations between devices that share matrices, which wait for it."""
     rest = workload.rest.forward + workload.rest.backward if whole_logits else Work()
     work = sum((entry * count for count, entry in _passes(blocks)), rest)
-    return Group(machine.device, place.tensor, 1, machine.per_node).exchange(work.exchanged, work.exchanges)
+    return Group(machine.device, layout.tensor, 1, machine.per_node).exchange(work.exchanged, work.exchanges)
 
 
 def _passes(blocks: Blocks) -> list[tuple[int, Work]]:
@@ -110,26 +110,26 @@ def _passes(blocks: Blocks) -> list[tuple[int, Work]]:
 
 
 def _around_blocks(
-    workload: Workload, forward: list[tuple[int, float]], backward: list[tuple[int, float]], place: Layout,
+    workload: Workload, forward: list[tuple[int, float]], backward: list[tuple[int, float]], layout: Layout,
     machine: Machine, reshard_after_forward: bool, exchange: bool,
 ) -> float:  # fmt: skip
     """Exchange of weights and gradients in a micro-batch, as far as the blocks' arithmetic does not hide it."""
-    shards = Group(machine.device, place.shards, place.tensor, machine.per_node)
-    copies = Group(machine.device, place.replicas, place.tensor * place.shards, machine.per_node)
+    shards = Group(machine.device, layout.shards, layout.tensor, machine.per_node)
+    copies = Group(machine.device, layout.replicas, layout.tensor * layout.shards, machine.per_node)
 
     def gather(parameters: int) -> float:
-        return shards.exchange(parameters / place.tensor * machine.weight_bytes)
+        return shards.exchange(parameters / layout.tensor * machine.weight_bytes)
 
     def reduce(parameters: int) -> float:
         if not exchange:
             return 0.0
-        size = 4 * parameters / place.tensor
-        return shards.exchange(size) + 2 * copies.exchange(size / place.shards)
+        size = 4 * parameters / layout.tensor
+        return shards.exchange(size) + 2 * copies.exchange(size / layout.shards)
 
     block, rest = workload.block_parameters, workload.rest_parameters
-    if place.shards == 1:
+    if layout.shards == 1:
         hidden = sum(count * seconds for count, seconds in backward)
-        return max(0.0, reduce(workload.parameters) - hidden) if place.replicas > 1 else 0.0
+        return max(0.0, reduce(workload.parameters) - hidden) if layout.replicas > 1 else 0.0
     behind = gather(block) * reshard_after_forward + reduce(block)
     exposed = sum(count * max(0.0, gather(block) - seconds) for count, seconds in forward)
     exposed += sum(count * max(0.0, behind - seconds) for count, seconds in backward)
@@ -137,14 +137,14 @@ def _around_blocks(
     return exposed + gather(rest) + gather(block) + reduce(rest) + reduce(block)
 
 
-def exchanged_bytes(workload: Workload, blocks: Blocks, place: Layout, pace: StepConfig, machine: Machine) -> float:
+def exchanged_bytes(workload: Workload, blocks: Blocks, layout: Layout, pace: StepConfig, machine: Machine) -> float:
     """Bytes that a device sends in a step, in rings: (n - 1) / n of a tensor to gather it, or to reduce and scatter."""
-    parameters = workload.parameters / place.tensor
+    parameters = workload.parameters / layout.tensor
     gathers = pace.micro_batches * (1 + pace.reshard_after_forward)
-    weights = _ring(place.shards) * parameters * (gathers * machine.weight_bytes + 4)
-    copies = 2 * _ring(place.replicas) * 4 * parameters / place.shards
+    weights = _ring(layout.shards) * parameters * (gathers * machine.weight_bytes + 4)
+    copies = 2 * _ring(layout.replicas) * 4 * parameters / layout.shards
     activations = sum(count * work.exchanged for count, work in _passes([(1, workload.rest), *blocks]))
-    return weights + copies + pace.micro_batches * _ring(place.tensor) * activations
+    return weights + copies + pace.micro_batches * _ring(layout.tensor) * activations
 
 
 def _ring(devices: int) -> float:

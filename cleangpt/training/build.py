@@ -97,7 +97,7 @@ def build_trainer(
     placed = place_model(experiment, ranks, log)
     model, layout, device = placed.model, placed.layout, placed.device
     length = Length(experiment.data.batch_size, training.batches_per_macro_batch, training.macro_batches)
-    micro_batch_size = training.micro_batch_size or experiment.data.batch_size // layout.parts
+    micro_batch_size = training.micro_batch_size or experiment.data.batch_size // layout.dp_size
     source = open_source(experiment, dataset, layout, ranks, device)
     optimizer = build_optimizer(experiment, model)
     trackers = NullTracker(run) if not ranks.is_main else create_trackers(
@@ -198,7 +198,7 @@ def open_source(
     """The training batches of this process."""
     return DatasetSource(
         open_stream(experiment, dataset), experiment.data.batch_size, prefetch=experiment.data.prefetch,
-        pin_memory=device.type == "cuda", rank=layout.part(ranks.rank), world_size=layout.parts,
+        pin_memory=device.type == "cuda", rank=layout.dp_rank(ranks.rank), world_size=layout.dp_size,
     )  # fmt: skip
 
 
@@ -242,7 +242,7 @@ def build_recorder(
         if not wanted:
             return {}
         model.eval()
-        with uncompiled():
+        with uncompiled(experiment.training.compile):
             return {
                 of_source(task, name): SCORES[task](model, splits[name], tracking.score_samples, device)
                 for name, task in wanted.items()
@@ -250,7 +250,7 @@ def build_recorder(
 
     def sample(macro_batch: int) -> str:
         first = dataset.sources[0].dataset
-        with uncompiled():
+        with uncompiled(experiment.training.compile):
             return sample_text(model, first, tracking.sample_prompt, tracking.sample_tokens, device, macro_batch)
 
     seq_len = experiment.data.seq_len

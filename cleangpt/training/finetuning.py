@@ -120,14 +120,14 @@ def layer_factors(model: LanguageModel, decay: float) -> dict[str, float]:
 
 
 # At the start ---------------------------------------------------------------------------------------------
-def check_fine_tuning(experiment: Experiment, place: Layout) -> None:
+def check_fine_tuning(experiment: Experiment, layout: Layout) -> None:
     """Checks that fine-tuning fits the experiment's model, whose vocabulary is known, before anything is made.
 
     Raises:
         UserError: one line naming the field.
     """
     tuning = experiment.fine_tuning
-    if tuning.lora.rank is not None and place.tensor > 1:
+    if tuning.lora.rank is not None and layout.tensor > 1:
         raise UserError(
             f"fine_tuning.lora.rank is {tuning.lora.rank}; allowed with tensor parallelism: None; use strategy fsdp"
         )

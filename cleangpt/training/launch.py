@@ -58,17 +58,17 @@ def check_store(experiment: Experiment, store: MixedDataset) -> None:
 
 
 def summary(
-    experiment: Experiment, run: Path, store: MixedDataset, model: LanguageModel, device: torch.device, place: Layout
+    experiment: Experiment, run: Path, store: MixedDataset, model: LanguageModel, device: torch.device, layout: Layout
 ) -> list[str]:
     """What is about to be trained, on what, how much of it and in how much memory of each device, as lines."""
     data, training = experiment.data, experiment.training
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     share = f" ({trained:,} of them train)" if experiment.fine_tuning != FineTuningConfig() else ""
-    micro_batch = training.micro_batch_size or data.batch_size // place.parts
-    kept = state_bytes(model) / (place.shards * place.tensor)
+    micro_batch = training.micro_batch_size or data.batch_size // layout.dp_size
+    kept = state_bytes(model) / (layout.shards * layout.tensor)
     activations = float(model.activation_bytes(micro_batch, data.seq_len))
-    activations /= place.tensor
+    activations /= layout.tensor
     tokens = total_samples(experiment) * data.seq_len
     return [
         f"run      {run}",

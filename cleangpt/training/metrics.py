@@ -127,7 +127,7 @@ class Recorder:
             self.trackers.sample(macro_batch, self.sample(macro_batch))
 
     def _row(self, position: Position, meter: Meter, val_loss: float) -> dict[str, float | int | None]:
-        waited, peaks = zip(*self.ranks.gather((meter.waited, peak_memory(self.device))), strict=True)
+        waited, peaks = zip(*self.ranks.all_gather((meter.waited, peak_memory(self.device))), strict=True)
         return {
             "macro_batch": position.macro_batch,
             "step": position.step,

@@ -93,7 +93,7 @@ class Health:
         moments = self.optimizer.state_dict()["moments"].items()
         tensors = dict(self.model.named_parameters())
         tensors |= {f"{key} of {name}": tensor for name, entry in moments for key, tensor in entry.items()}
-        return next(filter(None, self.ranks.gather(first_not_finite(tensors))), "")
+        return next(filter(None, self.ranks.all_gather(first_not_finite(tensors))), "")
 
     def skipped_too_many(self) -> bool:
         """Whether as many steps in a row were skipped as may be; waits for the device."""
@@ -187,12 +187,12 @@ class Recovery:
         """
         snapshots, ranks = self.saver.snapshots, self.health.ranks
         snapshots.wait()
-        found: list[Path] = ranks.from_main(list_snapshots(snapshots.folder))
+        found: list[Path] = ranks.broadcast(list_snapshots(snapshots.folder))
         paths = [path for path in found if "_" not in path.name]
         older = [path for path in paths if self._samples(path) <= samples]
         newer = [path for path in reversed(paths) if path not in older]
         for path in older + newer:
-            if not any(ranks.gather(find_corruption(path, ranks.rank, ranks.world_size))):
+            if not any(ranks.all_gather(find_corruption(path, ranks.rank, ranks.world_size))):
                 return path
         return None
 

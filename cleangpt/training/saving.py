@@ -10,7 +10,7 @@ from cleangpt.checkpoints.snapshots import (
     list_snapshots,
     load_snapshot,
     newest_snapshot,
-    set_aside,
+    quarantine,
     snapshot_name,
 )
 from cleangpt.distributed.processes import Ranks
@@ -84,14 +84,14 @@ class Saver:
                 recover_folder(place)
         path = find_newest(folder, self.ranks, self.log)
         if path is None:
-            if self.ranks.from_main(list_snapshots(folder)):
+            if self.ranks.broadcast(list_snapshots(folder)):
                 raise UserError(
                     f"every snapshot in {folder} is corrupt, and restarting would overwrite the run; remove the folder "
                     f"to restart anyway, or start another run with init_from={str(self.run)!r}"
                 )
             return None
         if self.ranks.is_main:
-            set_aside(folder, path)
+            quarantine(folder, path)
         state = self.load(path)
         self.log(f"resuming from {path}, step {self.position.step:,}")
         return state

@@ -184,7 +184,7 @@ class Meter:
         """What a run resumed within a macro-batch needs: every process's own sums, for they are added in its order."""
         sums = {"loss": self.loss.item(), **{name: value.item() for name, value in self.metrics.items()}}
         numbers = {name: value for name, value in vars(self).items() if isinstance(value, int | float)}
-        return numbers | {"grad_norm": self.grad_norm.item(), "sums": self._ranks.gather(sums)}
+        return numbers | {"grad_norm": self.grad_norm.item(), "sums": self._ranks.all_gather(sums)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state_dict`; with another number of processes, the main one takes the sums of all.

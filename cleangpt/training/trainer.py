@@ -139,7 +139,7 @@ class Trainer:
             with gradient_sync(self.forward_model, last and number == len(micro_batches)):
                 with self.autocast:
                     loss = self.objective(self.forward_model, micro_batch)
-                self.optimizer.backward(loss.total * (self.layout.parts / max(count, 1)))
+                self.optimizer.backward(loss.total * (self.layout.dp_size / max(count, 1)))
             sums.add(loss)
 
     def validate(self) -> float:
@@ -171,7 +171,7 @@ class Trainer:
 
     def _must_stop(self) -> bool:
         """Whether the run stops here, the same on all processes; saves or fails where any of them must."""
-        stop = self.stopping.poll(self.saver.snapshots.longest)
+        stop = self.stopping.poll(self.saver.snapshots.longest_save)
         if self.stopping.failing:
             self.recovery.check_skipped()
         if self.stopping.save_requested and self.spikes.detect() is None:

@@ -110,7 +110,7 @@ class Tuning:
         self.losses: dict[float, float] = {}
         """By rate; infinite where the run diverged."""
         found = ranks.is_main and (folder / RESULT).is_file()
-        kept = ranks.from_main(read_json(folder / RESULT) if found else None)
+        kept = ranks.broadcast(read_json(folder / RESULT) if found else None)
         if kept is not None:
             if changed := difference(kept["experiment"], experiment_json(experiment)):
                 raise UserError(f"{folder} holds the rates of another experiment: {changed}; give another --out")
@@ -136,7 +136,7 @@ class Tuning:
         """
         if lr not in self.losses:
             run = self.folder / f"lr_{lr:g}"
-            loss = self.ranks.from_main(self._train(lr, run))
+            loss = self.ranks.broadcast(self._train(lr, run))
             self.losses[lr] = loss if math.isfinite(loss) else math.inf
             if self.ranks.is_main:
                 write_json(self.folder / RESULT, self.to_json())

@@ -33,8 +33,8 @@ class Validator:
         """The loss per counted thing; NaN where `give_up` cut it short."""
         for name, samples in self.samples.items():
             batches = validation_batches(
-                samples, self.batch_size, self.limit, rank=self.layout.part(self.ranks.rank),
-                world_size=self.layout.parts,
+                samples, self.batch_size, self.limit, rank=self.layout.dp_rank(self.ranks.rank),
+                world_size=self.layout.dp_size,
             )  # fmt: skip
             self.losses[name] = mean_loss(
                 self.model, self.objective, batches, self.device, self.autocast, give_up, self.ranks.sum_tensor

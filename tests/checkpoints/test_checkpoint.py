@@ -105,7 +105,7 @@ def test_an_entry_whose_folder_is_gone_is_forgotten(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "line"),
     [
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), "is damaged: model.safetensors has 1 bytes"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), "is corrupt: model.safetensors has 1 bytes"),
         (lambda folder: (folder / "config.json").unlink(), "is not a checkpoint: it has no config.json"),
     ],
 )

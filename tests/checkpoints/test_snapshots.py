@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from cleangpt.checkpoints import tensor_files as shards
-from cleangpt.checkpoints.snapshots import Snapshots, list_snapshots, load_snapshot, newest_snapshot, set_aside
+from cleangpt.checkpoints.snapshots import Snapshots, list_snapshots, load_snapshot, newest_snapshot, quarantine
 from cleangpt.config import SavingConfig
 from cleangpt.errors import UserError
 from cleangpt.files import find_corruption, read_json, recover_folder, write_json
@@ -168,7 +168,7 @@ def test_a_full_disk_is_told_at_once_and_the_next_save_makes_up_for_it(
         snapshots.save("mb000002", STATE)
         assert snapshots.wait() == "[Errno 28] No space left on device"
     assert said == [
-        "snapshot mb000002 could not be saved: [Errno 28] No space left on device; those before it are as they were"
+        "snapshot mb000002 could not be saved: [Errno 28] No space left on device; earlier snapshots are intact"
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["mb000001"]  # nothing half-written takes what room there is
     snapshots.save("mb000003", STATE)
@@ -253,7 +253,7 @@ def test_a_damaged_snapshot_is_named_and_the_one_before_is_used(tmp_path: Path, 
         victim.write_bytes({"flip": content, "cut": content[:-2], "empty": b""}[harm])
     path, complaints = newest_snapshot(tmp_path)
     assert path == tmp_path / "mb000001"
-    assert len(complaints) == 1 and "mb000002 is damaged" in complaints[0]
+    assert len(complaints) == 1 and "mb000002 is corrupt" in complaints[0]
     assert name in complaints[0] or name == "manifest.json"
 
 
@@ -262,7 +262,7 @@ def test_a_shard_that_does_not_belong_to_a_snapshot_is_named(tmp_path: Path) -> 
     (tmp_path / "mb000001" / "shard_00007.safetensors").write_bytes(b"of another run")
     assert newest_snapshot(tmp_path) == (
         None,
-        [f"snapshot {tmp_path / 'mb000001'} is damaged (shard_00007.safetensors is not in manifest.json)"],
+        [f"snapshot {tmp_path / 'mb000001'} is corrupt (shard_00007.safetensors is not in manifest.json)"],
     )
 
 
@@ -274,10 +274,10 @@ def test_damaged_snapshots_do_not_count_among_those_kept(tmp_path: Path) -> None
         (tmp_path / name / "index.json").write_text("{}", encoding="utf-8")
     newest, _ = newest_snapshot(tmp_path)
     assert newest == tmp_path / "mb000003"
-    set_aside(tmp_path, newest)
+    quarantine(tmp_path, newest)
     save(tmp_path, "mb000003_b00002", keep_snapshots=2)
     assert [path.name for path in list_snapshots(tmp_path)] == ["mb000003_b00002", "mb000003"]
-    assert len(list(tmp_path.glob("mb00000[45].*.damaged"))) == 2  # perhaps not all is lost of them
+    assert len(list(tmp_path.glob("mb00000[45].*.corrupt"))) == 2  # perhaps not all is lost of them
 
 
 def test_snapshots_are_in_order_however_long_the_run_is(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cleangpt.checkpoints.snapshots import list_snapshots, load_snapshot
 from cleangpt.config import ParallelConfig
-from cleangpt.distributed.layout import Layout, check_compilation, check_devices, choose_degrees
+from cleangpt.distributed.layout import Layout, check_compilation, check_devices, layout_for
 from cleangpt.distributed.parallelize import gradient_sync, parallelize, wrap_ddp
 from cleangpt.errors import UserError
 from cleangpt.files import find_corruption
@@ -329,7 +329,7 @@ if os.environ.get("RANK") == "1" and "RESUMED" not in os.environ:
 @pytest.mark.parametrize(("replicas", "processes"), [(1, 4), (4, 4), (3, 4)])
 def test_copies_that_do_not_fit_the_processes_are_refused(replicas: int, processes: int) -> None:
     with pytest.raises(UserError, match=f"parallel.replicas is {replicas}; allowed with strategy hsdp: a divisor"):
-        choose_degrees(ParallelConfig(strategy="hsdp", replicas=replicas), processes)
+        layout_for(ParallelConfig(strategy="hsdp", replicas=replicas), processes)
 
 
 @pytest.mark.parametrize(
@@ -345,11 +345,11 @@ def test_matrices_cut_in_a_way_that_does_not_fit_are_refused(
     config: ParallelConfig, processes: int, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        choose_degrees(config, processes)
+        layout_for(config, processes)
 
 
 def test_compiling_over_gloo_where_matrices_are_cut_is_refused() -> None:
-    with pytest.raises(UserError, match=r"training\.compile is 'blocks'; allowed on CPUs with matrices cut: off"):
+    with pytest.raises(UserError, match=r"training\.compile is 'blocks'; allowed with tensor parallelism on CPUs: off"):
         check_compilation("blocks", Layout(tensor=2), torch.device("cpu"))
     check_compilation("blocks", Layout(replicas=2), torch.device("cpu"))
     check_compilation("blocks", Layout(tensor=2), torch.device("cuda"))
@@ -357,7 +357,7 @@ def test_compiling_over_gloo_where_matrices_are_cut_is_refused() -> None:
 
 @pytest.mark.parametrize("device", ["cuda:1", "mps"])
 def test_a_device_that_several_processes_cannot_have_each_is_refused(device: str) -> None:
-    message = f"training.device is '{device}'; allowed with 2 processes: cpu, or cuda, of which each takes its own"
+    message = f"training.device is '{device}'; allowed with 2 processes: cpu, or cuda, where each process takes its own"
     with pytest.raises(UserError, match=message):
         check_devices(torch.device(device), 2)
     check_devices(torch.device(device), 1)
@@ -367,13 +367,13 @@ def test_a_device_that_several_processes_cannot_have_each_is_refused(device: str
 @pytest.mark.parametrize("strategy", ["auto", "ddp", "fsdp", "hsdp", "tp"])
 def test_one_process_has_the_whole_model_whatever_the_strategy(strategy: str) -> None:
     tensor = 2 if strategy in ("fsdp", "hsdp") else 1
-    assert choose_degrees(ParallelConfig(strategy=strategy, replicas=2, tensor=tensor), 1) == Layout()
+    assert layout_for(ParallelConfig(strategy=strategy, replicas=2, tensor=tensor), 1) == Layout()
 
 
 def test_the_processes_that_share_a_matrix_are_neighbours_and_see_the_same_part_of_a_batch() -> None:
-    place = choose_degrees(ParallelConfig(strategy="hsdp", replicas=2, tensor=2), 8)
-    assert place == Layout(replicas=2, shards=2, tensor=2)
-    assert [place.part(rank) for rank in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3] and place.parts == 4
+    layout = layout_for(ParallelConfig(strategy="hsdp", replicas=2, tensor=2), 8)
+    assert layout == Layout(replicas=2, shards=2, tensor=2)
+    assert [layout.dp_rank(rank) for rank in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3] and layout.dp_size == 4
 
 
 def test_a_batch_that_the_processes_do_not_divide_is_refused_before_anything_is_made(workplace: Path) -> None:
@@ -400,8 +400,8 @@ CPU = torch.device("cpu")
 
 def test_ddp_exchanges_gradients_after_the_last_micro_batch_of_a_step_only(one_of_two: None) -> None:
     exchanges: list[int] = []
-    place = Layout(replicas=2)
-    called = wrap_ddp(parallelize(lambda: GPT(MODEL), place, CPU), place, CPU)
+    layout = Layout(replicas=2)
+    called = wrap_ddp(parallelize(lambda: GPT(MODEL), layout, CPU), layout, CPU)
     assert isinstance(called, DistributedDataParallel)
 
     def count(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:

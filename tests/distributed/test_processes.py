@@ -39,7 +39,7 @@ def test_a_silent_process_is_named_with_its_machine_and_its_step(three: list[Ran
 def test_a_process_that_has_lost_the_same_one_is_not_named(three: list[Ranks]) -> None:
     three[1].heartbeat(118)
     said(three[1], CLOSED)
-    line = "lost the connection at step 120; no more was heard of process 2 (machine m2), last heard of at step 118"
+    line = "lost the connection at step 120 to process 2 (machine m2), last heard of at step 118"
     assert said(three[0], CLOSED) == line
 
 
@@ -58,7 +58,7 @@ def test_a_process_alone_needs_no_store(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with join(5) as alone:
         alone.heartbeat(1)
-        assert alone == Ranks() and alone.after_main(lambda: 7) == 7
+        assert alone == Ranks() and alone.main_process_first(lambda: 7) == 7
 
 
 def test_an_error_of_the_main_process_alone_is_raised_where_there_is_no_other() -> None:
@@ -72,6 +72,6 @@ def test_an_error_of_the_main_process_alone_is_raised_where_there_is_no_other() 
 
 def test_what_the_first_process_of_a_launch_says_holds_after_restarts_too() -> None:
     store = HashStore()
-    assert Ranks().of_launch("end", "7") == "7"
-    assert [Ranks(launch=store).of_launch("end", value) for value in ("5", "6", "4")] == ["5"] * 3
-    assert Ranks(launch=store).of_launch("other", "6") == "6"
+    assert Ranks().across_restarts("end", "7") == "7"
+    assert [Ranks(launch=store).across_restarts("end", value) for value in ("5", "6", "4")] == ["5"] * 3
+    assert Ranks(launch=store).across_restarts("other", "6") == "6"

@@ -17,7 +17,7 @@ if sys.platform == "win32":
 import pty
 
 from cleangpt.checkpoints.snapshots import list_snapshots, load_snapshot
-from cleangpt.distributed.signals import SAVE, StopRequest, without
+from cleangpt.distributed.signals import SAVE_SIGNAL, StopRequest, ignore_signal
 from cleangpt.experiment import Experiment
 from cleangpt.tracking.metrics import read_metrics
 from cleangpt.training.trainer import Trainer
@@ -163,7 +163,7 @@ def test_a_signal_while_the_trackers_close_does_not_end_the_process(tiny: Build,
 
 
 def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
-    with without(signal.SIGHUP):
+    with ignore_signal(signal.SIGHUP):
         with StopRequest() as stop:
             signal.raise_signal(signal.SIGHUP)
             assert stop.requested is None
@@ -175,7 +175,7 @@ def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
 def test_handlers_are_as_before_afterwards() -> None:
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     before = [signal.getsignal(number) for number in numbers]
-    with without(SAVE), StopRequest():
+    with ignore_signal(SAVE_SIGNAL), StopRequest():
         assert [signal.getsignal(number) for number in numbers] != before
     assert [signal.getsignal(number) for number in numbers] == before
 

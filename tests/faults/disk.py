@@ -175,7 +175,7 @@ def newest_damaged(seed: int, folder: Path) -> None:
     harm(newest / FILES[seed % 4], HARMS[seed // 4 % 4] if seed >= 4 else HARMS[seed], 7919 * seed)
     check_goes_on(folder)
     said = output(folder)
-    assert f"snapshot run/snapshots/{newest.name} is damaged (" in said and "; using the one before it" in said
+    assert f"snapshot run/snapshots/{newest.name} is corrupt (" in said and "; using the one before it" in said
     assert "going on from run/snapshots/mb000002" in said
 
 

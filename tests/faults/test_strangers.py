@@ -231,7 +231,7 @@ def test_a_checkpoint_s_model_is_refused_before_it_takes_memory(place: Path) -> 
     write_json(checkpoint() / "config.json", config)
     reseal(checkpoint())
     code, line = outcome_of("sample sums")
-    assert code == 2 and "the weights blocks.0.attention.out.bias are torch.float32 (16,); the model's are" in line
+    assert code == 2 and "blocks.0.attention.out.bias is torch.float32 (16,) in the checkpoint, and" in line
 
 
 def test_a_cache_takes_memory_for_what_is_asked_and_not_for_what_the_model_could_read(place: Path) -> None:
@@ -285,7 +285,7 @@ def test_a_line_of_error_is_fit_for_a_terminal(place: Path) -> None:
     code, line = outcome_of("sample \x1b[2Jnone")
     assert (code, line) == (
         2,
-        "error: \\x1b[2Jnone is not a run: neither a folder with an experiment.json, nor a name in runs/",
+        "error: \\x1b[2Jnone is not a run; allowed: a folder with an experiment.json, or a name in runs/",
     )
     write_json(Path("hf-tale/config.json"), {"model_type": "\x1b[2J\n" + "x" * 10**6})
     code, line = outcome_of("sample hf:hf-tale")

@@ -362,7 +362,9 @@ def test_rows_of_tokens_are_taken_only_where_the_tokens_are_the_same() -> None:
     before = large.state_dict()["token_embedding.weight"].clone()
     lines = load_matching_weights(large, small.state_dict(), same_tokens=False)
     assert torch.equal(large.state_dict()["token_embedding.weight"], before)
-    assert lines == ["token_embedding.weight has shape (320, 32); it keeps its initial values, shape (330, 32)"]
+    assert lines == [
+        "token_embedding.weight has shape (320, 32) in the checkpoint; it keeps its initial values, shape (330, 32)"
+    ]
     load_matching_weights(large, small.state_dict(), same_tokens=True)
     assert torch.equal(large.state_dict()["token_embedding.weight"][:320], small.state_dict()["token_embedding.weight"])
     assert torch.equal(large.state_dict()["token_embedding.weight"][320:], before[320:])

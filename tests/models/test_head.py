@@ -140,7 +140,7 @@ def test_what_cannot_be_cut_into_chunks_is_refused_in_one_line(monkeypatch: pyte
     check_loss_chunk(training, CONFIGS["gpt"], Layout(2, 2))
     check_loss_chunk(replace(training, loss_chunk=None, compile="model"), NoReduceConfig(**SIZE), Layout(tensor=2))
     for changed, config, place, message in (
-        (training, CONFIGS["gpt"], Layout(tensor=2), "where matrices are cut: None"),
+        (training, CONFIGS["gpt"], Layout(tensor=2), "with tensor parallelism: None"),
         (replace(training, compile="model"), CONFIGS["gpt"], Layout(), "with training.compile model: None"),
         (training, NoReduceConfig(**SIZE), Layout(), "with NoReduce: None"),
     ):

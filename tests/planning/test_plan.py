@@ -79,7 +79,7 @@ def test_the_experiments_own_strategy_is_among_those_planned(tiny: Callable[...,
         model__vocab_size=16, data__batch_size=32, parallel__strategy="hsdp", parallel__replicas=4
     )  # fmt: skip
     own = [entry for entry in make_plan(experiment, find_device("h100"), [8]).estimates if entry.chosen]
-    assert [(entry.place.replicas, entry.place.shards) for entry in own] == [(4, 2)]
+    assert [(entry.layout.replicas, entry.layout.shards) for entry in own] == [(4, 2)]
 
 
 @given(st.sampled_from(sorted(DEVICES)), st.integers(2, 64), st.floats(1, 1e11))
@@ -100,7 +100,7 @@ def test_cutting_the_matrices_of_a_small_model_is_not_worth_it(tiny: Callable[..
     """It starts as many kernels and waits for the others many times."""
     plan = make_plan(tiny(model__vocab_size=16, data__batch_size=256), find_device("a100"), [8])
     speed = {entry.strategy: entry.tokens_per_second for entry in plan.estimates}
-    assert speed["ddp"] > speed["fsdp, tensor 2"] and plan.best(8).place.tensor == 1
+    assert speed["ddp"] > speed["fsdp, tensor 2"] and plan.best(8).layout.tensor == 1
 
 
 @pytest.mark.parametrize("name", sorted(experiments()))

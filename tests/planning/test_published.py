@@ -40,7 +40,7 @@ class Row:
 
     model: str
     device: str
-    place: Layout
+    layout: Layout
     batch: int
     precision: str
     compiled: bool
@@ -98,7 +98,7 @@ def as_torchtitan(row: Row) -> tuple[Workload, Part]:
     backward = replace(ours.block.backward, exchanged=0.0) + exchange
     work = replace(ours, block=Part(forward, backward, ours.block.kept), gathered=2 * ours.block_input)
     logits = 2.0 * row.batch * SEQ_LEN * 128256
-    if row.place.tensor > 1:
+    if row.layout.tensor > 1:
         work = replace(work, passing=6 * logits)
     if row.loss_compiled:
         forward, backward = (replace(of, moved=of.fused) for of in (ours.rest.forward, ours.rest.backward))
@@ -110,20 +110,20 @@ def planned(row: Row) -> tuple[float, float]:
     """Tokens/s and device, and GiB."""
     work, block = as_torchtitan(row)
     machine = Machine(find_device(row.device), row.precision, row.compiled, per_node=8)
-    blocks, pace = [(work.blocks, block)], StepConfig(logits_parts=row.place.tensor)
-    memory = device_memory(work, blocks, row.place, pace, machine.weight_bytes)
-    seconds = step_time(work, blocks, row.place, pace, machine).total
-    return row.batch * SEQ_LEN / row.place.tensor / seconds, memory.total / GIB
+    blocks, pace = [(work.blocks, block)], StepConfig(logits_parts=row.layout.tensor)
+    memory = device_memory(work, blocks, row.layout, pace, machine.weight_bytes)
+    seconds = step_time(work, blocks, row.layout, pace, machine).total
+    return row.batch * SEQ_LEN / row.layout.tensor / seconds, memory.total / GIB
 
 
 def table_row(row: Row) -> str:
     """As docs/planning.md has it."""
     tokens, gib = planned(row)
-    place = f"fsdp {row.place.shards}" + (f" x tensor {row.place.tensor}" if row.place.tensor > 1 else "")
+    layout = f"fsdp {row.layout.shards}" + (f" x tensor {row.layout.tensor}" if row.layout.tensor > 1 else "")
     told = "" if row.gib is None else f"{row.gib:.1f}"
     memory = "" if row.gib is None else f"{gib:.1f} ({gib / row.gib - 1:+.0%})"
     return (
-        f"| {row.model} | {row.device} | {place} | {row.precision}{', compiled' if row.compiled else ''} "
+        f"| {row.model} | {row.device} | {layout} | {row.precision}{', compiled' if row.compiled else ''} "
         f"| {row.tokens:,.0f} | {tokens:,.0f} ({tokens / row.tokens - 1:+.0%}) | {told} | {memory} |"
     )
 
@@ -132,7 +132,7 @@ def test_nearly_all_published_rows_are_met_within_15_percent() -> None:
     for row in ROWS:
         tokens, gib = planned(row)
         # The one known exception, told in docs/planning.md: small parts of matrices are slow to multiply in fp8.
-        allowed = 0.25 if row.place == TWO_D_64 and row.precision == "fp8" else 0.15
+        allowed = 0.25 if row.layout == TWO_D_64 and row.precision == "fp8" else 0.15
         assert tokens == pytest.approx(row.tokens, rel=allowed), table_row(row)
         assert row.gib is None or gib == pytest.approx(row.gib, rel=0.15), table_row(row)
 

@@ -128,7 +128,7 @@ def test_a_run_out_of_time_saves_and_goes_on_later_bit_for_bit(tiny: Build, trai
     assert broken.train() == "interrupted"
     assert broken.position.step == 10
     assert "s before the time limit: saving" in (run / "log.txt").read_text()
-    assert broken.saver.snapshots.longest > 0
+    assert broken.saver.snapshots.longest_save > 0
     resumed = trainer(tiny(run_dir="broken"))
     assert resumed.train() == "finished"
     ours, theirs = (load_snapshot(list_snapshots(Path(name) / "snapshots")[0]) for name in ("broken", "unbroken"))

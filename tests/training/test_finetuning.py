@@ -498,7 +498,7 @@ def test_the_strategy_follows_what_trains(monkeypatch: pytest.MonkeyPatch) -> No
 
     size = sum(parameter.numel() for parameter in build_model(GPT_SMALL).parameters())
     monkeypatch.setattr(parallel, "device_memory", lambda device: 16 * size)
-    monkeypatch.setattr(Ranks, "from_main", lambda self, value: value)
+    monkeypatch.setattr(Ranks, "broadcast", lambda self, value: value)
 
     def choose(tuning: FineTuningConfig) -> Layout:
         ranks, cpu = Ranks(0, 0, 2), torch.device("cpu")

@@ -174,7 +174,7 @@ def test_a_damaged_newest_snapshot_costs_one_macro_batch(tiny: Build, trainer: O
     (newest / "shard_00000.safetensors").write_bytes(b"")
     resumed = trainer(tiny(run_dir="run"))
     assert resumed.position.macro_batch == 2 and resumed.position.step == 8
-    assert "is damaged (shard_00000.safetensors has 0 bytes" in Path("run/log.txt").read_text()
+    assert "is corrupt (shard_00000.safetensors has 0 bytes" in Path("run/log.txt").read_text()
     resumed.train()
     unbroken = trainer(tiny(run_dir="unbroken"))
     unbroken.train()
