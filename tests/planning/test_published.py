@@ -80,7 +80,7 @@ def selective(row: Row, block: Part) -> Part:
     """Of a block's products in their order (query, key, value, out, gate, up, down) every other result is kept, and
     that of attention, and the block's input. Compiled, the last product's result is not kept: nothing needs it."""
     config, tokens = MODELS[row.model], row.batch * SEQ_LEN
-    dim, kv, hidden = config.dim, config.kv_heads() * config.head_size(), config.hidden_dim
+    dim, kv, hidden = config.dim, config.num_kv_heads * config.head_size, config.hidden_dim
     kept = dim + dim + kv + dim + hidden + (0 if row.compiled else dim)
     flops = 2 * tokens * (dim * kv + dim * dim + dim * hidden)
     again = replace(block.forward, matmul_flops=flops, attention_flops=0.0, exchanged=block.forward.exchanged / 2)
