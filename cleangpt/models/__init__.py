@@ -1,4 +1,4 @@
-"""Architectures by name: one file each, with a subclass of `LanguageModel` (`base.py`); registering is one line here."""
+"""Architectures by name: one file each with a subclass of `LanguageModel`; registering is one line here."""
 
 from collections.abc import Collection
 

@@ -46,7 +46,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.dim, config.dim, bias=config.bias)
 
     def forward(self, x: Tensor, past: BlockCache | None = None) -> Tensor:
-        """`(batch, seq, dim)` to the same shape; each position attends to itself, those before it and those in `past`."""
+        """`(batch, seq, dim)` to the same shape; each position attends to itself and all before, in `past` too."""
         batch, seq, _ = x.shape
         heads = self.qkv(x).view(batch, seq, -1, 3, self.head_dim)
         query, key, value = heads.permute(3, 0, 2, 1, 4)

@@ -403,9 +403,9 @@ class Llama(LanguageModel):
 def _saved_by_mlp(config: LlamaConfig) -> int:
     """Numbers per token that an MLP or its experts save for the backward pass.
 
-    4 x hidden width for SwiGLU: the gate before and after SiLU, the up projection, and the product; 2 x for ReLU and its
-    square. Experts also save a token's features before and after each of them, the probabilities, and where the token
-    was routed to (8 bytes each).
+    4 x hidden width for SwiGLU: the gate before and after SiLU, the up projection, and the product; 2 x for ReLU²: ReLU
+    and its square. Experts also save a token's features before and after each of them, the probabilities, and where the
+    token was routed to (8 bytes each).
     """
     within = 4 if config.gated else 2
     if config.n_experts is None:

@@ -32,7 +32,7 @@ class Adapter(nn.Module):
             self.init_parameter(name, parameter)
 
     def init_parameter(self, name: str, parameter: Tensor) -> None:
-        """Initializes A uniformly within ±1 / sqrt(in_features), as the paper's authors do in their code, and B to 0."""
+        """Initializes A uniformly within ±1 / sqrt(in_features), as the authors' code does, and B to 0."""
         if name == "a":
             nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
         else:

@@ -245,7 +245,7 @@ def test_the_published_configuration_of_llama_3_1_is_read() -> None:
                 "model_type": "qwen2", "num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 8,
                 "max_window_layers": 2,
             },
-            "layers [1, 2] have full attention; allowed: none, or every so-many-th",
+            "layers [1, 2] have full attention; allowed: none, or every n-th",
         ),
     ],
 )  # fmt: skip

@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cleangpt.commands import main
+from cleangpt.distributed.datasheets import DEVICES, GIB, find_device
 from cleangpt.errors import UserError
 from cleangpt.experiment import Experiment
 from cleangpt.experiment_files import experiments, load_experiment
 from cleangpt.models.llama import LlamaConfig
-from cleangpt.planning.devices import DEVICES, GIB, Group, find_device
+from cleangpt.planning.communication import ProcessGroup
 from cleangpt.planning.plan import make_plan
 
 LARGE = LlamaConfig(
@@ -79,20 +80,20 @@ def test_the_experiments_own_strategy_is_among_those_planned(tiny: Callable[...,
         model__vocab_size=16, data__batch_size=32, parallel__strategy="hsdp", parallel__replicas=4
     )  # fmt: skip
     own = [entry for entry in make_plan(experiment, find_device("h100"), [8]).estimates if entry.chosen]
-    assert [(entry.place.replicas, entry.place.shards) for entry in own] == [(4, 2)]
+    assert [(entry.layout.replicas, entry.layout.shards) for entry in own] == [(4, 2)]
 
 
 @given(st.sampled_from(sorted(DEVICES)), st.integers(2, 64), st.floats(1, 1e11))
 def test_exchange_takes_at_least_what_the_link_needs_and_grows_with_the_size(name: str, size: int, much: float) -> None:
-    group = Group(DEVICES[name], size, 1, 8)
-    assert group.exchange(much) >= much * (size - 1) / size / max(DEVICES[name].link, 8 * DEVICES[name].network)
-    assert group.exchange(2 * much) > group.exchange(much)
-    assert Group(DEVICES[name], 1, 1, 8).exchange(much) == 0
+    group = ProcessGroup(DEVICES[name], size, 1, 8)
+    assert group.seconds(much) >= much * (size - 1) / size / max(DEVICES[name].link, 8 * DEVICES[name].network)
+    assert group.seconds(2 * much) > group.seconds(much)
+    assert ProcessGroup(DEVICES[name], 1, 1, 8).seconds(much) == 0
 
 
 def test_each_of_several_exchanges_has_its_latency() -> None:
-    group = Group(DEVICES["h100"], 8, 1, 8)
-    once, often = group.exchange(GIB), group.exchange(GIB, 100)
+    group = ProcessGroup(DEVICES["h100"], 8, 1, 8)
+    once, often = group.seconds(GIB), group.seconds(GIB, 100)
     assert often - once == pytest.approx(99 * 7 * 3.4e-6)
 
 
@@ -100,7 +101,7 @@ def test_cutting_the_matrices_of_a_small_model_is_not_worth_it(tiny: Callable[..
     """It starts as many kernels and waits for the others many times."""
     plan = make_plan(tiny(model__vocab_size=16, data__batch_size=256), find_device("a100"), [8])
     speed = {entry.strategy: entry.tokens_per_second for entry in plan.estimates}
-    assert speed["ddp"] > speed["fsdp, tensor 2"] and plan.best(8).place.tensor == 1
+    assert speed["ddp"] > speed["fsdp, tensor 2"] and plan.best(8).layout.tensor == 1
 
 
 @pytest.mark.parametrize("name", sorted(experiments()))
@@ -113,7 +114,7 @@ def test_every_experiment_of_the_project_is_planned(name: str) -> None:
 
 
 def test_devices_far_apart_share_no_network_adapters() -> None:
-    near, far = (Group(DEVICES["h100"], 16, stride, 8).exchange(GIB) for stride in (1, 8))
+    near, far = (ProcessGroup(DEVICES["h100"], 16, stride, 8).seconds(GIB) for stride in (1, 8))
     assert far > 5 * near
 
 
