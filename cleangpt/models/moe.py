@@ -53,7 +53,7 @@ class MixtureOfExperts(nn.Module):
         self.shared = shared
 
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Expert ids, int64, and their weights, float32, both `(tokens, experts_per_token)`, for tokens `(tokens, dim)`.
+        """Expert ids, int64, and their weights, float32, `(tokens, experts_per_token)` both, of tokens `(tokens, dim)`.
 
         The bias affects the choice of experts, not their weights (Wang et al. 2024, equation 3, with sigmoid there).
         """

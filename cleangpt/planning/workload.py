@@ -349,7 +349,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, share: float, counter: _Counter) -> Tensor:
-        """`(batch, heads, seq, head_dim)`; key and value may have fewer heads. `share`: what a mask leaves to compute."""
+        """`(batch, heads, seq, head_dim)`, fewer heads of key and value; `share`: what a mask leaves to compute."""
         result = _sequence_first(query, value.shape[-1])
         rows = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, result, rows)
@@ -370,7 +370,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _sequence_first(like: Tensor, features: int) -> Tensor:
-    """A new `(batch, heads, seq, features)` in the memory layout of fused kernels, where a token's heads are adjacent."""
+    """A new `(batch, heads, seq, features)` in the memory layout of fused kernels: a token's heads are adjacent."""
     batch, heads, seq, _ = like.shape
     return like.new_empty((batch, seq, heads, features)).transpose(1, 2)
 
