@@ -21,7 +21,7 @@ from benchmarks.made import close, make_store, make_trainer, shipped, train_macr
 from benchmarks.runner import Row, Setup, interleave
 from cleangpt.config import DataConfig
 from cleangpt.data.dataset import TokenDataset
-from cleangpt.data.loader import BatchLoader, Samples, SplitStream
+from cleangpt.data.loader import DatasetSource, Samples, SplitStream
 from cleangpt.experiment import Experiment
 
 WAIT_GOAL = 0.01
@@ -78,7 +78,7 @@ def waits(experiment: Experiment, store: TokenDataset, run: Path, repetitions: i
 
 def against_peers(store: TokenDataset, batch_size: int, seq_len: int, setup: Setup) -> list[Row]:
     """What a batch costs where nothing but loading goes on."""
-    path, dtype = store.folder / "train_00000.bin", np.dtype(store.facts["dtype"])
+    path, dtype = store.folder / "train_00000.bin", np.dtype(store.description["dtype"])
     ours = batch_loader(store, batch_size, seq_len)
     makers: dict[str, Callable[[], object]] = {
         "ours": ours.next,
@@ -104,9 +104,9 @@ def timed(make: Callable[[], object], count: int) -> float:
     return (time.perf_counter() - start) / count
 
 
-def batch_loader(store: TokenDataset, batch_size: int, seq_len: int) -> BatchLoader:
+def batch_loader(store: TokenDataset, batch_size: int, seq_len: int) -> DatasetSource:
     """Ours, as the trainer makes it."""
-    return BatchLoader(SplitStream(Samples(store.splits["train"], seq_len), seed=1337), batch_size, position=0)
+    return DatasetSource(SplitStream(Samples(store.splits["train"], seq_len), seed=1337), batch_size)
 
 
 def random_windows(path: Path, dtype: np.dtype[np.generic], batch_size: int, seq_len: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,8 @@ import numpy as np
 
 from cleangpt.checkpoints.run_folder import open_run
 from cleangpt.config import DataConfig, ScheduleConfig
-from cleangpt.data.dataset import STORE, TokenDataset
+from cleangpt.data.dataset import DATASET, TokenDataset
+from cleangpt.data.mixing import MixedDataset, MixtureSource
 from cleangpt.data.tokenizers import CharTokenizer
 from cleangpt.data.writer import SHARD_TOKENS, DatasetWriter
 from cleangpt.experiment import Experiment, check_experiment
@@ -37,7 +38,7 @@ def make_store(folder: Path, tokens: int) -> TokenDataset:
 
 def _stretch(folder: Path, tokens: int) -> TokenDataset:
     """Lengthens the training split to `tokens` with zeros that take no room on the disk where it knows holes."""
-    facts = read_json(folder / STORE)
+    facts = read_json(folder / DATASET)
     shards = []
     for number, start in enumerate(range(0, tokens, SHARD_TOKENS)):
         name, length = f"train_{number:05d}.bin", min(SHARD_TOKENS, tokens - start)
@@ -45,7 +46,7 @@ def _stretch(folder: Path, tokens: int) -> TokenDataset:
             file.truncate(length * np.dtype(facts["dtype"]).itemsize)
         shards.append({"file": name, "tokens": length})
     facts["splits"]["train"] |= {"tokens": tokens, "shards": shards, "text_bytes": tokens}
-    write_json(folder / STORE, facts)
+    write_json(folder / DATASET, facts)
     return TokenDataset(folder)
 
 
@@ -66,7 +67,12 @@ def make_trainer(experiment: Experiment, store: TokenDataset, run: Path) -> Trai
     """A trainer of `experiment` on `store`, whatever corpus it names, with its run in the folder `run`."""
     check_experiment(experiment)
     experiment = resolve(dataclasses.replace(experiment, run_dir=str(run)), store.vocab_size)
-    return Trainer(experiment, open_run(experiment, None, []), store, ProgressBar(run, progress=False))
+    return Trainer(
+        experiment,
+        open_run(experiment, None, []),
+        MixedDataset([MixtureSource(store)]),
+        ProgressBar(run, progress=False),
+    )
 
 
 def train_macro_batch(trainer: Trainer) -> tuple[float, float]:
@@ -80,5 +86,5 @@ def train_macro_batch(trainer: Trainer) -> tuple[float, float]:
 
 def close(trainer: Trainer) -> None:
     """Ends what a trainer runs in the background."""
-    trainer.loader.close()
+    trainer.source.close()
     trainer.trackers.close("finished")

@@ -34,12 +34,12 @@ from benchmarks.resume import PROJECT, call, checked
 from benchmarks.runner import Row, Setup, interleave
 from benchmarks.step import Loss, adamw, nanogpt_loop, nanogpt_module, train_loop
 from cleangpt.config import DataConfig
-from cleangpt.corpora import prepare
+from cleangpt.corpora import prepare_dataset
 from cleangpt.corpora.shakespeare_char import ShakespeareChar
 from cleangpt.data.batch import IGNORED
 from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.loader import validation_batches
-from cleangpt.data.mixing import split_samples, stores
+from cleangpt.data.mixing import MixedDataset, MixtureSource, split_samples
 from cleangpt.distributed.device import can_compile
 from cleangpt.experiment import Experiment
 from cleangpt.files import read_json
@@ -91,7 +91,7 @@ def whole_runs(setup: Setup) -> list[Row]:
     folder = setup.folder.resolve()
     data, text = ["--data.folder", str(folder / "data")], None if setup.text is None else str(setup.text.resolve())
     words = data if text is None else [*data, "--corpus.file", text]
-    (plain,) = stores(prepare(ShakespeareChar(file=text), folder / "data")).values()
+    plain = prepare_dataset(ShakespeareChar(file=text), folder / "data")
     for name in EXPERIMENTS:
         call("benchmarks.first_step", "train", name, "--run-dir", str(folder / f"first_{name}"), *words)
     peer = copy_of_peer(setup.peer, folder / "peer", plain)
@@ -153,7 +153,7 @@ def run_of_peer(peer: Path, seed: int, store: TokenDataset, quick: bool) -> Outc
 def swept_loss(loss: Loss, store: TokenDataset, seq_len: int = 64) -> float:
     """The mean over the validation split, of a `loss` that is the mean over a batch, in windows side by side."""
     total, count = 0.0, 0
-    for batch in validation_batches(split_samples(store, "val", seq_len)[""], 64):
+    for batch in validation_batches(split_samples(MixedDataset([MixtureSource(store)]), "val", seq_len)[""], 64):
         total += float(loss(batch.inputs["tokens"], batch.targets)) * batch.num_targets
         count += batch.num_targets
     return total / count

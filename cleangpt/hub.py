@@ -17,6 +17,11 @@ def is_huggingface(text: str) -> bool:
     return text.startswith(PREFIX)
 
 
+def local_path(text: str) -> Path:
+    """The file or folder that a user means, which ``hf:...`` means too; see `fetch`."""
+    return fetch(text) if is_huggingface(text) else Path(text).expanduser()
+
+
 def fetch(text: str) -> Path:
     """The local folder of the model that ``hf:...`` means; a name is downloaded once, and then kept by the library.
 

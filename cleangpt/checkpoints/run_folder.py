@@ -20,7 +20,7 @@ from cleangpt.checkpoints.checkpoint import CONFIG, best_checkpoint
 from cleangpt.checkpoints.snapshots import list_snapshots
 from cleangpt.corpora import CORPORA
 from cleangpt.corpora.mixture import Mixture
-from cleangpt.data.mixing import Store, stores
+from cleangpt.data.mixing import MixedDataset
 from cleangpt.distributed.device import choose_device, describe_device
 from cleangpt.distributed.processes import world_size
 from cleangpt.errors import UserError
@@ -175,7 +175,7 @@ def read_experiment(run: Path) -> Experiment:
     return from_json(Experiment, read_json(run / EXPERIMENT), kinds())
 
 
-def check_data(run: Path, store: Store) -> None:
+def check_data(run: Path, store: MixedDataset) -> None:
     """Refuses to go on with other tokens than those that the run began with, which a new run notes in stores.json.
 
     Raises:
@@ -183,7 +183,7 @@ def check_data(run: Path, store: Store) -> None:
     """
     known = read_json(run / STORES) if (run / STORES).is_file() else {}
     now = {}
-    for name, part in stores(store).items():
+    for name, part in ((source.name, source.dataset) for source in store.sources):
         facts = part.check_same(known[name]) if name in known else part.fingerprint()
         now[name] = {"folder": str(part.folder), **facts}
     if now != known:
@@ -191,7 +191,7 @@ def check_data(run: Path, store: Store) -> None:
 
 
 @contextlib.contextmanager
-def acquire_run(run: Path, experiment: Experiment, store: Store) -> Iterator[None]:
+def acquire_run(run: Path, experiment: Experiment, store: MixedDataset) -> Iterator[None]:
     """Keeps the run for this process; notes the fields with which it goes on, and refuses other tokens than before.
 
     Raises:

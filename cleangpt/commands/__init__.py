@@ -25,7 +25,7 @@ from cleangpt.errors import RunFailedError, UserError, nearest, single_line
 if TYPE_CHECKING:
     import torch
 
-    from cleangpt.data.mixing import Store
+    from cleangpt.data.mixing import MixedDataset
     from cleangpt.data.tokenizers import Tokenizer
     from cleangpt.distributed.processes import Ranks
     from cleangpt.inference.sampling import Sampling
@@ -181,7 +181,8 @@ def prepare_command(words: list[str]) -> None:
     chosen: Any = parse(options, words[1:], program=f"cleangpt prepare {name}", about=about)
     chosen.corpus.check()
     store = prepare(chosen.corpus, Path(chosen.folder), again=chosen.again)
-    print(f"token store: {store.folder}")
+    for source in store.sources:
+        print(f"dataset: {source.dataset.folder}")
 
 
 def _with_experiment(words: list[str], command: str, about: str, fields: list[tuple[str, Any, Any]]) -> Any:
@@ -390,7 +391,7 @@ def _train(
         progress.log(f"{status}; next: cleangpt evaluate {run}, cleangpt sample {run}, cleangpt report {run}")
 
 
-def _with_store(experiment: Any, ranks: "Ranks") -> tuple[Any, "Store"]:
+def _with_store(experiment: Any, ranks: "Ranks") -> tuple[Any, "MixedDataset"]:
     """The experiment with its vocabulary filled in, and the store of its corpus, prepared where needed."""
     from cleangpt.corpora import prepare
     from cleangpt.distributed.layout import choose_degrees

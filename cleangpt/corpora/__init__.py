@@ -1,4 +1,4 @@
-"""What we learn from, one file per corpus: each gets its text, tokenises it and writes a token store."""
+"""Recipes for datasets, one file per corpus: each gets its text, tokenises it and writes a dataset."""
 
 import hashlib
 import json
@@ -20,13 +20,13 @@ from cleangpt.corpora.shakespeare_char import ShakespeareChar
 from cleangpt.corpora.stdlib import Stdlib
 from cleangpt.corpora.text import Text
 from cleangpt.corpora.tinystories import TinyStories
-from cleangpt.data.dataset import CARD, STORE, TokenDataset
-from cleangpt.data.mixing import Store
+from cleangpt.data.dataset import CARD, TokenDataset, is_dataset
+from cleangpt.data.mixing import MixedDataset, MixtureSource
 from cleangpt.errors import UserError
 from cleangpt.files import restore
 from cleangpt.validation import check
 
-__all__ = ["CORPORA", "Corpus", "Mixture", "Text", "prepare", "prepare_store", "store_folder"]
+__all__ = ["CORPORA", "Corpus", "Mixture", "Text", "dataset_folder", "prepare", "prepare_dataset"]
 
 CORPORA |= {
     "adder": Adder,
@@ -43,52 +43,56 @@ CORPORA |= {
 }
 
 
-def store_folder(corpus: CorpusConfig, data_folder: Path) -> Path:
-    """Where the token store of a corpus lies: a folder for each kind with each set of field values."""
+def dataset_folder(corpus: CorpusConfig, data_folder: Path) -> Path:
+    """The folder of a corpus's dataset, named after its kind and a hash of its fields."""
     entry = as_json(corpus)
     digest = hashlib.sha256(json.dumps(entry, sort_keys=True).encode("utf-8")).hexdigest()
     return data_folder / f"{entry['kind']}-{digest[:8]}"
 
 
-def prepare(corpus: CorpusConfig, data_folder: Path, again: bool = False, console: Console | None = None) -> Store:
-    """Opens the token store of a corpus, or those of a mixture; prepares what is not there, or all `again` if asked.
+def prepare(
+    corpus: CorpusConfig, data_folder: Path, again: bool = False, console: Console | None = None
+) -> MixedDataset:
+    """Opens the dataset of a corpus, or those of a mixture; prepares those that are missing, or with `again` all.
 
-    Progress and the card go to `console` (none: standard error). An interrupted preparation is gone on with.
+    Progress and the card go to `console` (None: standard error). An interrupted preparation is resumed.
 
     Raises:
-        UserError: a field is out of range, or the text is missing or not text; nothing half-written is left.
+        UserError: a field is out of range, or a file is missing or not text; nothing half-written is left.
     """
-    console = console or Console(stderr=True)
     if isinstance(corpus, Mixture):
         check(corpus, "corpus.")
         corpus.check()
-        return corpus.store(data_folder, lambda source: prepare_store(source, data_folder, again, console))
-    return prepare_store(corpus, data_folder, again, console)
+        return corpus.open(lambda source: prepare_dataset(source, data_folder, again, console))
+    return MixedDataset([MixtureSource(prepare_dataset(corpus, data_folder, again, console))])
 
 
-def prepare_store(corpus: CorpusConfig, data_folder: Path, again: bool, console: Console) -> TokenDataset:
-    """`prepare` of a corpus that is no mixture."""
+def prepare_dataset(
+    corpus: CorpusConfig, data_folder: Path, again: bool = False, console: Console | None = None
+) -> TokenDataset:
+    """`prepare` for a corpus that is not a mixture."""
+    console = console or Console(stderr=True)
     if not isinstance(corpus, Corpus):
         raise UserError(f"corpus is a {type(corpus).__name__}; allowed: a subclass of cleangpt.corpora.Corpus")
     check(corpus, "corpus.")
     corpus.check()
-    folder = store_folder(corpus, data_folder)
+    folder = dataset_folder(corpus, data_folder)
     restore(folder)
-    if (folder / STORE).is_file() and not again:
-        store = TokenDataset(folder)
-        if file := stale_source(store):
+    if is_dataset(folder) and not again:
+        dataset = TokenDataset(folder)
+        if file := stale_source(dataset):
             console.print(
                 f"{file} has changed since {folder} was prepared; prepare again to use it", markup=False, soft_wrap=True
             )
-        return store
+        return dataset
     try:
         with lock_folder(folder, console):
-            if (folder / STORE).is_file() and not again:  # by another process, which this one has waited for
+            if is_dataset(folder) and not again:  # prepared by another process, for which this one has waited
                 return TokenDataset(folder)
             with user_errors(folder):
-                store = corpus.prepare(folder, console)
+                dataset = corpus.prepare(folder, console)
     except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on from here", markup=False)
+        console.print("interrupted; the same command resumes from here", markup=False)
         raise
     console.print((folder / CARD).read_text(encoding="utf-8"), markup=False, highlight=False, soft_wrap=True)
-    return store
+    return dataset

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from cleangpt.corpora.base import Corpus, write_store
+from cleangpt.corpora.base import Corpus, write_dataset
 from cleangpt.data.chat_template import ChatTemplate
 from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.shuffle import permute
@@ -103,7 +103,7 @@ class Problems(Corpus):
 
     def prepare(self, folder: Path, console: Console) -> TokenDataset:
         """Writes the three splits."""
-        return write_store(
+        return write_dataset(
             self, folder, self.tokenizer(), self._groups, sum(self.sizes().values()), console,
             row_length=self.row_length, chat_template=self.chat_template(),
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""From a corpus to a token store: encode, write, commit, show progress, end with the card.
+"""From a corpus to a dataset: encode, write, commit, show progress, and end with the card.
 
 Everything streams: what is in memory is one group of pieces of text, `GROUP` characters, whatever the size of the
 corpus. Byte-pair encoding, the one costly step, runs on all cores in the threads of `tokenizers`, which need no other
@@ -10,7 +10,7 @@ import contextlib
 import errno
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from cleangpt.config import CorpusConfig
 from cleangpt.corpora.card import card
 from cleangpt.data.chat_template import ChatTemplate
-from cleangpt.data.dataset import STORE, TokenDataset
+from cleangpt.data.dataset import DATASET, Column, TokenDataset
 from cleangpt.data.tokenizers import Tokenizer
 from cleangpt.data.writer import DatasetWriter, Groups
 from cleangpt.errors import UserError, parsing
@@ -49,14 +49,6 @@ CORPORA: dict[str, type[Corpus]] = {}
 """Every corpus by its name; `corpora/__init__.py` fills it, a line each."""
 
 
-def check_text(vocab_size: int, val_fraction: float) -> None:
-    """Raises UserError for a vocabulary too small for every byte, or a share to validate with that leaves no text."""
-    if vocab_size < 257:
-        raise UserError(f"corpus.vocab_size is {vocab_size}; allowed: 257 or more")
-    if not 0.0001 <= val_fraction <= 0.5:
-        raise UserError(f"corpus.val_fraction is {val_fraction}; allowed: 0.0001 to 0.5")
-
-
 def as_json(corpus: CorpusConfig) -> dict[str, Any]:
     """A corpus as JSON, with its kind.
 
@@ -69,7 +61,7 @@ def as_json(corpus: CorpusConfig) -> dict[str, Any]:
     return to_json(corpus, CORPORA)
 
 
-def write_store(
+def write_dataset(
     corpus: Corpus,
     folder: Path,
     tokenizer: Tokenizer,
@@ -79,6 +71,7 @@ def write_store(
     *,
     source: Any = None,
     row_length: int | None = None,
+    columns: Mapping[str, Column] | None = None,
     chat_template: ChatTemplate | None = None,
     max_tokens: int | None = None,
 ) -> TokenDataset:
@@ -91,7 +84,7 @@ def write_store(
     """
     writer = DatasetWriter(
         folder, as_json(corpus), tokenizer, source=source, row_length=row_length, masked=row_length is not None,
-        chat_template=chat_template,
+        columns=columns, chat_template=chat_template,
     )  # fmt: skip
     try:
         with _progress(console) as bar:
@@ -101,8 +94,8 @@ def write_store(
             for position, (read, chunks) in enumerate(following, start=writer.position + 1):
                 for chunk in chunks:
                     writer.append(
-                        chunk.split, chunk.tokens, chunk.lengths, mask=chunk.mask, text_bytes=chunk.text_bytes,
-                        counts=chunk.counts,
+                        chunk.split, chunk.tokens, chunk.lengths, mask=chunk.mask, columns=chunk.columns,
+                        text_bytes=chunk.text_bytes, counts=chunk.counts,
                     )  # fmt: skip
                     tokens += len(chunk.tokens)
                 rate = tokens / max(time.monotonic() - began, 1e-9)
@@ -170,10 +163,10 @@ def user_errors(folder: Path) -> Iterator[None]:
         raise UserError(f"{error.filename or folder}: {error.strerror or error}") from None
 
 
-def stale_source(store: TokenDataset) -> str:
-    """The first file of text that has changed since the store was made of it, or an empty string."""
-    with parsing(store.folder / STORE):
-        for name, size, modified in store.source.get("files", []):
+def stale_source(dataset: TokenDataset) -> str:
+    """The first source file that has changed since the dataset was made from it, or an empty string."""
+    with parsing(dataset.folder / DATASET):
+        for name, size, modified in dataset.source.get("files", []):
             path = Path(name)
             if path.is_file() and (path.stat().st_size, path.stat().st_mtime_ns) != (size, modified):
                 return str(path)

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from cleangpt.corpora.base import Corpus, check_text, write_store
+from cleangpt.corpora.base import write_dataset
 from cleangpt.corpora.packing import pack
 from cleangpt.corpora.reading import (
     Piece,
@@ -27,7 +27,7 @@ from cleangpt.corpora.reading import (
     parquet_rows,
     split_documents,
 )
-from cleangpt.corpora.text import END_CHARACTER, choose_tokenizer, grouped, stamps
+from cleangpt.corpora.text import END_CHARACTER, TextCorpus, grouped, stamps, text_files
 from cleangpt.data.chat_template import (
     ASSISTANT,
     ChatTemplate,
@@ -43,7 +43,7 @@ from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from cleangpt.data.writer import Chunk, Groups
 from cleangpt.errors import UserError, nearest
-from cleangpt.hub import fetch, is_huggingface
+from cleangpt.hub import local_path
 
 ROLES = {"human": "user", "gpt": ASSISTANT, "bot": ASSISTANT, "model": ASSISTANT}
 """Other names for roles that data sets use."""
@@ -58,7 +58,7 @@ NO_ANSWER, SPECIAL, CUT = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chat(Corpus):
+class Chat(TextCorpus):
     """Conversations; each line of JSON or row of Parquet is one. Needs cleangpt[chat].
 
     They fall into either split whole, by a hash of their place. The loss counts what the assistant says, with the token
@@ -84,14 +84,6 @@ class Chat(Corpus):
     chat_template: str | None = None
     """A file in Jinja, or a folder with one (hf:NAME is one too); none: the one beside tokenizer_file, or where there
     is none a plain one: each message below its role."""
-    tokenizer: Literal["char", "byte", "bpe"] = "byte"
-    """One token per character or byte, or byte-pair encoding learned here (needs cleangpt[bpe])."""
-    vocab_size: int = 8192
-    """Tokens of the byte-pair encoding, at most."""
-    tokenizer_file: str | None = None
-    """Use this tokenizer.json instead, or that of a folder (hf:NAME is one too)."""
-    val_fraction: float = 0.05
-    """Share of the conversations to validate with."""
     pack: int = 512
     """Pack whole conversations into samples of so many tokens, which data.seq_len must then be."""
 
@@ -102,7 +94,7 @@ class Chat(Corpus):
 
     def check(self) -> None:
         """Raises UserError for a field out of range."""
-        check_text(self.vocab_size, self.val_fraction)
+        super().check()
         if self.pack < 1:
             raise UserError(f"corpus.pack is {self.pack}; allowed: a whole number of 1 or more")
 
@@ -111,16 +103,13 @@ class Chat(Corpus):
         paths = find_files(self.files)
         if plain := next(filter(is_plain, paths), None):
             raise UserError(f"{plain} is no list of conversations; allowed: .jsonl, .jsonl.gz, .jsonl.zst, .parquet")
-        given = None if self.tokenizer_file is None else load_tokenizer(Path(self.tokenizer_file).expanduser())
+        given = None if self.tokenizer_file is None else load_tokenizer(self.tokenizer_file)
         # Its special tokens are those of the tokenizer that is learned from what the template writes.
         known = given or (CharTokenizer(END_CHARACTER, END_CHARACTER) if self.tokenizer == "char" else ByteTokenizer())
         template = self._template(known)
-        files = [
-            TextFile(path, path.stat().st_size, partial(self._pieces, path, str(number), template, known))
-            for number, path in enumerate(paths)
-        ]
-        tokenizer = given or choose_tokenizer(self.tokenizer, self.vocab_size, None, _plain(files, known), console)
-        return write_store(
+        files = text_files(paths, partial(self._pieces, template=template, tokenizer=known))
+        tokenizer = given or self.choose_tokenizer(_plain(files, known), console)
+        return write_dataset(
             self, folder, tokenizer, lambda start: encode_conversations(files, tokenizer, start, self.row_length),
             sum(file.bytes for file in files), console,
             source={"files": stamps(files)}, row_length=self.row_length, chat_template=template,
@@ -130,8 +119,7 @@ class Chat(Corpus):
         if self.chat_template is not None:
             return load_template(self.chat_template, tokenizer)
         if self.tokenizer_file is not None:
-            named = self.tokenizer_file
-            path = fetch(named) if is_huggingface(named) else Path(named).expanduser()
+            path = local_path(self.tokenizer_file)
             if found := find_template(path if path.is_dir() else path.parent):
                 return found
         return plain_template(tokenizer)

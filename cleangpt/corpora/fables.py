@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from cleangpt.corpora.base import Corpus, write_store
+from cleangpt.corpora.base import Corpus, write_dataset
 from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.shuffle import permute
 from cleangpt.data.tokenizers import ByteTokenizer
@@ -120,7 +120,7 @@ class Fables(Corpus):
     def prepare(self, folder: Path, console: Console) -> TokenDataset:
         """Writes both splits."""
         total = self.val_stories + self.train_stories
-        return write_store(self, folder, ByteTokenizer(), self._groups, total, console)
+        return write_dataset(self, folder, ByteTokenizer(), self._groups, total, console)
 
     def _groups(self, start: int) -> Groups:
         tokenizer = ByteTokenizer()

@@ -14,9 +14,9 @@ from typing import Any, Literal, TypeVar
 from rich.console import Console
 
 from cleangpt.corpora import text as text_corpus
-from cleangpt.corpora.base import Corpus, check_text, write_store
+from cleangpt.corpora.base import write_dataset
 from cleangpt.corpora.reading import Piece, TextFile, find_files, read_parquet, read_pieces, split_documents
-from cleangpt.corpora.text import choose_tokenizer, encode_group, grouped, write_texts
+from cleangpt.corpora.text import TextCorpus, encode_group, grouped, text_files
 from cleangpt.data.dataset import JOURNAL, TOKENIZER, TokenDataset
 from cleangpt.data.tokenizers import Tokenizer, load_tokenizer
 from cleangpt.data.writer import Groups
@@ -132,7 +132,7 @@ class Shards:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HubText(Corpus):
+class HubText(TextCorpus):
     """Web pages, each a document. Needs cleangpt[bpe], and [hub,parquet] to download."""
 
     files: tuple[str, ...] = ()
@@ -142,18 +142,17 @@ class HubText(Corpus):
     take all."""
     keep_shards: bool = False
     """Keep what has been downloaded, in data/downloads; no: remove each shard once it is tokenised."""
-    tokenizer: Literal["byte", "bpe"] = "bpe"
-    """One token per byte, or byte-pair encoding learned here, from the first shard where they are downloaded."""
+    tokenizer: Literal["char", "byte", "bpe"] = "bpe"
+    """Byte-pair encoding learned from the text, of the first shard where shards are downloaded; or one token per
+    character or byte."""
     vocab_size: int = 32_768
-    """Tokens of the byte-pair encoding, at most."""
-    tokenizer_file: str | None = None
-    """Use this tokenizer.json instead, or that of a folder or a name on the hub, such as hf:gpt2."""
+    """Largest vocabulary of the byte-pair encoding."""
     val_fraction: float = 0.005
     """Share of the documents to validate with."""
 
     def check(self) -> None:
         """Raises UserError for a field out of range."""
-        check_text(self.vocab_size, self.val_fraction)
+        super().check()
         check_budget(self.max_tokens)
 
     def place(self) -> Dataset:
@@ -163,13 +162,8 @@ class HubText(Corpus):
     def prepare(self, folder: Path, console: Console) -> TokenDataset:
         """Writes both splits."""
         if self.files:
-            paths = find_files(self.files)
-            files = [
-                TextFile(path, path.stat().st_size, partial(self._local, path, str(number)))
-                for number, path in enumerate(paths)
-            ]
-            tokenizer = choose_tokenizer(self.tokenizer, self.vocab_size, self.tokenizer_file, files, console)
-            return write_texts(self, folder, files, tokenizer, console, max_tokens=self.max_tokens)
+            files = text_files(find_files(self.files), self._local)
+            return self.write(folder, files, console, max_tokens=self.max_tokens)
         shards = Shards(self.place(), folder, self.keep_shards)
         return write_shards(self, folder, shards, self._remote, console, self.max_tokens)
 
@@ -181,27 +175,24 @@ class HubText(Corpus):
 
 
 def write_shards(
-    corpus: Any,
+    corpus: TextCorpus,
     folder: Path,
     shards: Shards,
     pieces: Callable[[Path, str], Iterator[Piece]],
     console: Console,
     max_tokens: int | None,
 ) -> TokenDataset:
-    """`write_store` of shards; a tokenizer is learned from the first that trains, so that no other need be there."""
+    """`write_dataset` of shards; a tokenizer is learned from the first that trains, so that no other need be there."""
     files = shards.files(pieces)
     first = [file for file in files if not _validates(file.path.name)][:1]
-    kind = getattr(corpus, "tokenizer", "bpe")
-    tokenizer = _begun(folder, shards) or choose_tokenizer(
-        kind, corpus.vocab_size, corpus.tokenizer_file, first, console
-    )
-    store = write_store(
+    tokenizer = _begun(folder, shards) or corpus.choose_tokenizer(first, console)
+    dataset = write_dataset(
         corpus, folder, tokenizer, lambda start: shards.groups(files, tokenizer, start),
         sum(shards.sizes.values()), console, source=shards.source(), max_tokens=max_tokens,
     )  # fmt: skip
     if not shards.keep:
         shutil.rmtree(shards.folder, ignore_errors=True)
-    return store
+    return dataset
 
 
 def _begun(folder: Path, shards: Shards) -> Tokenizer | None:

@@ -1,29 +1,29 @@
-"""A mixture: the samples of several corpora, interleaved by their weights; see `data/mixing.py`."""
+"""A mixture of several corpora, whose samples are interleaved by weight; see `data/mixing.py`."""
 
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from cleangpt.config import CorpusConfig, Source
 from cleangpt.data.dataset import TokenDataset
-from cleangpt.data.mixing import MixedDataset, Part, Weight
+from cleangpt.data.mixing import MixedDataset, MixtureSource, Weight
 from cleangpt.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture(CorpusConfig):
-    """Several corpora of one tokenizer, each with its share of the samples in every part of the run."""
+    """Several corpora with the same tokenizer, each with its share of the samples throughout the run."""
 
     sources: tuple[Source, ...]
-    """What is mixed."""
+    """The corpora, each with a name and a weight."""
     temperature: float | None = None
-    """Multiplies every weight by the source's training tokens to the power of 1 / temperature: 1 is in proportion to
-    size, more is flatter; none: weights are taken as they are."""
+    """Multiplies every weight by the source's training tokens to the power of 1 / temperature: 1 samples in proportion
+    to size, larger values more evenly. None: weights are used as they are."""
     when_source_ends: Literal["share", "refuse"] = "share"
-    """After a source's max_epochs, the others share out its part; or a run in which that would happen is refused."""
+    """share: after a source's max_epochs, the others share its samples out among them; refuse: a run in which a source
+    would end is refused."""
 
     @property
     def changes(self) -> bool:
@@ -31,7 +31,7 @@ class Mixture(CorpusConfig):
         return any(isinstance(source.weight, tuple) for source in self.sources)
 
     def check(self) -> None:
-        """Raises UserError for a field out of range, in the sources' corpora as well."""
+        """Raises UserError for a field out of range, here or in a source's corpus."""
         names = [source.name for source in self.sources]
         if not names or len(set(names)) != len(names):
             raise UserError(f"corpus.sources are {', '.join(names) or 'none'}; allowed: one or more, each name once")
@@ -40,23 +40,23 @@ class Mixture(CorpusConfig):
         for number, source in enumerate(self.sources):
             _check_source(source, f"corpus.sources.{number}.")
 
-    def store(self, folder: Path, prepare: Callable[[CorpusConfig], TokenDataset]) -> MixedDataset:
-        """The sources' token stores, each prepared where there is none.
+    def open(self, prepare: Callable[[CorpusConfig], TokenDataset]) -> MixedDataset:
+        """The datasets of the sources, each opened or made by `prepare`.
 
         Raises:
-            UserError: a source cannot be prepared, or two have different tokenizers.
+            UserError: a source cannot be prepared, or two do not go together.
         """
-        parts = {}
+        sources = []
         for source in self.sources:
-            store = prepare(source.corpus)
-            tokens = store.splits["train"].tokens
+            dataset = prepare(source.corpus)
+            tokens = dataset.splits["train"].tokens
             factor = 1.0 if self.temperature is None else float(tokens) ** (1 / self.temperature)
-            parts[source.name] = Part(store, _scaled(source.weight, factor), source.max_epochs)
-        return MixedDataset(folder, parts, self.when_source_ends == "refuse")
+            sources.append(MixtureSource(dataset, source.name, _scaled(source.weight, factor), source.max_epochs))
+        return MixedDataset(sources, error_on_exhaustion=self.when_source_ends == "refuse")
 
 
 def tasks(corpus: CorpusConfig) -> dict[str, str]:
-    """The task score of each source of a mixture that has one; of a single corpus, without a name."""
+    """The task score of each source that has one, by its name, which is empty for a corpus on its own."""
     sources = {source.name: source.corpus for source in corpus.sources} if isinstance(corpus, Mixture) else {"": corpus}
     return {name: source.task for name, source in sources.items() if source.task}
 

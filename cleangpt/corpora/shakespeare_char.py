@@ -1,5 +1,8 @@
-"""Tiny Shakespeare (Karpathy 2015), a token per character: the first 90 % train, the rest validates (as nanoGPT)."""
+"""Tiny Shakespeare (Karpathy 2015), one token per character: 90 % to train on, the rest to validate (as nanoGPT)."""
 
+import hashlib
+import http.client
+import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +11,12 @@ from typing import Literal
 from rich.console import Console
 
 from cleangpt.corpora.base import Corpus
-from cleangpt.corpora.download import download
 from cleangpt.corpora.reading import Piece, TextFile, read_text
 from cleangpt.corpora.text import characters, write_texts
 from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from cleangpt.errors import UserError
-from cleangpt.files import sha256
+from cleangpt.files import sha256, write_bytes
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SIZE = 1_115_394
@@ -23,17 +25,16 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 @dataclass(frozen=True, kw_only=True)
 class ShakespeareChar(Corpus):
-    """1,115,394 characters of 65 kinds: 1,003,854 to train, 111,540 to validate, each split one document."""
+    """1,115,394 characters, 65 different ones: 1,003,854 to train on, 111,540 to validate; each split is a document."""
 
     file: str | None = None
-    """Take this text file; none: download input.txt (1.1 MB)."""
+    """A local copy of the text. None: download input.txt (1.1 MB)."""
     tokenizer: Literal["char", "byte"] = "char"
-    """One token per character of the text, or per byte of any, for a mixture with other corpora."""
+    """One token per character of this text, or per byte, which other texts have too, for mixtures."""
     tokenizer_file: str | None = None
-    """Use this tokenizer.json, or that of a model by hf:NAME_OR_FOLDER, instead."""
+    """A tokenizer.json to use instead, or hf:NAME_OR_FOLDER for that of a model."""
     held_out: float = 0.0
-    """Share of the text that neither trains nor validates, taken from the end of the training part: the split test, to
-    choose hyperparameters by."""
+    """Share of the text held out from the end of the training part as the split test, to choose hyperparameters by."""
 
     def check(self) -> None:
         """Raises UserError for a field out of range."""
@@ -41,8 +42,8 @@ class ShakespeareChar(Corpus):
             raise UserError(f"corpus.held_out is {self.held_out}; allowed: from 0 to below 0.9")
 
     def prepare(self, folder: Path, console: Console) -> TokenDataset:
-        """Writes the splits; the text is not loaded whole."""
-        path = self._find(folder.parent / "downloads", console)
+        """Writes the splits; the text is never held in memory as a whole."""
+        path = self._find(folder.parent / "downloads" / "tinyshakespeare.txt", console)
         whole = TextFile(path, path.stat().st_size, lambda: read_text(path))
         if not whole.bytes:
             raise UserError(f"{path} is empty; give --file another text")
@@ -53,34 +54,55 @@ class ShakespeareChar(Corpus):
         return write_texts(self, folder, [parts], tokenizer, console)
 
     def _tokenizer(self, whole: TextFile) -> Tokenizer:
-        """Characters have no end of text here, as in nanoGPT, so that there are 65."""
+        """The characters have no end-of-text token, as in nanoGPT, so the vocabulary is 65."""
         if self.tokenizer_file is not None:
-            return load_tokenizer(Path(self.tokenizer_file).expanduser())
+            return load_tokenizer(self.tokenizer_file)
         return ByteTokenizer() if self.tokenizer == "byte" else CharTokenizer(characters([whole]))
 
-    def _find(self, downloads: Path, console: Console) -> Path:
+    def _find(self, download: Path, console: Console) -> Path:
         if self.file is None:
-            otherwise = "fetch it elsewhere and give --file input.txt (in train: --corpus.file)"
-            path = downloads / "tinyshakespeare.txt"
-            return download(URL, path, size=SIZE, digest=SHA256, otherwise=otherwise, console=console)
+            return _download(download)
         path = Path(self.file).expanduser()
         if not path.is_file():
             raise UserError(f"corpus.file: {path} does not exist")
         if path.stat().st_size != SIZE or sha256(path) != SHA256:
             console.print(
-                f"{path} is not the well-known input.txt: results cannot be compared", markup=False, soft_wrap=True
+                f"{path} is not the usual input.txt: results cannot be compared",
+                markup=False,
+                soft_wrap=True,
             )
         return path
 
 
+def _download(path: Path) -> Path:
+    """Downloads input.txt to `path`, unless it is there already.
+
+    Raises:
+        UserError: the network fails, or the file is another one.
+    """
+    if path.is_file() and sha256(path) == SHA256:
+        return path
+    otherwise = "fetch it elsewhere and give --file input.txt (in train: --corpus.file)"
+    try:
+        with urllib.request.urlopen(URL, timeout=30) as answer:
+            content = answer.read(SIZE + 1)
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(f"cannot download {URL} ({getattr(error, 'reason', '') or error}): {otherwise}") from None
+    if hashlib.sha256(content).hexdigest() != SHA256:
+        raise UserError(f"{URL} is not the expected file (its SHA-256 differs): {otherwise}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, content)
+    return path
+
+
 def _split(pieces: Iterator[Piece], ends: Mapping[str, int]) -> Iterator[Piece]:
-    """One document of each split, given the character at which each ends, in the order of the text."""
-    place = 0
+    """One document per split, given the character at which each ends, in the order of the text."""
+    position = 0
     for piece in pieces:
-        start, place = place, place + len(piece.text)
+        start, position = position, position + len(piece.text)
         before = 0
         for split, end in ends.items():
             text = piece.text[max(before - start, 0) : max(end - start, 0)]
             if text:
-                yield Piece(text, min(end, place) == end, piece.read, split)
+                yield Piece(text, min(end, position) == end, piece.read, split)
             before = end

@@ -1,16 +1,14 @@
-"""The source code of the running Python's own standard library: real text on every machine, without a network."""
+"""The source code of Python's standard library: real text on every machine, without a network."""
 
 import platform
 import sysconfig
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 
-from cleangpt.corpora.base import Corpus
 from cleangpt.corpora.reading import TextFile, read_text, unit_hash
-from cleangpt.corpora.text import choose_tokenizer, write_texts
+from cleangpt.corpora.text import TextCorpus
 from cleangpt.data.dataset import TokenDataset
 from cleangpt.errors import UserError
 
@@ -18,39 +16,31 @@ LEFT_OUT = {
     *("test", "tests", "idle_test", "idlelib", "lib2to3", "ensurepip", "pydoc_data"),
     *("site-packages", "dist-packages"),
 }
-"""Folders of test suites, of old tools, of generated text, and of what is not the library's."""
+"""Folders of test suites, old tools, generated text and other packages."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stdlib(Corpus):
-    """Every module is a document. Another version of Python has another text: the card names it."""
+class Stdlib(TextCorpus):
+    """Every module is a document. The text depends on the version of Python, which the card names."""
 
-    tokenizer: Literal["byte", "bpe"] = "byte"
-    """One token per byte, or byte-pair encoding learned here (needs cleangpt[bpe])."""
     vocab_size: int = 4096
-    """Tokens of the byte-pair encoding, at most."""
+    """Largest vocabulary of the byte-pair encoding."""
     max_bytes: int | None = None
-    """Take only modules of so many bytes together; none: all."""
-    val_fraction: float = 0.05
-    """Share of the modules to validate with; at least one."""
+    """Total size of the modules taken. None: all of them."""
 
     def check(self) -> None:
         """Raises UserError for a field out of range."""
-        if self.vocab_size < 257:
-            raise UserError(f"corpus.vocab_size is {self.vocab_size}; allowed: 257 or more")
+        super().check()
         if self.max_bytes is not None and self.max_bytes < 100_000:
             raise UserError(f"corpus.max_bytes is {self.max_bytes}; allowed: 100,000 or more")
-        if not 0 < self.val_fraction <= 0.5:
-            raise UserError(f"corpus.val_fraction is {self.val_fraction}; allowed: more than 0, at most 0.5")
 
     def prepare(self, folder: Path, console: Console) -> TokenDataset:
         """Writes both splits."""
         files = self.files(Path(sysconfig.get_path("stdlib")))
-        tokenizer = choose_tokenizer(self.tokenizer, self.vocab_size, None, files, console)
-        return write_texts(self, folder, files, tokenizer, console, python=platform.python_version())
+        return self.write(folder, files, console, python=platform.python_version())
 
     def files(self, library: Path) -> list[TextFile]:
-        """The modules taken, by path; those whose paths hash lowest validate, so that both splits are a fair mixture.
+        """The modules taken, sorted by path; those with the lowest hashes of their paths, at least one, validate.
 
         Raises:
             UserError: fewer than two modules lie in `library`.

@@ -1,7 +1,7 @@
 """Any text of your own: plain files, JSON lines or Parquet, by path, glob or folder."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from cleangpt.corpora.base import Corpus, check_text, write_store
+from cleangpt.corpora.base import Corpus, write_dataset
+from cleangpt.corpora.packing import packed
 from cleangpt.corpora.reading import Piece, TextFile, find_files, is_plain, read_pieces, split_documents, split_tail
 from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer, train_bpe
@@ -23,11 +24,60 @@ GROUP = 2**21
 
 
 SAMPLE = 2**25
-"""Characters that a byte-pair encoding is learned from, at most."""
+"""Largest number of characters from which a byte-pair encoding is learned."""
 
 
 END_CHARACTER = "\0"
-"""Ends a document where tokens are characters; no text holds it, since a zero byte marks a binary file."""
+"""The end of a document where tokens are characters; no text has it, since a zero byte means a binary file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextCorpus(Corpus):
+    """What corpora of text have in common: a tokenizer, which may be learned from the text, and a share to validate."""
+
+    tokenizer: Literal["char", "byte", "bpe"] = "byte"
+    """One token per character or byte, or byte-pair encoding learned from the text (needs cleangpt[bpe])."""
+    vocab_size: int = 8192
+    """Largest vocabulary of the byte-pair encoding."""
+    tokenizer_file: str | None = None
+    """A tokenizer.json to use instead, or hf:NAME_OR_FOLDER for that of a model."""
+    val_fraction: float = 0.05
+    """Share of the text to validate with."""
+
+    def check(self) -> None:
+        """Raises UserError for a field out of range."""
+        if self.vocab_size < 257:
+            raise UserError(f"corpus.vocab_size is {self.vocab_size}; allowed: 257 or more")
+        if not 0.0001 <= self.val_fraction <= 0.5:
+            raise UserError(f"corpus.val_fraction is {self.val_fraction}; allowed: 0.0001 to 0.5")
+
+    def choose_tokenizer(self, files: list[TextFile], console: Console) -> Tokenizer:
+        """The tokenizer of `tokenizer_file`, or one of the kind `tokenizer`, learned from the files where it learns.
+
+        Raises:
+            UserError: there is no text to learn from, or a file is not text.
+        """
+        if not any(file.bytes for file in files):
+            raise UserError(f"no text in {files[0].path if files else 'corpus.files'}; it is empty")
+        if self.tokenizer_file is not None:
+            return load_tokenizer(self.tokenizer_file)
+        if self.tokenizer == "byte":
+            return ByteTokenizer()
+        console.print(f"learning the {self.tokenizer} tokenizer from the text", markup=False)
+        if self.tokenizer == "bpe":
+            return train_bpe(_sample(files), self.vocab_size)
+        return CharTokenizer(characters(files) + END_CHARACTER, END_CHARACTER)
+
+    def write(self, folder: Path, files: list[TextFile], console: Console, **options: Any) -> TokenDataset:
+        """`write_texts` with the tokenizer that the fields choose."""
+        return write_texts(self, folder, files, self.choose_tokenizer(files, console), console, **options)
+
+
+def text_files(paths: Sequence[Path], pieces: Callable[[Path, str], Iterator[Piece]]) -> list[TextFile]:
+    """Local files; `pieces(path, name)` reads one of them, and its `name` is its number."""
+    return [
+        TextFile(path, path.stat().st_size, partial(pieces, path, str(number))) for number, path in enumerate(paths)
+    ]
 
 
 def write_texts(
@@ -40,14 +90,13 @@ def write_texts(
     max_tokens: int | None = None,
     **source: Any,
 ) -> TokenDataset:
-    """`write_store` of files of text; with a row length, of their documents packed into rows."""
-    from cleangpt.corpora.packing import packed  # here, because packing imports this file
+    """`write_dataset` for files of text; with a row length, their documents are packed into rows."""
 
     def groups(start: int) -> Groups:
         encoded = encode_files(files, tokenizer, start)
         return encoded if row_length is None else packed(encoded, row_length)
 
-    return write_store(
+    return write_dataset(
         corpus,
         folder,
         tokenizer,
@@ -61,12 +110,12 @@ def write_texts(
 
 
 def stamps(files: list[TextFile]) -> list[list[Any]]:
-    """Path, size and time of change of each file, by which `changed` sees that one is another."""
+    """Path, size and modification time of each file, by which `stale_source` finds one that has changed."""
     return [[str(file.path), file.bytes, file.path.stat().st_mtime_ns] for file in files]
 
 
 def encode_files(files: list[TextFile], tokenizer: Tokenizer, start: int) -> Groups:
-    """The groups of all files, without the first `start`, which are read but not encoded."""
+    """The groups of all files after the first `start`, which are read but not encoded."""
     for read, pieces in itertools.islice(grouped(files), start, None):
         yield read, encode_group(pieces, tokenizer)
 
@@ -74,26 +123,6 @@ def encode_files(files: list[TextFile], tokenizer: Tokenizer, start: int) -> Gro
 def encode_group(pieces: list[Piece], tokenizer: Tokenizer) -> list[Chunk]:
     """The chunks of some pieces; each document ends with the end-of-text token, where the tokenizer has one."""
     return _chunks(pieces, _encode(tokenizer, [piece.text for piece in pieces]), tokenizer.eos_id)
-
-
-def choose_tokenizer(
-    kind: str, vocab_size: int, given: str | None, files: list[TextFile], console: Console
-) -> Tokenizer:
-    """The `given` tokenizer file, or one of a kind (char, byte, bpe), learned from the files where it learns.
-
-    Raises:
-        UserError: there is no text to learn from, or a file is not text.
-    """
-    if not any(file.bytes for file in files):
-        raise UserError(f"no text in {files[0].path if files else 'corpus.files'}; it is empty")
-    if given is not None:
-        return load_tokenizer(Path(given).expanduser())
-    if kind == "byte":
-        return ByteTokenizer()
-    console.print(f"learning the {kind} tokenizer from the text", markup=False)
-    if kind == "bpe":
-        return train_bpe(_sample(files), vocab_size)
-    return CharTokenizer(characters(files) + END_CHARACTER, END_CHARACTER)
 
 
 def characters(files: list[TextFile]) -> str:
@@ -152,32 +181,24 @@ def _sample(files: list[TextFile]) -> Iterator[str]:
 
 
 FEW = 100
-"""Up to so many plain text files, each gives its tail to the validation split."""
+"""Up to this number of plain text files, the tail of each validates."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Text(Corpus):
+class Text(TextCorpus):
     """A plain text file is one document; a line of JSON or a row of Parquet is one each.
 
-    Up to 100 plain text files are each split in two: the head trains, the tail validates. More of them, and the
-    documents of JSON and Parquet, fall into either split whole, by a hash of their place.
+    Up to 100 plain text files are each split in two: the head trains, the tail validates. Of more files, and of JSON
+    and Parquet, each document goes to one of the splits as a whole, by a hash of its position.
     """
 
     files: tuple[str, ...]
     """Paths, globs or folders: .jsonl, .jsonl.gz, .jsonl.zst, .parquet; any other suffix is read as plain text."""
     text_field: str = "text"
     """Field of JSON lines, or column of Parquet, that holds the text."""
-    tokenizer: Literal["char", "byte", "bpe"] = "byte"
-    """One token per character or byte, or byte-pair encoding learned here (needs cleangpt[bpe])."""
-    vocab_size: int = 8192
-    """Tokens of the byte-pair encoding, at most."""
-    tokenizer_file: str | None = None
-    """Use this tokenizer.json instead."""
-    val_fraction: float = 0.05
-    """Share of the text to validate with."""
     pack: int | None = None
-    """Pack whole documents into samples of so many tokens, which data.seq_len must then be, and leave what remains
-    empty; none: samples are windows that ignore where documents end."""
+    """Pack whole documents into samples of this many tokens, which data.seq_len must then be, and leave the rest of
+    each sample empty. None: samples are windows that ignore where documents end."""
 
     @property
     def row_length(self) -> int | None:
@@ -186,7 +207,7 @@ class Text(Corpus):
 
     def check(self) -> None:
         """Raises UserError for a field out of range."""
-        check_text(self.vocab_size, self.val_fraction)
+        super().check()
         if self.pack is not None and self.pack < 1:
             raise UserError(f"corpus.pack is {self.pack}; allowed: a whole number of 1 or more")
 
@@ -194,12 +215,8 @@ class Text(Corpus):
         """Writes both splits."""
         paths = find_files(self.files)
         few = sum(map(is_plain, paths)) <= FEW
-        files = [
-            TextFile(path, path.stat().st_size, partial(self._pieces, path, str(number), few))
-            for number, path in enumerate(paths)
-        ]
-        tokenizer = choose_tokenizer(self.tokenizer, self.vocab_size, self.tokenizer_file, files, console)
-        return write_texts(self, folder, files, tokenizer, console, row_length=self.row_length)
+        files = text_files(paths, partial(self._pieces, few=few))
+        return self.write(folder, files, console, row_length=self.row_length)
 
     def _pieces(self, path: Path, name: str, few: bool) -> Iterator[Piece]:
         pieces = read_pieces(path, self.text_field)

@@ -8,18 +8,9 @@ from typing import Literal
 
 from rich.console import Console
 
-from cleangpt.corpora.base import Corpus, check_text
 from cleangpt.corpora.hub_text import Dataset, Shards, ask_hub, check_budget, write_shards
-from cleangpt.corpora.reading import (
-    Piece,
-    TextFile,
-    find_files,
-    is_plain,
-    read_pieces,
-    read_separated,
-    split_documents,
-)
-from cleangpt.corpora.text import choose_tokenizer, write_texts
+from cleangpt.corpora.reading import Piece, find_files, is_plain, read_pieces, read_separated, split_documents
+from cleangpt.corpora.text import TextCorpus, text_files
 from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.tokenizers import END_OF_TEXT
 from cleangpt.errors import require
@@ -32,30 +23,30 @@ EDITIONS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TinyStories(Corpus):
+class TinyStories(TextCorpus):
     """Short stories in the words of a small child; each is a document. Needs cleangpt[bpe], and [hub] to download."""
 
+    tokenizer: Literal["char", "byte", "bpe"] = "bpe"
+    """Byte-pair encoding learned from the stories, or one token per character or byte."""
+    vocab_size: int = 4096
+    """Largest vocabulary of the byte-pair encoding."""
+    val_fraction: float = 0.01
+    """Share of the stories to validate with, where no file is named for that."""
     files: tuple[str, ...] = ()
-    """Local files, globs or folders: .txt with <|endoftext|> between stories, .jsonl or .parquet; none: download.
+    """Local files, globs or folders: .txt with <|endoftext|> between stories, .jsonl or .parquet. None: download.
 
-    Files with "valid" in their name validate; where there is none, val_fraction of the stories do.
+    Files with "valid" in their name validate; without any, val_fraction of the stories do.
     """
     edition: Literal["v1", "v2", "parquet"] = "v2"
-    """What to download: v1 (1.9 GB) or v2, written by GPT-4 alone (2.2 GB), whole; or parquet, v1 shard by shard, each
-    removed once it is tokenised (1.0 GB; needs cleangpt[parquet] as well)."""
+    """What to download: v1 (1.9 GB); v2, written by GPT-4 only (2.2 GB); or parquet, v1 as shards, each removed once
+    it is tokenised (1.0 GB; needs cleangpt[parquet] too)."""
     max_tokens: int | None = None
-    """Stop with the group of stories, about two million characters, that brings the training tokens to so many; none:
-    take all."""
-    vocab_size: int = 4096
-    """Tokens of the byte-pair encoding learned here, at most."""
-    tokenizer_file: str | None = None
-    """Use this tokenizer.json instead."""
-    val_fraction: float = 0.01
-    """Share of the stories to validate with, where no file is for that."""
+    """Stop once there are this many training tokens, up to a group of about two million characters more. None: take
+    all stories."""
 
     def check(self) -> None:
         """Raises UserError for a field out of range."""
-        check_text(self.vocab_size, self.val_fraction)
+        super().check()
         check_budget(self.max_tokens)
 
     def prepare(self, folder: Path, console: Console) -> TokenDataset:
@@ -66,12 +57,8 @@ class TinyStories(Corpus):
         paths = find_files(self.files) if self.files else self._download()
         paths = sorted(paths, key=lambda path: "valid" not in path.name)
         marked = any("valid" in path.name for path in paths)
-        files = [
-            TextFile(path, path.stat().st_size, partial(self._pieces, path, str(number), marked))
-            for number, path in enumerate(paths)
-        ]
-        tokenizer = choose_tokenizer("bpe", self.vocab_size, self.tokenizer_file, files, console)
-        return write_texts(self, folder, files, tokenizer, console, max_tokens=self.max_tokens)
+        files = text_files(paths, partial(self._pieces, marked=marked))
+        return self.write(folder, files, console, max_tokens=self.max_tokens)
 
     def _pieces(self, path: Path, name: str, marked: bool) -> Iterator[Piece]:
         pieces = read_separated(path, END_OF_TEXT) if is_plain(path) else read_pieces(path)

@@ -29,7 +29,7 @@ from cleangpt.data.tokenizers import (
 )
 from cleangpt.errors import UserError, parsing, require
 from cleangpt.files import read_json, read_text
-from cleangpt.hub import fetch, is_huggingface
+from cleangpt.hub import local_path
 
 CHAT_TEMPLATE = "chat_template.json"
 
@@ -145,7 +145,7 @@ def load_template(text: str, tokenizer: Tokenizer) -> ChatTemplate:
     Raises:
         UserError: there is none, or it is not UTF-8.
     """
-    path = fetch(text) if is_huggingface(text) else Path(text).expanduser()
+    path = local_path(text)
     if path.is_dir():
         if (found := find_template(path)) is None:
             raise UserError(f"{path} has no chat template; allowed: a folder with {HF_TEMPLATE}, or a file in Jinja")
@@ -154,7 +154,7 @@ def load_template(text: str, tokenizer: Tokenizer) -> ChatTemplate:
 
 
 def find_template(folder: Path) -> ChatTemplate | None:
-    """The template in a token store, a checkpoint or a folder in Hugging Face's layout; None: it has none.
+    """The template in a dataset, a checkpoint or a folder in Hugging Face's layout; None: it has none.
 
     Raises:
         UserError: the file that should hold it is damaged.

@@ -1,23 +1,25 @@
-"""The token store: a folder of flat, memory-mapped token files and one JSON file that describes them.
+"""A dataset on disk: a folder of flat, memory-mapped columns and one JSON file that describes them.
 
-    store.json             format, corpus, dtype, vocabulary, and for every split its shards, counts and checksums
-    tokenizer.json         what turns the tokens into text again
+    dataset.json           format, corpus, dtypes, vocabulary, and for every split its shards, counts and checksums
+    tokenizer.json         turns the tokens into text again
     chat_template.json     of conversations: how they were written as text
     card.md                the same facts for a reader
     train_00000.bin        token ids, little-endian uint16 (vocabulary up to 65,536) or uint32, document after document
-    train_00000.mask       where there is a loss mask: one uint8 per token, 1 where the token is a target that counts
+    train_00000.mask       where there is a loss mask: one uint8 per token, 1 where the token counts as a target
+    train_00000.NAME.bin   where there are further columns: one number per token, little-endian
     train_documents.bin    where every document starts, uint64, counted in tokens from the start of the split
 
-The shards of a split are read as one long row of tokens. Opening reads the JSON file and the sizes of the others;
-tokens are read when they are used. A store whose documents all have one length (`row_length`) is read a document at a
-time, any other in windows that ignore where documents end.
+The shards of a split are read as one long row of tokens. Opening a dataset reads the JSON file and the sizes of the
+others; tokens are read when they are used. A dataset whose documents all have one length (`row_length`) is read a
+document at a time, any other in windows that ignore where documents end.
 """
 
 import mmap
 from bisect import bisect_right
 from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,62 +29,102 @@ from cleangpt.data.tokenizers import Tokenizer, load_tokenizer
 from cleangpt.errors import UserError, parsing
 from cleangpt.files import read_json, safe_name, sha256
 
-FORMAT = 1
-
-
-STORE, TOKENIZER, CARD, JOURNAL = "store.json", "tokenizer.json", "card.md", "journal.json"
-
-
+FORMAT = 2
+DATASET, TOKENIZER, CARD, JOURNAL = "dataset.json", "tokenizer.json", "card.md", "journal.json"
+DATASET_OF_FORMAT_1 = "store.json"
 SPLITS = ("train", "val", "test")
+RESERVED = ("tokens", "targets", "mask", "cache", "logit_positions")
+"""Names that no further column may have: every dataset has these, or every model's `forward`."""
 
 
-COUNTS = ("tokens", "documents", "text_bytes")
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A further column of a dataset: one number per token, stored, shuffled and mixed as tokens are."""
+
+    dtype: Literal["uint8", "uint16", "int64", "float32"]
+    """On disk; whole numbers arrive in batches as int64."""
+    role: Literal["input", "extra"]
+    """input: `batch.inputs[name]`, a keyword of the model's `forward`, beside the tokens that it reads; extra:
+    `batch.extras[name]`, for the objective, beside the targets."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("uint8", "uint16", "int64", "float32"):
+            raise UserError(f"a column's dtype is {self.dtype!r}; allowed: uint8, uint16, int64, float32")
+        if self.role not in ("input", "extra"):
+            raise UserError(f"a column's role is {self.role!r}; allowed: input, extra")
+
+    @property
+    def on_disk(self) -> np.dtype[Any]:
+        """Its dtype on disk, little-endian on every machine."""
+        dtype: np.dtype[Any] = np.dtype(self.dtype).newbyteorder("<")
+        return dtype
+
+    @property
+    def in_batch(self) -> np.dtype[Any]:
+        """Its dtype in a batch."""
+        return np.dtype("float32" if self.dtype == "float32" else "int64")
+
+
+def check_column_names(columns: Mapping[str, Column]) -> None:
+    """Refuses names that cannot be keywords, or that have a meaning already.
+
+    Raises:
+        UserError: names the first such column.
+    """
+    for name in columns:
+        if not name.isidentifier() or name in RESERVED:
+            raise UserError(f"a column is named {name!r}; allowed: an identifier other than {', '.join(RESERVED)}")
 
 
 class Split:
-    """One split of a token store, opened; one that is read `shuffled` costs the least so."""
+    """One split of a dataset, opened."""
 
-    def __init__(
-        self, folder: Path, facts: dict[str, Any], dtype: np.dtype[Any], row_length: int | None, vocab_size: int,
-        shuffled: bool = False,
-    ) -> None:  # fmt: skip
-        self.tokens, self.documents, self.text_bytes = (_count(facts, name) for name in COUNTS)
-        self.row_length, self.vocab_size = row_length, vocab_size
+    def __init__(self, folder: Path, description: dict[str, Any], name: str) -> None:
+        """`description` is the content of dataset.json; train is read shuffled, the others in order."""
+        facts = description["splits"][name]
+        self.tokens, self.documents, self.text_bytes = (
+            _count(facts, key) for key in ("tokens", "documents", "text_bytes")
+        )
+        self.row_length: int | None = description["row_length"]
+        self.vocab_size: int = description["vocab_size"]
         self.masked: bool = facts["masked"]
-        self._folder = folder
-        self._document_file = _within(folder, facts["document_file"]) if facts["document_file"] else None
-        self._starts, self._shards, self._masks = [0], [], []
+        self.columns = {column: Column(**entry) for column, entry in description["columns"].items()}
         self._files = [_within(folder, shard["file"]) for shard in facts["shards"]]
+        self._starts, self._shards, self._masks = [0], [], []
+        self._columns: dict[str, list[NDArray[Any]]] = {column: [] for column in self.columns}
+        dtype, shuffled = np.dtype(description["dtype"]).newbyteorder("<"), name == "train"
         for file, shard in zip(self._files, facts["shards"], strict=True):
-            self._shards.append(_map(file, dtype, shard["tokens"], shuffled))
+            tokens = shard["tokens"]
+            self._shards.append(_map(file, dtype, tokens, shuffled))
             if self.masked:
-                mask_file = _within(folder, shard["mask_file"])
-                self._masks.append(_map(mask_file, np.dtype(np.uint8), shard["tokens"], shuffled))
-            self._starts.append(self._starts[-1] + shard["tokens"])
+                self._masks.append(_map(_within(folder, shard["mask_file"]), np.dtype(np.uint8), tokens, shuffled))
+            for column, kind in self.columns.items():
+                path = _within(folder, shard["column_files"][column])
+                self._columns[column].append(_map(path, kind.on_disk, tokens, shuffled))
+            self._starts.append(self._starts[-1] + tokens)
         if self._starts[-1] != self.tokens:
-            raise UserError(f"{folder / STORE}: shards hold {self._starts[-1]:,} tokens, not {self.tokens:,}")
-        if row_length is not None and row_length * self.documents != self.tokens:
-            raise UserError(f"{folder / STORE}: {self.documents} rows of {row_length} are not {self.tokens:,} tokens")
+            raise UserError(f"{folder / DATASET}: shards hold {self._starts[-1]:,} tokens, not {self.tokens:,}")
+        if self.row_length is not None and self.row_length * self.documents != self.tokens:
+            raise UserError(
+                f"{folder / DATASET}: {self.documents} rows of {self.row_length} are not {self.tokens:,} tokens"
+            )
 
     def read(self, start: int, length: int) -> NDArray[Any]:
         """Tokens `start` to `start + length`, across shards; a view of the file where one shard holds them all."""
         return self._read(self._shards, start, length)
 
     def read_mask(self, start: int, length: int) -> NDArray[Any]:
-        """The loss mask of the same tokens; only for a split that is `masked`."""
+        """The loss mask of the same tokens; only of a split that is `masked`."""
         return self._read(self._masks, start, length)
 
-    def place(self, token: int) -> str:
-        """Where a token of the split lies: its file, and its number there."""
+    def read_column(self, name: str, start: int, length: int) -> NDArray[Any]:
+        """What one of the `columns` has for the same tokens."""
+        return self._read(self._columns[name], start, length)
+
+    def location(self, token: int) -> str:
+        """Where a token of the split is found: its file, and its number there."""
         shard = min(bisect_right(self._starts, token), len(self._files)) - 1
         return f"{self._files[shard]}, token {token - self._starts[shard]:,}"
-
-    def document_starts(self) -> NDArray[np.uint64]:
-        """Where each document starts, memory-mapped; computed where all have one length."""
-        if self._document_file is None:
-            starts: NDArray[np.uint64] = np.arange(self.documents, dtype=np.uint64) * np.uint64(self.row_length or 0)
-            return starts
-        return _map(self._document_file, np.dtype("<u8"), self.documents)
 
     def _read(self, arrays: list[NDArray[Any]], start: int, length: int) -> NDArray[Any]:
         if not 0 <= start <= start + length <= self.tokens:
@@ -95,53 +137,59 @@ class Split:
         return np.concatenate([part, self._read(arrays, start + len(part), length - len(part))])
 
 
+def is_dataset(folder: Path) -> bool:
+    """Whether a folder holds a dataset, of this format or of an older one."""
+    return (folder / DATASET).is_file() or (folder / DATASET_OF_FORMAT_1).is_file()
+
+
 class TokenDataset:
-    """An opened token store; `splits` has train, val and, for some corpora, test.
+    """An opened dataset; `splits` has train, val and, for some corpora, test.
 
     Raises:
-        UserError: the folder is no token store, is of a newer format, or a file of it is missing or cut short.
+        UserError: the folder is no dataset, is of another format, or one of its files is missing or truncated.
     """
 
     def __init__(self, folder: Path) -> None:
-        if not (folder / STORE).is_file():
-            raise UserError(f"{folder} is not a token store: it has no {STORE}; make one with cleangpt prepare")
-        facts = read_json(folder / STORE)
-        with parsing(folder / STORE):
-            if facts.get("format") != FORMAT:
-                raise UserError(f"{folder} has token store format {facts.get('format')}; this version reads {FORMAT}")
-            self._open(folder, facts)
+        if not is_dataset(folder):
+            raise UserError(f"{folder} is not a dataset: it has no {DATASET}; make one with cleangpt prepare")
+        path = folder / DATASET
+        description = read_json(path if path.is_file() else folder / DATASET_OF_FORMAT_1)
+        with parsing(path):
+            if (number := description.get("format")) != FORMAT:
+                raise UserError(
+                    f"{folder} has dataset format {number}; this version reads {FORMAT}; run cleangpt prepare --again"
+                )
+            self._open(folder, description)
 
-    def _open(self, folder: Path, facts: dict[str, Any]) -> None:
-        self.folder, self.facts = folder, facts
+    def _open(self, folder: Path, description: dict[str, Any]) -> None:
+        self.folder, self.description = folder, description
         self.tokenizer: Tokenizer = load_tokenizer(folder / TOKENIZER)
         self.chat_template: ChatTemplate | None = find_template(folder)
-        self.vocab_size: int = facts["vocab_size"]
-        self.row_length: int | None = facts["row_length"]
-        if facts["dtype"] not in ("uint16", "uint32"):
-            raise ValueError(f"dtype is {facts['dtype']!r}")
-        dtype = np.dtype(facts["dtype"]).newbyteorder("<")
-        self.source: dict[str, Any] = dict(facts["source"] or {})
-        self.splits = {
-            name: Split(folder, split, dtype, self.row_length, self.vocab_size, shuffled=name == "train")
-            for name, split in facts["splits"].items()
-        }
+        self.vocab_size: int = description["vocab_size"]
+        self.row_length: int | None = description["row_length"]
+        if description["dtype"] not in ("uint16", "uint32"):
+            raise ValueError(f"dtype is {description['dtype']!r}")
+        self.columns = {name: Column(**entry) for name, entry in description["columns"].items()}
+        check_column_names(self.columns)
+        self.source: dict[str, Any] = dict(description["source"] or {})
+        self.splits = {name: Split(folder, description, name) for name in description["splits"]}
         if self.vocab_size != self.tokenizer.vocab_size:
             raise UserError(
-                f"{folder / STORE}: vocab_size is {self.vocab_size!r}; allowed: the tokenizer's, which is "
+                f"{folder / DATASET}: vocab_size is {self.vocab_size!r}; allowed: the tokenizer's, which is "
                 f"{self.tokenizer.vocab_size:,}"
             )
 
     def fingerprint(self) -> dict[str, Any]:
-        """The checksum of every file of tokens, as noted when it was made, and of the tokenizer; sizes and times."""
-        sums = self.facts["sha256"] | {TOKENIZER: sha256(self.folder / TOKENIZER)}
-        stats = {name: (self.folder / name).stat() for name in self.facts["sha256"]}
+        """Checksums of all columns, as noted when they were written, and of the tokenizer; sizes and times."""
+        sums = self.description["sha256"] | {TOKENIZER: sha256(self.folder / TOKENIZER)}
+        stats = {name: (self.folder / name).stat() for name in self.description["sha256"]}
         return {
             "sha256": sums,
             "stamps": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
         }
 
     def check_same(self, before: Mapping[str, Any]) -> dict[str, Any]:
-        """Compares with an earlier `fingerprint`; reads only files whose size or time is another than then.
+        """Compares with an earlier `fingerprint`; reads only files whose size or time has changed since.
 
         Returns:
             The fingerprint now.
@@ -153,21 +201,26 @@ class TokenDataset:
         for name in sorted(now["sha256"].keys() | before["sha256"].keys()):
             if now["sha256"].get(name) != before["sha256"].get(name):
                 raise UserError(
-                    f"{self.folder / name} is not the one that this run began with; prepare the corpus from what it "
-                    "was then, or start another run"
+                    f"{self.folder / name} is not the one that this run started with; prepare the corpus from its "
+                    "original files, or start another run"
                 )
         self.verify([name for name, stamp in now["stamps"].items() if stamp != before["stamps"].get(name)])
         return now
 
     def verify(self, names: Collection[str] | None = None) -> None:
-        """Reads files once (None: every one of tokens) and compares checksums.
+        """Reads files (None: all columns) and compares their checksums.
 
         Raises:
             UserError: names the first file that differs.
         """
-        for name, digest in self.facts["sha256"].items():
+        for name, digest in self.description["sha256"].items():
             if (names is None or name in names) and sha256(self.folder / name) != digest:
                 raise UserError(f"{self.folder / name} has changed since it was prepared; run cleangpt prepare --again")
+
+
+def describe_columns(columns: Mapping[str, Column]) -> dict[str, Any]:
+    """Columns as they stand in dataset.json."""
+    return {name: asdict(column) for name, column in columns.items()}
 
 
 def _count(facts: Mapping[str, Any], name: str) -> int:
@@ -179,13 +232,13 @@ def _count(facts: Mapping[str, Any], name: str) -> int:
 
 
 def _within(folder: Path, name: str) -> Path:
-    return folder / safe_name(name, folder / STORE)
+    return folder / safe_name(name, folder / DATASET)
 
 
-def _map(path: Path, dtype: np.dtype[Any], length: int, shuffled: bool = False) -> NDArray[Any]:
-    """`path` as an array, memory-mapped; checks that its size is that of `length` numbers.
+def _map(path: Path, dtype: np.dtype[Any], length: int, shuffled: bool) -> NDArray[Any]:
+    """`path` as a memory-mapped array; checks that its size is that of `length` numbers.
 
-    Of a file that is read `shuffled` the system need not read ahead, which would be thrown away.
+    A file that is read `shuffled` gains nothing from the system's reading ahead, which is switched off.
     """
     try:
         size = path.stat().st_size

@@ -1,10 +1,10 @@
-"""From the token store to batches, in order, with the next ones loaded in the background."""
+"""From a dataset to batches, in order, with the next ones loaded in the background."""
 
 import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,16 +16,16 @@ from cleangpt.data.shuffle import Order, mix, permute
 from cleangpt.errors import UserError
 
 ORDERED = 4096
-"""Positions whose samples are computed at once."""
+"""Positions whose samples are computed at once, at most an epoch of them."""
 
 
 class Samples:
     """A split cut into samples of `seq_len` inputs and targets.
 
-    A store with a row length has a sample per row. Any other is cut into windows, each beginning with the last target
-    of the one before it. For training, the windows start after an offset that changes with the epoch, and the tokens
-    left over at both ends (fewer than 2 x seq_len) wait for another epoch. For validation the windows start at 0
-    and the last is padded, so that every token but the first is a target exactly once.
+    A dataset with a row length has one sample per row. Any other is cut into windows, each starting with the last
+    target of the one before it. For training, the windows start after an offset that changes with the epoch, and the
+    tokens left over at both ends (fewer than 2 x seq_len) are unused in that epoch. For validation the windows start
+    at 0 and the last is padded, so that every token but the first is a target exactly once.
 
     Raises:
         UserError: the split is too short, or its rows do not fit; with `pad_rows`, shorter rows do.
@@ -51,8 +51,10 @@ class Samples:
     def batch(self, samples: NDArray[np.int64], offsets: NDArray[np.int64]) -> Batch:
         """The given samples `(batch,)`, each window shifted by its offset `(batch,)` in tokens.
 
+        Further columns of the split come as inputs or extras `(batch, seq_len)`; in padding they are 0.
+
         Raises:
-            UserError: a token is not in the vocabulary; the file has changed since it was made.
+            UserError: a token is not in the vocabulary, so the file has changed since it was prepared.
         """
         stride = self.split.row_length or self.seq_len
         tokens = np.zeros((len(samples), self.seq_len + 1), dtype=np.int64)
@@ -65,22 +67,29 @@ class Samples:
         if tokens.max(initial=0) >= self.split.vocab_size:
             row, column = np.argwhere(tokens >= self.split.vocab_size)[0].tolist()
             raise UserError(
-                f"{self.split.place(starts[row] + column)}, is {tokens[row, column]}; allowed: ids below "
+                f"{self.split.location(starts[row] + column)}, is {tokens[row, column]}; allowed: ids below "
                 f"{self.split.vocab_size:,}, the vocabulary; run cleangpt prepare --again"
             )
         targets = np.where(counts[:, 1:], tokens[:, 1:], IGNORED)
-        inputs = torch.from_numpy(np.ascontiguousarray(tokens[:, :-1]))
-        return Batch({"tokens": inputs}, torch.from_numpy(targets))
+        batch = Batch({"tokens": torch.from_numpy(np.ascontiguousarray(tokens[:, :-1]))}, torch.from_numpy(targets))
+        for name, column in self.split.columns.items():
+            values = np.zeros(tokens.shape, column.in_batch)
+            for row, start in enumerate(starts):
+                length = min(self._window, self.split.tokens - start)
+                values[row, :length] = self.split.read_column(name, start, length)
+            seen, part = (batch.inputs, slice(-1)) if column.role == "input" else (batch.extras, slice(1, None))
+            seen[name] = torch.from_numpy(np.ascontiguousarray(values[:, part]))
+        return batch
 
 
 def validation_batches(
     samples: Samples, batch_size: int, limit: int | None = None, *, rank: int = 0, world_size: int = 1
 ) -> Iterator[Batch]:
-    """The whole split, or `limit` samples of it that are the same every time, spread by a fixed permutation.
+    """Batches of the whole split, or of `limit` samples, always the same ones, spread by a fixed permutation.
 
-    `rank` of `world_size` devices gets batches of `batch_size` of its own; all get the same number of them.
-    Every batch has the same shape, which spares compiled models a second shape: the last is filled up with samples
-    that have no targets.
+    Each `rank` of `world_size` devices gets batches of `batch_size` of its own; all get the same number of them.
+    Every batch has the same shape, so that a compiled model is not compiled for a second one: the last is filled up
+    with samples without targets.
     """
     chosen = np.arange(samples.num_validation)
     if limit is not None and limit < len(chosen):
@@ -100,17 +109,17 @@ Ranges = Sequence[Sequence[int]]
 
 
 class Stream(Protocol):
-    """An endless row of training samples: a position in it is the number of samples before it."""
+    """An endless stream of training samples; a position in it is the number of samples before it."""
 
     def batch(self, start: int, count: int) -> Batch:
         """The samples at `count` positions from `start` on."""
 
     def progress(self, position: int, skipped_ranges: Ranges = ()) -> dict[str, float]:
-        """The figures visited_share and times_visited before a position, where some positions were left out."""
+        """The metrics visited_share and times_visited before a position, where some positions were skipped."""
 
 
 class SplitStream:
-    """The samples of a split, in their order, epoch after epoch."""
+    """The samples of a split in shuffled order, epoch after epoch."""
 
     def __init__(self, samples: Samples, seed: int) -> None:
         self.samples, self.order = samples, Order(samples.num_training, seed)
@@ -126,7 +135,7 @@ class SplitStream:
         return self.samples.batch(samples, offsets)
 
     def progress(self, position: int, skipped_ranges: Ranges = ()) -> dict[str, float]:
-        """The figures visited_share and times_visited before a position, where some positions were left out."""
+        """The metrics visited_share and times_visited before a position, where some positions were skipped."""
         ranges = np.array([(start, min(end, position)) for start, end in skipped_ranges if start < position], np.int64)
         ranges = ranges.reshape(-1, 2)
         times = (position - int((ranges[:, 1] - ranges[:, 0]).sum())) / self.samples.num_training
@@ -134,7 +143,7 @@ class SplitStream:
         return {"visited_share": share, "times_visited": times}
 
     def _visited_share(self, position: int, ranges: NDArray[np.int64]) -> float:
-        """The samples that no epoch has visited are those that the first left out, less those of each later one."""
+        """Never visited are the samples skipped in the first epoch and in each later one, as far as it has come."""
         n = self.samples.num_training
         if position < n:
             return (position - int((ranges[:, 1] - ranges[:, 0]).sum())) / n
@@ -143,51 +152,27 @@ class SplitStream:
         for epoch in range(1, position // n + 1):
             if not len(missed):
                 break
-            places = self.order.positions(missed, epoch)
-            before = np.searchsorted(ranges[:, 0], places, side="right") - 1
-            within = (before >= 0) & (places < ranges[before, 1])
-            missed = missed[within | (places >= position)]
+            positions = self.order.positions(missed, epoch)
+            before = np.searchsorted(ranges[:, 0], positions, side="right") - 1
+            within = (before >= 0) & (positions < ranges[before, 1])
+            missed = missed[within | (positions >= position)]
         return 1 - len(missed) / n
 
     def _order_from(self, start: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Epochs and samples of `count` positions; many are computed at once, which costs hardly more than a few."""
         first, epochs, samples = self._ordered
         if not first <= start <= start + count <= first + len(samples):
-            first, (epochs, samples) = start, self.order.at(np.arange(start, start + max(count, ORDERED)))
+            ahead = max(count, min(ORDERED, self.order.num_samples))
+            first, (epochs, samples) = start, self.order.at(np.arange(start, start + ahead))
             self._ordered = first, epochs, samples
         part = slice(start - first, start - first + count)
         return epochs[part], samples[part]
 
 
-class StreamWithout:
-    """A stream of which ranges of positions are left out; a position in it counts what is not.
-
-    A batch must not reach across a range: those left out are whole batches.
-    """
-
-    def __init__(self, stream: Stream, skipped_ranges: Ranges) -> None:
-        self.stream, self.skipped_ranges = stream, skipped_ranges
-
-    def place(self, position: int) -> int:
-        """The position in the whole stream of the sample at a position in this one."""
-        for start, end in self.skipped_ranges:
-            if position >= start:
-                position += end - start
-        return position
-
-    def batch(self, start: int, count: int) -> Batch:
-        """The samples at `count` positions from `start` on."""
-        return self.stream.batch(self.place(start), count)
-
-    def progress(self, position: int, skipped_ranges: Ranges = ()) -> dict[str, float]:
-        """The figures visited_share and times_visited before a position."""
-        return self.stream.progress(self.place(position), [*self.skipped_ranges, *skipped_ranges])
-
-
-def add_range(skipped_ranges: Ranges, start: int, end: int) -> list[list[int]]:
+def add_range(ranges: Ranges, start: int, end: int) -> list[list[int]]:
     """The ranges with another one, which may overlap them."""
     merged: list[list[int]] = []
-    for first, last in sorted([*map(tuple, skipped_ranges), (start, end)]):
+    for first, last in sorted([*map(tuple, ranges), (start, end)]):
         if merged and first <= merged[-1][1]:
             merged[-1][1] = max(merged[-1][1], last)
         else:
@@ -195,60 +180,128 @@ def add_range(skipped_ranges: Ranges, start: int, end: int) -> list[list[int]]:
     return merged
 
 
-class BatchLoader:
-    """Training batches from a position on, in order; a thread loads up to `prefetch` of them ahead.
+def without_ranges(position: int, ranges: Ranges) -> int:
+    """The position in a stream of the sample at a position among those that are in none of the ranges."""
+    for start, end in ranges:
+        if position < start:
+            break
+        position += end - start
+    return position
 
-    `rank` of `world_size` devices gets its own consecutive part of every batch, so the order of samples is the same
-    whatever the number of devices.
+
+class DatasetSource:
+    """Training batches of a stream, in order; a thread loads up to `prefetch` of them ahead.
+
+    Its state is the number of samples consumed, over all devices, and the ranges of the stream that it skips: whole
+    batches, which are not counted as consumed. `rank` of `world_size` devices gets its own consecutive part of every
+    batch, so the order of samples does not depend on the number of devices.
     """
 
     def __init__(
         self,
         stream: Stream,
         batch_size: int,
-        position: int,
         *,
         prefetch: int = 4,
         pin_memory: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.stream, self.batch_size, self.position = stream, batch_size, position
-        self.pin_memory, self.rank, self.world_size = pin_memory, rank, world_size
+        self.stream, self.batch_size, self.prefetch, self.pin_memory = stream, batch_size, prefetch, pin_memory
+        self.rank, self.world_size = rank, world_size
+        self.samples = 0
+        """Consumed so far, over all devices."""
+        self.skipped_ranges: list[list[int]] = []
+        """Positions of the stream."""
         self.wait_time = 0.0
-        """Seconds that `next` has waited, since the start."""
+        """Seconds that `next` has waited for a batch, since the start."""
+        self._loader: _Loader | None = None
+
+    def next(self) -> Batch:
+        """This device's part of the next batch, on the host."""
+        start = time.perf_counter()
+        if self._loader is None:
+            self._loader = _Loader(self._batches(self.samples, self.skipped_ranges), self.prefetch)
+        batch = self._loader.next()
+        self.wait_time += time.perf_counter() - start
+        self.samples += self.batch_size
+        return batch
+
+    def metrics(self) -> dict[str, float]:
+        """visited_share and times_visited; of a mixture also those of each source, such as visited_share/NAME."""
+        return self.stream.progress(without_ranges(self.samples, self.skipped_ranges), self.skipped_ranges)
+
+    def skip(self, start: int, end: int) -> None:
+        """Skips from now on what was given from `start` to `end` samples consumed, both at a batch's edge.
+
+        Called before `load_state_dict` goes back to a position up to `start`, which does not undo it.
+        """
+        first, last = (without_ranges(position, self.skipped_ranges) for position in (start, end - 1))
+        self.skipped_ranges = add_range(self.skipped_ranges, first, last + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The samples consumed, and the ranges of the stream that are skipped."""
+        return {"samples": self.samples, "skipped_ranges": [list(pair) for pair in self.skipped_ranges]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from `state_dict`; what is skipped already stays skipped.
+
+        Raises:
+            ValueError: a number in it is no position.
+        """
+        samples, ranges = state["samples"], state["skipped_ranges"]
+        for number in (samples, *(edge for first, last in ranges for edge in (first, last))):
+            if type(number) is not int or not 0 <= number < 2**63:
+                raise ValueError(f"a position is {number!r}")
+        self.close()
+        self.samples = samples
+        for first, last in ranges:
+            self.skipped_ranges = add_range(self.skipped_ranges, first, last)
+
+    def close(self) -> None:
+        """Stops the thread; batches loaded ahead are dropped."""
+        if self._loader is not None:
+            self._loader.close()
+            self._loader = None
+
+    def _batches(self, position: int, skipped_ranges: Ranges) -> Iterator[Batch]:
+        """This device's parts of the batches from a position on."""
+        part = self.batch_size // self.world_size
+        while True:
+            start = without_ranges(position + self.rank * part, skipped_ranges)
+            batch = self.stream.batch(start, part)
+            yield batch.pin() if self.pin_memory else batch
+            position += self.batch_size
+
+
+class _Loader:
+    """A thread that keeps a queue of batches filled."""
+
+    def __init__(self, batches: Iterator[Batch], prefetch: int) -> None:
+        self._batches = batches
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(prefetch)
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._load, args=(position,), name="batch-loader", daemon=True)
+        self._thread = threading.Thread(target=self._load, name="batch-loader", daemon=True)
         self._thread.start()
 
     def next(self) -> Batch:
-        """This device's part of the batch at `position`, which moves on by `batch_size`."""
-        start = time.perf_counter()
+        """The next batch; raises what went wrong in the thread."""
         batch = self._queue.get()
-        self.wait_time += time.perf_counter() - start
         if isinstance(batch, BaseException):
             raise batch
-        self.position += self.batch_size
         return batch
 
     def close(self) -> None:
-        """Ends the thread; batches loaded ahead are dropped."""
+        """Ends the thread."""
         self._closing.set()
         while self._thread.is_alive():
             while not self._queue.empty():
                 self._queue.get_nowait()
             self._thread.join(0.01)
 
-    def _load(self, position: int) -> None:
+    def _load(self) -> None:
         try:
             while not self._closing.is_set():
-                self._queue.put(self._batch(position))
-                position += self.batch_size
+                self._queue.put(next(self._batches))
         except BaseException as error:
             self._queue.put(error)
-
-    def _batch(self, position: int) -> Batch:
-        part = self.batch_size // self.world_size
-        batch = self.stream.batch(position + self.rank * part, part)
-        return batch.pin() if self.pin_memory else batch

@@ -13,15 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from cleangpt.data.batch import Batch
-from cleangpt.data.dataset import TokenDataset
-from cleangpt.data.loader import Ranges, Samples, SplitStream, Stream
+from cleangpt.data.dataset import Column, TokenDataset
+from cleangpt.data.loader import Ranges, Samples, SplitStream
 from cleangpt.data.shuffle import mix
 from cleangpt.data.tokenizers import Tokenizer
 from cleangpt.errors import UserError
@@ -230,56 +229,67 @@ def _nothing_left(names: Sequence[str], position: int, total: int) -> UserError:
 
 
 PROGRESS = (np.arange(1000) + 0.5) / 1000
-"""Where shares that change are read, to take their mean over the run."""
+"""Points of the run's progress over which changing shares are averaged."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """One store of a mixture."""
+class MixtureSource:
+    """One dataset of a mixture."""
 
-    store: TokenDataset
-    weight: Weight
-    """In proportion to the other parts'."""
-    max_epochs: int | None
-    """Passes over its training samples after which it ends; None: it never does."""
+    dataset: TokenDataset
+    name: str = ""
+    """Names its metrics, as in val_loss/NAME; a corpus on its own has no name, and its metrics are those of the run."""
+    weight: Weight = 1.0
+    """In proportion to the other sources'."""
+    max_epochs: int | None = None
+    """Passes over its training samples after which it ends; None: it repeats as long as the run does."""
 
 
 class MixedDataset:
-    """Token stores of one tokenizer, and of one chat template where some are of conversations, by name.
+    """The datasets of a run: one, or several that are mixed, with the same tokenizer, columns and chat template.
 
     Raises:
-        UserError: two of them have different ones.
+        UserError: two of them do not go together.
     """
 
-    def __init__(self, folder: Path, parts: Mapping[str, Part], error_on_exhaustion: bool) -> None:
-        self.folder, self.parts, self.error_on_exhaustion = folder, parts, error_on_exhaustion
-        first, *others = parts
-        self.tokenizer: Tokenizer = parts[first].store.tokenizer
+    def __init__(self, sources: Sequence[MixtureSource], error_on_exhaustion: bool = False) -> None:
+        self.sources, self.error_on_exhaustion = list(sources), error_on_exhaustion
+        first, *others = self.sources
+        self.tokenizer: Tokenizer = first.dataset.tokenizer
         self.vocab_size = self.tokenizer.vocab_size
-        for name in others:
-            if parts[name].store.tokenizer.to_json() != self.tokenizer.to_json():
+        self.columns = first.dataset.columns
+        for source in others:
+            if source.dataset.tokenizer.to_json() != self.tokenizer.to_json():
                 raise UserError(
-                    f"the sources {first} and {name} have different tokenizers; allowed: one for all, such as byte, or "
-                    "the tokenizer.json of one store given to the others as tokenizer_file"
+                    f"the sources {first.name} and {source.name} have different tokenizers; allowed: one for all, such "
+                    "as byte, or the tokenizer.json of one dataset given to the others as tokenizer_file"
                 )
-        templates = {name: part.store.chat_template for name, part in parts.items() if part.store.chat_template}
-        self.chat_template = next(iter(templates.values()), None)
-        for name, template in templates.items():
-            if template != self.chat_template:
+            if source.dataset.columns != self.columns:
                 raise UserError(
-                    f"the sources {next(iter(templates))} and {name} have different chat templates; allowed: one for "
+                    f"the sources {first.name} and {source.name} have different columns, "
+                    f"{_words(self.columns)} and {_words(source.dataset.columns)}; allowed: the same for all"
+                )
+        chats = [source for source in self.sources if source.dataset.chat_template]
+        self.chat_template = chats[0].dataset.chat_template if chats else None
+        for source in chats:
+            if source.dataset.chat_template != self.chat_template:
+                raise UserError(
+                    f"the sources {chats[0].name} and {source.name} have different chat templates; allowed: one for "
                     "all, given to each as chat_template"
                 )
 
 
 class MixedStream:
-    """The samples of several streams; where each stands follows from the position in the mixture."""
+    """The samples of several streams; the position in each follows from that in the mixture."""
 
     def __init__(self, streams: Mapping[str, SplitStream], interleaving: Interleaving) -> None:
         self.streams, self.interleaving = streams, interleaving
 
     def batch(self, start: int, count: int) -> Batch:
         """The samples at `count` positions from `start` on."""
+        if len(self.streams) == 1:
+            (only,) = self.streams.values()
+            return only.batch(start, count)
         sources, taken = self.interleaving.sources(start, count), self.interleaving.taken(start).tolist()
         rows, batches = [], []
         for source, stream in enumerate(self.streams.values()):
@@ -291,9 +301,9 @@ class MixedStream:
         return Batch.cat(batches).rows(back)
 
     def progress(self, position: int, skipped_ranges: Ranges = ()) -> dict[str, float]:
-        """The figures visited_share and times_visited before a position, of all sources together and of each.
+        """The metrics visited_share and times_visited before a position, of all sources together and of each.
 
-        Positions that were left out are, in each source, positions one after the other too.
+        A skipped range of the mixture is, in each source, a range too.
         """
         taken = self.interleaving.taken(position).tolist()
         bounds = [[self.interleaving.taken(bound).tolist() for bound in pair] for pair in skipped_ranges]
@@ -305,62 +315,61 @@ class MixedStream:
         seen = sum(each[name]["visited_share"] * size for name, size in sizes.items())
         total = sum(sizes.values())
         missed = sum(min(end, position) - start for start, end in skipped_ranges if start < position)
-        figures = {"visited_share": seen / total, "times_visited": (position - missed) / total}
-        for figure in list(figures):
-            figures |= {f"{figure}/{name}": progress[figure] for name, progress in each.items()}
-        return figures
+        metrics = {"visited_share": seen / total, "times_visited": (position - missed) / total}
+        for metric in list(metrics):
+            metrics |= {f"{metric}/{name}": progress[metric] for name, progress in each.items() if name}
+        return metrics
 
 
-Store = TokenDataset | MixedDataset
-
-
-def stores(store: Store) -> dict[str, TokenDataset]:
-    """The token stores of a mixture by name; of a single one, itself without a name."""
-    return {name: part.store for name, part in store.parts.items()} if isinstance(store, MixedDataset) else {"": store}
-
-
-def split_samples(store: Store, split: str, seq_len: int) -> dict[str, Samples]:
-    """The samples of a split of each source.
+def split_samples(dataset: MixedDataset, split: str, seq_len: int) -> dict[str, Samples]:
+    """The samples of a split by source; the rows of a source without a name must fill a sample, others are padded.
 
     Raises:
         UserError: a split is missing or too short, or its rows do not fit into `seq_len`.
     """
-    if isinstance(store, TokenDataset):
-        return {"": Samples(store.splits[split], seq_len, split)}
     return {
-        name: Samples(part.store.splits[split], seq_len, f"{split} (of {name})", pad_rows=True)
-        for name, part in store.parts.items()
+        source.name: Samples(
+            source.dataset.splits[split],
+            seq_len,
+            f"{split} (of {source.name})" if source.name else split,
+            pad_rows=bool(source.name),
+        )
+        for source in dataset.sources
     }
 
 
-def mean_shares(store: Store) -> dict[str, float]:
-    """Each source's share of the samples, as its weight has it, in the mean over the run."""
-    if isinstance(store, TokenDataset):
-        return {"": 1.0}
-    shares = shares_at([part.weight for part in store.parts.values()], PROGRESS).mean(axis=0)
-    return dict(zip(store.parts, (shares / shares.sum()).tolist(), strict=True))
+def mean_shares(dataset: MixedDataset) -> dict[str, float]:
+    """Each source's share of the samples by its weight, averaged over the run."""
+    shares = shares_at([source.weight for source in dataset.sources], PROGRESS).mean(axis=0)
+    names = [source.name for source in dataset.sources]
+    return dict(zip(names, (shares / shares.sum()).tolist(), strict=True))
 
 
-def training_stream(store: Store, seq_len: int, seed: int, total: int) -> Stream:
+def training_stream(dataset: MixedDataset, seq_len: int, seed: int, total: int) -> MixedStream:
     """The training samples of a run of `total` samples.
 
     Raises:
-        UserError: a training split does not fit, or a source ends where that is refused, or none is left.
+        UserError: a training split does not fit, or a source ends where that is an error, or none is left.
     """
-    samples = split_samples(store, "train", seq_len)
-    if isinstance(store, TokenDataset):
-        return SplitStream(samples[""], seed)
-    most = {
-        name: None if part.max_epochs is None else part.max_epochs * samples[name].num_training
-        for name, part in store.parts.items()
-    }
-    interleaving = interleave(list(most), [part.weight for part in store.parts.values()], list(most.values()), total)
-    for source, (name, end) in enumerate(most.items()):
-        position = None if end is None else interleaving.end(source, end)
-        if store.error_on_exhaustion and position is not None and position < total:
+    samples = split_samples(dataset, "train", seq_len)
+    most = [
+        None if source.max_epochs is None else source.max_epochs * samples[source.name].num_training
+        for source in dataset.sources
+    ]
+    interleaving = interleave(list(samples), [source.weight for source in dataset.sources], most, total)
+    for number, (name, end) in enumerate(zip(samples, most, strict=True)):
+        position = None if end is None else interleaving.end(number, end)
+        if dataset.error_on_exhaustion and position is not None and position < total:
             raise UserError(
                 f"the source {name} ends after {position:,} of the run's {total:,} samples; allowed: a larger "
                 'max_epochs or a shorter run, or corpus.when_source_ends="share"'
             )
-    streams = {name: SplitStream(part, mix(seed, source)) for source, (name, part) in enumerate(samples.items())}
+    streams = {
+        name: SplitStream(part, mix(seed, number) if name else seed)
+        for number, (name, part) in enumerate(samples.items())
+    }
     return MixedStream(streams, interleaving)
+
+
+def _words(columns: Mapping[str, Column]) -> str:
+    return ", ".join(f"{name} ({column.dtype}, {column.role})" for name, column in columns.items()) or "none"

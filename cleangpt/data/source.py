@@ -6,7 +6,7 @@ from cleangpt.data.batch import Batch
 
 
 class BatchSource(Protocol):
-    """An endless row of batches; its position is the number of samples consumed, over all devices."""
+    """An endless stream of batches; its position is the number of samples consumed, over all devices."""
 
     wait_time: float
     """Seconds that `next` has waited for a batch, since the start."""
@@ -15,16 +15,16 @@ class BatchSource(Protocol):
         """This rank's part of the next batch, on the host."""
 
     def metrics(self) -> dict[str, float]:
-        """How far it has come: share of the dataset visited, reward, length of episodes."""
+        """Metrics of what it has given so far: the share of the dataset visited, reward, length of episodes."""
 
     def skip(self, start: int, end: int) -> None:
-        """Never gives again what it gave between two positions; called before a roll-back, and outlives it."""
+        """Skips from now on what it gave between two positions; called before a roll-back, which does not undo it."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """Everything a resumed run needs."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state_dict`; what was to be skipped stays skipped."""
+        """Continues from `state_dict`; what is skipped already stays skipped."""
 
     def close(self) -> None:
-        """Stops what loads ahead."""
+        """Stops loading ahead."""

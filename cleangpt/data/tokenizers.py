@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from cleangpt.errors import UserError, require
 from cleangpt.files import parse_json, read_text
-from cleangpt.hub import fetch, is_huggingface
+from cleangpt.hub import local_path
 
 END_OF_TEXT = "<|endoftext|>"
 EOS_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
@@ -288,14 +288,13 @@ def same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
     return one.to_json() == other.to_json()
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
+def load_tokenizer(path: Path | str) -> Tokenizer:
     """The tokenizer in a JSON file, or in a folder in Hugging Face's layout, which ``hf:NAME`` means too.
 
     Raises:
         UserError: the file is missing, no UTF-8, or not a tokenizer; names the file.
     """
-    if is_huggingface(path.as_posix()):
-        path = fetch(path.as_posix())
+    path = local_path(str(path))
     if path.is_dir():
         if not (path / "tokenizer.json").is_file() and (path / "merges.txt").is_file():
             return _read_merges(path)

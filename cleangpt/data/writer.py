@@ -1,4 +1,4 @@
-"""Writes a dataset with bounded memory, and goes on where an interrupted writer stopped."""
+"""Writes a dataset in bounded memory; an interrupted writer is resumed where it last committed."""
 
 import contextlib
 import json
@@ -13,7 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cleangpt.data.chat_template import CHAT_TEMPLATE, ChatTemplate
-from cleangpt.data.dataset import CARD, FORMAT, JOURNAL, SPLITS, STORE, TOKENIZER, TokenDataset
+from cleangpt.data.dataset import (
+    CARD,
+    DATASET,
+    FORMAT,
+    JOURNAL,
+    SPLITS,
+    TOKENIZER,
+    Column,
+    TokenDataset,
+    check_column_names,
+    describe_columns,
+)
 from cleangpt.data.tokenizers import Tokenizer
 from cleangpt.errors import UserError
 from cleangpt.files import PARTIAL, commit_folder, read_json, sha256, write_json, write_text
@@ -23,21 +34,21 @@ SHARD_TOKENS = 2**28
 
 @dataclass
 class SplitFacts:
-    """Counts of one split; `length_histogram[k]` counts the documents of 2**k to 2**(k+1) - 1 tokens.
-
-    `unfinished` is the part of `tokens` whose document has not ended yet; `counts` is what a corpus counts besides.
-    """
+    """Counts of one split."""
 
     tokens: int = 0
     unfinished: int = 0
+    """Of `tokens`: those at the end whose document has not ended yet."""
     documents: int = 0
     text_bytes: int = 0
     longest_document: int = 0
     length_histogram: dict[int, int] = field(default_factory=dict)
+    """Documents of 2**k to 2**(k+1) - 1 tokens, by k."""
     counts: dict[str, int] = field(default_factory=dict)
+    """Whatever else a corpus counts, for the card."""
 
     def add(self, tokens: int, lengths: NDArray[np.int64], text_bytes: int, counts: Mapping[str, int]) -> None:
-        """Counts `tokens` of `text_bytes` bytes of UTF-8 text, and the whole `lengths` of the documents that ended."""
+        """Adds `tokens` from `text_bytes` bytes of UTF-8, and the full `lengths` of the documents that ended."""
         self.tokens += tokens
         self.unfinished += tokens - int(lengths.sum())
         self.documents += len(lengths)
@@ -52,10 +63,10 @@ class SplitFacts:
 
 
 class DatasetWriter:
-    """Writes a token store in bounded memory; nothing stands at `folder` before `finish`.
+    """Writes a dataset in bounded memory; nothing appears at `folder` before `finish`.
 
-    Work in progress lies in `folder` + ".partial". `commit` notes how far the source has been read, so that the next
-    writer of the same corpus, source and tokenizer finds it in `position` and goes on there.
+    Work in progress is in `folder` + ".partial". `commit` records how far the source has been read: the next writer of
+    the same corpus, source, tokenizer and columns finds it in `position` and continues there.
     """
 
     def __init__(
@@ -67,13 +78,15 @@ class DatasetWriter:
         source: Any = None,
         row_length: int | None = None,
         masked: bool = False,
+        columns: Mapping[str, Column] | None = None,
         chat_template: ChatTemplate | None = None,
         shard_tokens: int = SHARD_TOKENS,
     ) -> None:
         self.folder, self.partial = folder, folder.with_name(folder.name + PARTIAL)
         self.corpus, self.tokenizer, self.source = corpus, tokenizer, source
         self.row_length, self.masked, self.shard_tokens = row_length, masked, shard_tokens
-        self.chat_template = chat_template
+        self.columns, self.chat_template = dict(columns or {}), chat_template
+        check_column_names(self.columns)
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
         self.position = 0
         self.splits: dict[str, SplitFacts] = {}
@@ -92,15 +105,16 @@ class DatasetWriter:
         lengths: NDArray[np.int64],
         *,
         mask: NDArray[np.uint8] | None = None,
+        columns: Mapping[str, NDArray[Any]] | None = None,
         text_bytes: int = 0,
         counts: Mapping[str, int] | None = None,
     ) -> None:
         """Adds `tokens` to a split, and the `lengths` of the documents that end among them, in tokens of this call.
 
-        What follows the last end begins a document that goes on in the next call.
+        Tokens after the last end belong to a document that continues in the next call.
 
         Raises:
-            UserError: an id is not one of the tokenizer's.
+            UserError: an id is not in the tokenizer's vocabulary, or the columns do not fit the tokens.
         """
         facts = self.splits.setdefault(split, SplitFacts())
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.tokenizer.vocab_size:
@@ -109,6 +123,7 @@ class DatasetWriter:
                 f"token {facts.tokens + wrong:,} of the split {split} would be {tokens[wrong]}; allowed: ids below "
                 f"{self.tokenizer.vocab_size:,}, the tokenizer's"
             )
+        self._check_columns(columns or {}, len(tokens))
         if len(lengths):
             lengths = np.concatenate([[lengths[0] + facts.unfinished], lengths[1:]]).astype(np.int64)
         if self.row_length is None:
@@ -123,11 +138,15 @@ class DatasetWriter:
             if self.masked:
                 assert mask is not None
                 self._write(f"{split}_{shard:05d}.mask", np.asarray(mask[part], dtype=np.uint8).tobytes(), full)
+            for name, column in self.columns.items():
+                assert columns is not None
+                content = np.asarray(columns[name][part], dtype=column.on_disk).tobytes()
+                self._write(f"{split}_{shard:05d}.{name}.bin", content, full)
             written = part.stop
         facts.add(len(tokens), lengths, text_bytes, counts or {})
 
     def commit(self, position: int) -> None:
-        """Makes all that was appended durable, together with `position`, which the caller counts in its own units."""
+        """Makes everything appended durable, together with `position`, which the caller counts in its own units."""
         self._flush()
         self.position = position
         facts = {name: asdict(split) for name, split in self.splits.items()}
@@ -135,11 +154,11 @@ class DatasetWriter:
         write_json(self.partial / JOURNAL, self._identity() | {"position": position, "splits": facts, "sizes": sizes})
 
     def data_files(self) -> list[Path]:
-        """The files of tokens, masks and document starts written so far, by name."""
+        """The files of tokens, masks, columns and document starts written so far, sorted by name."""
         return sorted(path for path in self.partial.iterdir() if path.suffix in (".bin", ".mask"))
 
     def finish(self, card: Callable[[dict[str, Any]], str], **facts: Any) -> TokenDataset:
-        """Writes the description (`facts` are added to it) and the card made of it, and the store appears at `folder`.
+        """Writes the description (with `facts` added) and the card made of it; the dataset appears at `folder`.
 
         Raises:
             ValueError: a document has not ended.
@@ -155,11 +174,12 @@ class DatasetWriter:
             "dtype": self.dtype.name,
             "vocab_size": self.tokenizer.vocab_size,
             "row_length": self.row_length,
+            "columns": describe_columns(self.columns),
             "splits": {name: self._describe(name, self.splits[name]) for name in sorted(self.splits, key=_rank)},
             "sha256": {path.name: sha256(path) for path in self.data_files()},
             **facts,
         }
-        write_json(self.partial / STORE, description)
+        write_json(self.partial / DATASET, description)
         write_text(self.partial / CARD, card(description))
         (self.partial / JOURNAL).unlink(missing_ok=True)
         commit_folder(self.partial, self.folder)
@@ -168,10 +188,26 @@ class DatasetWriter:
     def close(self) -> None:
         """Closes all files; what was committed stays for the next writer."""
         for file in self._files.values():
-            # What is left in a buffer was never committed; a full disk, which would fail here again, has been told.
+            # What a buffer still holds was never committed; a full disk, which fails here again, was reported before.
             with contextlib.suppress(OSError):
                 file.close()
         self._files.clear()
+
+    def _check_columns(self, columns: Mapping[str, NDArray[Any]], tokens: int) -> None:
+        if columns.keys() != self.columns.keys():
+            names = [", ".join(entry) or "none" for entry in (columns, self.columns)]
+            raise UserError(f"the columns appended are {names[0]}; allowed: those of the dataset, {names[1]}")
+        for name, values in columns.items():
+            if values.shape != (tokens,):
+                raise UserError(f"the column {name} has values {values.shape}; allowed: one per token, ({tokens},)")
+            dtype = self.columns[name].on_disk
+            if dtype.kind != "f" and tokens:
+                low, high, limits = values.min(), values.max(), np.iinfo(dtype)
+                if values.dtype.kind == "f" or not limits.min <= int(low) <= int(high) <= limits.max:
+                    raise UserError(
+                        f"the column {name} has {values.dtype} from {low} to {high}; allowed: whole numbers from "
+                        f"{limits.min} to {limits.max}, which {dtype.name} holds"
+                    )
 
     def _flush(self) -> None:
         for file in self._files.values():
@@ -184,6 +220,7 @@ class DatasetWriter:
             "corpus": self.corpus,
             "source": self.source,
             "tokenizer": self.tokenizer.to_json(),
+            "columns": describe_columns(self.columns),
             "chat_template": self.chat_template and self.chat_template.to_json(),
             "shard_tokens": self.shard_tokens,
         }
@@ -191,7 +228,7 @@ class DatasetWriter:
         return identity
 
     def _restore(self) -> None:
-        """Goes back to the last commit of an interrupted writer of the same store, or to nothing."""
+        """Returns to the last commit of an interrupted writer of the same dataset, or to an empty folder."""
         try:
             journal = read_json(self.partial / JOURNAL)
         except UserError:
@@ -217,7 +254,7 @@ class DatasetWriter:
         return self._files[name]
 
     def _write(self, name: str, content: bytes, full: bool) -> None:
-        """Appends to a file, and closes one that is full, so that few are open however many shards there are."""
+        """Appends to a file, and closes it when it is full, so that few files are open at a time."""
         file = self._file(name)
         file.write(content)
         if full:
@@ -233,6 +270,8 @@ class DatasetWriter:
             entry: dict[str, Any] = {"file": f"{name}_{index:05d}.bin", "tokens": tokens}
             if self.masked:
                 entry["mask_file"] = f"{name}_{index:05d}.mask"
+            if self.columns:
+                entry["column_files"] = {column: f"{name}_{index:05d}.{column}.bin" for column in self.columns}
             shards.append(entry)
         document_file = f"{name}_documents.bin" if self.row_length is None else None
         counts = {key: value for key, value in asdict(facts).items() if key != "unfinished"}
@@ -250,7 +289,7 @@ def _size(path: Path) -> int:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What is appended to one split at once; see `StoreWriter.append`."""
+    """What is appended to one split at a time; see `DatasetWriter.append`."""
 
     split: str
     tokens: NDArray[Any]
@@ -258,8 +297,10 @@ class Chunk:
     text_bytes: int
     mask: NDArray[np.uint8] | None = None
     counts: Mapping[str, int] = field(default_factory=dict)
-    """What the card tells besides."""
+    """Whatever else the card is to count."""
+    columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    """One value per token for each column of the dataset."""
 
 
 Groups = Iterator[tuple[int, list[Chunk]]]
-"""How much of the source has been read after a group, in the unit of the total, and the chunks of the group."""
+"""After each group: how much of the source has been read, in units of the total; and the chunks of the group."""

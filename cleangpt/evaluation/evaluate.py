@@ -12,7 +12,7 @@ from cleangpt.checkpoints.run_folder import read_experiment
 from cleangpt.corpora import prepare
 from cleangpt.corpora.mixture import tasks
 from cleangpt.data.loader import validation_batches
-from cleangpt.data.mixing import Store, mean_shares, split_samples, stores
+from cleangpt.data.mixing import MixedDataset, mean_shares, split_samples
 from cleangpt.distributed.device import autocast, compute_dtype
 from cleangpt.errors import UserError, nearest
 from cleangpt.evaluation.tasks import SCORES
@@ -34,7 +34,8 @@ def evaluate_run(run: Path, checkpoint: str | None, split: str | None, device: t
     store = prepare(experiment.corpus, Path(experiment.data.folder))
     _check(experiment, loaded, store)
     name = _split(store, split)
-    model, splits = loaded.model(device), {source: part.splits[name] for source, part in stores(store).items()}
+    model = loaded.model(device)
+    splits = {source.name: source.dataset.splits[name] for source in store.sources}
     samples = split_samples(store, name, experiment.data.seq_len)
     context = autocast(device, compute_dtype(device, experiment.training.precision))
     data, losses = experiment.data, {}
@@ -67,7 +68,7 @@ def table(figures: dict[str, Any]) -> None:
     Console().print(rows)
 
 
-def _check(experiment: Experiment, checkpoint: Checkpoint, store: Store) -> None:
+def _check(experiment: Experiment, checkpoint: Checkpoint, store: MixedDataset) -> None:
     """Refuses a run whose parts do not belong together."""
     check_experiment(experiment)
     model = checkpoint.config
@@ -79,9 +80,9 @@ def _check(experiment: Experiment, checkpoint: Checkpoint, store: Store) -> None
             raise UserError(f"{checkpoint.folder} knows {most:,} {name}, its run has {needed:,}: it is of another run")
 
 
-def _split(store: Store, wanted: str | None) -> str:
+def _split(store: MixedDataset, wanted: str | None) -> str:
     """The split to evaluate: every source must have it."""
-    first, *others = (part.splits for part in stores(store).values())
+    first, *others = (source.dataset.splits for source in store.sources)
     known = [name for name in first if all(name in splits for splits in others)]
     name = wanted or ("test" if "test" in known else "val")
     if name not in known:

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 
 from cleangpt.config import FineTuningConfig, TrainingConfig
-from cleangpt.corpora import store_folder
+from cleangpt.corpora import dataset_folder
 from cleangpt.corpora.mixture import Mixture
-from cleangpt.data.dataset import STORE, TokenDataset
+from cleangpt.data.dataset import TokenDataset, is_dataset
 from cleangpt.distributed.datasheets import Device
 from cleangpt.distributed.layout import Layout, choose_degrees
 from cleangpt.errors import UserError
@@ -106,10 +106,10 @@ def with_vocabulary(experiment: Experiment) -> Experiment:
         return experiment
     # All sources of a mixture have the same tokenizer.
     corpus = experiment.corpus.sources[0].corpus if isinstance(experiment.corpus, Mixture) else experiment.corpus
-    facts = store_folder(corpus, Path(experiment.data.folder)) / STORE
-    if not facts.is_file():
+    folder = dataset_folder(corpus, Path(experiment.data.folder))
+    if not is_dataset(folder):
         raise UserError("model.vocab_size is None and the corpus is not prepared; give --model.vocab-size")
-    return replace(experiment, model=replace(experiment.model, vocab_size=TokenDataset(facts.parent).vocab_size))
+    return replace(experiment, model=replace(experiment.model, vocab_size=TokenDataset(folder).vocab_size))
 
 
 def make_plan(

@@ -7,7 +7,7 @@ import torch
 
 from cleangpt.config import FineTuningConfig
 from cleangpt.data.loader import Stream
-from cleangpt.data.mixing import MixedDataset, Store, split_samples, stores, training_stream
+from cleangpt.data.mixing import MixedDataset, split_samples, training_stream
 from cleangpt.distributed.device import describe_device
 from cleangpt.distributed.layout import Layout, state_bytes
 from cleangpt.errors import UserError
@@ -42,12 +42,12 @@ def resolve(experiment: Experiment, vocab_size: int) -> Experiment:
     return dataclasses.replace(experiment, model=model)
 
 
-def open_stream(experiment: Experiment, store: Store) -> Stream:
+def open_stream(experiment: Experiment, store: MixedDataset) -> Stream:
     """The training samples of the experiment's run; see `training_stream`."""
     return training_stream(store, experiment.data.seq_len, experiment.training.seed, total_samples(experiment))
 
 
-def check_store(experiment: Experiment, store: Store) -> None:
+def check_store(experiment: Experiment, store: MixedDataset) -> None:
     """Refuses a store that cannot be cut into the samples of the experiment.
 
     Raises:
@@ -58,7 +58,7 @@ def check_store(experiment: Experiment, store: Store) -> None:
 
 
 def summary(
-    experiment: Experiment, run: Path, store: Store, model: LanguageModel, device: torch.device, place: Layout
+    experiment: Experiment, run: Path, store: MixedDataset, model: LanguageModel, device: torch.device, place: Layout
 ) -> list[str]:
     """What is about to be trained, on what, how much of it and in how much memory of each device, as lines."""
     data, training = experiment.data, experiment.training
@@ -82,15 +82,15 @@ def summary(
     ]
 
 
-def _data_lines(experiment: Experiment, store: Store) -> list[str]:
+def _data_lines(experiment: Experiment, store: MixedDataset) -> list[str]:
     """A line for each source: its share of the run where there are several, its tokens, and how often it is visited."""
     progress = open_stream(experiment, store).progress(total_samples(experiment))
     samples = split_samples(store, "train", experiment.data.seq_len)
     lines = []
-    for name, part in stores(store).items():
+    for name, part in ((source.name, source.dataset) for source in store.sources):
         times = progress[of_source("times_visited", name)]
         share = times * samples[name].num_training / total_samples(experiment)
-        words = f"{name}: {100 * share:.2f} % of the samples, " if isinstance(store, MixedDataset) else ""
+        words = f"{name}: {100 * share:.2f} % of the samples, " if name else ""
         tokens = part.splits["train"].tokens
         lines.append(
             f"data     {words}{tokens:,} training tokens in {part.folder}, {times:.2f} times visited at the end"

@@ -21,8 +21,8 @@ from cleangpt.checkpoints.snapshots import (
 )
 from cleangpt.corpora.mixture import tasks
 from cleangpt.data.batch import Batch
-from cleangpt.data.loader import BatchLoader, StreamWithout, add_range, validation_batches
-from cleangpt.data.mixing import Store, mean_shares, split_samples, stores
+from cleangpt.data.loader import DatasetSource, validation_batches, without_ranges
+from cleangpt.data.mixing import MixedDataset, mean_shares, split_samples
 from cleangpt.data.tokenizers import same_tokens
 from cleangpt.distributed.device import (
     RandomState,
@@ -75,7 +75,7 @@ class Trainer:
     """Trains the experiment of a run, from its newest snapshot where there is one."""
 
     def __init__(
-        self, experiment: Experiment, run: Path, store: Store, progress: ProgressBar, ranks: Ranks | None = None,
+        self, experiment: Experiment, run: Path, store: MixedDataset, progress: ProgressBar, ranks: Ranks | None = None,
         end: float | None = None,
     ) -> None:  # fmt: skip
         """`end` is when the run must have saved and ended, in seconds since 1970; None: when it is done."""
@@ -99,7 +99,11 @@ class Trainer:
             seed_everything(training.seed + self.ranks.rank)  # every process drops out activations of its own
         self.model.loss_chunk = training.loss_chunk
         self.micro_batch_size = training.micro_batch_size or data.batch_size // self.layout.parts
-        self.stream = StreamWithout(open_stream(experiment, store), [])
+        self.source = DatasetSource(
+            open_stream(experiment, store), data.batch_size, prefetch=data.prefetch,
+            pin_memory=self.device.type == "cuda", rank=self.layout.part(self.ranks.rank),
+            world_size=self.layout.parts,
+        )  # fmt: skip
         self.val_samples, self.val_losses = split_samples(store, "val", data.seq_len), dict[str, float]()
         self.stop, self.stopping, self.failing = StopRequest(), False, False
         self.reason: str | None = None
@@ -123,20 +127,6 @@ class Trainer:
         self.trackers = NullTracker(run) if not self.ranks.is_main else open_trackers(
             experiment, experiment_json(experiment), run, snapshot.get("trackers"), last_logged, progress.log
         )  # fmt: skip
-        self.loader = self._open_loader()
-
-    def _open_loader(self) -> BatchLoader:
-        data = self.experiment.data
-        self.stream.skipped_ranges = self.position.skipped_ranges
-        return BatchLoader(
-            self.stream,
-            data.batch_size,
-            self.position.samples,
-            prefetch=data.prefetch,
-            pin_memory=self.device.type == "cuda",
-            rank=self.layout.part(self.ranks.rank),
-            world_size=self.layout.parts,
-        )
 
     def _build_model(self) -> None:
         """The model spread over the devices, and the way to call it: compiled, and in the precision asked for."""
@@ -197,7 +187,7 @@ class Trainer:
         self.model.train()
         size = samples_per_macro_batch(self.experiment)
         end = (self.position.macro_batch + 1) * size
-        started, waited, told = time.perf_counter(), self.loader.wait_time, time.perf_counter()
+        started, waited, told = time.perf_counter(), self.source.wait_time, time.perf_counter()
         while self.position.samples < end and not self._agree_to_stop() and self.spikes.found is None:
             self.step()
             if time.perf_counter() - told > 0.25:
@@ -205,7 +195,7 @@ class Trainer:
                 self._update_progress(self.meter.seconds + told - started)
         self.meter.sums.sum().item()  # waits for the device, so that the time is that of the work
         self.meter.seconds += time.perf_counter() - started
-        self.meter.waited += self.loader.wait_time - waited
+        self.meter.waited += self.source.wait_time - waited
         self._check_skipped()
 
     def step(self) -> None:
@@ -214,7 +204,7 @@ class Trainer:
         count = schedules.accumulation(self.experiment, self.position.samples)
         lr = schedules.learning_rate(self.experiment, self.position.samples, count)
         weight_decay = schedules.weight_decay(self.experiment, self.position.samples, count)
-        batches = [self.loader.next() for _ in range(count)]
+        batches = [self.source.next() for _ in range(count)]
         before = self.meter.sums[0].clone() if self.spikes.enabled else None
         (targets,) = self.ranks.sum(sum(map(self.objective.count, batches)) / self.layout.tensor)
         for number, batch in enumerate(batches, start=1):
@@ -290,7 +280,7 @@ class Trainer:
         if reason:
             self.progress.log(f"the checkpoint of macro-batch {macro_batch} could not be saved: {reason}")
         if tracking.sample_tokens:
-            first, *_ = stores(self.store).values()
+            first = self.store.sources[0].dataset
             with uncompiled():
                 text = sample_text(
                     self.model, first, tracking.sample_prompt, tracking.sample_tokens, self.device, macro_batch
@@ -359,6 +349,10 @@ class Trainer:
             state = load_snapshot(path, live, self.snapshots.group)
         with parsing(path, RuntimeError):
             self.position.load_state_dict(state["position"])
+            self.source.load_state_dict(
+                {"samples": self.position.samples, "skipped_ranges": self.position.skipped_ranges}
+            )
+            self.position.skipped_ranges = self.source.skipped_ranges
             self.meter.load_state_dict(state["meter"], self.ranks)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -424,7 +418,7 @@ class Trainer:
         experiment, meter, position = self.experiment, self.meter, self.position
         (train_loss,) = self.ranks.sum(meter.sums[0].item() / max(meter.targets, 1))
         waited, peaks = zip(*self.ranks.gather((meter.waited, peak_memory(self.device))), strict=True)
-        splits = {name: store.splits["val"] for name, store in stores(self.store).items()}
+        splits = {source.name: source.dataset.splits["val"] for source in self.store.sources}
         return {
             "macro_batch": position.macro_batch,
             "step": position.step,
@@ -439,7 +433,7 @@ class Trainer:
             "weight_decay": meter.weight_decay,
             "training_batch_size": meter.samples / meter.steps,
             "grad_norm": meter.sums[1].item() / meter.steps,
-            **self.stream.progress(position.samples),
+            **self.source.metrics(),
             **self._throughput(meter.seconds),
             "step_time": meter.seconds / meter.steps,
             "data_wait_share": max(waited) / meter.seconds,
@@ -462,9 +456,9 @@ class Trainer:
         self.model.eval()
         with uncompiled():
             return {
-                of_source(task, name): SCORES[task](self.model, store.splits["val"], count, self.device)
-                for name, store in stores(self.store).items()
-                if (task := wanted.get(name))
+                of_source(task, source.name): SCORES[task](self.model, source.dataset.splits["val"], count, self.device)
+                for source in self.store.sources
+                if (task := wanted.get(source.name))
             }
 
     def _update_progress(self, seconds: float) -> None:
@@ -477,7 +471,7 @@ class Trainer:
                 # Of this process's part of the targets, which stands for all.
                 "train_loss": self.meter.sums[0].item() * self.ranks.world_size / max(self.meter.targets, 1),
                 "lr": self.meter.lr,
-                "visited_share": self.stream.progress(self.position.samples)["visited_share"],
+                "visited_share": self.source.metrics()["visited_share"],
                 **self._throughput(seconds),
             },
         )
@@ -508,15 +502,14 @@ class Trainer:
         if path is None or rollbacks >= training.max_rollbacks:
             why = "no whole snapshot is left" if path is None else f"training.max_rollbacks is {rollbacks}"
             raise DivergedError(f"the loss has spiked before step {step:,}, and {why}; a lower optimizer.lr may help")
-        first, last = self.stream.place(max(begin, self._samples(path))), self.stream.place(found - 1) + 1
-        skipped_ranges = add_range(self.position.skipped_ranges, first, last)
+        start = max(begin, self._samples(path))
+        first, last = (without_ranges(position, self.source.skipped_ranges) for position in (start, found - 1))
+        self.source.skip(start, found)
         state = self._load(path)
-        self.position.skipped_ranges, self.position.time_trained = skipped_ranges, spent
+        self.position.time_trained = spent
         self.spikes.rollbacks, self.failing = rollbacks + 1, False
         self.trackers.rewind(state["trackers"], self.position.macro_batch)
-        self.loader.close()
-        self.loader = self._open_loader()
-        self.progress.log(f"the loss has spiked; samples {first:,} to {last - 1:,} of the data are left out")
+        self.progress.log(f"the loss has spiked; samples {first:,} to {last:,} of the data are left out")
         return True
 
     def _snapshot_before(self, samples: int) -> Path | None:
@@ -618,7 +611,7 @@ class Trainer:
         self.progress.close()
         self._note(status)
         self.trackers.close(status)
-        self.loader.close()
+        self.source.close()
 
     def _note(self, status: str | None) -> None:
         """Leaves word of how the run has ended, where there is room for it on the disk."""

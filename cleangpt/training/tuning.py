@@ -14,7 +14,7 @@ from typing import Any
 
 from cleangpt.checkpoints.run_folder import difference, experiment_json, open_run
 from cleangpt.config import EarlyStoppingConfig, SavingConfig, TrackingConfig, peak
-from cleangpt.data.mixing import Store
+from cleangpt.data.mixing import MixedDataset
 from cleangpt.distributed.processes import Ranks
 from cleangpt.errors import DivergedError, RunFailedError, UserError
 from cleangpt.experiment import Experiment
@@ -112,7 +112,7 @@ class Tuning:
     """
 
     def __init__(
-        self, experiment: Experiment, folder: Path, store: Store, ranks: Ranks, log: Callable[[str], None]
+        self, experiment: Experiment, folder: Path, store: MixedDataset, ranks: Ranks, log: Callable[[str], None]
     ) -> None:
         self.experiment, self.folder, self.store, self.ranks, self.log = experiment, folder, store, ranks, log
         self.losses: dict[float, float] = {}

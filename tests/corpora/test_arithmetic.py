@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from cleangpt.corpora import Adder, Multiplier, prepare
+from cleangpt.corpora import Adder, Multiplier, prepare_dataset
 from cleangpt.corpora.adder_chat import AdderChat
 from cleangpt.corpora.arithmetic import Arithmetic
 from cleangpt.data.dataset import TokenDataset
@@ -62,7 +62,7 @@ def test_every_row_is_a_true_problem(
 @pytest.mark.parametrize("digits", [1, 2])
 def test_the_splits_are_every_problem_once(kind: type[Arithmetic], digits: int, tmp_path: Path) -> None:
     corpus = kind(digits=digits)
-    store = prepare(corpus, tmp_path, console=QUIET)
+    store = prepare_dataset(corpus, tmp_path, console=QUIET)
     parts = {name: rows(store, name) for name in ("train", "val", "test")}
     every = {solved(left, right, corpus) for left in range(10**digits) for right in range(10**digits)}
     assert sorted(itertools.chain(*parts.values())) == sorted(every)
@@ -71,7 +71,7 @@ def test_the_splits_are_every_problem_once(kind: type[Arithmetic], digits: int, 
 
 def test_sizes_are_as_asked(tmp_path: Path) -> None:
     corpus = Adder(digits=3, train_samples=70_000, val_samples=30, test_samples=20)
-    store = prepare(corpus, tmp_path, console=QUIET)
+    store = prepare_dataset(corpus, tmp_path, console=QUIET)
     parts = [set(rows(store, name)) for name in ("train", "val", "test")]
     assert [len(part) for part in parts] == [70_000, 30, 20]
     assert len(set.union(*parts)) == 70_050
@@ -79,7 +79,7 @@ def test_sizes_are_as_asked(tmp_path: Path) -> None:
 
 
 def test_the_mask_is_stored(tmp_path: Path) -> None:
-    store = prepare(Adder(digits=1), tmp_path, console=QUIET)
+    store = prepare_dataset(Adder(digits=1), tmp_path, console=QUIET)
     split = store.splits["train"]
     assert split.read_mask(0, split.tokens).reshape(-1, 7).tolist() == [[0, 0, 0, 0, 1, 1, 1]] * 80
 
@@ -109,7 +109,7 @@ def test_another_seed_holds_out_other_problems() -> None:
 )
 def test_a_field_out_of_range_is_named_and_nothing_is_made(corpus: Arithmetic, field: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        prepare(corpus, tmp_path / "data", console=QUIET)
+        prepare_dataset(corpus, tmp_path / "data", console=QUIET)
     assert field in str(caught.value)
     assert not (tmp_path / "data").exists()
 
@@ -132,7 +132,7 @@ def test_an_answer_that_shows_its_work_is_true_at_every_step(digits: int, data: 
 
 def test_a_row_is_one_conversation_and_its_answer_is_the_target(tmp_path: Path) -> None:
     corpus = AdderChat(digits=1)
-    store = prepare(corpus, tmp_path, console=QUIET)
+    store = prepare_dataset(corpus, tmp_path, console=QUIET)
     template = store.chat_template
     assert template is not None
     asked = set()
@@ -152,7 +152,7 @@ def test_a_row_is_one_conversation_and_its_answer_is_the_target(tmp_path: Path) 
             assert ids[counted == 1][-1] == store.tokenizer.eos_id
             asked.add((left, right))
     assert asked == {(left, right) for left in range(10) for right in range(10)}
-    assert store.facts["splits"]["val"]["text_bytes"] < store.facts["splits"]["val"]["tokens"]
+    assert store.description["splits"]["val"]["text_bytes"] < store.description["splits"]["val"]["tokens"]
 
 
 def test_the_longest_conversation_fills_a_row() -> None:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from cleangpt.checkpoints.checkpoint import load_checkpoint
 from cleangpt.config import Source
-from cleangpt.corpora import prepare
+from cleangpt.corpora import prepare_dataset
 from cleangpt.corpora.conversations import Chat
 from cleangpt.corpora.mixture import Mixture
 from cleangpt.data.batch import IGNORED
@@ -57,7 +57,7 @@ def asked(tmp_path: Path) -> str:
 
 def make(folder: Path, **fields: Any) -> TokenDataset:
     fields = {"pack": 127, "val_fraction": 0.2, "vocab_size": 300} | fields
-    return prepare(Chat(**fields), folder / "data", console=QUIET)  # type: ignore[return-value]
+    return prepare_dataset(Chat(**fields), folder / "data", console=QUIET)  # type: ignore[return-value]
 
 
 def rows(store: TokenDataset, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -148,8 +148,8 @@ def test_a_system_message_may_be_given_to_all_that_have_none(tmp_path: Path) -> 
 
 def test_the_split_is_of_whole_conversations_and_the_same_every_time(asked: str, tmp_path: Path) -> None:
     first, second = (make(tmp_path / name, files=(asked,)) for name in ("one", "two"))
-    assert first.facts["sha256"] == second.facts["sha256"]
-    assert 20 < first.facts["splits"]["val"]["counts"]["conversations"] < 60
+    assert first.description["sha256"] == second.description["sha256"]
+    assert 20 < first.description["splits"]["val"]["counts"]["conversations"] < 60
 
 
 # What is left out ----------------------------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ def test_a_batch_has_the_answers_as_its_targets(tiny: Any, trainer: Any, asked: 
 def test_a_mixture_takes_conversations_of_one_template_only(asked: str, tmp_path: Path) -> None:
     (tmp_path / "other.jinja").write_text(PLAIN + "\n", encoding="utf-8")
     chats = [Chat(files=(asked,), val_fraction=0.2, system=system) for system in ("One.", "Two.")]
-    mixed = prepare(
+    mixed = prepare_dataset(
         Mixture(sources=tuple(Source(name=f"s{n}", corpus=chat) for n, chat in enumerate(chats))),
         tmp_path / "data",
         console=QUIET,
@@ -304,7 +304,7 @@ def test_a_mixture_takes_conversations_of_one_template_only(asked: str, tmp_path
     assert mixed.chat_template is not None and mixed.chat_template.source == PLAIN
     chats[1] = Chat(files=(asked,), val_fraction=0.2, chat_template=str(tmp_path / "other.jinja"))
     with pytest.raises(UserError, match="the sources s0 and s1 have different chat templates"):
-        prepare(
+        prepare_dataset(
             Mixture(sources=tuple(Source(name=f"s{n}", corpus=chat) for n, chat in enumerate(chats))),
             tmp_path / "data",
             console=QUIET,

@@ -19,7 +19,7 @@ import pytest
 from rich.console import Console
 
 from cleangpt.config import CorpusConfig
-from cleangpt.corpora import CORPORA, Corpus, base, prepare, reading, shakespeare_char, store_folder, text
+from cleangpt.corpora import CORPORA, Corpus, base, dataset_folder, prepare_dataset, reading, shakespeare_char, text
 from cleangpt.corpora.adder import Adder
 from cleangpt.corpora.shakespeare_char import ShakespeareChar
 from cleangpt.corpora.stdlib import Stdlib
@@ -81,7 +81,7 @@ def test_only_arithmetic_has_a_task() -> None:
 
 
 def test_each_set_of_fields_has_its_own_folder(tmp_path: Path) -> None:
-    folders = [store_folder(Adder(digits=digits), tmp_path).name for digits in (1, 2, 2)]
+    folders = [dataset_folder(Adder(digits=digits), tmp_path).name for digits in (1, 2, 2)]
     assert re.fullmatch(r"adder-[0-9a-f]{8}", folders[0])
     assert folders[1] == folders[2] != folders[0]
 
@@ -92,37 +92,39 @@ def test_a_corpus_of_ones_own_must_be_registered(tmp_path: Path, monkeypatch: py
         pass
 
     with pytest.raises(UserError, match=re.escape("CORPORA['mine'] = Mine")):
-        prepare(Mine(digits=1), tmp_path, console=QUIET)
+        prepare_dataset(Mine(digits=1), tmp_path, console=QUIET)
     with pytest.raises(UserError, match="a CorpusConfig; allowed: a subclass"):
-        prepare(CorpusConfig(), tmp_path, console=QUIET)
+        prepare_dataset(CorpusConfig(), tmp_path, console=QUIET)
     monkeypatch.setitem(CORPORA, "mine", Mine)
-    assert prepare(Mine(digits=1), tmp_path, console=QUIET).facts["corpus"]["kind"] == "mine"
+    assert prepare_dataset(Mine(digits=1), tmp_path, console=QUIET).description["corpus"]["kind"] == "mine"
 
 
 def test_a_store_is_opened_not_made_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = prepare(Adder(digits=1), tmp_path, console=QUIET)
+    first = prepare_dataset(Adder(digits=1), tmp_path, console=QUIET)
     monkeypatch.setattr(Adder, "prepare", lambda *_: pytest.fail("prepared twice"))
-    assert prepare(Adder(digits=1), tmp_path, console=QUIET).facts == first.facts
+    assert prepare_dataset(Adder(digits=1), tmp_path, console=QUIET).description == first.description
 
 
 def test_again_makes_it_anew(tmp_path: Path) -> None:
     name = write(tmp_path / "a.txt", ROMAN)
     corpus = Text(files=(name,))
-    prepare(corpus, tmp_path / "data", console=QUIET)
+    prepare_dataset(corpus, tmp_path / "data", console=QUIET)
     write(tmp_path / "a.txt", ROMAN * 2)
     said = io.StringIO()
-    assert prepare(corpus, tmp_path / "data", console=Console(file=said)).splits["train"].documents == 1
+    assert prepare_dataset(corpus, tmp_path / "data", console=Console(file=said)).splits["train"].documents == 1
     assert "a.txt has changed since" in said.getvalue()
-    store = prepare(corpus, tmp_path / "data", again=True, console=QUIET)
+    store = prepare_dataset(corpus, tmp_path / "data", again=True, console=QUIET)
     assert sum(split.text_bytes for split in store.splits.values()) == 2 * len(ROMAN)
     assert [path.name for path in (tmp_path / "data").iterdir()] == [store.folder.name]
 
 
 def test_a_store_that_was_being_replaced_when_a_crash_came_is_opened(tmp_path: Path) -> None:
-    store = prepare(Adder(digits=1), tmp_path, console=QUIET)
-    made = (store.folder / "store.json").stat().st_mtime_ns
+    store = prepare_dataset(Adder(digits=1), tmp_path, console=QUIET)
+    made = (store.folder / "dataset.json").stat().st_mtime_ns
     store.folder.rename(store.folder.with_name(store.folder.name + ".old"))
-    assert (prepare(Adder(digits=1), tmp_path, console=QUIET).folder / "store.json").stat().st_mtime_ns == made
+    assert (
+        prepare_dataset(Adder(digits=1), tmp_path, console=QUIET).folder / "dataset.json"
+    ).stat().st_mtime_ns == made
     assert list(tmp_path.iterdir()) == [store.folder]
 
 
@@ -130,7 +132,7 @@ def test_the_card_tells_the_facts(tmp_path: Path) -> None:
     said = io.StringIO()
     texts = ["x" * length for length in (1, 2, 3, 4, 7, 8, 100)] * 20
     corpus = Text(files=(write_jsonl(tmp_path / "a.jsonl", texts),), val_fraction=0.2)
-    store = prepare(corpus, tmp_path / "data", console=Console(file=said, width=60))
+    store = prepare_dataset(corpus, tmp_path / "data", console=Console(file=said, width=60))
     card = (store.folder / CARD).read_text(encoding="utf-8")
     assert card in said.getvalue()
     rows = {
@@ -163,7 +165,7 @@ def test_shakespeare_is_split_as_nanogpt_splits_it(tmp_path: Path) -> None:
     text = made_shakespeare()
     said = io.StringIO()
     name = write(tmp_path / "input.txt", text)
-    store = prepare(ShakespeareChar(file=name), tmp_path / "data", console=Console(file=said))
+    store = prepare_dataset(ShakespeareChar(file=name), tmp_path / "data", console=Console(file=said))
     characters = sorted(set(text))
     assert store.vocab_size == 65
     assert store.tokenizer.eos_id is None
@@ -172,53 +174,75 @@ def test_shakespeare_is_split_as_nanogpt_splits_it(tmp_path: Path) -> None:
         assert ids.tolist() == [characters.index(character) for character in part]
         assert store.splits[split].documents == 1
     assert store.splits["val"].tokens == 111_540
-    assert "not the well-known input.txt" in said.getvalue()
+    assert "not the usual input.txt" in said.getvalue()
 
 
 def test_a_part_of_shakespeare_may_be_held_out_before_the_validation_split(tmp_path: Path) -> None:
     text = made_shakespeare()[:10_007]
     corpus = ShakespeareChar(file=write(tmp_path / "input.txt", text), held_out=0.05)
-    store = prepare(corpus, tmp_path / "data", console=QUIET)
+    store = prepare_dataset(corpus, tmp_path / "data", console=QUIET)
     assert text_of(store, "train") == text[: 9006 - 500]
     assert text_of(store, "test") == text[9006 - 500 : 9006]
     assert text_of(store, "val") == text[9006:]
     with pytest.raises(UserError, match=r"corpus\.held_out is 0\.9; allowed: from 0 to below 0\.9"):
-        prepare(dataclasses.replace(corpus, held_out=0.9), tmp_path / "data", console=QUIET)
+        prepare_dataset(dataclasses.replace(corpus, held_out=0.9), tmp_path / "data", console=QUIET)
 
 
 def test_characters_of_several_bytes_are_split_by_character(tmp_path: Path) -> None:
     text = "é漢🙂a" * 5
-    store = prepare(ShakespeareChar(file=write(tmp_path / "a.txt", text)), tmp_path / "data", console=QUIET)
+    store = prepare_dataset(ShakespeareChar(file=write(tmp_path / "a.txt", text)), tmp_path / "data", console=QUIET)
     assert (text_of(store, "train"), text_of(store, "val")) == (text[:18], text[18:])
 
 
-def test_shakespeare_is_downloaded_once_and_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_that_fails_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No such server; a server that sends another file."""
+    monkeypatch.setattr(shakespeare_char, "URL", "http://127.0.0.1:9/input.txt")
+    with pytest.raises(
+        UserError, match=r"^cannot download http://127.0.0.1:9/input.txt \(.*\): fetch it elsewhere and"
+    ):
+        prepare_dataset(ShakespeareChar(), tmp_path / "data", console=QUIET)
+    other = tmp_path / "other.txt"
+    other.write_text("another text", encoding="utf-8")
+    monkeypatch.setattr(shakespeare_char, "URL", other.as_uri())
+    with pytest.raises(
+        UserError, match=r"other.txt is not the expected file \(its SHA-256 differs\): fetch it elsewhere"
+    ):
+        prepare_dataset(ShakespeareChar(), tmp_path / "data", console=QUIET)
+    assert not list((tmp_path / "data").rglob("*.txt*"))
+
+
+def test_shakespeare_is_downloaded_once_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = ROMAN.encode()
     source = tmp_path / "served.txt"
     source.write_bytes(content)
     monkeypatch.setattr(shakespeare_char, "URL", source.as_uri())
     monkeypatch.setattr(shakespeare_char, "SIZE", len(content))
     monkeypatch.setattr(shakespeare_char, "SHA256", hashlib.sha256(content).hexdigest())
-    store = prepare(ShakespeareChar(), tmp_path / "data", console=QUIET)
+    store = prepare_dataset(ShakespeareChar(), tmp_path / "data", console=QUIET)
     assert text_of(store, "train") + text_of(store, "val") == ROMAN
     source.unlink()
-    assert prepare(ShakespeareChar(), tmp_path / "data", again=True, console=QUIET).facts == store.facts
+    assert (
+        prepare_dataset(ShakespeareChar(), tmp_path / "data", again=True, console=QUIET).description
+        == store.description
+    )
 
 
 # The standard library ------------------------------------------------------------------------------------------------
 
 
 def test_the_standard_library_is_whole_modules_of_this_python(tmp_path: Path) -> None:
-    store = prepare(Stdlib(max_bytes=1_000_000), tmp_path, console=QUIET)
+    store = prepare_dataset(Stdlib(max_bytes=1_000_000), tmp_path, console=QUIET)
     assert 500_000 < sum(split.text_bytes for split in store.splits.values()) <= 1_000_000
-    names = {Path(name).as_posix(): Path(name).read_bytes().decode() for name, _, _ in store.facts["source"]["files"]}
+    names = {
+        Path(name).as_posix(): Path(name).read_bytes().decode() for name, _, _ in store.description["source"]["files"]
+    }
     documents = document_ids(store, "train") + document_ids(store, "val")
     assert sorted(documents) == sorted(names.values())
     assert not [
         name for name in names if re.search("/(tests?|site-packages|idlelib|lib2to3)/", name.split("/lib/")[-1])
     ]
     version = ".".join(map(str, sys.version_info[:3]))
-    assert store.facts["source"]["python"].startswith(version)
+    assert store.description["source"]["python"].startswith(version)
     assert f"Python {version}" in (store.folder / CARD).read_text(encoding="utf-8")
 
 
@@ -235,10 +259,10 @@ def test_modules_left_out_and_held_out(tmp_path: Path) -> None:
 
 
 def test_the_standard_library_as_byte_pairs(tmp_path: Path) -> None:
-    store = prepare(Stdlib(tokenizer="bpe", vocab_size=600, max_bytes=200_000), tmp_path, console=QUIET)
+    store = prepare_dataset(Stdlib(tokenizer="bpe", vocab_size=600, max_bytes=200_000), tmp_path, console=QUIET)
     assert isinstance(store.tokenizer, BPETokenizer)
     assert store.vocab_size == 600
-    names = [Path(name) for name, _, _ in store.facts["source"]["files"]]
+    names = [Path(name) for name, _, _ in store.description["source"]["files"]]
     assert sorted(document_ids(store, "train") + document_ids(store, "val")) == sorted(
         name.read_bytes().decode() for name in names
     )
@@ -252,7 +276,7 @@ def test_the_standard_library_as_byte_pairs(tmp_path: Path) -> None:
 def test_a_text_file_gives_its_tail_to_validation(tokenizer: Any, tmp_path: Path) -> None:
     name = write(tmp_path / "a.txt", ROMAN)
     corpus = Text(files=(name,), tokenizer=tokenizer, vocab_size=400, val_fraction=0.1)
-    store = prepare(corpus, tmp_path / "data", console=QUIET)
+    store = prepare_dataset(corpus, tmp_path / "data", console=QUIET)
     train, val = (text_of(store, split).replace("\0", "") for split in ("train", "val"))
     assert train + val == ROMAN
     assert val.startswith("line ")
@@ -267,7 +291,7 @@ def test_many_files_are_held_out_whole(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for number, content in enumerate(texts):
         write(tmp_path / "in" / f"{number}.txt", content)
-    store = prepare(Text(files=(str(tmp_path / "in"),), val_fraction=0.2), tmp_path / "data", console=QUIET)
+    store = prepare_dataset(Text(files=(str(tmp_path / "in"),), val_fraction=0.2), tmp_path / "data", console=QUIET)
     train, val = document_ids(store, "train"), document_ids(store, "val")
     assert sorted(train + val) == sorted(texts)
     assert 30 < len(val) < 90
@@ -276,7 +300,7 @@ def test_many_files_are_held_out_whole(tmp_path: Path) -> None:
 def test_documents_of_json_lines_are_held_out_whole_and_keep_their_order(tmp_path: Path) -> None:
     texts = [f"document {number} ü" for number in range(500)]
     corpus = Text(files=(write_jsonl(tmp_path / "a.jsonl", texts),), val_fraction=0.2)
-    store = prepare(corpus, tmp_path / "data", console=QUIET)
+    store = prepare_dataset(corpus, tmp_path / "data", console=QUIET)
     train, val = document_ids(store, "train"), document_ids(store, "val")
     assert sorted(train + val) == sorted(texts)
     assert 60 < len(val) < 140
@@ -288,7 +312,7 @@ def test_a_given_tokenizer_is_used(tmp_path: Path) -> None:
     given = train_bpe([ROMAN], 300)
     name = write(tmp_path / "mine.json", given.to_json())
     corpus = Text(files=(write(tmp_path / "a.txt", ROMAN),), tokenizer_file=name)
-    store = prepare(corpus, tmp_path / "data", console=QUIET)
+    store = prepare_dataset(corpus, tmp_path / "data", console=QUIET)
     assert json.loads(store.tokenizer.to_json()) == json.loads(given.to_json())
 
 
@@ -299,51 +323,53 @@ def test_the_tokenizer_learns_from_a_bounded_sample_of_the_training_text(
     seen: list[str] = []
     monkeypatch.setattr(text, "train_bpe", lambda texts, size: train_bpe(seen.extend(texts) or seen, size))
     files = tuple(write(tmp_path / f"{name}.txt", name * 30_000 + ROMAN) for name in "ab")
-    prepare(Text(files=files, tokenizer="bpe", vocab_size=300), tmp_path / "data", console=QUIET)
+    prepare_dataset(Text(files=files, tokenizer="bpe", vocab_size=300), tmp_path / "data", console=QUIET)
     assert seen == ["a" * 500, "b" * 500]
 
 
 def test_the_tokenizer_learns_nothing_from_validation_text(tmp_path: Path) -> None:
     name = write(tmp_path / "a.txt", "to be or not to be\n" * 100 + "zebra\n" * 100)
     corpus = Text(files=(name,), tokenizer="bpe", vocab_size=400, val_fraction=0.25)
-    vocabulary = json.loads(prepare(corpus, tmp_path / "data", console=QUIET).tokenizer.to_json())["model"]["vocab"]
+    vocabulary = json.loads(prepare_dataset(corpus, tmp_path / "data", console=QUIET).tokenizer.to_json())["model"][
+        "vocab"
+    ]
     assert "be" in vocabulary
     assert not [token for token in vocabulary if "ze" in token]
 
 
 def test_a_document_in_many_groups_is_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = Text(files=(write(tmp_path / "a.txt", ROMAN),))
-    whole = prepare(corpus, tmp_path / "whole", console=QUIET)
+    whole = prepare_dataset(corpus, tmp_path / "whole", console=QUIET)
     assert all(split.documents == 1 for split in whole.splits.values())
     monkeypatch.setattr(text, "GROUP", 1000)
     monkeypatch.setattr(reading, "BLOCK", 700)
-    parts = prepare(corpus, tmp_path / "parts", console=QUIET)
-    assert parts.facts["sha256"] == whole.facts["sha256"]
-    assert parts.facts["splits"] == whole.facts["splits"]
+    parts = prepare_dataset(corpus, tmp_path / "parts", console=QUIET)
+    assert parts.description["sha256"] == whole.description["sha256"]
+    assert parts.description["splits"] == whole.description["splits"]
 
 
 def test_the_result_does_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
     corpus = Text(files=(write(tmp_path / "a.txt", ROMAN),), tokenizer="bpe", vocab_size=400)
     code = (
         "import sys; from cleangpt.corpora import *\n"
-        "prepare(eval(sys.argv[1]), Path(sys.argv[2]), console=Console(quiet=True))\n"
+        "prepare_dataset(eval(sys.argv[1]), Path(sys.argv[2]), console=Console(quiet=True))\n"
     )
     for threads in ("1", "3"):
         command = [sys.executable, "-c", code, repr(corpus), str(tmp_path / threads)]
         settings = {"RAYON_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "true", "PYTHONHASHSEED": threads}
         subprocess.run(command, env=environment() | settings, check=True)
-    one, three = (TokenDataset(store_folder(corpus, tmp_path / threads)) for threads in ("1", "3"))
-    assert one.facts == three.facts
+    one, three = (TokenDataset(dataset_folder(corpus, tmp_path / threads)) for threads in ("1", "3"))
+    assert one.description == three.description
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
     """Peak memory of a process that prepares four times the text is the same but for a few megabytes."""
     code = (
         "import sys, tracemalloc; from pathlib import Path; from rich.console import Console\n"
-        "from cleangpt.corpora import prepare, text, Text\n"
+        "from cleangpt.corpora import prepare_dataset, text, Text\n"
         "text.GROUP = 2**18\n"
         "tracemalloc.start()\n"
-        "prepare(Text(files=(sys.argv[1],)), Path(sys.argv[2]), console=Console(quiet=True))\n"
+        "prepare_dataset(Text(files=(sys.argv[1],)), Path(sys.argv[2]), console=Console(quiet=True))\n"
         "print(tracemalloc.get_traced_memory()[1])\n"
     )
     peaks = []
@@ -368,7 +394,7 @@ VALID = ["A dog ran.", "A bird sang."]
 def test_stories_of_files_are_split_by_their_names(tmp_path: Path) -> None:
     train = write(tmp_path / EDITIONS["v2"][0], "\n<|endoftext|>\n".join(STORIES) + "\n<|endoftext|>\n")
     valid = write(tmp_path / EDITIONS["v2"][1], "\n<|endoftext|>\n".join(VALID))
-    store = prepare(TinyStories(files=(train, valid), vocab_size=300), tmp_path / "data", console=QUIET)
+    store = prepare_dataset(TinyStories(files=(train, valid), vocab_size=300), tmp_path / "data", console=QUIET)
     assert document_ids(store, "train") == STORIES
     assert document_ids(store, "val") == VALID
     part = store.splits["val"]
@@ -377,7 +403,7 @@ def test_stories_of_files_are_split_by_their_names(tmp_path: Path) -> None:
 
 def test_stories_without_a_validation_file_are_split_by_hash(tmp_path: Path) -> None:
     corpus = TinyStories(files=(write_jsonl(tmp_path / "a.jsonl", STORIES),), vocab_size=300, val_fraction=0.2)
-    store = prepare(corpus, tmp_path / "data", console=QUIET)
+    store = prepare_dataset(corpus, tmp_path / "data", console=QUIET)
     assert sorted(document_ids(store, "train") + document_ids(store, "val")) == sorted(STORIES)
 
 
@@ -390,7 +416,7 @@ def test_stories_come_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return str(tmp_path / name)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", served)
-    store = prepare(TinyStories(edition="v1", vocab_size=300), tmp_path / "data", console=QUIET)
+    store = prepare_dataset(TinyStories(edition="v1", vocab_size=300), tmp_path / "data", console=QUIET)
     assert document_ids(store, "val") == VALID
 
 
@@ -400,7 +426,7 @@ def test_stories_come_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_without_the_hub_it_says_which_files_to_fetch(network: dict[str, str], tmp_path: Path) -> None:
     code = (
         "from cleangpt.corpora import *\n"
-        "try: prepare(TinyStories(), Path('data'), console=Console(quiet=True))\n"
+        "try: prepare_dataset(TinyStories(), Path('data'), console=Console(quiet=True))\n"
         "except UserError as error: print(error)\n"
     )
     done = subprocess.run(
@@ -421,11 +447,11 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from rich.console import Console
-from cleangpt.corpora import Text, Adder, prepare, base, text, arithmetic, reading
-from cleangpt.data.writer import StoreWriter
+from cleangpt.corpora import Text, Adder, prepare_dataset, base, text, arithmetic, reading
+from cleangpt.data.writer import DatasetWriter
 
 reading.BLOCK, text.GROUP, base.COMMIT_SECONDS, arithmetic.ROWS = 2000, 5000, 0, 1000
-commit, append, left = StoreWriter.commit, StoreWriter.append, [int(sys.argv[3])]
+commit, append, left = DatasetWriter.commit, DatasetWriter.append, [int(sys.argv[3])]
 
 def counting(self, *args, **options):
     append(self, *args, **options)
@@ -435,8 +461,8 @@ def counting(self, *args, **options):
             file.flush()
         os.kill(os.getpid(), SIGNAL)
 
-StoreWriter.append = counting
-prepare(eval(sys.argv[1]), Path(sys.argv[2]), console=Console(quiet=True))
+DatasetWriter.append = counting
+prepare_dataset(eval(sys.argv[1]), Path(sys.argv[2]), console=Console(quiet=True))
 """
 
 
@@ -454,7 +480,7 @@ def test_a_killed_preparation_goes_on_and_ends_the_same(
     corpus = dataclasses.replace(corpus, train_samples=20_000) if isinstance(corpus, Adder) else corpus
     kill = "signal.SIGKILL" if hasattr(signal, "SIGKILL") else "signal.SIGTERM"
     code = KILLED.replace("SIGNAL", kill)
-    partial = Path(f"{store_folder(corpus, tmp_path / 'data')}.partial")
+    partial = Path(f"{dataset_folder(corpus, tmp_path / 'data')}.partial")
     positions = []
     for appends in (3, 7, 12):
         command = [sys.executable, "-c", code, repr(corpus), str(tmp_path / "data"), str(appends)]
@@ -465,9 +491,9 @@ def test_a_killed_preparation_goes_on_and_ends_the_same(
     monkeypatch.setattr(text, "GROUP", 5000)
     monkeypatch.setattr(reading, "BLOCK", 2000)
     monkeypatch.setattr("cleangpt.corpora.arithmetic.ROWS", 1000)
-    resumed = prepare(corpus, tmp_path / "data", console=QUIET)
-    whole = prepare(corpus, tmp_path / "whole", console=QUIET)
-    assert resumed.facts == whole.facts
+    resumed = prepare_dataset(corpus, tmp_path / "data", console=QUIET)
+    whole = prepare_dataset(corpus, tmp_path / "whole", console=QUIET)
+    assert resumed.description == whole.description
     assert not partial.exists()
 
 
@@ -486,10 +512,10 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(DatasetWriter, "append", interrupted)
     said = io.StringIO()
     with pytest.raises(KeyboardInterrupt):
-        prepare(corpus, tmp_path / "data", console=Console(file=said))
+        prepare_dataset(corpus, tmp_path / "data", console=Console(file=said))
     assert "goes on from here" in said.getvalue()
     before = len(calls)
-    store = prepare(corpus, tmp_path / "data", console=QUIET)
+    store = prepare_dataset(corpus, tmp_path / "data", console=QUIET)
     assert text_of(store, "train") + text_of(store, "val") == ROMAN
     assert len(calls) - before < len(ROMAN) / 5000 - 5
 
@@ -499,7 +525,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def assert_refused(corpus: Corpus, folder: Path, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        prepare(corpus, folder, console=QUIET)
+        prepare_dataset(corpus, folder, console=QUIET)
     assert "\n" not in str(caught.value)
     assert not folder.exists() or not list(folder.iterdir())
 
@@ -534,23 +560,23 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
 
     targets = {
         "open": "cleangpt.data.dataset.write_text",
-        "write": "cleangpt.data.writer.StoreWriter._write",
-        "fsync": "cleangpt.data.writer.StoreWriter._flush",
+        "write": "cleangpt.data.writer.DatasetWriter._write",
+        "fsync": "cleangpt.data.writer.DatasetWriter._flush",
         "commit_folder": "cleangpt.data.dataset.seal",
     }
     corpus = Text(files=(write(tmp_path / "a.txt", ROMAN),))
     with monkeypatch.context() as patch:
         patch.setattr(targets[place], full)
         assert_refused(corpus, tmp_path / "data", "the disk is full while preparing")
-    assert text_of(prepare(corpus, tmp_path / "data", console=QUIET), "val")
+    assert text_of(prepare_dataset(corpus, tmp_path / "data", console=QUIET), "val")
 
 
 def test_an_older_store_survives_a_failure(tmp_path: Path) -> None:
     corpus = Text(files=(write(tmp_path / "a.txt", ROMAN),))
-    store = prepare(corpus, tmp_path / "data", console=QUIET)
+    store = prepare_dataset(corpus, tmp_path / "data", console=QUIET)
     (tmp_path / "a.txt").write_bytes(b"\xff")
     with pytest.raises(UserError, match="UTF-8"):
-        prepare(corpus, tmp_path / "data", again=True, console=QUIET)
+        prepare_dataset(corpus, tmp_path / "data", again=True, console=QUIET)
     TokenDataset(store.folder).verify()
     assert [path.name for path in (tmp_path / "data").iterdir()] == [store.folder.name]
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from cleangpt.corpora import prepare
+from cleangpt.corpora import prepare_dataset
 from cleangpt.corpora.fables import MORALS, WORDS, Fables
 from cleangpt.data.dataset import TokenDataset
 from cleangpt.errors import UserError
@@ -35,7 +35,7 @@ def test_every_trait_has_its_moral() -> None:
 
 
 def test_the_splits_hold_as_many_stories_as_asked_for_and_no_story_twice(tmp_path: Path) -> None:
-    store = prepare(Fables(train_stories=1500, val_stories=30), tmp_path, console=Console(quiet=True))
+    store = prepare_dataset(Fables(train_stories=1500, val_stories=30), tmp_path, console=Console(quiet=True))
     assert isinstance(store, TokenDataset)
     assert {name: split.documents for name, split in store.splits.items()} == {"train": 1500, "val": 30}
     train, val = (store.splits[name] for name in ("train", "val"))

@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 from rich.console import Console
 
-from cleangpt.corpora import prepare, store_folder, text
+from cleangpt.corpora import dataset_folder, prepare_dataset, text
 from cleangpt.corpora.fineweb_edu import FineWebEdu
 from cleangpt.corpora.hub_text import HubText
 from cleangpt.corpora.openwebtext import OpenWebText
@@ -93,27 +93,29 @@ def test_a_corpus_is_streamed_from_the_hub_shard_by_shard(
     place: str, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kind, hub = serve(tmp_path, place, monkeypatch)
-    store = prepare(kind(tokenizer=tokenizer, vocab_size=300, val_fraction=0.1), tmp_path / "data", console=QUIET)
+    store = prepare_dataset(
+        kind(tokenizer=tokenizer, vocab_size=300, val_fraction=0.1), tmp_path / "data", console=QUIET
+    )
     assert sorted(documents(store)) == sorted(PAGES)
     assert hub.fetched == ["000_00000.parquet", "001_00000.parquet", "002_00000.parquet"]
     assert not list((tmp_path / "data" / "downloads").rglob("*.parquet"))
     assert 50 < store.splits["val"].documents < 130
-    assert store.facts["source"]["commit"] == "0123abc"
+    assert store.description["source"]["commit"] == "0123abc"
 
 
 def test_shards_may_be_kept_and_are_then_not_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, hub = serve(tmp_path, "fineweb", monkeypatch)
     corpus = kind(tokenizer="byte", keep_shards=True)
-    first = prepare(corpus, tmp_path / "data", console=QUIET)
-    again = prepare(corpus, tmp_path / "data", again=True, console=QUIET)
-    assert len(hub.fetched) == 3 and first.facts == again.facts
+    first = prepare_dataset(corpus, tmp_path / "data", console=QUIET)
+    again = prepare_dataset(corpus, tmp_path / "data", again=True, console=QUIET)
+    assert len(hub.fetched) == 3 and first.description == again.description
 
 
 def test_only_as_many_tokens_are_fetched_as_the_budget_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, hub = serve(tmp_path, "fineweb", monkeypatch)
     monkeypatch.setattr(text, "GROUP", 2000)
     corpus = kind(tokenizer="byte", max_tokens=10_000, val_fraction=0.2)
-    store = prepare(corpus, tmp_path / "data", console=QUIET)
+    store = prepare_dataset(corpus, tmp_path / "data", console=QUIET)
     assert 10_000 <= store.splits["train"].tokens < 10_000 + 2 * 2000
     assert not (tmp_path / "data" / "downloads").exists() or not list((tmp_path / "data" / "downloads").iterdir())
     assert hub.fetched == ["000_00000.parquet"]
@@ -123,24 +125,24 @@ def test_only_as_many_tokens_are_fetched_as_the_budget_says(tmp_path: Path, monk
 def test_local_files_are_the_same_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, hub = serve(tmp_path, "fineweb", monkeypatch)
     local = kind(files=(str(tmp_path / "hub/sample/10BT/*.parquet"),), tokenizer="byte", val_fraction=0.2)
-    assert sorted(documents(prepare(local, tmp_path / "data", console=QUIET))) == sorted(PAGES)
+    assert sorted(documents(prepare_dataset(local, tmp_path / "data", console=QUIET))) == sorted(PAGES)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": page}) + "\n" for page in PAGES), encoding="utf-8")
     lines = dataclasses.replace(local, files=(str(tmp_path / "a.jsonl"),))
-    assert sorted(documents(prepare(lines, tmp_path / "data", console=QUIET))) == sorted(PAGES)
+    assert sorted(documents(prepare_dataset(lines, tmp_path / "data", console=QUIET))) == sorted(PAGES)
     short = dataclasses.replace(lines, max_tokens=1000)
     monkeypatch.setattr(text, "GROUP", 500)
-    assert len(documents(prepare(short, tmp_path / "data", console=QUIET))) < 30
+    assert len(documents(prepare_dataset(short, tmp_path / "data", console=QUIET))) < 30
     assert not hub.fetched
 
 
 def test_a_tokenizer_of_hugging_face_s_may_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": page}) + "\n" for page in PAGES), encoding="utf-8")
-    learned = prepare(
+    learned = prepare_dataset(
         Text(files=(str(tmp_path / "a.jsonl"),), tokenizer="bpe", vocab_size=300), tmp_path / "learned", console=QUIET
     )
     kind, _ = serve(tmp_path, "fineweb", monkeypatch)
     corpus = kind(tokenizer_file=f"hf:{learned.folder}", val_fraction=0.1)
-    store = prepare(corpus, tmp_path / "data", console=QUIET)
+    store = prepare_dataset(corpus, tmp_path / "data", console=QUIET)
     assert store.tokenizer.to_json() == learned.tokenizer.to_json()
 
 
@@ -153,10 +155,10 @@ def test_the_stories_of_the_hub_are_split_as_their_files_are(tmp_path: Path, mon
     hub = Hub(tmp_path / "hub", "roneneldan/TinyStories", "main")
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", hub.hf_hub_download)
-    store = prepare(TinyStories(edition="parquet", vocab_size=300), tmp_path / "data", console=QUIET)
+    store = prepare_dataset(TinyStories(edition="parquet", vocab_size=300), tmp_path / "data", console=QUIET)
     assert store.splits["val"].documents == 100
     assert sorted(documents(store)) == sorted(PAGES)
-    few = prepare(TinyStories(edition="parquet", vocab_size=300, max_tokens=1), tmp_path / "few", console=QUIET)
+    few = prepare_dataset(TinyStories(edition="parquet", vocab_size=300, max_tokens=1), tmp_path / "few", console=QUIET)
     assert few.splits["val"].documents == 100 and few.splits["train"].documents == 400
 
 
@@ -170,10 +172,10 @@ hub = Hub(Path({hub!r}), "HuggingFaceFW/fineweb-edu", "main")
 import huggingface_hub
 huggingface_hub.HfApi, huggingface_hub.hf_hub_download = lambda: hub, hub.hf_hub_download
 from cleangpt.corpora import base, text
-from cleangpt.data.writer import StoreWriter
+from cleangpt.data.writer import DatasetWriter
 
 text.GROUP, base.COMMIT_SECONDS = 5000, 0
-append, left = StoreWriter.append, [{appends}]
+append, left = DatasetWriter.append, [{appends}]
 
 def counting(self, *args, **options):
     append(self, *args, **options)
@@ -182,8 +184,8 @@ def counting(self, *args, **options):
         print(*hub.fetched, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
-StoreWriter.append = counting
-prepare({corpus!r}, Path("data"), console=QUIET)
+DatasetWriter.append = counting
+prepare_dataset({corpus!r}, Path("data"), console=QUIET)
 print(*hub.fetched)
 """
 
@@ -206,15 +208,15 @@ def test_a_killed_stream_goes_on_without_the_shards_that_are_done(
         fetched.append([name[:3] for name in done.stdout.split()])
     assert fetched == [["000"], ["001"], ["002"]]
     monkeypatch.setattr(text, "GROUP", 5000)
-    whole = prepare(corpus, workplace / "whole", console=QUIET)
-    assert TokenDataset(store_folder(corpus, workplace / "data")).facts == whole.facts
+    whole = prepare_dataset(corpus, workplace / "whole", console=QUIET)
+    assert TokenDataset(dataset_folder(corpus, workplace / "data")).description == whole.description
 
 
 def test_without_a_network_one_line_says_which_files_to_fetch(workplace: Path) -> None:
     code = (
         "from cleangpt.corpora import *\n"
         "for corpus in (FineWebEdu(), OpenWebText(), TinyStories(edition='parquet')):\n"
-        "    try: prepare(corpus, Path('data'), console=Console(quiet=True))\n"
+        "    try: prepare_dataset(corpus, Path('data'), console=Console(quiet=True))\n"
         "    except UserError as error: print(error)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1", "HF_HOME": "hub"}
@@ -230,10 +232,10 @@ def test_without_a_network_one_line_says_which_files_to_fetch(workplace: Path) -
 def test_a_dataset_without_shards_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, _ = serve(tmp_path, "fineweb", monkeypatch, shards=0)
     with pytest.raises(UserError, match="HuggingFaceFW/fineweb-edu has no Parquet files in sample/10BT; fetch"):
-        prepare(kind(), tmp_path / "data", console=QUIET)
+        prepare_dataset(kind(), tmp_path / "data", console=QUIET)
 
 
 @pytest.mark.parametrize("corpus", [FineWebEdu(max_tokens=0), TinyStories(max_tokens=0)])
 def test_a_budget_of_nothing_is_refused(corpus: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"corpus\.max_tokens is 0; allowed: a whole number of 1 or more"):
-        prepare(corpus, tmp_path, console=QUIET)
+        prepare_dataset(corpus, tmp_path, console=QUIET)

@@ -11,7 +11,7 @@ from rich.console import Console
 from cleangpt.checkpoints.run_folder import kinds
 from cleangpt.commands.options import parse
 from cleangpt.config import Source
-from cleangpt.corpora import prepare
+from cleangpt.corpora import prepare, prepare_dataset
 from cleangpt.corpora.adder import Adder
 from cleangpt.corpora.mixture import Mixture, tasks
 from cleangpt.corpora.multiplier import Multiplier
@@ -79,11 +79,12 @@ def test_what_is_out_of_range_is_told_in_one_line(mixture: Mixture, message: str
     assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_a_source_has_the_store_that_its_corpus_has_alone(tmp_path: Path) -> None:
+def test_a_source_has_the_dataset_that_its_corpus_has_on_its_own(tmp_path: Path) -> None:
     quiet = Console(quiet=True)
     mixed = prepare(Mixture(sources=sources()), tmp_path, console=quiet)
-    alone = prepare(Adder(digits=2, **SMALL), tmp_path, console=quiet)
-    assert mixed.parts["hard"].store.folder == alone.folder  # type: ignore[union-attr]
+    alone = prepare_dataset(Adder(digits=2, **SMALL), tmp_path, console=quiet)
+    _, hard = mixed.sources
+    assert (hard.name, hard.dataset.folder) == ("hard", alone.folder)
     assert mixed.tokenizer.to_json() == alone.tokenizer.to_json()
 
 
@@ -93,7 +94,7 @@ def test_a_temperature_weighs_by_size(tmp_path: Path, temperature: float | None,
         (tmp_path / f"{name}.txt").write_text("x" * size, encoding="utf-8")
     texts = tuple(Source(name=name, corpus=Text(files=(str(tmp_path / f"{name}.txt"),))) for name in ("small", "large"))
     mixed = prepare(Mixture(sources=texts, temperature=temperature), tmp_path / "data", console=Console(quiet=True))
-    small, large = (part.weight for part in mixed.parts.values())  # type: ignore[union-attr]
+    small, large = (source.weight for source in mixed.sources)
     assert large / small == pytest.approx(ratio, rel=1e-3)
 
 

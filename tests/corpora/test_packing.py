@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from cleangpt.corpora import prepare
+from cleangpt.corpora import prepare_dataset
 from cleangpt.corpora.packing import pack
 from cleangpt.corpora.text import Text
 from cleangpt.data.batch import IGNORED
@@ -60,7 +60,7 @@ def test_a_packed_corpus_has_a_sample_per_row_and_no_padding_as_target(tmp_path:
     texts = [f"{'ab' * (number % 9)}{number}" for number in range(300)]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
     corpus = Text(files=(str(tmp_path / "a.jsonl"),), pack=31, val_fraction=0.3)
-    store = prepare(corpus, tmp_path / "data", console=Console(quiet=True))
+    store = prepare_dataset(corpus, tmp_path / "data", console=Console(quiet=True))
     found: list[str] = []
     for name in ("train", "val"):
         samples = Samples(store.splits[name], 31)

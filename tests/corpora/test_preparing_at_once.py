@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cleangpt.corpora import prepare
+from cleangpt.corpora import prepare_dataset
 from cleangpt.corpora.adder import Adder
 from cleangpt.data.dataset import TokenDataset
 
@@ -17,7 +17,7 @@ CORPUS = Adder(digits=2, train_samples=300, val_samples=20, test_samples=20)
 SLOW = """
 import os, sys, time
 from pathlib import Path
-from cleangpt.corpora import prepare
+from cleangpt.corpora import prepare_dataset
 from cleangpt.corpora.adder import Adder
 
 plain = Adder.prepare
@@ -29,7 +29,7 @@ def slowly(self, folder, console):
     return plain(self, folder, console)
 
 Adder.prepare = slowly
-store = prepare(Adder(digits=2, train_samples=300, val_samples=20, test_samples=20), Path("data"))
+store = prepare_dataset(Adder(digits=2, train_samples=300, val_samples=20, test_samples=20), Path("data"))
 store.verify()
 """
 
@@ -60,7 +60,7 @@ def test_one_prepares_and_the_other_takes_what_it_made(workplace: Path) -> None:
         process.communicate(timeout=60)
         assert process.returncode == 0
     assert began() == 1
-    assert isinstance(prepare(CORPUS, Path("data")), TokenDataset)
+    assert isinstance(prepare_dataset(CORPUS, Path("data")), TokenDataset)
     assert [path.name for path in Path("data").iterdir() if path.name.startswith(".")] == []
 
 

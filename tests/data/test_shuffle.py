@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cleangpt.data.shuffle import Order, mix, permute
@@ -69,6 +69,15 @@ def test_epochs_and_seeds_differ() -> None:
     _, other_seed = Order(1000, 2).at(np.arange(1000))
     assert (two_epochs[:1000] != two_epochs[1000:]).mean() > 0.9
     assert (two_epochs[:1000] != other_seed).mean() > 0.9
+
+
+@settings(max_examples=30)
+@given(n=st.integers(1, 300), seed=st.integers(0, 2**32), epoch=st.integers(0, 5))
+def test_positions_are_the_inverse_of_the_order(n: int, seed: int, epoch: int) -> None:
+    order = Order(n, seed)
+    places = np.arange(epoch * n, (epoch + 1) * n)
+    _, samples = order.at(places)
+    assert order.positions(samples, epoch).tolist() == places.tolist()
 
 
 @given(seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 10**6), seq_len=st.integers(1, 10**5))

@@ -53,7 +53,7 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "samples.jsonl": ("sums/samples.jsonl", ["report sums", "resume sums --training.macro-batches 3"]),
     "evaluation.json": ("sums/evaluation.json", ["report sums"]),
     "a token store's description": (
-        "data/text*/store.json",
+        "data/text*/dataset.json",
         ["evaluate tale", "train tale.py --run-dir again", "plan tale.py"],
     ),
     "a token store's tokens": ("data/text*/train_00000.bin", ["train tale.py --run-dir again"]),

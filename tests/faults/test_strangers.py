@@ -197,9 +197,9 @@ def test_a_file_named_in_a_file_is_its_neighbour(place: Path, name: Any) -> None
         reseal(path.parent)
 
     (store,) = Path("data").glob("text*")
-    put(store / "store.json", lambda facts: facts["splits"]["train"]["shards"][0].update(file=name))
+    put(store / "dataset.json", lambda facts: facts["splits"]["train"]["shards"][0].update(file=name))
     code, line = outcome_of("evaluate tale")
-    assert code == 2 and "store.json" in line, line
+    assert code == 2 and "dataset.json" in line, line
     put(Path("sums/checkpoints/index.json"), lambda index: index["checkpoints"][0].update(name=name))
     code, line = outcome_of("sample sums")
     assert code == 2 and "index.json" in line, line
@@ -313,9 +313,9 @@ def test_what_another_program_s_format_cannot_hold_is_refused_when_it_is_read(pl
 def test_counts_of_a_store_are_counts(place: Path, name: str, value: Any) -> None:
     for run, pattern in (("tale", "text*"), ("sums", "adder*")):
         (store,) = Path("data").glob(pattern)
-        facts = read_json(store / "store.json")
+        facts = read_json(store / "dataset.json")
         facts["splits"]["val"][name] = value
-        write_json(store / "store.json", facts)
+        write_json(store / "dataset.json", facts)
         code, line = outcome_of(f"evaluate {run}")
         assert code == 2 and str(store) in line, line
 

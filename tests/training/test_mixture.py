@@ -104,7 +104,7 @@ def test_the_figures_of_each_source_are_told(tiny: Build, trainer: Open) -> None
 def test_the_summary_says_each_source_s_share_of_the_run(tiny: Build, trainer: Open) -> None:
     run = trainer(three(tiny, (2.0, 1.0, 1.0)))
     lines = summary(run.experiment, run.run, run.store, run.model, run.device, run.layout)
-    run.loader.close()
+    run.source.close()
     assert [line.split(",")[0] for line in lines if "digits" in line] == [
         f"data     digits{digits}: {share} % of the samples"
         for digits, share in ((1, "50.00"), (2, "25.00"), (3, "25.00"))
@@ -138,18 +138,18 @@ import hashlib
 from cleangpt.config import *
 from cleangpt.corpora.adder import Adder
 from cleangpt.corpora.mixture import Mixture
-from cleangpt.data.loader import BatchLoader
+from cleangpt.data.loader import DatasetSource
 from cleangpt.models.gpt import GPTConfig
 
-load = BatchLoader.next
+load = DatasetSource.next
 
 def logged(self):
-    position, batch = self.position, load(self)
+    position, batch = self.samples, load(self)
     with open("samples_" + LOG, "a") as file:
         print(position, hashlib.sha256(batch.inputs["tokens"].numpy().tobytes()).hexdigest(), file=file)
     return batch
 
-BatchLoader.next = logged
+DatasetSource.next = logged
 sources = tuple(
     Source(name=f"digits{digits}", weight=weight, max_epochs=epochs,
            corpus=Adder(digits=digits, train_samples=size, val_samples=20, test_samples=10))

@@ -6,18 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from cleangpt.checkpoints.snapshots import list_snapshots, load_snapshot
 from cleangpt.config import TrainingConfig
 from cleangpt.data.batch import Batch
-from cleangpt.data.loader import Samples, SplitStream, StreamWithout, add_range
-from cleangpt.data.mixing import MixedStream, interleave
-from cleangpt.data.shuffle import Order
 from cleangpt.distributed.processes import Ranks
 from cleangpt.errors import RunFailedError
 from cleangpt.experiment import Experiment
@@ -27,83 +21,6 @@ from cleangpt.training.trainer import Trainer
 
 Build = Callable[..., Experiment]
 Open = Callable[[Experiment], Trainer]
-
-
-# What is left out of the data ------------------------------------------------------------------------------------
-
-
-class Rows:
-    """A split of rows, of which each tells its number."""
-
-    row_length, masked, vocab_size = 3, False, 2**62
-
-    def __init__(self, count: int) -> None:
-        self.documents, self.tokens = count, 3 * count
-
-    def read(self, start: int, length: int) -> np.ndarray:
-        return np.full(length, start // 3)
-
-
-ranges = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9)), max_size=4).map(
-    lambda pairs: [[4 * start, 4 * (start + length)] for start, length in pairs]
-)
-
-
-def merged(pairs: list[list[int]]) -> list[list[int]]:
-    skipped_ranges: list[list[int]] = []
-    for start, end in pairs:
-        skipped_ranges = add_range(skipped_ranges, start, end)
-    return skipped_ranges
-
-
-def numbers(stream: Any, start: int, count: int) -> list[int]:
-    rows: list[int] = stream.batch(start, count).inputs["tokens"][:, 0].tolist()
-    return rows
-
-
-@settings(max_examples=30)
-@given(pairs=ranges, n=st.integers(1, 40), seed=st.integers(0, 99), batches=st.integers(0, 40))
-def test_a_stream_without_ranges_is_the_whole_with_these_positions_struck_out(
-    pairs: list[list[int]], n: int, seed: int, batches: int
-) -> None:
-    """Batches and both figures, against a list of all positions."""
-    whole = SplitStream(Samples(Rows(n), 2), seed)
-    without = StreamWithout(whole, merged(pairs))
-    kept = [place for place in range(400) if not any(start <= place < end for start, end in pairs)]
-    expected = [numbers(whole, place, 1)[0] for place in kept[: 4 * batches]]
-    read = [number for batch in range(batches) for number in numbers(without, 4 * batch, 4)]
-    assert read == expected
-    figures = without.progress(4 * batches)
-    assert figures["times_visited"] == pytest.approx(4 * batches / n)
-    assert figures["visited_share"] == pytest.approx(len(set(expected)) / n)
-
-
-@settings(max_examples=20)
-@given(pairs=ranges, seed=st.integers(0, 99), batches=st.integers(0, 25))
-def test_the_figures_of_a_mixture_count_what_was_left_out_of_each_source(
-    pairs: list[list[int]], seed: int, batches: int
-) -> None:
-    sizes = {"a": 7, "b": 30}
-    streams = {name: SplitStream(Samples(Rows(n), 2), seed + n) for name, n in sizes.items()}
-    mixed = MixedStream(streams, interleave(list(sizes), [0.25, 0.75], [None, None], 1000))
-    without = StreamWithout(mixed, merged(pairs))
-    sources = mixed.interleaving.sources(0, 400)
-    kept = [place for place in range(400) if not any(start <= place < end for start, end in pairs)][: 4 * batches]
-    figures = without.progress(4 * batches)
-    for source, (name, n) in enumerate(sizes.items()):
-        mine = [numbers(mixed, place, 1)[0] for place in kept if sources[place] == source]
-        assert figures[f"times_visited/{name}"] == pytest.approx(len(mine) / n)
-        assert figures[f"visited_share/{name}"] == pytest.approx(len(set(mine)) / n)
-    assert figures["times_visited"] == pytest.approx(4 * batches / 37)
-
-
-@settings(max_examples=30)
-@given(n=st.integers(1, 300), seed=st.integers(0, 2**32), epoch=st.integers(0, 5))
-def test_positions_are_the_inverse_of_the_order(n: int, seed: int, epoch: int) -> None:
-    order = Order(n, seed)
-    places = np.arange(epoch * n, (epoch + 1) * n)
-    _, samples = order.at(places)
-    assert order.positions(samples, epoch).tolist() == places.tolist()
 
 
 # Finding a spike -------------------------------------------------------------------------------------------------
@@ -262,7 +179,7 @@ BAD = range(112, 128)
 
 def with_bad_data(trainer: Trainer) -> Trainer:
     """Makes the targets of some samples a token that never follows."""
-    read = trainer.stream.stream.batch
+    read = trainer.source.stream.batch
 
     def batch(start: int, count: int) -> Batch:
         read_batch = read(start, count)
@@ -271,9 +188,8 @@ def with_bad_data(trainer: Trainer) -> Trainer:
                 read_batch.targets[row].fill_(12)
         return read_batch
 
-    trainer.stream.stream.batch = batch  # type: ignore[method-assign]
-    trainer.loader.close()
-    trainer.loader = trainer._open_loader()
+    trainer.source.stream.batch = batch  # type: ignore[method-assign]
+    trainer.source.close()
     return trainer
 
 
@@ -320,9 +236,9 @@ def test_a_run_goes_back_from_a_spike_and_ends_like_one_that_never_saw_its_sampl
     assert [line["samples"] for line in lines] == [32, 64, 96, 128, 160, 192]
     assert lines[-1]["rollbacks"] == 2
     never = trainer(tiny(run_dir="never", **SPIKES))
+    never.source.skip(80, 128)
     never.position.skipped_ranges = [[80, 128]]
-    never.loader.close()
-    never.loader = never._open_loader()
+    never.source.close()
     never.train()
     theirs = state_of("never")
     for part in ("model", "optimizer", "random", "position"):

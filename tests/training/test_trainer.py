@@ -40,7 +40,7 @@ def assert_equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> 
 
 def uneven_mask(trainer: Trainer) -> None:
     """Makes every sample's count of targets differ, between micro-batches and batches alike."""
-    original = trainer.loader.next
+    original = trainer.source.next
 
     def next_batch() -> Batch:
         batch = original()
@@ -48,7 +48,7 @@ def uneven_mask(trainer: Trainer) -> None:
             batch.targets[row, : int(batch.inputs["tokens"][row].sum()) % batch.targets.shape[1]] = IGNORED
         return batch
 
-    trainer.loader.next = next_batch  # type: ignore[method-assign]
+    trainer.source.next = next_batch  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_a_step_is_the_same_however_it_is_cut(tiny: Build, trainer: Open, split:
         uneven_mask(each)
         for _ in range(3):
             each.step()
-        each.loader.close()
+        each.source.close()
     assert whole.meter.targets == cut.meter.targets
     torch.testing.assert_close(whole.meter.sums, cut.meter.sums, atol=1e-4, rtol=1e-4)
     for name, tensor in weights(whole).items():
@@ -80,8 +80,8 @@ def test_the_gradient_is_that_of_the_mean_over_all_targets(tiny: Build, trainer:
     """Against autograd of the plain mean cross-entropy over the batches put together."""
     ours = trainer(tiny(model__dropout=0.0, training__accumulation=4, optimizer__clip_norm=None))
     uneven_mask(ours)
-    batches = [ours.loader.next() for _ in range(4)]
-    ours.loader.close()
+    batches = [ours.source.next() for _ in range(4)]
+    ours.source.close()
     inputs, targets = (
         torch.cat(parts) for parts in zip(*((b.inputs["tokens"], b.targets) for b in batches), strict=True)
     )
@@ -233,14 +233,14 @@ def test_each_sample_is_seen_once_an_epoch_across_a_resume(tiny: Build, trainer:
     seen: list[list[int]] = []
 
     def watch(each: Trainer) -> None:
-        original = each.loader.next
+        original = each.source.next
 
         def next_batch() -> Batch:
             batch = original()
             seen.extend(batch.inputs["tokens"].tolist())
             return batch
 
-        each.loader.next = next_batch  # type: ignore[method-assign]
+        each.source.next = next_batch  # type: ignore[method-assign]
 
     fields = {"run_dir": "run", "data__batch_size": 9, "training__macro_batches": 5}
     first = trainer(tiny(**fields))
@@ -377,7 +377,7 @@ def test_fine_tuning_starts_from_the_best_checkpoint_and_says_what_did_not_fit(t
     assert checkpoint or "starting from the weights of base" in log
     assert "blocks.2.mlp.up.weight is not in the checkpoint; it keeps its initial values" in log
     assert tuned.position.step == 0
-    tuned.loader.close()
+    tuned.source.close()
 
 
 def test_fine_tuning_loads_exactly_the_checkpoint(tiny: Build, trainer: Open) -> None:
@@ -388,7 +388,7 @@ def test_fine_tuning_loads_exactly_the_checkpoint(tiny: Build, trainer: Open) ->
     trainer(tiny(run_dir="base")).train()
     tuned = trainer(tiny(run_dir="tuned", init_from="base"))
     assert_equal(load_file(best_checkpoint(Path("base")) / "model.safetensors"), weights(tuned))
-    tuned.loader.close()
+    tuned.source.close()
 
 
 @pytest.mark.slow
