@@ -51,7 +51,7 @@ def _estimates(estimates: list[Estimate]) -> Table:
 def _breakdown(entry: Estimate) -> Table:
     """Memory and step time of one strategy by parts, on each device."""
     memory, time = entry.memory, entry.time
-    table = Table(box=None, pad_edge=False, title=f"{entry.strategy}, a device", title_justify="left")
+    table = Table(box=None, pad_edge=False, title=f"{entry.strategy}, per device", title_justify="left")
     table.add_column("memory")
     table.add_column("GiB", justify="right")
     table.add_column("  step")
