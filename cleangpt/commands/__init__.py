@@ -218,8 +218,8 @@ def plan_command(words: list[str]) -> None:
             ("json", Annotated[str | None, tyro.conf.arg(help="Also write the plan to this JSON file.")], None),
         ],
     )  # fmt: skip
+    from cleangpt.distributed.datasheets import find_device
     from cleangpt.files import write_json
-    from cleangpt.planning.devices import find_device
     from cleangpt.planning.plan import make_plan
     from cleangpt.planning.tables import show
 

@@ -14,25 +14,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from cleangpt.distributed.datasheets import identify_device
 from cleangpt.distributed.processes import Ranks
 from cleangpt.errors import UserError, require
 from cleangpt.models.base import LanguageModel
 from cleangpt.validation import RULES
-
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "V100": 125e12,
-    "T4": 65e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
-"""Dense 16-bit matrix FLOP/s by a part of the device's name, from the vendors' data sheets."""
-
 
 MALLOC_SETTINGS = {-4: 0, -1: 2**31 - 1}
 """From `malloc.h`: M_MMAP_MAX, mappings outside the heap; M_TRIM_THRESHOLD, free bytes kept at the top of the heap."""
@@ -139,11 +125,9 @@ def uncompiled(compiled: str) -> AbstractContextManager[Any]:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's peak 16-bit matrix FLOP/s; None: unknown."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    """The device's peak dense 16-bit FLOP/s; None: unknown."""
+    known = identify_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return known.peak_flops if known else None
 
 
 def device_memory(device: torch.device) -> int | None:

@@ -1,4 +1,4 @@
-"""Checkpoints of others in, ours out: Hugging Face both ways, GGUF out.
+"""Checkpoints from and to other programs: Hugging Face both ways, GGUF out.
 
-Weights are read from safetensors and structure from JSON, so nothing that was downloaded is ever executed.
+Weights are read from safetensors and structure from JSON, so nothing downloaded is ever executed.
 """

@@ -1,4 +1,4 @@
-"""`cleangpt export`: a checkpoint in the format of another program, whole or not at all."""
+"""`cleangpt export`: a checkpoint in another program's format, written completely or not at all."""
 
 import shutil
 from collections.abc import Callable
@@ -12,16 +12,16 @@ from cleangpt.interchange.huggingface import TOKENIZER_CONFIG, write_huggingface
 
 
 def export(checkpoint: Checkpoint, kind: str, out: Path, force: bool = False) -> None:
-    """Writes a checkpoint to `out`: a folder for the kind hf, a file for gguf.
+    """Writes a checkpoint to `out`: a folder for hf, a file for gguf.
 
     Args:
         checkpoint: what to export.
         kind: a key of EXPORTS.
-        out: the folder or file to write; those above it are made.
+        out: the folder or file to write; missing parent folders are created.
         force: replace an earlier export.
 
     Raises:
-        UserError: `out` holds something, or the checkpoint cannot be expressed in that format.
+        UserError: `out` exists, or the checkpoint cannot be expressed in that format.
     """
     _check_free(kind, out, force)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ EXPORTS: dict[str, Callable[[Checkpoint, Path, Path], None]] = {"hf": _export_fo
 
 
 def _check_free(kind: str, out: Path, force: bool) -> None:
-    """What no export wrote is never replaced: a slip of the keyboard must not cost someone's files."""
+    """Refuses to replace anything that no export wrote, so that a typo cannot delete someone's files."""
     if not out.exists() or (kind == "hf" and out.is_dir() and not any(out.iterdir())):
         return
     if not force:

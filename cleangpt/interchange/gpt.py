@@ -1,4 +1,4 @@
-"""GPT-2 in Hugging Face's files: names, configuration and the layout of weights there."""
+"""GPT-2 as Hugging Face and GGUF store it: configuration, names, layout of the weights."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,8 @@ from cleangpt.errors import UserError
 from cleangpt.models.gpt import GPTConfig
 from cleangpt.validation import check
 
-# Hugging Face --------------------------------------------------------------------------------------------------------
+# Hugging Face ---------------------------------------------------------------------------------------------------------
+
 FIELDS = {
     "vocab_size": "vocab_size",
     "max_seq_len": "n_positions",
@@ -18,8 +19,7 @@ FIELDS = {
     "n_heads": "n_head",
     "dim": "n_embd",
 }
-"""Our fields to those of `config.json` there."""
-
+"""Fields of `GPTConfig` and their names in `config.json`."""
 
 FIXED = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -30,23 +30,24 @@ FIXED = {
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
-"""Entries there that are the same in every model of ours, and what they may be; the first is what it is by default."""
+"""Entries of `config.json` with the values that `GPT` computes; the first is the default."""
 
 
 def config_to_huggingface(config: GPTConfig) -> dict[str, Any]:
-    """The content of Hugging Face's `config.json`; of special tokens it says that there are none."""
-    fields = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
+    """The content of Hugging Face's `config.json`, with special tokens set to None."""
+    values = vars(config)
+    fields = {hf_name: values[name] for name, hf_name in FIELDS.items()}
     fixed = {name: allowed[0] for name, allowed in FIXED.items()}
     dropouts = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
-    ends = {"bos_token_id": None, "eos_token_id": None}
-    return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **fields, **fixed, **dropouts, **ends}
+    special = {"bos_token_id": None, "eos_token_id": None}
+    return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **fields, **fixed, **dropouts, **special}
 
 
 def config_from_huggingface(entries: Mapping[str, Any]) -> GPTConfig:
-    """Our configuration from the content of Hugging Face's `config.json`.
+    """The configuration from the content of Hugging Face's `config.json`.
 
     Raises:
-        UserError: one line naming an entry that is missing or that asks for what is not here.
+        UserError: an entry is missing, or has a value that is not supported.
     """
     for name, allowed in FIXED.items():
         if entries.get(name, allowed[0]) not in allowed:
@@ -55,14 +56,14 @@ def config_from_huggingface(entries: Mapping[str, Any]) -> GPTConfig:
         raise UserError(f"config.json has no {missing[0]!r}, which a model of type gpt2 needs")
     if entries.get("n_inner") not in (None, 4 * entries["n_embd"]):
         raise UserError(f"n_inner is {entries['n_inner']!r}; allowed: 4 x n_embd, which is {4 * entries['n_embd']}")
-    fields = {ours: entries[theirs] for ours, theirs in FIELDS.items()}
+    fields = {name: entries[hf_name] for name, hf_name in FIELDS.items()}
     config = GPTConfig(**fields, dropout=entries.get("resid_pdrop", 0.1))
     check(config, "model.")
     return config
 
 
 def names_in_huggingface(config: GPTConfig) -> dict[str, str]:
-    """Our parameter names to those of Hugging Face's `GPT2LMHeadModel`."""
+    """Our parameter names and those of Hugging Face's `GPT2LMHeadModel`."""
     names = {
         "token_embedding.weight": "transformer.wte.weight",
         "position_embedding.weight": "transformer.wpe.weight",
@@ -78,9 +79,9 @@ def names_in_huggingface(config: GPTConfig) -> dict[str, str]:
         "mlp.down": "mlp.c_proj",
     }
     for layer in range(config.n_layers):
-        for ours, theirs in parts.items():
+        for part, hf_part in parts.items():
             for kind in ("weight", "bias"):
-                names[f"blocks.{layer}.{ours}.{kind}"] = f"transformer.h.{layer}.{theirs}.{kind}"
+                names[f"blocks.{layer}.{part}.{kind}"] = f"transformer.h.{layer}.{hf_part}.{kind}"
     return names
 
 
@@ -91,41 +92,43 @@ def _is_transposed(name: str) -> bool:
 def from_huggingface(config: GPTConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our state dict from that of a `GPT2LMHeadModel`.
 
-    There, linear layers are stored transposed, and the rows of all queries come before those of all keys and values.
-    The files of the released weights leave out the prefix ``transformer.``.
+    There, linear layers are stored transposed, and the rows of all queries precede those of all keys and values.
+    The files of the released weights omit the prefix ``transformer.``.
 
     Raises:
         UserError: a tensor is missing.
     """
     converted = {}
-    for ours, name in names_in_huggingface(config).items():
-        found = weights.get(name, weights.get(name.removeprefix("transformer.")))
+    for name, hf_name in names_in_huggingface(config).items():
+        found = weights.get(hf_name, weights.get(hf_name.removeprefix("transformer.")))
         if found is None:
-            raise UserError(f"the weights have no {name!r}, which a model of type gpt2 needs")
-        tensor = found.t() if _is_transposed(ours) else found
-        if ".qkv." in ours:
+            raise UserError(f"the weights have no {hf_name!r}, which a model of type gpt2 needs")
+        tensor = found.t() if _is_transposed(name) else found
+        if ".qkv." in name:
             tensor = tensor.view(3, config.n_heads, -1, *tensor.shape[1:]).transpose(0, 1).flatten(0, 2)
-        converted[ours] = tensor.contiguous()
+        converted[name] = tensor.contiguous()
     return converted
 
 
 def to_huggingface(config: GPTConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of Hugging Face's files from our state dict; biases that we left out are zeros there.
-
-    The head, which is the embedding, is left out, as it is there.
-    """
+    """The state dict of a `GPT2LMHeadModel` from ours, without the tied head; missing biases become zeros."""
     converted = {}
-    for ours, name in names_in_huggingface(config).items():
-        tensor = weights.get(ours)
+    for name, hf_name in names_in_huggingface(config).items():
+        tensor = weights.get(name)
         if tensor is None:
-            tensor = torch.zeros(len(weights[ours.replace(".bias", ".weight")]))
-        if ".qkv." in ours:
+            tensor = torch.zeros(len(weights[name.replace(".bias", ".weight")]))
+        if ".qkv." in name:
             tensor = tensor.view(config.n_heads, 3, -1, *tensor.shape[1:]).transpose(0, 1).flatten(0, 2)
-        converted[name] = (tensor.t() if _is_transposed(ours) else tensor).contiguous()
+        converted[hf_name] = (tensor.t() if _is_transposed(name) else tensor).contiguous()
     return converted
 
 
-# GGUF
+# GGUF -----------------------------------------------------------------------------------------------------------------
+
+
+def gguf_architecture(config: GPTConfig) -> str:
+    """llama.cpp's name of the architecture."""
+    return "gpt2"
 
 
 def add_gguf_sizes(writer: Any, config: GPTConfig) -> None:
@@ -138,7 +141,12 @@ def add_gguf_sizes(writer: Any, config: GPTConfig) -> None:
 
 
 def gguf_tensors(config: GPTConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """By Hugging Face's names, but with linear layers as `(out, in)`, which there are the other way round."""
+    """The weights by Hugging Face's names, but with linear layers not transposed: `(out, in)`."""
     linear = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
     converted = to_huggingface(config, weights)
     return {name: tensor.t() if name.endswith(linear) else tensor for name, tensor in converted.items()}
+
+
+def extra_gguf_tensors(config: GPTConfig) -> dict[str, Tensor]:
+    """Tensors that are not among the weights, by their names in GGUF: none."""
+    return {}

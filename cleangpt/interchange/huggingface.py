@@ -1,4 +1,4 @@
-"""A folder in Hugging Face's layout to a checkpoint, and back: `config.json`, safetensors, `tokenizer.json`."""
+"""Reads and writes checkpoints in Hugging Face's layout: `config.json`, safetensors, `tokenizer.json`."""
 
 from pathlib import Path
 from types import ModuleType
@@ -17,47 +17,47 @@ from cleangpt.errors import UserError, parsing
 from cleangpt.files import read_json, write_json, write_text
 from cleangpt.hub import fetch, is_huggingface
 from cleangpt.interchange import gpt, llama
-from cleangpt.interchange.vocabularies import ends, name_of, read_tokenizer, to_tokenizers, word_split
+from cleangpt.interchange.vocabularies import name_of, read_tokenizer, special_ids, to_tokenizers, word_split
 from cleangpt.models.gpt import GPTConfig
 from cleangpt.models.llama import LlamaConfig
 
 SHARDS = "model.safetensors.index.json"
 GENERATION_CONFIG, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
 MAPPINGS: dict[type[ModelConfig], ModuleType] = {GPTConfig: gpt, LlamaConfig: llama}
-"""The file of each architecture that has a mapping to and from Hugging Face."""
+"""The module that converts each architecture, by configuration class."""
 MODEL_TYPES: dict[str, ModuleType] = {"gpt2": gpt, **dict.fromkeys(llama.HF_FAMILIES, llama)}
-"""The same, by Hugging Face's `model_type`."""
+"""The same by Hugging Face's `model_type`."""
 
 
-# In ------------------------------------------------------------------------------------------------------------------
+# Reading --------------------------------------------------------------------------------------------------------------
 
 
 def find(text: str) -> Path:
-    """The folder that a user means: ``hf:NAME_OR_FOLDER``, or what `find_checkpoint` finds.
+    """The folder of a checkpoint named ``hf:NAME_OR_FOLDER``, or what `find_checkpoint` finds.
 
     Raises:
-        UserError: nothing of the kind is there.
+        UserError: there is none.
     """
     return fetch(text) if is_huggingface(text) else find_checkpoint(text)
 
 
 def open_checkpoint(text: str) -> Checkpoint:
-    """The checkpoint that a user means by ``hf:NAME_OR_FOLDER``, a run or a folder; nothing in it is executed.
+    """Reads the checkpoint ``hf:NAME_OR_FOLDER``, or that of a run or folder; nothing in it is executed.
 
     Raises:
-        UserError: it is not there, is damaged, or is of a kind that is not known here.
+        UserError: it does not exist, is damaged, or its architecture is not supported.
     """
     folder = find(text)
     content = read_json(folder / CONFIG)
-    theirs = isinstance(content, dict) and "model_type" in content
-    return read_huggingface(folder) if theirs else load_checkpoint(folder)
+    is_hf = isinstance(content, dict) and "model_type" in content
+    return read_huggingface(folder) if is_hf else load_checkpoint(folder)
 
 
 def read_huggingface(folder: Path) -> Checkpoint:
     """Reads a folder that `save_pretrained` wrote, or a model's files as they are on Hugging Face.
 
     Raises:
-        UserError: one line naming the file that is missing, or the entry that asks for what is not here.
+        UserError: a file or an entry is missing, or an entry has a value that is not supported.
     """
     entries = read_json(folder / CONFIG)
     kind = entries.get("model_type") if isinstance(entries, dict) else None
@@ -75,7 +75,7 @@ def read_huggingface(folder: Path) -> Checkpoint:
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of one safetensors file, or of several with an index."""
+    """The tensors of one safetensors file, or of several listed by an index."""
     names = [WEIGHTS]
     if not (folder / WEIGHTS).is_file() and (folder / SHARDS).is_file():
         names = sorted(set(read_json(folder / SHARDS)["weight_map"].values()))
@@ -83,7 +83,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise UserError(
-                f"there is no {name}; only safetensors are read, since other files of weights can run code: "
+                f"there is no {name}; only safetensors are read, since other formats can execute code; "
                 "save_pretrained writes them"
             )
         try:
@@ -93,14 +93,14 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
-# Out -----------------------------------------------------------------------------------------------------------------
+# Writing --------------------------------------------------------------------------------------------------------------
 
 
 def mapping_of(config: ModelConfig) -> ModuleType:
-    """The file that has an architecture's mapping to Hugging Face.
+    """The module that converts an architecture.
 
     Raises:
-        UserError: it has none.
+        UserError: there is none.
     """
     if type(config) not in MAPPINGS:
         known = ", ".join(cls.__name__ for cls in MAPPINGS)
@@ -109,17 +109,17 @@ def mapping_of(config: ModelConfig) -> ModuleType:
 
 
 def write_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
-    """Writes a checkpoint's files into an empty `folder`, for `AutoModelForCausalLM` and `AutoTokenizer`.
+    """Writes a checkpoint into an empty `folder`, for `AutoModelForCausalLM` and `AutoTokenizer`.
 
     Raises:
-        UserError: Hugging Face has no such model or tokenizer.
+        UserError: Hugging Face does not support the model or its tokenizer.
     """
     mapping = mapping_of(checkpoint.config)
-    special = {f"{name}_id": token for name, token in ends(checkpoint.tokenizer).items()}
+    special = {f"{name}_id": token for name, token in special_ids(checkpoint.tokenizer).items()}
     dtype = str(next(iter(checkpoint.weights.values())).dtype).removeprefix("torch.")
     entries = mapping.config_to_huggingface(checkpoint.config) | special | {"torch_dtype": dtype}
     tokenizer = to_tokenizers(checkpoint.tokenizer)
-    _check_kept(entries["model_type"], tokenizer)
+    _check_word_split(entries["model_type"], tokenizer)
     write_json(folder / CONFIG, entries)
     write_json(folder / GENERATION_CONFIG, special | _stops(checkpoint))
     write_json(folder / TOKENIZER, tokenizer)
@@ -130,11 +130,11 @@ def write_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def _check_kept(kind: str, tokenizer: dict[str, Any]) -> None:
-    """Whatever the files say, transformers splits the words of every Qwen 2 as the released ones do.
+def _check_word_split(kind: str, tokenizer: dict[str, Any]) -> None:
+    """Checks that a Qwen 2 has Qwen's word splitting, which transformers applies whatever the files say.
 
     Raises:
-        UserError: the model is a Qwen 2, and its tokenizer is another.
+        UserError: it has another.
     """
     unmerged = tokenizer["model"]["type"] == "BPE" and not tokenizer["model"]["merges"]
     if kind == "qwen2" and not unmerged and word_split(tokenizer) != "qwen2":
@@ -145,7 +145,7 @@ def _check_kept(kind: str, tokenizer: dict[str, Any]) -> None:
 
 
 def _stops(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Where the generation of an answer ends, for a model that converses."""
+    """The tokens that end an answer, for a model with a chat template."""
     if checkpoint.chat_template is None:
         return {}
     return {"eos_token_id": sorted(stop_tokens(checkpoint.chat_template, checkpoint.tokenizer))}
@@ -153,10 +153,10 @@ def _stops(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _tokenizer_config(checkpoint: Checkpoint) -> dict[str, Any]:
     tokenizer = checkpoint.tokenizer
-    given = checkpoint.chat_template.special if checkpoint.chat_template is not None else {}
+    template_tokens = checkpoint.chat_template.special if checkpoint.chat_template is not None else {}
     return (
-        {name: name_of(tokenizer, token) for name, token in ends(tokenizer).items()}
-        | dict(given)
+        {name: name_of(tokenizer, token) for name, token in special_ids(tokenizer).items()}
+        | dict(template_tokens)
         | {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": checkpoint.config.max_seq_len,

@@ -1,4 +1,4 @@
-"""Llama, Mistral, Mixtral, Qwen 2 and Qwen 3 in Hugging Face's files: names, configuration, weights."""
+"""Llama, Mistral, Mixtral, Qwen 2 and Qwen 3 as Hugging Face and GGUF store them: configuration, names, weights."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,19 +8,20 @@ import torch
 from torch import Tensor
 
 from cleangpt.errors import UserError
-from cleangpt.models.llama import LlamaConfig, rope_frequencies
+from cleangpt.models.llama import LlamaConfig
 from cleangpt.validation import check
 
+# Hugging Face ---------------------------------------------------------------------------------------------------------
 
-# Hugging Face --------------------------------------------------------------------------------------------------------
+
 class HFFamily(NamedTuple):
-    """An architecture of Hugging Face, and those of our optional fields that it has."""
+    """An architecture of Hugging Face, and the optional fields of `LlamaConfig` that it has."""
 
     architecture: str
-    always: frozenset[str] = frozenset()
-    """Optional fields that are set in every model of this kind."""
-    perhaps: frozenset[str] = frozenset()
-    """Optional fields that may be set."""
+    required: frozenset[str] = frozenset()
+    """Fields that every model of this family sets."""
+    optional: frozenset[str] = frozenset()
+    """Fields that a model of this family may set."""
 
 
 HF_FAMILIES: dict[str, HFFamily] = {
@@ -35,10 +36,9 @@ HF_FAMILIES: dict[str, HFFamily] = {
         frozenset({"sliding_window", "expert_hidden_dim", "normalize_router_weights"}),
     ),
 }
-"""The models of Hugging Face that are Llamas, by their `model_type`."""
+"""Hugging Face's models that `LlamaConfig` describes, by their `model_type`."""
 
-
-OPTIONAL = {
+OPTIONAL_FIELDS = {
     "qkv_bias": False,
     "qk_norm": False,
     "sliding_window": None,
@@ -54,8 +54,7 @@ OPTIONAL = {
     "ngrams": (),
     "separator": None,
 }
-"""Our optional fields, and their values where they are not set."""
-
+"""Fields that not every family has, with the values that turn them off."""
 
 FIELDS = {
     "vocab_size": "vocab_size",
@@ -65,8 +64,7 @@ FIELDS = {
     "dim": "hidden_size",
     "hidden_dim": "intermediate_size",
 }
-"""Our fields to those of every `config.json` there."""
-
+"""Fields of `LlamaConfig` and their names in every `config.json`."""
 
 ROPE_FIELDS = {
     "rope_factor": "factor",
@@ -74,19 +72,20 @@ ROPE_FIELDS = {
     "rope_high_freq_factor": "high_freq_factor",
     "rope_original_seq_len": "original_max_position_embeddings",
 }
-"""Our fields to those of rotary scaling of type llama3 there."""
+"""Fields of `LlamaConfig` and their names in a `rope_scaling` of type llama3."""
 
 
 def model_type(config: LlamaConfig) -> str:
-    """Hugging Face's name of the kind of model that a configuration describes: a key of KIN.
+    """Hugging Face's `model_type` of a configuration: a key of HF_FAMILIES.
 
     Raises:
-        UserError: no kind has these optional fields together.
+        UserError: no family has this combination of optional fields.
     """
-    used = {name for name, unset in OPTIONAL.items() if getattr(config, name) != unset}
-    for kind, kin in HF_FAMILIES.items():
-        if kin.always <= used <= kin.always | kin.perhaps:
-            return kind
+    values = vars(config)
+    used = {name for name, unset in OPTIONAL_FIELDS.items() if values[name] != unset}
+    for name, family in HF_FAMILIES.items():
+        if family.required <= used <= family.required | family.optional:
+            return name
     raise UserError(
         f"Hugging Face has no model with {' and '.join('model.' + name for name in sorted(used))}; allowed: what "
         f"{', '.join(HF_FAMILIES)} have"
@@ -94,17 +93,17 @@ def model_type(config: LlamaConfig) -> str:
 
 
 def config_to_huggingface(config: LlamaConfig) -> dict[str, Any]:
-    """The content of Hugging Face's `config.json`; of special tokens it says that there are none.
+    """The content of Hugging Face's `config.json`, with special tokens set to None.
 
     Raises:
-        UserError: no kind of model there has these fields.
+        UserError: no family has this combination of optional fields.
     """
-    kind = model_type(config)
-    entries = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()} | {
+    kind, values = model_type(config), vars(config)
+    entries = {hf_name: values[name] for name, hf_name in FIELDS.items()} | {
         "model_type": kind,
         "architectures": [HF_FAMILIES[kind].architecture],
-        "num_key_value_heads": config.kv_heads(),
-        "head_dim": config.head_size(),
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_size,
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied,
@@ -113,34 +112,33 @@ def config_to_huggingface(config: LlamaConfig) -> dict[str, Any]:
         "eos_token_id": None,
     }
     if config.rope_factor is not None:
-        scaling = {theirs: getattr(config, ours) for ours, theirs in ROPE_FIELDS.items()}
+        scaling = {hf_name: values[name] for name, hf_name in ROPE_FIELDS.items()}
         entries["rope_scaling"] = {"rope_type": "llama3", **scaling}
     return entries | _window_entries(config, kind) | _expert_entries(config, kind)
 
 
 def _window_entries(config: LlamaConfig, kind: str) -> dict[str, Any]:
-    """What says there how far a position sees."""
+    """The entries that describe sliding windows."""
     if kind == "llama":
         return {}
     entries: dict[str, Any] = {"sliding_window": config.sliding_window}
     if kind.startswith("qwen"):
-        windows = [config.window(layer) for layer in range(config.n_layers)]
-        types = ["full_attention" if window is None else "sliding_attention" for window in windows]
+        types = ["full_attention" if window is None else "sliding_attention" for window in config.windows()]
         entries |= {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
         entries |= {} if kind == "qwen3_moe" else {"layer_types": types}
     return entries
 
 
 def _expert_entries(config: LlamaConfig, kind: str) -> dict[str, Any]:
-    """What says there how experts are chosen."""
+    """The entries that describe experts."""
     if config.n_experts is None:
         return {}
-    chosen = {"num_experts_per_tok": config.experts_per_token}
+    top_k = {"num_experts_per_tok": config.experts_per_token}
     if kind == "mixtral":
-        return chosen | {"num_local_experts": config.n_experts}
-    return chosen | {
+        return top_k | {"num_local_experts": config.n_experts}
+    return top_k | {
         "num_experts": config.n_experts,
-        "moe_intermediate_size": config.expert_features(),
+        "moe_intermediate_size": config.expert_size,
         "norm_topk_prob": config.normalize_router_weights,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
@@ -148,10 +146,10 @@ def _expert_entries(config: LlamaConfig, kind: str) -> dict[str, Any]:
 
 
 def config_from_huggingface(entries: Mapping[str, Any]) -> LlamaConfig:
-    """Our configuration from the content of Hugging Face's `config.json`.
+    """The configuration from the content of Hugging Face's `config.json`.
 
     Raises:
-        UserError: one line naming an entry that is missing or that asks for what is not here.
+        UserError: an entry is missing, or has a value that is not supported.
     """
     if (kind := entries.get("model_type")) not in HF_FAMILIES:
         raise UserError(f"model_type is {kind!r}; allowed: {', '.join(HF_FAMILIES)}")
@@ -162,7 +160,7 @@ def config_from_huggingface(entries: Mapping[str, Any]) -> LlamaConfig:
     if entries.get("mlp_only_layers"):
         raise UserError(f"mlp_only_layers is {entries['mlp_only_layers']!r}; allowed: an empty list")
     config = LlamaConfig(
-        **{ours: _entry(entries, theirs) for ours, theirs in FIELDS.items()},
+        **{name: _entry(entries, hf_name) for name, hf_name in FIELDS.items()},
         n_kv_heads=entries.get("num_key_value_heads"),
         head_dim=_head_dim(entries),
         norm_eps=entries.get("rms_norm_eps", 1e-6),
@@ -185,35 +183,35 @@ def _entry(entries: Mapping[str, Any], name: str) -> Any:
 
 
 def _head_dim(entries: Mapping[str, Any]) -> int | None:
-    """None where it is dim / n_heads; a Qwen 3 that does not name it has 128."""
+    """None if it equals dim / n_heads; Qwen 3 defaults to 128."""
     head_dim: int | None = entries.get("head_dim") or (128 if entries["model_type"] == "qwen3" else None)
     implied = head_dim is not None and head_dim * entries["num_attention_heads"] == entries["hidden_size"]
     return None if implied else head_dim
 
 
 def _rope_fields(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary positions stand there in `rope_parameters`, or, before Transformers 5, in two entries."""
+    """Rotary parameters are in `rope_parameters` or, before Transformers 5, in two entries."""
     rope = {"rope_theta": entries.get("rope_theta", 10_000.0)}
     rope |= (entries.get("rope_scaling") or {}) | (entries.get("rope_parameters") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise UserError(f"rope_type is {kind!r}; allowed: default, llama3")
-    scaling = {ours: _entry(rope, theirs) for ours, theirs in ROPE_FIELDS.items()} if kind == "llama3" else {}
+    scaling = {name: _entry(rope, hf_name) for name, hf_name in ROPE_FIELDS.items()} if kind == "llama3" else {}
     return {"rope_theta": rope["rope_theta"], **scaling}
 
 
 def _window_fields(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Which layers there have a window must be all, or all but every so-many-th."""
+    """Sliding windows must be in all layers, or in all but every n-th."""
     has_window = entries.get("use_sliding_window", entries["model_type"] in ("mistral", "mixtral"))
     if not has_window or entries.get("sliding_window") is None:
         return {}
     n_layers = _entry(entries, "num_hidden_layers")
     first = entries.get("max_window_layers", 0) if entries["model_type"] in ("qwen2", "qwen3") else 0
     types = entries.get("layer_types") or ["full_attention"] * first + ["sliding_attention"] * (n_layers - first)
-    sees_all = [layer + 1 for layer in range(n_layers) if types[layer] == "full_attention"]
-    every = sees_all[0] if sees_all else None
-    if every is not None and sees_all != list(range(every, n_layers + 1, every)):
-        raise UserError(f"layers {sees_all} have full attention; allowed: none, or every so-many-th")
+    global_layers = [layer + 1 for layer in range(n_layers) if types[layer] == "full_attention"]
+    every = global_layers[0] if global_layers else None
+    if every is not None and global_layers != list(range(every, n_layers + 1, every)):
+        raise UserError(f"layers {global_layers} have full attention; allowed: none, or every n-th")
     return {"sliding_window": entries["sliding_window"], "global_every": every}
 
 
@@ -226,17 +224,17 @@ def _expert_fields(entries: Mapping[str, Any]) -> dict[str, Any]:
         width, normalize = _entry(entries, "moe_intermediate_size"), entries.get("norm_topk_prob", False)
     else:
         return {}
-    chosen = {"n_experts": n_experts, "experts_per_token": _entry(entries, "num_experts_per_tok")}
-    return chosen | {"expert_hidden_dim": width, "normalize_router_weights": normalize}
+    top_k = {"n_experts": n_experts, "experts_per_token": _entry(entries, "num_experts_per_tok")}
+    return top_k | {"expert_hidden_dim": width, "normalize_router_weights": normalize}
 
 
 def names_in_huggingface(config: LlamaConfig) -> dict[str, str]:
-    """Our parameter names to those in Hugging Face's files.
+    """Our parameter names and Hugging Face's.
 
-    Experts' matrices are stacked here and apart there: such a name has ``{}`` in the place of the expert's number.
+    The matrices of experts are stacked here and separate there; such a name has ``{}`` for the expert's number.
 
     Raises:
-        UserError: no kind of model there has these fields.
+        UserError: no family has this combination of optional fields.
     """
     parts = {
         "attention_norm.weight": "input_layernorm.weight",
@@ -244,22 +242,22 @@ def names_in_huggingface(config: LlamaConfig) -> dict[str, str]:
         "attention.out.weight": "self_attn.o_proj.weight",
         **_mlp_names(model_type(config)),
     }
-    for ours in ("query", "key", "value"):
+    for part in ("query", "key", "value"):
         for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
-            parts[f"attention.{ours}.{kind}"] = f"self_attn.{ours[0]}_proj.{kind}"
+            parts[f"attention.{part}.{kind}"] = f"self_attn.{part[0]}_proj.{kind}"
     if config.qk_norm:
-        parts |= {f"attention.{ours}_norm.weight": f"self_attn.{ours[0]}_norm.weight" for ours in ("query", "key")}
+        parts |= {f"attention.{part}_norm.weight": f"self_attn.{part[0]}_norm.weight" for part in ("query", "key")}
     names = {"token_embedding.weight": "model.embed_tokens.weight", "final_norm.weight": "model.norm.weight"}
     for layer in range(config.n_layers):
-        names |= {f"blocks.{layer}.{ours}": f"model.layers.{layer}.{theirs}" for ours, theirs in parts.items()}
+        names |= {f"blocks.{layer}.{name}": f"model.layers.{layer}.{hf_name}" for name, hf_name in parts.items()}
     return names if config.tied else names | {"head.weight": "lm_head.weight"}
 
 
 def _mlp_names(kind: str) -> dict[str, str]:
-    """The parameters of a block's MLP or experts, in a model of this kind."""
+    """Names of the parameters of a block's MLP or experts."""
     if kind == "mixtral":
         experts = {"gate": "w1", "up": "w3", "down": "w2"}
-        names = {f"mlp.{ours}": f"block_sparse_moe.experts.{{}}.{theirs}.weight" for ours, theirs in experts.items()}
+        names = {f"mlp.{part}": f"block_sparse_moe.experts.{{}}.{hf_part}.weight" for part, hf_part in experts.items()}
         return names | {"mlp.router.weight": "block_sparse_moe.gate.weight"}
     if kind == "qwen3_moe":
         names = {f"mlp.{part}": f"mlp.experts.{{}}.{part}_proj.weight" for part in ("gate", "up", "down")}
@@ -268,37 +266,37 @@ def _mlp_names(kind: str) -> dict[str, str]:
 
 
 def from_huggingface(config: LlamaConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict from the tensors in Hugging Face's files.
+    """Our state dict from Hugging Face's.
 
     Raises:
-        UserError: a tensor is missing, or no kind of model there has these fields.
+        UserError: a tensor is missing, or no family has this combination of optional fields.
     """
     converted = {}
-    for ours, theirs in names_in_huggingface(config).items():
-        apart = [theirs.format(expert) for expert in range(config.n_experts or 1)] if "{}" in theirs else [theirs]
-        if missing := [name for name in apart if name not in weights]:
+    for name, hf_name in names_in_huggingface(config).items():
+        stacked = "{}" in hf_name
+        hf_names = [hf_name.format(expert) for expert in range(config.n_experts or 1)] if stacked else [hf_name]
+        if missing := [name for name in hf_names if name not in weights]:
             raise UserError(f"the weights have no {missing[0]!r}, which a model of type {model_type(config)} needs")
-        tensors = [weights[name] for name in apart]
-        converted[ours] = torch.stack(tensors) if "{}" in theirs else tensors[0]
+        tensors = [weights[name] for name in hf_names]
+        converted[name] = torch.stack(tensors) if stacked else tensors[0]
     return converted
 
 
 def to_huggingface(config: LlamaConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of Hugging Face's files from our state dict; a tied head is left out, as it is there.
+    """Hugging Face's state dict from ours; a tied head is left out, as it is there.
 
     Raises:
-        UserError: no kind of model there has these fields.
+        UserError: no family has this combination of optional fields.
     """
     converted = {}
-    for ours, theirs in names_in_huggingface(config).items():
-        stacked = "{}" in theirs
-        for expert, tensor in enumerate(weights[ours] if stacked else [weights[ours]]):
-            converted[theirs.format(expert)] = tensor.contiguous()
+    for name, hf_name in names_in_huggingface(config).items():
+        stacked = "{}" in hf_name
+        for expert, tensor in enumerate(weights[name] if stacked else [weights[name]]):
+            converted[hf_name.format(expert)] = tensor.contiguous()
     return converted
 
 
-# GGUF
-
+# GGUF -----------------------------------------------------------------------------------------------------------------
 
 GGUF_ARCHITECTURES = {
     "llama": "llama",
@@ -308,7 +306,23 @@ GGUF_ARCHITECTURES = {
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3moe",
 }
-"""llama.cpp's name of an architecture, by Hugging Face's of the kind of Llama that a model is."""
+"""llama.cpp's names of architectures, by Hugging Face's `model_type`."""
+
+
+def gguf_architecture(config: LlamaConfig) -> str:
+    """llama.cpp's name of the architecture.
+
+    Raises:
+        UserError: llama.cpp's architecture does not compute the same.
+    """
+    if any(window is not None and window < config.max_seq_len for window in config.windows()):
+        raise UserError(
+            f"model.sliding_window is {config.sliding_window}; allowed in GGUF: None, or model.max_seq_len or more, "
+            f"which is {config.max_seq_len}"
+        )
+    if not config.normalize_router_weights:
+        raise UserError("model.normalize_router_weights is False; allowed in GGUF: True")
+    return GGUF_ARCHITECTURES[model_type(config)]
 
 
 def add_gguf_sizes(writer: Any, config: LlamaConfig) -> None:
@@ -317,38 +331,40 @@ def add_gguf_sizes(writer: Any, config: LlamaConfig) -> None:
     writer.add_block_count(config.n_layers)
     writer.add_feed_forward_length(config.hidden_dim)
     writer.add_head_count(config.n_heads)
-    writer.add_head_count_kv(config.kv_heads())
-    writer.add_key_length(config.head_size())
-    writer.add_value_length(config.head_size())
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_size)
+    writer.add_value_length(config.head_size)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
-    writer.add_rope_dimension_count(config.head_size())
+    writer.add_rope_dimension_count(config.head_size)
     if config.n_experts is not None:
         writer.add_expert_count(config.n_experts)
         writer.add_expert_used_count(config.experts_per_token)
-        writer.add_expert_feed_forward_length(config.expert_features())
+        writer.add_expert_feed_forward_length(config.expert_size)
 
 
 def gguf_tensors(config: LlamaConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """By Hugging Face's names, with the matrices of all experts stacked, as here."""
-    pairs_are_neighbours = GGUF_ARCHITECTURES[model_type(config)] == "llama"
-    heads = {"attention.query.weight": config.n_heads, "attention.key.weight": config.kv_heads()}
+    """The weights by Hugging Face's names, with the matrices of all experts stacked."""
+    neighbors = GGUF_ARCHITECTURES[model_type(config)] == "llama"
+    heads = {"attention.query.weight": config.n_heads, "attention.key.weight": config.num_kv_heads}
     tensors = {}
-    for ours, theirs in names_in_huggingface(config).items():
-        tensor, name = weights[ours], ".".join(ours.split(".")[2:])
-        if pairs_are_neighbours and name in heads:
-            tensor = _neighbours(tensor, heads[name])
-        tensors[theirs.replace(".{}", "")] = tensor
+    for name, hf_name in names_in_huggingface(config).items():
+        tensor, part = weights[name], ".".join(name.split(".")[2:])
+        if neighbors and part in heads:
+            tensor = _pair_neighbors(tensor, heads[part])
+        tensors[hf_name.replace(".{}", "")] = tensor
     return tensors
 
 
-def _neighbours(tensor: Tensor, heads: int) -> Tensor:
-    """Rows `(heads x head_dim, dim)` in an order that puts those side by side that a rotary position turns together."""
-    return tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).flatten(0, 2)
-
-
-def rope_stretching(config: LlamaConfig) -> Tensor:
-    """By what each rotary wavelength is multiplied `(head_dim / 2,)`, float32."""
+def extra_gguf_tensors(config: LlamaConfig) -> dict[str, Tensor]:
+    """Tensors that are not among the weights, by their names in GGUF: how much each rotary wavelength is stretched."""
+    if config.rope_factor is None:
+        return {}
     device = torch.device("cpu")
-    plain = dataclasses.replace(config, rope_factor=None)
-    return rope_frequencies(plain, device) / rope_frequencies(config, device)
+    unscaled = dataclasses.replace(config, rope_factor=None)
+    return {"rope_freqs.weight": unscaled.rope_frequencies(device) / config.rope_frequencies(device)}
+
+
+def _pair_neighbors(tensor: Tensor, heads: int) -> Tensor:
+    """Rows `(heads * head_size, dim)`, reordered so that a rotary position rotates neighbors."""
+    return tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).flatten(0, 2)

@@ -1,6 +1,7 @@
-"""Our tokenizers in the form of Hugging Face's `tokenizers`: the same ids and the same text.
+"""Our tokenizers in the format of Hugging Face's `tokenizers`, with the same ids and the same text.
 
-Characters become a vocabulary of words of one character; bytes become a byte-level BPE that has learned no merges.
+A character tokenizer becomes a word-level one with words of one character; a byte tokenizer becomes a byte-level BPE
+without merges.
 """
 
 import json
@@ -23,13 +24,13 @@ from cleangpt.files import read_json
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {CONTRACTIONS + r"\p{N}{1,3}" + REST: "llama-bpe", CONTRACTIONS + r"\p{N}" + REST: "qwen2"}
-"""By the pattern that splits a text into words before byte pairs are merged: llama.cpp's name of it."""
+"""llama.cpp's names of the patterns that split a text into words before byte pairs are merged."""
 
 
 def byte_letters() -> list[str]:
-    """The letter that stands for each byte in a byte-level BPE (Radford et al. 2019, as released).
+    """The character that represents each byte in a byte-level BPE (Radford et al. 2019, as released).
 
-    A byte that is a visible character of Latin-1 stands for itself; the others have the letters from U+0100 on.
+    Visible characters of Latin-1 represent themselves; the other bytes get the characters from U+0100 on.
     """
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(256) if byte not in visible]
@@ -37,29 +38,29 @@ def byte_letters() -> list[str]:
 
 
 def name_of(tokenizer: Tokenizer, token: int) -> str:
-    """What a token is called."""
+    """The text of a special token."""
     if isinstance(tokenizer, BPETokenizer):
         return next(name for name, known in tokenizer.vocabulary.items() if known == token)
     return tokenizer.characters[token] if isinstance(tokenizer, CharTokenizer) else END_OF_TEXT
 
 
-def ends(tokenizer: Tokenizer) -> dict[str, int]:
-    """The tokens at which a document begins and ends, by Hugging Face's names of them; empty where there are none.
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """The ids of `bos_token` and `eos_token`, which begin and end a document; empty if there are none.
 
-    Where no token is for the beginning, a document begins after the end of another, as in GPT-2.
+    Without a token for the beginning, both are the same, as in GPT-2.
     """
     if tokenizer.eos_id is None:
         return {}
     known = tokenizer.vocabulary if isinstance(tokenizer, BPETokenizer) else {}
-    begin = next((known[name] for name in BOS_TOKENS if name in known), tokenizer.eos_id)
-    return {"bos_token": begin, "eos_token": tokenizer.eos_id}
+    bos = next((known[name] for name in BOS_TOKENS if name in known), tokenizer.eos_id)
+    return {"bos_token": bos, "eos_token": tokenizer.eos_id}
 
 
 def to_tokenizers(tokenizer: Tokenizer) -> dict[str, Any]:
     """The content of a `tokenizer.json` of Hugging Face's `tokenizers`.
 
     Raises:
-        UserError: the tokenizer is of a kind that cannot be expressed there.
+        UserError: the tokenizer cannot be expressed there.
     """
     if isinstance(tokenizer, BPETokenizer):
         content: dict[str, Any] = json.loads(tokenizer.to_json())
@@ -73,17 +74,17 @@ def to_tokenizers(tokenizer: Tokenizer) -> dict[str, Any]:
     added = [
         {"id": token, "content": name_of(tokenizer, token), "special": True, "normalized": False,
          "single_word": False, "lstrip": False, "rstrip": False}
-        for token in sorted(set(ends(tokenizer).values()))
+        for token in sorted(set(special_ids(tokenizer).values()))
     ]  # fmt: skip
     common = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None}
     return common | {"added_tokens": added} | parts
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer in a folder in Hugging Face's layout; one of ours that `to_tokenizers` wrote is ours again.
+    """The tokenizer of a folder in Hugging Face's layout; reverses `to_tokenizers`.
 
     Raises:
-        UserError: there is none, or one that loses text.
+        UserError: there is none, or it does not decode to the same text.
     """
     path = folder / TOKENIZER
     content = read_json(path) if path.is_file() else None
@@ -101,7 +102,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _characters(characters: str) -> dict[str, Any]:
-    """An unknown character is refused there as it is here, since the name of an unknown word is none of these."""
+    """Unknown characters are refused, as here, since the unknown token is not in the vocabulary."""
     vocabulary = {character: token for token, character in enumerate(characters)}
     return {
         "pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False},
@@ -121,9 +122,9 @@ def _bytes() -> dict[str, Any]:
 
 
 def word_split(content: dict[str, Any]) -> str | None:
-    """llama.cpp's name of how a `tokenizer.json` splits words before byte pairs are merged; none: no way it knows.
+    """llama.cpp's name of the way a `tokenizer.json` splits words before merging byte pairs; None: not supported.
 
-    Where nothing has been merged, how words are split makes no difference.
+    Without merges, splitting makes no difference.
     """
     model, before = content["model"], content["pre_tokenizer"] or {}
     if model["type"] != "BPE" or model.get("byte_fallback"):

@@ -1,4 +1,4 @@
-"""Architectures by name. One file each, a subclass of `LanguageModel` (`base.py`); registering is one line here."""
+"""Architectures by name: one file each with a subclass of `LanguageModel`; registering is one line here."""
 
 from collections.abc import Collection
 
@@ -14,12 +14,12 @@ MODELS: dict[str, tuple[type[ModelConfig], type[LanguageModel]]] = {
 
 
 def model_kinds() -> dict[str, type[ModelConfig]]:
-    """The configuration class of every registered architecture, by its name."""
+    """The configuration class of every registered architecture, by name."""
     return {name: config for name, (config, _) in MODELS.items()}
 
 
 def model_class(config: ModelConfig) -> type[LanguageModel]:
-    """The architecture that a configuration is of."""
+    """The architecture of a configuration."""
     for config_class, architecture in MODELS.values():
         if type(config) is config_class:
             return architecture
@@ -27,7 +27,7 @@ def model_class(config: ModelConfig) -> type[LanguageModel]:
 
 
 def build_model(config: ModelConfig, heads: Collection[str] = ()) -> LanguageModel:
-    """The untrained model of a configuration whose `vocab_size` is known, with more `heads` where asked."""
+    """An untrained model with additional scalar `heads`; the configuration's `vocab_size` is not None."""
     model = model_class(config)(config)
     if heads:
         model.add_heads(heads)

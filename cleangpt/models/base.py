@@ -1,7 +1,8 @@
-"""The contract of an architecture, with defaults for all that is optional.
+"""The contract of an architecture, with defaults for everything optional.
 
-A model is built from its configuration alone and knows nothing of devices, precision, parallelism or training. It gives
-`features` of tokens and makes `to_logits` of them; what is read from these stands here, once for all architectures.
+A model is built from its configuration alone and knows nothing about devices, precision, parallelism or training. A
+subclass computes `features`, the hidden states of tokens, and `to_logits` of them; what others read from these is
+computed here, once for all architectures.
 """
 
 import math
@@ -19,41 +20,93 @@ from cleangpt.models.head import TokenScores, token_scores
 
 
 class LanguageModel(nn.Module):
-    """Token ids to logits, or to scores of given targets; subclasses have `features` and `to_logits`."""
+    """Maps token ids to logits, or to scores of given targets. Subclasses define `features` and `to_logits`."""
 
+    inputs: ClassVar[frozenset[str]] = frozenset()
+    """Keywords of `features` besides tokens and cache, which a batch has to bring in `Batch.inputs`."""
     tensor_plan: ClassVar[dict[str, str]] = {}
-    """How each module is sharded by tensor parallelism, in the words of `distributed/sharding.py`; empty: it cannot."""
+    """How tensor parallelism shards each module, in the words of `distributed/sharding.py`; empty: it cannot."""
     deferred_init: ClassVar[bool] = False
-    """Whether `init_parameter` draws every initial value, so that a sharded model never exists whole; a subclass has
-    to say so itself."""
+    """Whether `init_parameter` sets every initial value, so that a model too large for one device can be initialized
+    shard by shard. Not inherited: a subclass that adds parameters has to declare it again."""
     loss_chunk: int | None = None
-    """Tokens whose logits are held at a time where targets are given; None: all."""
+    """Tokens whose logits are in memory at a time when targets are given; None: all of them."""
     gather_logits: Callable[[Tensor], Tensor] | None = None
-    """Puts logits together whose vocabulary is sharded."""
+    """Gathers logits that are sharded over the vocabulary; set by tensor parallelism."""
     can_cache: bool = True
-    """Whether tokens may be read one at a time; not where the sequence is sharded."""
+    """Whether tokens can be read one at a time; not under sequence parallelism."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.heads = nn.ModuleDict()
-        """Heads besides that of the vocabulary, each a number per position, such as a value."""
+        """Scalar heads by name, such as a value head; the language-model head is not among them."""
 
-    def layers(self) -> nn.ModuleList:
-        """The blocks that FSDP gathers, `torch.compile` compiles and activation checkpointing recomputes one by one."""
-        return nn.ModuleList()
+    # What a subclass defines ------------------------------------------------------------------------------------------
 
-    def features(self, tokens: Tensor, *, cache: KVCache | None = None, **modalities: Tensor) -> Tensor:
-        """Hidden states after the last layer and its norm: tokens `(batch, seq)` to `(batch, seq, dim)`."""
+    def features(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Hidden states after the last layer and its norm.
+
+        Args:
+            tokens: ids `(batch, seq)`, int64.
+            args: none; here so that a subclass may choose its keywords.
+            kwargs: `cache`, where `new_cache` returns one, and the tensors named in `inputs`.
+
+        Returns:
+            `(batch, seq, dim)`.
+        """
         raise NotImplementedError
 
     def to_logits(self, features: Tensor) -> Tensor:
-        """Features `(..., dim)` to logits `(..., vocab)`."""
+        """The language-model head: features `(..., dim)` to logits `(..., vocab)`."""
         raise NotImplementedError
 
     def head_parameters(self) -> list[Tensor]:
-        """The parameters that `to_logits` uses, by which the loss in chunks takes its gradients."""
+        """The parameters that `to_logits` uses; the chunked loss computes their gradients."""
         raise NotImplementedError
+
+    # What is optional -------------------------------------------------------------------------------------------------
+
+    def layers(self) -> nn.ModuleList:
+        """The blocks, which FSDP gathers, `torch.compile` compiles and activation checkpointing recomputes one by one;
+        by default none."""
+        return nn.ModuleList()
+
+    def init_parameter(self, name: str, parameter: Tensor) -> None:
+        """Initializes the parameter `name`: normal with standard deviation 0.02, scaled down by sqrt(2 * layers) for
+        projections into the residual stream (GPT-2, section 2.3). Biases and scalar heads are 0, norm gains 1."""
+        if parameter.dim() < 2 or name.startswith("heads."):
+            nn.init.constant_(parameter, 1.0 if name.endswith("norm.weight") else 0.0)
+        else:
+            into_residual = name.removesuffix(".weight").endswith((".out", ".down"))
+            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * len(self.layers())) if into_residual else 0.02)
+
+    def new_cache(self, rollback_tokens: int = 0) -> KVCache | None:
+        """An empty cache for generation that can forget its last `rollback_tokens` tokens; None: the model has none."""
+        return None
+
+    def feature_size(self) -> int:
+        """Size of the last dimension of `features`; by default the configuration's field `dim`."""
+        size: int = vars(self.config)["dim"]
+        return size
+
+    def attention_heads(self) -> dict[str, int]:
+        """Numbers of attention heads by configuration field; tensor parallelism keeps each head on one device."""
+        return {}
+
+    def stacked_matrices(self, name: str) -> int:
+        """How many matrices are stacked in the parameter `name`; Muon orthogonalizes each of them by itself."""
+        return 1
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """FLOPs to train on one token; by default 6 per parameter."""
+        return 6 * sum(parameter.numel() for parameter in self.parameters())
+
+    def activation_bytes(self, batch: int, seq_len: int) -> int:
+        """Bytes that one fp32 forward pass saves for the backward pass, logits included; 0: unknown."""
+        return 0
+
+    # What every model does --------------------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -66,26 +119,31 @@ class LanguageModel(nn.Module):
         logit_positions: Tensor | None = None,
         **modalities: Tensor,
     ) -> Tensor | TokenScores:
-        """Logits `(batch, seq, vocab)`, or with `targets` what the model thinks of them.
+        """Logits `(batch, seq, vocab)`, or the scores of `targets` where these are given.
 
         Args:
-            tokens: ids `(batch, seq)`; with a cache they follow those that it holds, and are added to it.
-            targets: ids `(batch, seq)`, IGNORED where there is none.
-            scores: what is wanted besides log-probabilities: `log_z`, `entropy`, `mean_logprob` or a name of `heads`.
-            summed: sum over all targets, which lets a loss in chunks compute nothing twice.
-            cache: keys and values of tokens before these.
-            logit_positions: `(batch, count)`; logits `(batch, count, vocab)` are computed at these alone.
-            modalities: other inputs of `features`.
+            tokens: ids `(batch, seq)`, int64; with a cache, they follow the tokens in it and are added to it.
+            targets: ids `(batch, seq)`, int64, IGNORED where there is none.
+            scores: what to compute besides log-probabilities: names of `heads` and of `TokenScores`' optional fields.
+            summed: return sums over all targets, which the chunked loss computes without recomputing any logits.
+            cache: keys and values of earlier tokens.
+            logit_positions: `(batch, count)`, int64; compute logits `(batch, count, vocab)` at these positions only.
+            modalities: the model's other inputs, passed on to `features`.
+
+        Raises:
+            ValueError: a name in `scores` is unknown.
         """
-        features = self.features(tokens, cache=cache, **modalities)
+        inputs: dict[str, Any] = modalities if cache is None else {**modalities, "cache": cache}
+        features = self.features(tokens, **inputs)
         if logit_positions is not None:
             features = gather_positions(features, logit_positions)
         if targets is None:
             return self._logits(features)
         heads = {name: self.heads[name](features).squeeze(-1).float() for name in scores if name in self.heads}
-        asked = [name for name in scores if name not in heads]
-        chunk = self.loss_chunk
-        found = token_scores(features, targets, self._logits, self.head_parameters(), asked, summed, chunk)
+        others = [name for name in scores if name not in heads]
+        found = token_scores(
+            features, targets, self._logits, self.head_parameters(), others, summed=summed, chunk=self.loss_chunk
+        )
         return found._replace(heads=heads)
 
     def _logits(self, features: Tensor) -> Tensor:
@@ -93,53 +151,28 @@ class LanguageModel(nn.Module):
         return logits if self.gather_logits is None else self.gather_logits(logits)
 
     def add_heads(self, names: Collection[str]) -> None:
-        """Adds heads that give a number per position, which begin at zero."""
-        width: int = self.config.dim  # type: ignore[attr-defined]
+        """Adds scalar heads, which output 0 until trained.
+
+        They come last among the parameters, so that the others are initialized to the same values as without them.
+        """
         del self.heads
-        self.heads = nn.ModuleDict({name: nn.Linear(width, 1) for name in sorted(names)})  # now the last of all parts
+        self.heads = nn.ModuleDict({name: nn.Linear(self.feature_size(), 1) for name in sorted(names)})
         for name, parameter in self.heads.named_parameters(prefix="heads"):
             self.init_parameter(name, parameter)
 
     def reset_parameters(self) -> None:
-        """Draws initial weights, in the order of the parameters."""
+        """Initializes all parameters, in their order."""
         for name, parameter in self.named_parameters():
             self.init_parameter(name, parameter)
 
-    def init_parameter(self, name: str, parameter: Tensor) -> None:
-        """Draws the parameter `name`: normal with deviation 0.02, less into the residual stream (GPT-2, sec. 2.3).
-
-        Biases and heads begin at zero, gains at one.
-        """
-        if parameter.dim() < 2 or name.startswith("heads."):
-            nn.init.constant_(parameter, 1.0 if name.endswith("norm.weight") else 0.0)
-        else:
-            into_residual = name.removesuffix(".weight").endswith((".out", ".down"))
-            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * len(self.layers())) if into_residual else 0.02)
-
-    def new_cache(self, rollback_tokens: int = 0) -> KVCache | None:
-        """An empty cache for generation, from which `rollback_tokens` can be taken back; None: there is none."""
-        return None
-
-    def stacked_matrices(self, name: str) -> int:
-        """How many matrices the parameter `name` holds, one above the other; Muon takes each for itself."""
-        return 1
-
-    def flops_per_token(self, seq_len: int) -> int:
-        """FLOPs to train on one token; by default 6 per parameter."""
-        return 6 * sum(parameter.numel() for parameter in self.parameters())
-
-    def activation_bytes(self, batch: int, seq_len: int) -> int:
-        """Bytes that one fp32 forward pass keeps for the backward pass, logits included; 0: not known."""
-        return 0
-
 
 def gather_positions(features: Tensor, positions: Tensor) -> Tensor:
-    """Features `(batch, seq, dim)` at positions `(batch, count)` of the sequence: `(batch, count, dim)`."""
+    """The features `(batch, seq, dim)` at `positions` `(batch, count)` of each sequence: `(batch, count, dim)`."""
     return features.gather(1, positions[..., None].expand(*positions.shape, features.shape[-1]))
 
 
 class SkipInit(TorchFunctionMode):
-    """A context in which models have no initial values; what stands in their memory is left over from others."""
+    """A context in which `torch.nn.init` does nothing, so that parameters stay uninitialized."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Calls a function of PyTorch, unless it is one of `torch.nn.init`."""
@@ -150,23 +183,26 @@ class SkipInit(TorchFunctionMode):
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """A context in which models have shapes alone. To draw nothing, PyTorch would load its compiler first."""
+    """A context in which models have shapes but no memory.
+
+    Initialization is skipped: on the meta device it would import PyTorch's compiler, which takes seconds.
+    """
     with torch.device("meta"), SkipInit():
         yield
 
 
 def flops_per_token(model: LanguageModel, seq_len: int) -> int:
-    """FLOPs to train a model on one token: by its own account, else 6 per parameter; less what frozen layers spare."""
-    return model.flops_per_token(seq_len) - _spared_flops(model)
+    """FLOPs to train a model on one token, less what its frozen layers save."""
+    return model.flops_per_token(seq_len) - _saved_flops(model)
 
 
-def _spared_flops(model: nn.Module) -> int:
-    """FLOPs per token that frozen linear layers do not take: 2 per weight for its gradient, and 2 for that of the
-    inputs where all that stands before in the model is frozen too. A frozen head that is the embedding counts whole."""
-    spared, below = 0, True
+def _saved_flops(model: nn.Module) -> int:
+    """FLOPs per token that frozen linear layers save: 2 per weight for the gradient of the weight, and 2 for that of
+    the input if everything before it is frozen too. A frozen head tied to the embedding saves nothing."""
+    saved, all_frozen = 0, True
     for module in model.modules():
         own = list(module.parameters(recurse=False))
-        below = below and not any(parameter.requires_grad for parameter in own)
+        all_frozen = all_frozen and not any(parameter.requires_grad for parameter in own)
         if isinstance(module, nn.Linear) and not module.weight.requires_grad:
-            spared += (4 if below else 2) * module.weight.numel()
-    return spared
+            saved += (4 if all_frozen else 2) * module.weight.numel()
+    return saved

@@ -1,6 +1,6 @@
 """GPT-2 (Radford et al. 2019, "Language models are unsupervised multitask learners"), exact to its released weights.
 
-Learned positions, LayerNorm before attention and MLP, GELU in its tanh form, one matrix for embedding and head.
+Learned position embeddings, pre-LayerNorm blocks, tanh GELU, embedding and head tied.
 """
 
 from dataclasses import dataclass
@@ -13,30 +13,30 @@ from torch import Tensor, nn
 from cleangpt.config import ModelConfig
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.cache import BlockCache, KVCache
-from cleangpt.models.layers import attend
+from cleangpt.models.layers import attention
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig(ModelConfig):
-    """The 124M-parameter GPT-2 has max_seq_len 1024, n_layers 12, n_heads 12, dim 768."""
+    """GPT-2 with 124M parameters has max_seq_len 1024, n_layers 12, n_heads 12, dim 768."""
 
     n_layers: int
     """Blocks, each of attention and MLP."""
     n_heads: int
     """Attention heads; a divisor of dim."""
     dim: int
-    """Width of the residual stream, in features."""
+    """Width of the residual stream."""
     bias: bool = True
     """Biases in linear layers and LayerNorms; GPT-2 has them."""
     dropout: float = 0.0
-    """Share of activations dropped in training: embeddings, attention, and both outputs of a block."""
+    """Dropout probability in training: of embeddings, attention weights, and the outputs of attention and MLP."""
 
 
 class Attention(nn.Module):
-    """Causal self-attention over all heads at once.
+    """Causal multi-head self-attention.
 
-    Query, key and value come from one matrix; a head's rows of all three stand together, so that a cut between heads
-    is a cut of the matrix. How many heads there are here follows from its rows.
+    One matrix projects to queries, keys and values. The rows of a head's three are adjacent, so that sharding the
+    matrix by rows shards it by heads; the number of heads on this device follows from its rows.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -46,12 +46,12 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.dim, config.dim, bias=config.bias)
 
     def forward(self, x: Tensor, past: BlockCache | None = None) -> Tensor:
-        """`(batch, seq, dim)` to the same shape; a position sees itself and those before it, in `past` too."""
+        """`(batch, seq, dim)` to the same shape; each position attends to itself and all before, in `past` too."""
         batch, seq, _ = x.shape
         heads = self.qkv(x).view(batch, seq, -1, 3, self.head_dim)
         query, key, value = heads.permute(3, 0, 2, 1, 4)
         if past is not None:
-            attended = attend(query, *past.extend(key, value))
+            attended = attention(query, *past.extend(key, value))
         else:
             dropout = self.dropout if self.training else 0.0
             attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
@@ -60,7 +60,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers, four times as wide between them."""
+    """Two linear layers with a hidden width of 4 x dim."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -69,13 +69,13 @@ class MLP(nn.Module):
         self.down = nn.Linear(4 * config.dim, config.dim, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(batch, seq, dim)` to the same shape, each position for itself."""
+        """`(batch, seq, dim)` to the same shape, position by position."""
         hidden = F.gelu(self.up(x), approximate="tanh")
         return F.dropout(self.down(hidden), self.dropout, self.training)
 
 
 class Block(nn.Module):
-    """Attention and MLP, each normalised before and added to the residual stream after."""
+    """Attention and MLP, each with a norm before it, added to the residual stream."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class Block(nn.Module):
 
 
 class GPT(LanguageModel):
-    """GPT-2, exact to its released weights: token ids to logits."""
+    """GPT-2: token ids to logits."""
 
     tensor_plan: ClassVar[dict[str, str]] = {
         "token_embedding": "vocabulary",
@@ -104,8 +104,6 @@ class GPT(LanguageModel):
         "blocks.*.mlp.down": "row",
         "final_norm": "sequence",
     }
-    """How each module is cut for tensor parallelism; the words are explained in `distributed/sharding.py`."""
-
     deferred_init: ClassVar[bool] = True
     config: GPTConfig
 
@@ -122,47 +120,51 @@ class GPT(LanguageModel):
         """All blocks."""
         return self.blocks
 
-    def features(self, tokens: Tensor, *, cache: KVCache | None = None, **modalities: Tensor) -> Tensor:
-        """Token ids `(batch, seq)` to `(batch, seq, dim)`; seq is at most `max_seq_len`."""
+    def features(self, tokens: Tensor, *, cache: KVCache | None = None) -> Tensor:
+        """Token ids `(batch, seq)` to features `(batch, seq, dim)`; seq is at most `max_seq_len`."""
         past = [None] * len(self.blocks) if cache is None else cache.blocks
         positions = torch.arange(tokens.shape[1], device=tokens.device) if cache is None else cache.begin(tokens)
         x = self.token_embedding(tokens) + self.position_embedding(positions)
         x = F.dropout(x, self.config.dropout, self.training)
-        for block, kept in zip(self.blocks, past, strict=True):
-            x = block(x, kept)
+        for block, block_cache in zip(self.blocks, past, strict=True):
+            x = block(x, block_cache)
         return self.final_norm(x)  # type: ignore[no-any-return]
 
     def to_logits(self, features: Tensor) -> Tensor:
-        """The head: normalised features `(..., dim)` to logits `(..., vocab)`."""
+        """Features `(..., dim)` to logits `(..., vocab)`, by the transposed embedding."""
         return F.linear(features, self.token_embedding.weight)
 
     def head_parameters(self) -> list[Tensor]:
-        """The embedding, which is the head as well."""
+        """The embedding, which is tied to the head."""
         return [self.token_embedding.weight]
 
     def new_cache(self, rollback_tokens: int = 0) -> KVCache:
-        """An empty cache for generation, from which `rollback_tokens` can be taken back."""
+        """An empty cache for generation that can forget its last `rollback_tokens` tokens."""
         return KVCache([None] * self.config.n_layers, self.config.max_seq_len, rollback_tokens)
 
+    def attention_heads(self) -> dict[str, int]:
+        """The number of heads."""
+        return {"n_heads": self.config.n_heads}
+
     def stacked_matrices(self, name: str) -> int:
-        """How many matrices the parameter `name` holds, one above the other: query, key and value of each head."""
+        """3 per head in `qkv.weight`, else 1."""
         return 3 * self.config.n_heads if name.endswith("qkv.weight") else 1
 
     def flops_per_token(self, seq_len: int) -> int:
         """FLOPs to train on one token: 6 per weight and 12 x layers x dim x seq for attention.
 
-        Chowdhery et al. 2022 (PaLM), appendix B. Positions are looked up, not multiplied, and do not count; the
-        embedding counts once, for the head.
+        Chowdhery et al. 2022 (PaLM), appendix B. Position embeddings are looked up, not multiplied, and do not count;
+        token embeddings count once, as the head.
         """
         weights = sum(parameter.numel() for parameter in self.parameters()) - self.position_embedding.weight.numel()
         return 6 * weights + 12 * self.config.n_layers * self.config.dim * seq_len
 
     def activation_bytes(self, batch: int, seq_len: int) -> int:
-        """Bytes that one fp32 forward pass without dropout keeps for the backward pass, logits included.
+        """Bytes that one fp32 forward pass without dropout saves for the backward pass, logits included.
 
         Per token and layer 16 x dim numbers: the inputs of two norms and of four linear layers (1 + 1 and
-        1 + 1 + 1 + 4), query, key and value (3) and the input of GELU (4); a head keeps one number a token more. At
-        the end the final norm's input and output (2 x dim) and the log-probabilities (vocab).
+        1 + 1 + 1 + 4), query, key and value (3) and the input of GELU (4); and one per head. At the end, the final
+        norm's input and output (2 x dim) and the log-probabilities (vocab).
         """
         config = self.config
         assert config.vocab_size is not None

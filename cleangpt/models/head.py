@@ -1,10 +1,10 @@
-"""From features to scores of targets: log-probabilities, with a few tokens' logits at a time where asked.
+"""From features to scores of targets, such as log-probabilities; on request with the logits of a few tokens at a time.
 
-For a large vocabulary, logits are more than all else that a step keeps. In chunks, they are dropped as soon as what is
-made of them is known. A sum of log-probabilities has one factor for its whole gradient, so the gradients by features
-and head are taken in the forward pass and nothing is computed twice; scores of single tokens, whose gradients may have
-any factors, are computed again in the backward pass (Chen et al. 2016, "Training deep nets with sublinear memory
-cost").
+With a large vocabulary, the logits take more memory than everything else in a training step. In chunks, they are freed
+as soon as the scores are known. The gradient of a *sum* of log-probabilities has one factor for all tokens, so the
+forward pass computes the gradients of features and head right away and nothing is computed twice. Scores of single
+tokens may get any gradient, so the backward pass recomputes their logits (Chen et al. 2016, "Training deep nets with
+sublinear memory cost").
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -21,79 +21,89 @@ ToLogits = Callable[[Tensor], Tensor]
 
 
 class TokenScores(NamedTuple):
-    """What a model thinks of targets, float32: `(batch, seq)`, 0 where a target is IGNORED; or sums over all."""
+    """Scores of targets in float32: `(batch, seq)`, 0 where a target is IGNORED; or their sums, 0-dim.
+
+    A tuple, since DDP and FSDP look for the gradients of what a model returns in tuples and dicts.
+    """
 
     logprobs: Tensor
     """Log-probability of each target, in nats."""
     log_z: Tensor | None = None
-    """Logarithm of the sum of the exponentials of the logits."""
+    """log Z, where Z is the sum of the exponentials of the logits."""
     entropy: Tensor | None = None
-    """Of the distribution that the target is from, in nats."""
+    """Entropy of the predicted distribution, in nats."""
     mean_logprob: Tensor | None = None
-    """Mean log-probability over the vocabulary, for label smoothing."""
+    """Log-probability averaged over the vocabulary, in nats; for label smoothing."""
     heads: dict[str, Tensor] = {}  # noqa: RUF012 - never changed
-    """What other heads give at each position `(batch, seq)`, by their names; never summed."""
+    """Outputs of scalar heads `(batch, seq)` at every position, IGNORED or not, by name; never summed."""
 
 
-SCORES = ("log_z", "entropy", "mean_logprob")
+OPTIONAL_SCORES = ("log_z", "entropy", "mean_logprob")
+"""Fields of `TokenScores` that are computed on request."""
 
 
 def token_scores(
     features: Tensor,
     targets: Tensor,
     to_logits: ToLogits,
-    parameters: Sequence[Tensor],
-    asked: Collection[str] = (),
+    head_parameters: Sequence[Tensor],
+    names: Collection[str] = (),
+    *,
     summed: bool = False,
     chunk: int | None = None,
 ) -> TokenScores:
-    """Scores of `targets` `(batch, seq)` given `features` `(batch, seq, dim)`.
+    """Scores of targets.
 
     Args:
-        features: after the final norm.
-        targets: ids, IGNORED where there is none.
-        to_logits: the head.
-        parameters: of the head.
-        asked: which of SCORES to compute besides log-probabilities.
-        summed: sums over all targets, 0-dim.
-        chunk: tokens whose logits exist at a time; None: all.
+        features: after the final norm `(batch, seq, dim)`.
+        targets: ids `(batch, seq)`, int64, IGNORED where there is none.
+        to_logits: the head: `(..., dim)` to `(..., vocab)`.
+        head_parameters: the parameters of `to_logits`.
+        names: which of OPTIONAL_SCORES to compute as well.
+        summed: return sums over all targets.
+        chunk: tokens whose logits are in memory at a time; None: all of them.
+
+    Raises:
+        ValueError: a name is not one of OPTIONAL_SCORES.
     """
-    rows, expected = features.flatten(0, -2), targets.flatten()
+    for name in names:
+        if name not in OPTIONAL_SCORES:
+            raise ValueError(f"{name!r} is neither a score nor a head of the model; scores: {OPTIONAL_SCORES}")
     if chunk is None:
-        found = _scores(to_logits(features), targets, asked, summed)
-        return TokenScores(**found)
-    if summed and not asked and torch.is_grad_enabled():
-        apply: Callable[..., Tensor] = cast(Any, _SummedInChunks).apply
-        return TokenScores(apply(chunk, to_logits, expected, rows, *parameters))
+        return TokenScores(**_scores(to_logits(features), targets, names, summed))
+    rows, expected = features.flatten(0, -2), targets.flatten()
+    differentiable = torch.is_grad_enabled()
+    if summed and not names and differentiable:
+        apply: Callable[..., Tensor] = cast(Any, _ChunkedSum).apply
+        return TokenScores(apply(chunk, to_logits, expected, rows, *head_parameters))
 
-    def part(row: Tensor, target: Tensor) -> dict[str, Any]:
-        return _scores(to_logits(row), target, asked, summed)
+    def score(rows: Tensor, expected: Tensor) -> dict[str, Any]:
+        return _scores(to_logits(rows), expected, names, summed)
 
-    again = torch.is_grad_enabled()
     parts = [
-        cast(dict[str, Any], checkpoint(part, row, target, use_reentrant=False)) if again else part(row, target)
-        for row, target in _chunks(rows, expected, chunk)
+        checkpoint(score, *part, use_reentrant=False) if differentiable else score(*part)
+        for part in _chunks(rows, expected, chunk)
     ]
     joined: dict[str, Any] = {}
     for name in parts[0]:
-        pieces = [found[name] for found in parts]
+        pieces = [part[name] for part in parts]
         joined[name] = torch.stack(pieces).sum() if summed else torch.cat(pieces).view_as(targets)
     return TokenScores(**joined)
 
 
-def _scores(logits: Tensor, targets: Tensor, asked: Collection[str], summed: bool) -> dict[str, Any]:
-    """Log-probabilities of targets of any shape, and what is asked for besides."""
+def _scores(logits: Tensor, targets: Tensor, names: Collection[str], summed: bool) -> dict[str, Any]:
+    """Log-probabilities and the scores `names` of logits `(..., vocab)` and targets `(...)`."""
     flat, expected = logits.flatten(0, -2).float(), targets.flatten()
     reduction = "sum" if summed else "none"
     found: dict[str, Any] = {"logprobs": -F.cross_entropy(flat, expected, ignore_index=IGNORED, reduction=reduction)}
-    if asked:
+    if names:
         log_z, counts = flat.logsumexp(dim=-1), expected != IGNORED
-        known: dict[str, Callable[[], Tensor]] = {
+        formulas: dict[str, Callable[[], Tensor]] = {
             "log_z": lambda: log_z,
             "entropy": lambda: log_z - ((flat - log_z[:, None]).exp() * flat).sum(dim=-1),
             "mean_logprob": lambda: flat.mean(dim=-1) - log_z,
         }
-        found |= {name: torch.where(counts, known[name](), 0.0) for name in asked}
+        found |= {name: torch.where(counts, formulas[name](), 0.0) for name in names}
     if summed:
         return {name: score.sum() for name, score in found.items()}
     return {name: score.view_as(targets) for name, score in found.items()}
@@ -104,8 +114,8 @@ def _chunks(features: Tensor, targets: Tensor, chunk: int) -> Iterator[tuple[Ten
         yield features[start : start + chunk], targets[start : start + chunk]
 
 
-class _SummedInChunks(torch.autograd.Function):
-    """The sum of log-probabilities, and with it already its gradients by features and by parameters of the head."""
+class _ChunkedSum(torch.autograd.Function):
+    """The sum of log-probabilities; its forward pass also computes the gradients of features and head."""
 
     @staticmethod
     def forward(

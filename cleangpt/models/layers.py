@@ -1,92 +1,178 @@
-"""What attention may see, and attention over it: windows and documents, as a mask or as blocks of one.
+"""Layers that architectures share: attention and its masks, rotary positions, the MLP.
 
-A mask says of every pair of tokens whether the first sees the second. On CUDA devices FlexAttention (Dong et al. 2024,
-"Flex attention: a programming model for generating optimized attention kernels") skips the blocks in which no pair is
-seen, so that a sample of many short documents costs what its documents cost.
+A mask says which tokens each token attends to. On CUDA devices, FlexAttention (Dong et al. 2024, "Flex attention: a
+programming model for generating optimized attention kernels") skips blocks of the mask that are empty, so that a
+sample of many short documents costs what the documents cost.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection
 from functools import cache
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-if TYPE_CHECKING:  # it takes PyTorch's compiler with it, which takes longer to load than all else here
+if TYPE_CHECKING:  # it imports PyTorch's compiler, which takes longer than all other imports here
     from torch.nn.attention.flex_attention import BlockMask
 
-Seen: TypeAlias = "Tensor | BlockMask | None"
-"""What each token sees: a mask, blocks of one, or none for itself and all before it."""
+AttentionMask: TypeAlias = "Tensor | BlockMask | None"
+"""True where a query attends to a key: bool, or blocks of it; None: causal, each token and all before it."""
+
+
+# Attention ------------------------------------------------------------------------------------------------------------
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask) -> Tensor:
+    """Scaled dot-product attention, in which groups of query heads may share a head of keys and values.
+
+    Args:
+        query: of all tokens, or of the last one only `(batch, heads, seq, head_dim)`.
+        key: of all tokens `(batch, kv_heads, total, head_dim)`; kv_heads divides heads.
+        value: likewise.
+        mask: broadcast to `(batch, heads, seq, total)`; None: causal.
+
+    Returns:
+        `(batch, heads, seq, head_dim)`.
+    """
+    if mask is not None and not isinstance(mask, Tensor):
+        return flex_attention(query.is_cuda)(query, key, value, block_mask=mask, enable_gqa=True)
+    if query.shape[2] > 1:
+        causal = mask is None
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=True)
+    # With a single query per head, the heads that share a key become its sequence, so that no key is copied.
+    grouped = query.reshape(len(query), key.shape[1], -1, query.shape[3])
+    return F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask).reshape_as(query)
 
 
 @cache
 def flex_attention(compiled: bool) -> Callable[..., Tensor]:
-    """FlexAttention. Where it is not compiled, it computes all pairs; so the tests compare it on a CPU."""
+    """FlexAttention. Uncompiled it computes every pair of tokens, so that tests can compare it on a CPU."""
     from torch.nn.attention import flex_attention as flex
 
     return cast(Callable[..., Tensor], torch.compile(flex.flex_attention) if compiled else flex.flex_attention)
 
 
+# Masks ----------------------------------------------------------------------------------------------------------------
+
+
+def attention_masks(
+    tokens: Tensor, windows: Collection[int | None], separator: int | None
+) -> dict[int | None, AttentionMask]:
+    """The mask for each sliding window, where attention does not cross the end of a document.
+
+    Args:
+        tokens: ids `(batch, seq)`.
+        windows: tokens that a token attends to, itself included; None: all before it.
+        separator: id of the token that ends a document; None: attention crosses documents.
+    """
+    seq = tokens.shape[1]
+    documents = None if separator is None else document_ids(tokens, separator)
+    if documents is not None and tokens.is_cuda:
+        return {window: document_blocks(documents, window) for window in windows}
+    within_documents = None if documents is None else document_mask(documents)
+    positions = torch.arange(seq, device=tokens.device)
+    within_windows = {window: window_mask(positions, window) if window and seq > window else None for window in windows}
+    return {window: and_masks(within_documents, mask) for window, mask in within_windows.items()}
+
+
 def window_mask(positions: Tensor, window: int) -> Tensor:
-    """Which of `positions` `(seq,)` each may see `(seq, seq)`, bool: itself and the `window` - 1 before it."""
+    """The mask `(seq, seq)`, bool, of a sliding window at `positions` `(seq,)`: itself and the `window` - 1 before."""
     distance = positions[:, None] - positions[None, :]
     return (distance >= 0) & (distance < window)
 
 
 def document_ids(tokens: Tensor, separator: int) -> Tensor:
-    """The document of each of `tokens` `(batch, seq)`, in the same shape, int64; a separator ends the one it is in."""
+    """The document's index for each of `tokens` `(batch, seq)`, int64; a separator belongs to the document it ends."""
     ends = (tokens == separator).long()
     return ends.cumsum(-1) - ends
 
 
 def document_mask(documents: Tensor) -> Tensor:
-    """Which tokens each may see: itself and those before it in its document.
-
-    Args:
-        documents: of each token `(batch, seq)`, from `documents_of`.
-
-    Returns:
-        `(batch, 1, seq, seq)`, bool.
-    """
+    """The causal mask `(batch, 1, seq, seq)`, bool, within `documents` `(batch, seq)` from `document_ids`."""
     return (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
 
 
-def both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    """What two masks both allow; none: itself and all before it."""
+def and_masks(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The intersection of two masks; None: causal."""
     return other if one is None else one if other is None else one & other
 
 
 def document_blocks(documents: Tensor, window: int | None = None) -> "BlockMask":
-    """`document_mask` of whole samples `(batch, seq)` in FlexAttention's form, within a window where there is one."""
+    """`document_mask`, within a sliding window where there is one, as FlexAttention's blocks."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     batch, seq = documents.shape
 
-    def sees(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def attends(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         same = (documents[sample, query] == documents[sample, key]) & (key <= query)
         return same if window is None else same & (query - key < window)
 
-    return create_block_mask(sees, batch, None, seq, seq, device=str(documents.device))
+    return create_block_mask(attends, batch, None, seq, seq, device=str(documents.device))
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, seen: Seen) -> Tensor:
-    """Attention of queries `(batch, heads, seq, head_dim)`; of keys and values, a divisor of as many heads.
+# Rotary positions -----------------------------------------------------------------------------------------------------
+
+
+def rope_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """Radians per token `(head_dim / 2,)`, float32, of each pair of features (Su et al. 2021, "RoFormer", 3.2.2)."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    return 1 / theta**exponents
+
+
+def scale_rope(
+    frequencies: Tensor, factor: float, low_freq_factor: float, high_freq_factor: float, original_seq_len: int
+) -> Tensor:
+    """Rotary frequencies for a longer context, as in Llama 3.1: long wavelengths are stretched by `factor`.
 
     Args:
-        query: of all tokens, or of the last one alone.
-        key: of all tokens `(batch, kv_heads, seen, head_dim)`.
-        value: likewise.
-        seen: what each query sees; none: itself and all before it.
-
-    Returns:
-        `(batch, heads, seq, head_dim)`.
+        frequencies: from `rope_frequencies`.
+        factor: by how much wavelengths are stretched.
+        low_freq_factor: wavelengths above original_seq_len / low_freq_factor are stretched in full.
+        high_freq_factor: wavelengths below original_seq_len / high_freq_factor stay; those between, in part.
+        original_seq_len: context length, in tokens, that the model was trained with first.
     """
-    if seen is not None and not isinstance(seen, Tensor):
-        return flex_attention(query.is_cuda)(query, key, value, block_mask=seen, enable_gqa=True)
-    if query.shape[2] > 1:
-        causal = seen is None
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, is_causal=causal, enable_gqa=True)
-    # One query for each head: those that share a key stand in a row as if they were tokens, so that no key is copied.
-    grouped = query.reshape(len(query), key.shape[1], -1, query.shape[3])
-    return F.scaled_dot_product_attention(grouped, key, value, attn_mask=seen).reshape_as(query)
+    turns = original_seq_len * frequencies / (2 * math.pi)
+    kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / factor
+
+
+def rope_cos_sin(positions: Tensor, frequencies: Tensor) -> Tensor:
+    """Cosine and sine `(2, ..., seq, 1, head_dim / 2)`, float32, of the angles at `positions` `(..., seq)`."""
+    angles = positions.float()[..., None] * frequencies
+    return torch.stack([angles.cos(), angles.sin()])[..., None, :]
+
+
+def apply_rope(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """Rotates feature i with feature i + head_dim / 2 of `x` `(batch, seq, heads, head_dim)`; the shape stays.
+
+    Computed in float32, returned in the dtype of `x`. The pairs are those of Hugging Face's weights. Su et al. 2021,
+    equation 34, pairs neighbors, which is the same up to the order of features within a head.
+    """
+    cos, sin = cos_sin.float()
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).type_as(x)
+
+
+# The MLP --------------------------------------------------------------------------------------------------------------
+
+
+def mlp_activation(gate: Tensor | None, up: Tensor) -> Tensor:
+    """SwiGLU of the gate and up projections (Shazeer 2020); without a gate, ReLU² (So et al. 2021). Same shape."""
+    return up.relu().square() if gate is None else F.silu(gate) * up
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020, "GLU variants improve transformer", equation 6), or without a gate ReLU²."""
+
+    def __init__(self, dim: int, hidden_dim: int, gated: bool = True) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dim, hidden_dim, bias=False) if gated else None
+        self.up = nn.Linear(dim, hidden_dim, bias=False)
+        self.down = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(batch, seq, dim)` to the same shape, position by position."""
+        gate = None if self.gate is None else self.gate(x)
+        return self.down(mlp_activation(gate, self.up(x)))  # type: ignore[no-any-return]

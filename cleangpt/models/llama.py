@@ -1,11 +1,10 @@
-"""Llama 3 (Dubey et al. 2024, "The Llama 3 herd of models") and its kin, exact to their released weights.
+"""Llama 3 (Dubey et al. 2024, "The Llama 3 herd of models") and its relatives, exact to their released weights.
 
-Rotary positions (Su et al. 2021), RMSNorm (Zhang and Sennrich 2019), SwiGLU (Shazeer 2020), query heads that share keys
-and values (Ainslie et al. 2023, "GQA"). Fields that are off by default make it Mistral, Mixtral, Qwen 2 or Qwen 3, or
-add parts of other models.
+Rotary position embeddings (Su et al. 2021), RMSNorm (Zhang and Sennrich 2019), SwiGLU (Shazeer 2020), grouped-query
+attention (Ainslie et al. 2023). Fields that are off by default make it Mistral, Mixtral, Qwen 2 or Qwen 3, or add parts
+of other models.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast
 
@@ -18,15 +17,17 @@ from cleangpt.errors import UserError
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.cache import BlockCache, KVCache
 from cleangpt.models.layers import (
-    Seen,
-    attend,
-    both,
-    document_blocks,
+    MLP,
+    AttentionMask,
+    apply_rope,
+    attention,
+    attention_masks,
     document_ids,
-    document_mask,
-    window_mask,
+    rope_cos_sin,
+    rope_frequencies,
+    scale_rope,
 )
-from cleangpt.models.moe import MixtureOfExperts, hidden_features
+from cleangpt.models.moe import MixtureOfExperts
 from cleangpt.models.ngrams import ngram_rows, tokens_before
 
 
@@ -37,83 +38,86 @@ class LlamaConfig(ModelConfig):
     n_layers: int
     """Blocks, each of attention and MLP."""
     n_heads: int
-    """Heads of queries; a divisor of dim."""
+    """Query heads."""
     n_kv_heads: int | None = None
-    """Heads of keys and values, a divisor of n_heads; none: n_heads."""
+    """Key and value heads, a divisor of n_heads; None: n_heads."""
     head_dim: int | None = None
-    """Features of a head, an even number; none: dim / n_heads."""
+    """Size of a head, an even number; None: dim / n_heads."""
     dim: int
-    """Width of the residual stream, in features."""
+    """Width of the residual stream."""
     hidden_dim: int
-    """Width within the MLP, in features."""
+    """Hidden width of the MLP."""
     norm_eps: float = 1e-5
-    """Added to the mean square in RMSNorm."""
+    """Epsilon of RMSNorm, added to the mean square."""
     tied: bool = False
-    """One matrix for embedding and head."""
+    """Tie embedding and head: one matrix for both."""
     qkv_bias: bool = False
-    """Biases of query, key and value; Qwen 2 has them."""
+    """Biases in the query, key and value projections; Qwen 2 has them."""
     qk_norm: bool = False
-    """RMSNorm of each query and key over its head (Henry et al. 2020); Qwen 3 has it."""
+    """RMSNorm of queries and keys over each head (Henry et al. 2020); Qwen 3 has it."""
     sliding_window: int | None = None
-    """Tokens that a position sees, itself among them (Beltagy et al. 2020); none: all before it."""
+    """Tokens that a token attends to, itself included (Beltagy et al. 2020); None: all before it."""
     global_every: int | None = None
-    """With a sliding window: every so-many-th block sees all tokens nevertheless; none: no block does."""
+    """With a sliding window, every n-th block attends globally; None: no block does."""
     rope_theta: float = 500_000.0
     """Base of the rotary wavelengths; the longest is nearly 2 pi rope_theta tokens."""
     rope_factor: float | None = None
-    """Stretches long wavelengths for a longer context, as Llama 3.1 does (8); none: not at all."""
+    """Stretches long wavelengths for a longer context, as Llama 3.1 does by 8; None: not."""
     rope_low_freq_factor: float = 1.0
-    """Wavelengths over rope_original_seq_len / rope_low_freq_factor are stretched in full."""
+    """Wavelengths above rope_original_seq_len / rope_low_freq_factor are stretched in full."""
     rope_high_freq_factor: float = 4.0
-    """Wavelengths under rope_original_seq_len / rope_high_freq_factor stay; those between are stretched in part."""
+    """Wavelengths below rope_original_seq_len / rope_high_freq_factor stay; those between are stretched in part."""
     rope_original_seq_len: int = 8192
-    """Tokens in the context before it was made longer."""
+    """Context length before it was extended, in tokens."""
     n_experts: int | None = None
-    """Experts in the place of each MLP; none: an MLP."""
+    """Experts that replace each MLP; None: an MLP."""
     experts_per_token: int = 2
-    """Experts that a token goes through."""
+    """Experts that each token is routed to."""
     expert_hidden_dim: int | None = None
-    """Width within an expert, in features; none: hidden_dim."""
+    """Hidden width of an expert; None: hidden_dim."""
     n_shared_experts: int = 0
-    """Experts that every token goes through besides; they make one MLP so many times as wide."""
+    """Experts that every token goes through as well, computed as one MLP of their total width."""
     normalize_router_weights: bool = True
-    """The shares of a token's chosen experts add up to 1."""
+    """Normalize the router weights of a token's experts to a sum of 1."""
     bias_update_rate: float | None = None
-    """What a step adds to or takes from the bias by which an expert is chosen, so that all get as many tokens (Wang et
-    al. 2024, "Auxiliary-loss-free load balancing strategy for mixture-of-experts", algorithm 1, there 0.001); none: no
+    """How much a step changes the router bias of an expert that got too many or too few tokens (Wang et al. 2024,
+    "Auxiliary-loss-free load balancing strategy for mixture-of-experts", algorithm 1, which uses 0.001); None: no
     biases."""
     activation: Literal["swiglu", "relu2"] = "swiglu"
-    """Of MLP and experts: gated, by three matrices, or the square of ReLU (So et al. 2021, "Primer"), by two."""
+    """In MLP and experts: swiglu, with three matrices, or the square of ReLU (So et al. 2021, "Primer"), with two."""
     value_residual: bool = False
-    """Every block but the first attends to the mean of its own values and those of the first (Zhou et al. 2024, "Value
-    residual learning", ResFormer with both factors 1/2, not learned)."""
+    """Every block but the first averages its values with those of the first (Zhou et al. 2024, "Value residual
+    learning", ResFormer with both factors fixed at 1/2)."""
     logit_soft_cap: float | None = None
-    """Logits become logit_soft_cap x tanh(logits / logit_soft_cap) (Gemma Team 2024, "Gemma 2", section 2, there 30);
-    none: they stay."""
+    """Logits become logit_soft_cap x tanh(logits / logit_soft_cap) (Gemma Team 2024, "Gemma 2", section 2, which uses
+    30); None: no cap."""
     dropout: float = 0.0
-    """Share of activations dropped in training, after embedding, attention and MLP (Srivastava et al. 2014)."""
+    """Dropout probability in training, after embedding, attention and MLP (Srivastava et al. 2014)."""
     ngrams: tuple[int, ...] = ()
-    """Lengths, such as 2 and 3, of n-grams that have embeddings of their own, added to that of their last token (Huang
-    et al. 2025, "Over-tokenized transformer")."""
+    """Lengths, such as 2 and 3, of n-grams whose embeddings are added to that of their last token (Huang et al. 2025,
+    "Over-tokenized transformer")."""
     ngram_rows: int = 16384
-    """Rows in the table of each length; n-grams are put into them by a hash, so that some share one."""
+    """Rows of the embedding table of each length; n-grams are hashed to rows, so that some share one."""
     ngram_dropout: float = 0.0
-    """Share of their features dropped in training, before they are added: where a text is seen several times, so that
-    they do not learn it by heart."""
+    """Dropout probability of n-gram embeddings in training, which keeps them from memorizing a text that is visited
+    several times."""
     separator: int | None = None
-    """Id of the token that ends a document, at which attention ends as well (Dubey et al. 2024, section 3.2); none:
-    attention goes on. Positions are counted on, for only their distances matter."""
+    """Id of the token that ends a document; attention does not cross it (Dubey et al. 2024, section 3.2). None: no
+    limit. Positions do not restart, since only their differences matter."""
 
-    def kv_heads(self) -> int:
-        """Heads of keys and values."""
+    @property
+    def num_kv_heads(self) -> int:
+        """Key and value heads."""
         return self.n_kv_heads or self.n_heads
 
+    @property
     def head_size(self) -> int:
-        """Features of a head."""
+        """Size of a head."""
         return self.head_dim or self.dim // self.n_heads
 
-    def expert_features(self) -> int:
-        """Width within an expert, in features."""
+    @property
+    def expert_size(self) -> int:
+        """Hidden width of an expert."""
         return self.expert_hidden_dim or self.hidden_dim
 
     @property
@@ -122,103 +126,65 @@ class LlamaConfig(ModelConfig):
         return self.activation == "swiglu"
 
     def window(self, layer: int) -> int | None:
-        """Tokens that a position sees in a block, counted from 0; none: all before it."""
-        sees_all = self.global_every is not None and (layer + 1) % self.global_every == 0
-        return None if sees_all else self.sliding_window
+        """Tokens that a token attends to in block `layer`, counted from 0; None: all before it."""
+        is_global = self.global_every is not None and (layer + 1) % self.global_every == 0
+        return None if is_global else self.sliding_window
+
+    def windows(self) -> list[int | None]:
+        """The window of each block."""
+        return [self.window(layer) for layer in range(self.n_layers)]
+
+    def rope_frequencies(self, device: torch.device) -> Tensor:
+        """Radians per token `(head_size / 2,)`, float32, of each pair of features."""
+        frequencies = rope_frequencies(self.head_size, self.rope_theta, device)
+        if self.rope_factor is None:
+            return frequencies
+        return scale_rope(
+            frequencies, self.rope_factor, self.rope_low_freq_factor, self.rope_high_freq_factor,
+            self.rope_original_seq_len,
+        )  # fmt: skip
 
     def check_fit(self) -> None:
-        """Checks what one field demands of another.
+        """Checks that the fields fit together.
 
         Raises:
             UserError: one line naming the field, its value and what is allowed.
         """
-        if self.n_heads % self.kv_heads():
-            raise UserError(
-                f"model.n_kv_heads is {self.n_kv_heads}; allowed: a divisor of model.n_heads, which is {self.n_heads}"
-            )
-        if self.head_dim is None and self.dim % (2 * self.n_heads):
-            raise UserError(
-                f"model.dim is {self.dim}; allowed without model.head_dim: an even multiple of model.n_heads, which "
-                f"is {self.n_heads}"
-            )
-        if self.n_experts is not None and self.experts_per_token > self.n_experts:
-            raise UserError(
-                f"model.experts_per_token is {self.experts_per_token}; allowed: at most model.n_experts, which is "
-                f"{self.n_experts}"
-            )
-        if self.n_experts is None and self.bias_update_rate is not None:
-            raise UserError(f"model.bias_update_rate is {self.bias_update_rate}; allowed without model.n_experts: None")
+        n_heads, n_experts, vocab_size = self.n_heads, self.n_experts, self.vocab_size
+        if n_heads % self.num_kv_heads:
+            raise self._misfit("n_kv_heads", f": a divisor of model.n_heads, which is {n_heads}")
+        if self.head_dim is None and self.dim % (2 * n_heads):
+            raise self._misfit("dim", f" without model.head_dim: an even multiple of model.n_heads, which is {n_heads}")
+        if n_experts is not None and self.experts_per_token > n_experts:
+            raise self._misfit("experts_per_token", f": at most model.n_experts, which is {n_experts}")
+        if n_experts is None and self.bias_update_rate is not None:
+            raise self._misfit("bias_update_rate", " without model.n_experts: None")
         if any(not 2 <= length <= 16 for length in self.ngrams) or len(set(self.ngrams)) < len(self.ngrams):
-            raise UserError(f"model.ngrams is {self.ngrams}; allowed: different whole numbers from 2 to 16")
-        if self.separator is not None and self.vocab_size is not None and self.separator >= self.vocab_size:
-            raise UserError(
-                f"model.separator is {self.separator}; allowed: less than model.vocab_size, which is {self.vocab_size}"
-            )
+            raise self._misfit("ngrams", ": different whole numbers from 2 to 16")
+        if self.separator is not None and vocab_size is not None and self.separator >= vocab_size:
+            raise self._misfit("separator", f": less than model.vocab_size, which is {vocab_size}")
         if self.rope_low_freq_factor >= self.rope_high_freq_factor:
-            raise UserError(
-                f"model.rope_low_freq_factor is {self.rope_low_freq_factor}; allowed: less than "
-                f"model.rope_high_freq_factor, which is {self.rope_high_freq_factor}"
+            raise self._misfit(
+                "rope_low_freq_factor",
+                f": less than model.rope_high_freq_factor, which is {self.rope_high_freq_factor}",
             )
 
-
-def rope_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
-    """Radians per token `(head_dim / 2,)`, float32, of each pair of features (Su et al. 2021, section 3.2.2).
-
-    With `rope_factor`, long wavelengths are stretched as in Llama 3.1.
-    """
-    head_dim = config.head_size()
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    frequencies = 1 / config.rope_theta**exponents
-    if config.rope_factor is None:
-        return frequencies
-    turns = config.rope_original_seq_len * frequencies / (2 * math.pi)
-    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return kept * frequencies + (1 - kept) * frequencies / config.rope_factor
-
-
-def rope_cos_sin(config: LlamaConfig, positions: Tensor) -> Tensor:
-    """Cosine and sine `(2, ..., seq, 1, head_dim / 2)`, float32, of the angles at `positions` `(..., seq)`."""
-    angles = positions.float()[..., None] * rope_frequencies(config, positions.device)
-    return torch.stack([angles.cos(), angles.sin()])[..., None, :]
-
-
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turns feature i with feature i + head_dim / 2 of `x` `(batch, seq, heads, head_dim)`; the shape stays.
-
-    Computed in float32, returned in the dtype of `x`. The pairs are those of Hugging Face's weights; Su et al. 2021,
-    equation 34, pairs neighbours, which is the same up to the order of a head's features.
-    """
-    cos, sin = rotation.float()
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).type_as(x)
-
-
-def attention_masks(config: LlamaConfig, tokens: Tensor) -> dict[int | None, Seen]:
-    """What each of `tokens` `(batch, seq)` sees in a block, by that block's window."""
-    windows = {config.window(layer) for layer in range(config.n_layers)}
-    seq = tokens.shape[1]
-    documents = None if config.separator is None else document_ids(tokens, config.separator)
-    if documents is not None and tokens.is_cuda:
-        return {window: document_blocks(documents, window) for window in windows}
-    seen = None if documents is None else document_mask(documents)
-    positions = torch.arange(seq, device=tokens.device)
-    limits = {window: window_mask(positions, window) if window and seq > window else None for window in windows}
-    return {window: both(seen, limit) for window, limit in limits.items()}
+    def _misfit(self, field: str, allowed: str) -> UserError:
+        return UserError(f"model.{field} is {vars(self)[field]}; allowed{allowed}")
 
 
 class Attention(nn.Module):
-    """Causal self-attention over rotated queries and keys; a group of query heads shares one head of keys and values.
+    """Causal grouped-query attention with rotary positions.
 
-    How many heads there are here follows from the rows of the matrices, so that a cut between heads is allowed.
+    The number of heads on this device follows from the rows of the matrices, so that these can be sharded by heads.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.head_dim = head_dim = config.head_size()
+        self.head_dim = head_dim = config.head_size
         self.query = nn.Linear(config.dim, config.n_heads * head_dim, bias=config.qkv_bias)
-        self.key = nn.Linear(config.dim, config.kv_heads() * head_dim, bias=config.qkv_bias)
-        self.value = nn.Linear(config.dim, config.kv_heads() * head_dim, bias=config.qkv_bias)
+        self.key = nn.Linear(config.dim, config.num_kv_heads * head_dim, bias=config.qkv_bias)
+        self.value = nn.Linear(config.dim, config.num_kv_heads * head_dim, bias=config.qkv_bias)
         self.out = nn.Linear(config.n_heads * head_dim, config.dim, bias=False)
         self.query_norm = nn.RMSNorm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.key_norm = nn.RMSNorm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
@@ -226,55 +192,40 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotation: Tensor,
-        seen: Seen = None,
+        cos_sin: Tensor,
+        mask: AttentionMask = None,
         first_value: Tensor | None = None,
         past: BlockCache | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`(batch, seq, dim)` to the same shape, and the values of all heads `(batch, seq, features)`.
+        """`(batch, seq, dim)` to the same shape, and the values of all heads `(batch, seq, kv_heads * head_size)`.
 
         Args:
-            x: the normalised residual stream.
-            rotation: of the positions, from `rotation_of`.
-            seen: which positions each may see, `(seq, seq)` or `(batch, 1, seq, seq)`; none: itself and all before.
-            first_value: the values of the first block, to be mixed into these; none: nothing is.
-            past: what the block has kept of the tokens before; it says what is seen.
+            x: the normalized residual stream.
+            cos_sin: of the positions, from `rope_cos_sin`.
+            mask: `(seq, seq)` or `(batch, 1, seq, seq)`; None: causal.
+            first_value: the values of the first block, which are averaged with this block's; None: not.
+            past: keys and values of earlier tokens; replaces the mask.
         """
         heads = (-1, self.head_dim)
-        query = rotate(self.query_norm(self.query(x).unflatten(-1, heads)), rotation).transpose(1, 2)
-        key = rotate(self.key_norm(self.key(x).unflatten(-1, heads)), rotation).transpose(1, 2)
+        query = apply_rope(self.query_norm(self.query(x).unflatten(-1, heads)), cos_sin).transpose(1, 2)
+        key = apply_rope(self.key_norm(self.key(x).unflatten(-1, heads)), cos_sin).transpose(1, 2)
         own = self.value(x)
         mixed = own if first_value is None else (own + first_value) / 2
         value = mixed.unflatten(-1, heads).transpose(1, 2)
         if past is not None:
-            key, value, seen = past.extend(key, value)
-        attended = attend(query, key, value, seen)
+            key, value, mask = past.extend(key, value)
+        attended = attention(query, key, value, mask)
         return self.out(attended.transpose(1, 2).flatten(2)), own
 
 
-class MLP(nn.Module):
-    """SwiGLU: one linear layer gates another, a third leads back (Shazeer 2020, equation 6). Without a gate: ReLU²."""
-
-    def __init__(self, dim: int, hidden_dim: int, gated: bool = True) -> None:
-        super().__init__()
-        self.gate = nn.Linear(dim, hidden_dim, bias=False) if gated else None
-        self.up = nn.Linear(dim, hidden_dim, bias=False)
-        self.down = nn.Linear(hidden_dim, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(batch, seq, dim)` to the same shape, each position for itself."""
-        gate = None if self.gate is None else self.gate(x)
-        return self.down(hidden_features(gate, self.up(x)))  # type: ignore[no-any-return]
-
-
 def build_mlp(config: LlamaConfig) -> nn.Module:
-    """The MLP of a block, or the experts in its place."""
+    """The MLP of a block, or the experts that replace it."""
     if config.n_experts is None:
         return MLP(config.dim, config.hidden_dim, config.gated)
-    width = config.n_shared_experts * config.expert_features()
+    width = config.n_shared_experts * config.expert_size
     return MixtureOfExperts(
         dim=config.dim,
-        hidden_dim=config.expert_features(),
+        hidden_dim=config.expert_size,
         n_experts=config.n_experts,
         experts_per_token=config.experts_per_token,
         normalize_router_weights=config.normalize_router_weights,
@@ -285,7 +236,7 @@ def build_mlp(config: LlamaConfig) -> nn.Module:
 
 
 class Block(nn.Module):
-    """Attention and MLP, each normalised before and added to the residual stream after."""
+    """Attention and MLP, each with a norm before it, added to the residual stream."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -298,20 +249,20 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotation: Tensor,
-        seen: Seen = None,
+        cos_sin: Tensor,
+        mask: AttentionMask = None,
         first_value: Tensor | None = None,
         past: BlockCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """`(batch, seq, dim)` to the same shape, and with value residuals its values; the rest as in `Attention`."""
-        attended, value = self.attention(self.attention_norm(x), rotation, seen, first_value, past)
+        """`(batch, seq, dim)` to the same shape, and with value residuals the block's values; else as `Attention`."""
+        attended, value = self.attention(self.attention_norm(x), cos_sin, mask, first_value, past)
         x = x + F.dropout(attended, self.dropout, self.training)
         x = x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
         return x, value if self.value_residual else None
 
 
 class Llama(LanguageModel):
-    """Llama 3 and its kin (Mistral, Mixtral, Qwen 2 and 3), exact to their released weights: token ids to logits."""
+    """Llama 3 and its relatives (Mistral, Mixtral, Qwen 2 and 3): token ids to logits."""
 
     tensor_plan: ClassVar[dict[str, str]] = {
         "token_embedding": "vocabulary",
@@ -330,8 +281,7 @@ class Llama(LanguageModel):
         "final_norm": "sequence",
         "head": "logits",
     }
-    """How each module is cut for tensor parallelism; the words are explained in `distributed/sharding.py`. A mixture of
-    experts is not in it."""
+    """A mixture of experts has no entry, so it cannot be sharded."""
 
     deferred_init: ClassVar[bool] = True
     config: LlamaConfig
@@ -351,28 +301,28 @@ class Llama(LanguageModel):
         """All blocks."""
         return self.blocks
 
-    def features(self, tokens: Tensor, *, cache: KVCache | None = None, **modalities: Tensor) -> Tensor:
-        """Token ids `(batch, seq)` to `(batch, seq, dim)`.
+    def features(self, tokens: Tensor, *, cache: KVCache | None = None) -> Tensor:
+        """Token ids `(batch, seq)` to features `(batch, seq, dim)`.
 
         Raises:
-            ValueError: seq is more than `max_seq_len`, or than the cache has room for.
+            ValueError: seq exceeds `max_seq_len` or what fits into the cache.
         """
         seq, config = tokens.shape[1], self.config
         if seq > config.max_seq_len:
             raise ValueError(f"a sequence of {seq} tokens; this model reads at most {config.max_seq_len}")
         positions = torch.arange(seq, device=tokens.device) if cache is None else cache.begin(tokens, config.separator)
         past = [None] * len(self.blocks) if cache is None else cache.blocks
-        seen = attention_masks(config, tokens) if cache is None else {}
-        rotation = rope_cos_sin(config, positions)
+        masks = attention_masks(tokens, set(config.windows()), config.separator) if cache is None else {}
+        cos_sin = rope_cos_sin(positions, config.rope_frequencies(positions.device))
         first_value = None
         x = F.dropout(self._embed(tokens, cache), config.dropout, self.training)
         for layer, block in enumerate(self.blocks):
-            x, value = block(x, rotation, seen.get(config.window(layer)), first_value, past[layer])
+            x, value = block(x, cos_sin, masks.get(config.window(layer)), first_value, past[layer])
             first_value = value if first_value is None else first_value
         return self.final_norm(x)  # type: ignore[no-any-return]
 
     def to_logits(self, features: Tensor) -> Tensor:
-        """The head: normalised features `(..., dim)` to logits `(..., vocab)`."""
+        """Features `(..., dim)` to logits `(..., vocab)`."""
         config = self.config
         logits: Tensor = F.linear(features, self.token_embedding.weight) if self.head is None else self.head(features)
         if config.logit_soft_cap is None:
@@ -380,7 +330,7 @@ class Llama(LanguageModel):
         return config.logit_soft_cap * torch.tanh(logits / config.logit_soft_cap)
 
     def _embed(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
-        """`(batch, seq)` to `(batch, seq, dim)`: the embedding of each token, and those of the n-grams that it ends."""
+        """`(batch, seq)` to `(batch, seq, dim)`: embeddings of tokens, plus those of the n-grams that they end."""
         x, config = self.token_embedding(tokens), self.config
         if not config.ngrams:
             return x  # type: ignore[no-any-return]
@@ -400,15 +350,20 @@ class Llama(LanguageModel):
         return list((self.token_embedding if self.head is None else self.head).parameters())
 
     def new_cache(self, rollback_tokens: int = 0) -> KVCache:
-        """An empty cache for generation, from which `rollback_tokens` can be taken back."""
-        windows = [self.config.window(layer) for layer in range(self.config.n_layers)]
-        return KVCache(windows, self.config.max_seq_len, rollback_tokens, keep_ids=bool(self.config.ngrams))
+        """An empty cache for generation that can forget its last `rollback_tokens` tokens."""
+        return KVCache(
+            self.config.windows(), self.config.max_seq_len, rollback_tokens, keep_ids=bool(self.config.ngrams)
+        )
+
+    def attention_heads(self) -> dict[str, int]:
+        """The numbers of query heads and of key and value heads."""
+        return {"n_heads": self.config.n_heads, "n_kv_heads": self.config.num_kv_heads}
 
     def flops_per_token(self, seq_len: int) -> int:
-        """FLOPs to train on one token: 6 per weight of a matrix and 12 x heads x head_dim x tokens seen per layer.
+        """FLOPs to train on one token: 6 per weight of a matrix, and per layer 12 x heads x head_size x tokens seen.
 
-        Chowdhery et al. 2022 (PaLM), appendix B. An embedding of its own is looked up, not multiplied, and does not
-        count; of experts, those count that a token goes through; a layer with a window sees no more than that.
+        Chowdhery et al. 2022 (PaLM), appendix B. Untied embeddings are looked up, not multiplied, and do not count; of
+        experts, only those count that a token is routed to; a layer with a window sees no more tokens than that.
         """
         config = self.config
         weights = sum(parameter.numel() for parameter in self.parameters() if parameter.dim() >= 2)
@@ -417,48 +372,45 @@ class Llama(LanguageModel):
         if config.n_experts is not None:
             idle = config.n_experts - config.experts_per_token
             matrices = 3 if config.gated else 2
-            weights -= config.n_layers * idle * matrices * config.dim * config.expert_features()
-        seen = sum(min(seq_len, config.window(layer) or seq_len) for layer in range(config.n_layers))
-        return 6 * weights + 12 * config.n_heads * config.head_size() * seen
+            weights -= config.n_layers * idle * matrices * config.dim * config.expert_size
+        seen = sum(min(seq_len, window or seq_len) for window in config.windows())
+        return 6 * weights + 12 * config.n_heads * config.head_size * seen
 
     def activation_bytes(self, batch: int, seq_len: int) -> int:
-        """Bytes that one fp32 forward pass without dropout keeps for the backward pass, logits included.
+        """Bytes that one fp32 forward pass without dropout saves for the backward pass, logits included.
 
-        Per token and layer: of each of two norms its input, its output and that without the gain (6 x dim, and one
-        number each); query, key, value, the output of attention and one number a query head; what the MLP or
-        the experts keep. At the end the final norm's three, the log-probabilities and what the soft cap keeps (vocab
-        each). A layer with a window keeps its mask, once for the batch; with documents, every layer keeps one for each
-        sample, which it does not on CUDA. A fused RMSNorm, as on CUDA, keeps dim less.
+        Per token and layer: the input of each of two norms, its output, and that before the gain (6 x dim, and one
+        number each); query, key, value, the output of attention, and one number per query head; what the MLP or the
+        experts save. At the end, the final norm's three, the log-probabilities, and what the soft cap saves (vocab
+        each). A layer with a window saves its mask once per batch; with documents, every layer saves one per sample,
+        though not on CUDA. A fused RMSNorm, as on CUDA, saves dim less.
         """
         config = self.config
         assert config.vocab_size is not None
-        heads, kv_heads, head_dim = config.n_heads, config.kv_heads(), config.head_size()
-        per_layer = 6 * config.dim + 2 + 2 * (heads + kv_heads) * head_dim + heads
+        heads, kv_heads, head_size = config.n_heads, config.num_kv_heads, config.head_size
+        per_layer = 6 * config.dim + 2 + 2 * (heads + kv_heads) * head_size + heads
         if config.qk_norm:
-            per_layer += (heads + kv_heads) * (2 * head_dim + 1)
-        per_layer += _mlp_numbers_kept(config)
+            per_layer += (heads + kv_heads) * (2 * head_size + 1)
+        per_layer += _saved_by_mlp(config)
         capped = config.logit_soft_cap is not None
         per_token = config.n_layers * per_layer + 3 * config.dim + 1 + (1 + capped) * config.vocab_size
-        windows = [config.window(layer) for layer in range(config.n_layers)]
-        masks = sum(seq_len > window for window in windows if window is not None)
+        masks = sum(seq_len > window for window in config.windows() if window is not None)
         if config.separator is not None:
             masks = config.n_layers * batch
         return 4 * (batch * seq_len * per_token + masks * seq_len**2)
 
 
-def _mlp_numbers_kept(config: LlamaConfig) -> int:
-    """Numbers that an MLP or its experts keep for the backward pass, per token.
+def _saved_by_mlp(config: LlamaConfig) -> int:
+    """Numbers per token that an MLP or its experts save for the backward pass.
 
-    Four times the width: of the gate before and after SiLU, of what it gates, and of their product; or twice, of ReLU
-    and its square. Experts keep also a token's features before and after each of them, the probabilities, and where the
-    token went (8 bytes each).
+    4 x hidden width for SwiGLU: the gate before and after SiLU, the up projection, and the product; 2 x for ReLU²: ReLU
+    and its square. Experts also save a token's features before and after each of them, the probabilities, and where the
+    token was routed to (8 bytes each).
     """
     within = 4 if config.gated else 2
     if config.n_experts is None:
         return within * config.hidden_dim
-    per_expert = 2 * config.dim + within * config.expert_features() + 8
+    per_expert = 2 * config.dim + within * config.expert_size + 8
     return (
-        config.experts_per_token * per_expert
-        + config.n_experts
-        + within * config.n_shared_experts * config.expert_features()
+        config.experts_per_token * per_expert + config.n_experts + within * config.n_shared_experts * config.expert_size
     )

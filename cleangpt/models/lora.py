@@ -1,8 +1,8 @@
-"""Low-rank adapters, added to linear layers from outside the model (design rule 7).
+"""LoRA adapters, added to linear layers from outside the model.
 
-Hu et al. 2021, "LoRA: Low-rank adaptation of large language models", section 4.1: a layer's weight W stays, and
-W + alpha / rank · B A is learned in its place, where A has `rank` rows and B as many columns. The layer keeps its name,
-so that plans, names and files of the model stay; its adapter is a child of it, called `lora`.
+Hu et al. 2021, "LoRA: Low-rank adaptation of large language models", section 4.1: a layer's weight W is frozen, and
+W + alpha / rank · B A replaces it, where A `(rank, in_features)` and B `(out_features, rank)` are trained. The layer
+keeps its name, so that the model's plans and files stay as they are; its adapter is a child module called `lora`.
 """
 
 import math
@@ -16,11 +16,11 @@ from cleangpt.config import LoRAConfig
 from cleangpt.models.moe import MixtureOfExperts
 
 CHILD = "lora"
-"""An adapter's name in its layer."""
+"""Name of the adapter within its layer."""
 
 
 class Adapter(nn.Module):
-    """What is added to the output of one linear layer; nothing before training, since B begins at zero."""
+    """A low-rank addition to the output of one linear layer; B is initialized to zero, so it starts as none."""
 
     def __init__(self, layer: nn.Linear, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
@@ -32,20 +32,20 @@ class Adapter(nn.Module):
             self.init_parameter(name, parameter)
 
     def init_parameter(self, name: str, parameter: Tensor) -> None:
-        """Draws A as the paper's authors do in their code, evenly within ±1 / sqrt(in_features); B is zero."""
+        """Initializes A uniformly within ±1 / sqrt(in_features), as the authors' code does, and B to 0."""
         if name == "a":
             nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
         else:
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's input `(..., in_features)` to what is added to its output `(..., out_features)`."""
+        """The layer's input `(..., in_features)` to an addition to its output `(..., out_features)`."""
         x = F.dropout(x, self.dropout, self.training)
         return F.linear(F.linear(x, self.a), self.b) * self.scale
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """The layers that may have adapters, by name: all but the routers of mixtures of experts."""
+    """The linear layers that can get adapters, by name: all but the routers of mixtures of experts."""
     routers = {id(module.router) for module in model.modules() if isinstance(module, MixtureOfExperts)}
     return {
         name: module
@@ -55,7 +55,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def add_adapter(layer: nn.Linear, config: LoRAConfig) -> None:
-    """Gives a layer its adapter; `config.rank` is known."""
+    """Adds an adapter to a layer; `config.rank` is not None."""
     assert config.rank is not None
     layer.add_module(CHILD, Adapter(layer, config.rank, config.alpha / config.rank, config.dropout))
     layer.register_forward_hook(_add)
@@ -67,21 +67,21 @@ def _add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter's name is that of a part of an adapter."""
+    """Whether a parameter of this name belongs to an adapter."""
     return f".{CHILD}." in f".{name}"
 
 
 def split_adapters(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A state dict without adapters, and that of the adapters."""
+    """A state dict, split into the base model's weights and the adapters'."""
     adapters = {name: weight for name, weight in weights.items() if is_adapter(name)}
     return {name: weight for name, weight in weights.items() if name not in adapters}, adapters
 
 
 def merge(weights: Mapping[str, Tensor], adapters: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """The state dict of a plain model that computes what base and adapters do together.
+    """The state dict of a model without adapters that computes the same.
 
     Args:
-        weights: of the base, from `split_adapters`.
+        weights: the base model's, from `split_adapters`.
         adapters: likewise.
         scale: alpha / rank.
     """

@@ -1,38 +1,34 @@
-"""A mixture of experts in the place of an MLP (Shazeer et al. 2017, "Outrageously large neural networks").
+"""A mixture of experts that replaces an MLP (Shazeer et al. 2017, "Outrageously large neural networks").
 
-Each token goes through the few experts that a router chooses for it, as in Mixtral (Jiang et al. 2024, section 2.1),
-and, where asked, through shared experts that see every token (Dai et al. 2024, "DeepSeekMoE", section 3.2).
-No token is dropped. Where asked, a bias for each expert, by which alone experts are chosen, keeps their load even (Wang
-et al. 2024, "Auxiliary-loss-free load balancing strategy for mixture-of-experts", section 3); `training/balancing.py`
-moves it.
+A router sends each token to its top-k experts, as in Mixtral (Jiang et al. 2024, section 2.1). Optionally, shared
+experts see every token (Dai et al. 2024, "DeepSeekMoE", section 3.2), and a bias per expert, which affects only the
+choice of experts, balances their load (Wang et al. 2024, "Auxiliary-loss-free load balancing strategy for
+mixture-of-experts", section 3); `training/balancing.py` updates it. No token is dropped.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def hidden_features(gate: Tensor | None, up: Tensor) -> Tensor:
-    """What is within an MLP or an expert, in the shape of `up`: SwiGLU, or without a gate ReLU²."""
-    return up.relu().square() if gate is None else F.silu(gate) * up
+from cleangpt.models.layers import mlp_activation
 
 
 class MixtureOfExperts(nn.Module):
-    """Experts whose matrices are stacked, a router that chooses among them, and perhaps a shared MLP.
+    """Experts with stacked matrices, a router, and optionally a shared MLP.
 
     Args:
-        dim: features of the residual stream.
-        hidden_dim: features within an expert.
-        n_experts: experts to choose from.
-        experts_per_token: experts that a token goes through.
-        normalize_router_weights: whether the shares of a token's chosen experts are made to add up to 1.
-        shared: what every token goes through besides, with a share of 1; none: nothing.
-        gated: whether the experts are SwiGLU; else ReLU².
-        balanced: whether experts have biases by which they are chosen.
+        dim: width of the residual stream.
+        hidden_dim: hidden width of an expert.
+        n_experts: number of experts.
+        experts_per_token: experts that each token is routed to.
+        normalize_router_weights: normalize the router weights of a token's experts to a sum of 1.
+        shared: an MLP that every token goes through as well, with weight 1; None: none.
+        gated: SwiGLU experts; else ReLU².
+        balanced: give each expert a router bias.
     """
 
     tokens_per_expert: Tensor | None = None
-    """What each expert got in training is added here `(n_experts,)`, int64; none: nobody counts."""
+    """Tokens routed to each expert since the last step `(n_experts,)`, int64; None: not counted."""
 
     def __init__(
         self,
@@ -49,7 +45,7 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.experts_per_token, self.normalize_router_weights = experts_per_token, normalize_router_weights
         self.router = nn.Linear(dim, n_experts, bias=False)
-        # In the state dict as all that is trained, but without a gradient.
+        # A parameter, so that it is saved with the weights, but the load balancer updates it and not a gradient.
         self.router_bias = nn.Parameter(torch.zeros(n_experts), requires_grad=False) if balanced else None
         self.gate = nn.Parameter(torch.empty(n_experts, hidden_dim, dim)) if gated else None
         self.up = nn.Parameter(torch.empty(n_experts, hidden_dim, dim))
@@ -57,35 +53,35 @@ class MixtureOfExperts(nn.Module):
         self.shared = shared
 
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The experts `(tokens, experts_per_token)`, int64, of tokens `(tokens, dim)`, and their shares, float32.
+        """Expert ids, int64, and their weights, float32, `(tokens, experts_per_token)` both, of tokens `(tokens, dim)`.
 
-        The bias decides who is chosen, and no more (Wang et al. 2024, equation 3; there of scores by sigmoid).
+        The bias affects the choice of experts, not their weights (Wang et al. 2024, equation 3, with sigmoid there).
         """
         probabilities = self.router(tokens).float().softmax(dim=-1)
         if self.router_bias is None:
-            shares, chosen = probabilities.topk(self.experts_per_token, dim=-1)
+            router_weights, expert_ids = probabilities.topk(self.experts_per_token, dim=-1)
         else:
-            chosen = (probabilities.detach() + self.router_bias).topk(self.experts_per_token, dim=-1).indices
-            shares = probabilities.gather(-1, chosen)
+            expert_ids = (probabilities.detach() + self.router_bias).topk(self.experts_per_token, dim=-1).indices
+            router_weights = probabilities.gather(-1, expert_ids)
         if self.normalize_router_weights:
-            shares = shares / shares.sum(dim=-1, keepdim=True)
-        return chosen, shares
+            router_weights = router_weights / router_weights.sum(dim=-1, keepdim=True)
+        return expert_ids, router_weights
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(batch, seq, dim)` to the same shape, each position for itself."""
+        """`(batch, seq, dim)` to the same shape, position by position."""
         tokens = x.flatten(0, 1)
-        chosen, shares = self.route(tokens)
-        order = chosen.flatten().argsort(stable=True)
-        counts = chosen.flatten().bincount(minlength=len(self.up))
+        expert_ids, router_weights = self.route(tokens)
+        order = expert_ids.flatten().argsort(stable=True)
+        counts = expert_ids.flatten().bincount(minlength=len(self.up))
         if self.tokens_per_expert is not None and self.training:
             self.tokens_per_expert += counts
         parts = torch.split(tokens[order // self.experts_per_token], counts.tolist())
         by_expert = torch.cat([self._expert(index, part) for index, part in enumerate(parts)])
-        by_token = by_expert[order.argsort()].view(*shares.shape, -1)
-        mixed = (by_token * shares[..., None].to(by_token.dtype)).sum(dim=1).view_as(x)
+        by_token = by_expert[order.argsort()].view(*router_weights.shape, -1)
+        mixed = (by_token * router_weights[..., None].to(by_token.dtype)).sum(dim=1).view_as(x)
         return mixed if self.shared is None else mixed + self.shared(x)
 
     def _expert(self, index: int, tokens: Tensor) -> Tensor:
-        """An expert without tokens is computed too, so that its weights have a gradient, which is zero."""
+        """One expert; without tokens it is computed too, so that its weights get a gradient, which is zero."""
         gate = None if self.gate is None else F.linear(tokens, self.gate[index])
-        return F.linear(hidden_features(gate, F.linear(tokens, self.up[index])), self.down[index])
+        return F.linear(mlp_activation(gate, F.linear(tokens, self.up[index])), self.down[index])

@@ -1,4 +1,4 @@
-"""Objectives by name. One file each; registering is one line here."""
+"""Objectives by name: one file each; registering is one line here."""
 
 from cleangpt.objectives.base import Loss, Objective
 from cleangpt.objectives.next_token import NextToken

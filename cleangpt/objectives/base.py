@@ -1,4 +1,4 @@
-"""What is learned: an objective takes a model and a batch, and gives a loss with its metrics."""
+"""What a model learns: an objective maps a model and a batch to a loss and metrics."""
 
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -10,27 +10,30 @@ from cleangpt.models.base import LanguageModel
 
 
 class Loss(NamedTuple):
-    """Sums over what an objective counts, each a 0-dim float32 tensor; the trainer divides by the count."""
+    """Sums over everything the objective counts, each a 0-dim float32 tensor; the trainer divides by the count."""
 
     total: Tensor
-    """Its gradient is followed."""
+    """What is minimized."""
     metrics: dict[str, Tensor] = {}  # noqa: RUF012 - never changed
-    """Without gradients; shown by their names."""
+    """Detached sums to log besides the loss, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """Configuration and behaviour of an objective; called with a model and a batch on the model's device."""
+    """Configuration and computation of a loss.
+
+    What needs no gradient, such as rewards or the log-probabilities of a reference model, comes with the batch.
+    """
 
     reads: ClassVar[frozenset[str]] = frozenset()
-    """Extras that a batch must have."""
+    """Names in `Batch.extras` that a batch must have."""
     heads: ClassVar[frozenset[str]] = frozenset()
-    """Heads that the model must have besides that of its vocabulary, each a number per position."""
+    """Scalar heads that the model gets besides its language-model head; read from `TokenScores.heads`."""
 
     def count(self, batch: Batch) -> int:
-        """What the loss is a mean over; here target tokens. The batch is on the host."""
+        """What the loss is averaged over: by default the batch's targets. The batch is in host memory."""
         return batch.num_targets
 
     def __call__(self, model: LanguageModel, batch: Batch) -> Loss:
-        """The loss of the batch's rows, summed over what `count` counts."""
+        """The loss of a batch on the model's device, summed over everything counted."""
         raise NotImplementedError

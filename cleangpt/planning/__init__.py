@@ -1,1 +1,1 @@
-"""What a run will take, before a machine is rented: memory, time and cost, from the experiment and a data sheet."""
+"""Planning a run before renting a machine: memory, time and cost, from the experiment and data sheets."""

@@ -1,55 +1,55 @@
-"""Bytes on one device at the peak of a step."""
+"""Memory on one device at the peak of a step, in bytes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from cleangpt.distributed.layout import Layout
-from cleangpt.planning.devices import ALLOCATOR_FACTOR
-from cleangpt.planning.workload import Part, Workload
+from cleangpt.planning.communication import ALLOCATOR_FACTOR
+from cleangpt.planning.workload import Passes, Workload
 
-Blocks = Sequence[tuple[int, Part]]
-"""How many blocks there are of each kind."""
+Blocks = Sequence[tuple[int, Passes]]
+"""The number of blocks of each kind: those that save their activations and those that recompute them."""
 
 
 @dataclass(frozen=True)
 class StepConfig:
-    """How a step is made, on each device."""
+    """How each device computes a step."""
 
     micro_batches: int = 1
-    """In a step. Where there are several and the model is cut, gradients wait whole for the last of them."""
+    """Per step. With several, a sharded model accumulates unsharded gradients until the last of them."""
     reshard_after_forward: bool = True
-    """Whether gathered weights are freed between forward and backward pass."""
-    logits_parts: int = 1
-    """Into how many parts the logits are cut; the loss of CleanGPT takes them whole."""
+    """Whether gathered weights are freed between the forward and the backward pass."""
+    logits_shards: int = 1
+    """Devices that the logits are sharded over; CleanGPT's loss gathers them."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Where the bytes are."""
+    """Bytes by purpose."""
 
     weights: float
-    """In fp32, of which the optimizer makes the update."""
+    """In fp32, as the optimizer updates them."""
     gradients: float
     """In fp32."""
     moments: float
     """The optimizer's two, in fp32."""
     gathered: float
-    """Weights and gradients of the blocks at hand, put together from their parts."""
+    """Weights and gradients of the blocks in use, gathered from their shards."""
     activations: float
-    """What the blocks keep for the backward pass."""
+    """Saved by the blocks for the backward pass."""
     logits: float
-    """What the rest of the model keeps, copies of the logits in the loss, and gradients of activations."""
+    """Saved by the rest of the model, copies of the logits in the loss, and gradients of activations."""
     allocator: float
     """Reserved, but not in use."""
 
     @property
     def total(self) -> float:
-        """All of it."""
-        return float(sum(getattr(self, entry.name) for entry in fields(self)))
+        """The sum."""
+        return float(sum(vars(self)[entry.name] for entry in fields(self)))
 
 
 def static_bytes(parameters: int, layout: Layout) -> float:
-    """Weights, gradients and two moments on one device, all in fp32 and cut over those that share a copy.
+    """Weights, gradients and two moments on one device, in fp32.
 
     Args:
         parameters: in the whole model.
@@ -59,13 +59,13 @@ def static_bytes(parameters: int, layout: Layout) -> float:
 
 
 def kinds_of_blocks(workload: Workload, recompute_every: int | None) -> Blocks:
-    """Blocks that keep their activations and those that compute them again, as `training.recompute_every` says."""
-    again = len(range(0, workload.blocks, recompute_every)) if recompute_every else 0
-    return [(workload.blocks - again, workload.block), (again, workload.recomputed())]
+    """Blocks that save their activations and blocks that recompute them, by `training.recompute_every`."""
+    recomputed = len(range(0, workload.blocks, recompute_every)) if recompute_every else 0
+    return [(workload.blocks - recomputed, workload.block), (recomputed, workload.recomputed_block())]
 
 
 def device_memory(
-    workload: Workload, blocks: Blocks, layout: Layout, pace: StepConfig, weight_bytes: int, trained: float = 1.0
+    workload: Workload, blocks: Blocks, layout: Layout, step: StepConfig, weight_bytes: int, trained: float = 1.0
 ) -> Memory:
     """Memory at the peak, on the device that needs the most.
 
@@ -73,32 +73,33 @@ def device_memory(
         workload: of one micro-batch.
         blocks: from `kinds_of_blocks`.
         layout: how the processes share the model.
-        pace: how the step is made.
-        weight_bytes: of a gathered weight; 2 in 16 bit, else 4.
-        trained: share of the parameters that train, and so have gradients and moments.
+        step: how the step is computed.
+        weight_bytes: per gathered weight: 2 in 16 bit, else 4.
+        trained: fraction of the parameters that train, and so have gradients and moments.
     """
     state = static_bytes(workload.parameters, layout) / 4
-    waiting = 4 * workload.parameters / layout.tensor if layout.shards > 1 and pace.micro_batches > 1 else 0.0
-    kept = sum(count * _kept(part, workload, layout.tensor) for count, part in blocks)
-    logits = (workload.rest.kept + workload.passing) / pace.logits_parts
-    if any(count and part.again.operations for count, part in blocks):
-        # A block that is computed again in the backward pass is whole for a while, when the logits are gone.
-        logits = max(logits, _kept(workload.block, workload, layout.tensor))
-    gathered = _gathered(workload, layout, weight_bytes, pace.reshard_after_forward) if layout.shards > 1 else 0.0
-    gradients, moments = trained * (state + waiting), trained * 2 * state
-    used = state + gradients + moments + gathered + kept + logits
-    return Memory(state, gradients, moments, gathered, kept, logits, (ALLOCATOR_FACTOR - 1) * used)
+    accumulates = layout.shards > 1 and step.micro_batches > 1
+    unsharded = 4 * workload.parameters / layout.tensor if accumulates else 0.0
+    activations = sum(count * _saved_activations(passes, workload, layout.tensor) for count, passes in blocks)
+    logits = (workload.rest.saved_activations + workload.transient) / step.logits_shards
+    if any(count and passes.recomputed.kernels for count, passes in blocks):
+        # Recomputing a block needs the memory of its activations, when the logits have been freed.
+        logits = max(logits, _saved_activations(workload.block, workload, layout.tensor))
+    gathered = _gathered(workload, layout, weight_bytes, step.reshard_after_forward) if layout.shards > 1 else 0.0
+    gradients, moments = trained * (state + unsharded), trained * 2 * state
+    used = state + gradients + moments + gathered + activations + logits
+    return Memory(state, gradients, moments, gathered, activations, logits, (ALLOCATOR_FACTOR - 1) * used)
 
 
-def _kept(part: Part, workload: Workload, tensor: int) -> float:
-    """What a block keeps: its share, and whole inputs where it gathers these and does not compute them again."""
-    whole = 0.0 if part.again.operations else workload.gathered * (1 - 1 / tensor)
-    return part.kept / tensor + whole
+def _saved_activations(passes: Passes, workload: Workload, tensor: int) -> float:
+    """What a block saves: its shard, and full inputs where it gathers these and does not recompute them."""
+    full_inputs = 0.0 if passes.recomputed.kernels else workload.gathered * (1 - 1 / tensor)
+    return passes.saved_activations / tensor + full_inputs
 
 
 def _gathered(workload: Workload, layout: Layout, weight_bytes: int, reshard_after_forward: bool) -> float:
-    """What fsdp puts together: the rest of the model from its forward to its backward pass, with its gradients; a block
-    in use and the next one; the gradients of one block, and their copy in fp32 that is reduced."""
+    """What FSDP gathers: the rest of the model with its gradients, from its forward to its backward pass; the block in
+    use and the next; the gradients of one block, and their fp32 copy that is reduced."""
     rest = 2 * weight_bytes * workload.rest_parameters
-    at_hand = 2 if reshard_after_forward else workload.blocks
-    return (rest + ((at_hand + 1) * weight_bytes + 4) * workload.block_parameters) / layout.tensor
+    in_use = 2 if reshard_after_forward else workload.blocks
+    return (rest + ((in_use + 1) * weight_bytes + 4) * workload.block_parameters) / layout.tensor

@@ -1,10 +1,10 @@
-"""The plan of an experiment: which strategies fit on so many devices, how fast they are and what they cost."""
+"""The plan of an experiment: which strategies fit on a number of devices, their speed and their cost."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,21 +12,28 @@ from cleangpt.config import FineTuningConfig, TrainingConfig
 from cleangpt.corpora import dataset_folder
 from cleangpt.corpora.mixture import Mixture
 from cleangpt.data.dataset import TokenDataset, is_dataset
+from cleangpt.distributed.datasheets import Device
 from cleangpt.distributed.layout import Layout, layout_for
 from cleangpt.errors import UserError
 from cleangpt.experiment import Experiment, check_experiment, total_samples
 from cleangpt.models import build_model
 from cleangpt.models.base import LanguageModel, flops_per_token, on_meta
-from cleangpt.planning.devices import Device
 from cleangpt.planning.memory import Memory, StepConfig, device_memory, kinds_of_blocks
-from cleangpt.planning.timing import Machine, StepTime, exchanged_bytes, step_time
+from cleangpt.planning.timing import Machine, StepTime, sent_bytes, step_time
 from cleangpt.planning.workload import Workload, measure
 from cleangpt.training.finetuning import freeze_and_add_lora
 
-TENSOR_PARTS = (2, 4, 8)
-"""Among how many devices of a machine it is worth trying to cut each matrix."""
-Candidate = tuple[str, str, Layout]
-"""A strategy in words, its options for `cleangpt train`, and its layout."""
+TENSOR_DEGREES = (2, 4, 8)
+"""Degrees of tensor parallelism worth trying."""
+
+
+class Candidate(NamedTuple):
+    """A strategy to spread a model over devices."""
+
+    description: str
+    options: str
+    """For the command line of `cleangpt train`."""
+    layout: Layout
 
 
 @dataclass(frozen=True)
@@ -35,31 +42,31 @@ class Estimate:
 
     devices: int
     strategy: str
-    """In words."""
+    """As `Candidate.description`."""
     options: str
     """For the command line of `cleangpt train`."""
     chosen: bool
-    """Whether the experiment itself asks for it."""
+    """Whether it is the experiment's own strategy."""
     layout: Layout
     micro_batch: int
     memory: Memory
     time: StepTime
-    exchanged: float
-    """Bytes that a device sends in a step."""
+    sent_bytes: float
+    """By a device, per step."""
     tokens_per_second: float
     """Over all devices."""
     mfu: float
-    """Model FLOPs utilisation, of the 16-bit peak where there is one (Chowdhery et al. 2022, appendix B)."""
+    """Model FLOPs utilization, of the 16-bit peak if there is one (Chowdhery et al. 2022, appendix B)."""
     hours: float
-    """To the token budget."""
+    """Until the token budget is reached."""
     cost: float
-    """Dollars to the token budget."""
+    """Dollars until the token budget is reached."""
     fits: bool
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is planned, and an estimate of each strategy on each number of devices."""
+    """What is planned, and an estimate for each strategy and number of devices."""
 
     experiment: str
     parameters: int
@@ -72,32 +79,32 @@ class Plan:
     refused: list[str]
     """Strategies that cannot run, and why."""
     advice: list[str]
-    """For numbers of devices on which nothing fits."""
+    """A line for each number of devices on which nothing fits."""
 
     def fitting(self) -> list[Estimate]:
-        """The estimates that fit, the cheapest first and of equal ones the fastest."""
+        """The estimates that fit, sorted by cost and then by hours."""
         return sorted((entry for entry in self.estimates if entry.fits), key=lambda entry: (entry.cost, entry.hours))
 
     def best(self, devices: int) -> Estimate:
-        """The fastest that fits on so many devices, else the one that needs the least memory."""
+        """The fastest strategy that fits on a number of devices, else the one that needs the least memory."""
         here = [entry for entry in self.estimates if entry.devices == devices]
         fitting = [entry for entry in here if entry.fits]
         return min(fitting, key=lambda entry: entry.hours) if fitting else min(here, key=lambda e: e.memory.total)
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, in bytes, seconds and dollars."""
+        """The plan as JSON, in bytes, seconds and dollars."""
         return asdict(self)
 
 
 def with_vocabulary(experiment: Experiment) -> Experiment:
-    """The experiment with its model's vocabulary filled in from the token store, where that has been made.
+    """The experiment with its model's vocabulary size, from the prepared dataset where the experiment has none.
 
     Raises:
-        UserError: the vocabulary is not known.
+        UserError: the vocabulary size is unknown.
     """
     if experiment.model.vocab_size is not None:
         return experiment
-    # The sources of a mixture share one tokenizer.
+    # All sources of a mixture have the same tokenizer.
     corpus = experiment.corpus.sources[0].corpus if isinstance(experiment.corpus, Mixture) else experiment.corpus
     folder = dataset_folder(corpus, Path(experiment.data.folder))
     if not is_dataset(folder):
@@ -108,13 +115,13 @@ def with_vocabulary(experiment: Experiment) -> Experiment:
 def make_plan(
     experiment: Experiment, device: Device, counts: Sequence[int], per_node: int = 8, tokens: int | None = None
 ) -> Plan:
-    """Plans an experiment on each number of devices; no data, device or network is needed.
+    """Plans an experiment for each number of devices, without data, device or network.
 
     Args:
-        experiment: what is to be trained.
+        experiment: what to train.
         device: from `find_device`.
         counts: numbers of devices.
-        per_node: devices in a machine.
+        per_node: devices per machine.
         tokens: token budget; None: the experiment's length.
 
     Raises:
@@ -127,13 +134,13 @@ def make_plan(
     refused: list[str] = []
     advice: list[str] = []
     for count in counts:
-        reasons = [(way, planner.refusal(way[2])) for way in planner.ways(count)]
-        refused += [f"{count} devices, {way[0]}: {reason}" for way, reason in reasons if reason]
-        ways = [way for way, reason in reasons if not reason]
-        here = [planner.estimate(count, way, experiment.training) for way in ways]
+        reasons = [(candidate, planner.refusal(candidate.layout)) for candidate in planner.candidates(count)]
+        refused += [f"{count} devices, {candidate.description}: {reason}" for candidate, reason in reasons if reason]
+        candidates = [candidate for candidate, reason in reasons if not reason]
+        here = [planner.estimate(count, candidate, experiment.training) for candidate in candidates]
         estimates += here
         if here and not any(entry.fits for entry in here):
-            advice.append(planner.advise(count, ways))
+            advice.append(planner.advise(count, candidates))
     if not estimates:
         raise UserError(f"no strategy can run: {refused[0]}")
     parameters = sum(parameter.numel() for parameter in planner.model.parameters())
@@ -153,7 +160,7 @@ def _check(experiment: Experiment, counts: Sequence[int], per_node: int, tokens:
 
 
 class _Planner:
-    """An experiment on a kind of device."""
+    """Plans an experiment on one kind of device."""
 
     def __init__(self, experiment: Experiment, device: Device, per_node: int, tokens: int | None) -> None:
         training = experiment.training
@@ -164,48 +171,56 @@ class _Planner:
         self.tokens = tokens or total_samples(experiment) * experiment.data.seq_len
         try:
             with on_meta():
-                self.model = build_model(experiment.model)
-                whole = experiment.fine_tuning == FineTuningConfig()
-                self.trained = 1.0 if whole else trained_share(build_model(experiment.model), experiment.fine_tuning)
+                self.model = build_model(experiment.model, experiment.objective.heads)
+                trains_all = experiment.fine_tuning == FineTuningConfig()
+                self.trained = (
+                    1.0 if trains_all else trained_share(build_model(experiment.model), experiment.fine_tuning)
+                )
         except RuntimeError as error:
             raise UserError(f"the model cannot be built: {str(error).splitlines()[0]}") from None
         self.flops = flops_per_token(self.model, experiment.data.seq_len)
         self.measured: dict[tuple[int, bool], Workload] = {}
 
-    def ways(self, count: int) -> list[Candidate]:
-        """The strategies that are worth a look on so many devices."""
+    def candidates(self, count: int) -> list[Candidate]:
+        """The strategies worth considering on a number of devices."""
         if count == 1:
-            return [("one device", "", Layout())]
+            return [Candidate("one device", "", Layout())]
         per_node, nodes = self.machine.per_node, count // self.machine.per_node
         found = [("ddp", Layout(count)), ("fsdp", Layout(1, count))]
         if nodes > 1 and count % per_node == 0 and per_node > 1:
             found.append(("hsdp", Layout(nodes, per_node)))
-        parts = [size for size in TENSOR_PARTS if size <= per_node and count % size == 0 and can_cut(self.model, size)]
-        found += [("fsdp", Layout(1, count // size, size)) for size in parts if size < count]
-        if count in parts:
+        degrees = [
+            degree
+            for degree in TENSOR_DEGREES
+            if degree <= per_node and count % degree == 0 and supports_tensor_parallel(self.model, degree)
+        ]
+        found += [("fsdp", Layout(1, count // degree, degree)) for degree in degrees if degree < count]
+        if count in degrees:
             found.append(("tp", Layout(1, 1, count)))
         config = self.experiment.parallel
         own = layout_for(config, count)
         if config.strategy != "auto" and own not in [layout for _, layout in found]:
             found.insert(0, (config.strategy, own))
-        return [(_in_words(name, layout), _as_options(name, layout), layout) for name, layout in found]
+        return [Candidate(_describe(name, layout), _as_options(name, layout), layout) for name, layout in found]
 
     def refusal(self, layout: Layout) -> str:
         """Why a layout cannot run, or an empty string."""
         if layout.tensor > 1 and (rank := self.experiment.fine_tuning.lora.rank) is not None:
-            return f"matrices cannot be cut with fine_tuning.lora.rank {rank}"
-        batch, parts = self.experiment.data.batch_size, layout.dp_size
-        return f"data.batch_size {batch} is not a multiple of its {parts} parts" if batch % parts else ""
+            return f"matrices cannot be sharded with fine_tuning.lora.rank {rank}"
+        batch = self.experiment.data.batch_size
+        return (
+            f"data.batch_size {batch} is not a multiple of its {layout.dp_size} parts" if batch % layout.dp_size else ""
+        )
 
     def micro_batch(self, layout: Layout, training: TrainingConfig) -> int:
-        """The largest divisor of a device's part of a batch that `training.micro_batch_size` allows."""
-        part = self.experiment.data.batch_size // layout.dp_size
-        most = min(training.micro_batch_size or part, part)
-        small = [size for size in range(1, min(most, math.isqrt(part)) + 1) if part % size == 0]
-        return max([*small, *(part // size for size in small if part // size <= most)])
+        """The largest divisor of a device's share of a batch that is at most `training.micro_batch_size`."""
+        share = self.experiment.data.batch_size // layout.dp_size
+        most = min(training.micro_batch_size or share, share)
+        small = [size for size in range(1, min(most, math.isqrt(share)) + 1) if share % size == 0]
+        return max([*small, *(share // size for size in small if share // size <= most)])
 
     def workload(self, micro_batch: int, layout: Layout) -> Workload:
-        """Of a micro-batch; under fsdp, weights are gathered in the precision of products, else autocast copies."""
+        """The workload of a micro-batch; FSDP gathers weights in the compute dtype, otherwise autocast copies them."""
         gathered = layout.shards > 1
         if (micro_batch, gathered) not in self.measured:
             dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.machine.base, torch.float32)
@@ -215,17 +230,17 @@ class _Planner:
             )
         return self.measured[micro_batch, gathered]
 
-    def estimate(self, count: int, way: Candidate, training: TrainingConfig) -> Estimate:
-        """Memory, time and cost of one way to spread the model, with these fields of `training`."""
-        strategy, options, layout = way
+    def estimate(self, count: int, candidate: Candidate, training: TrainingConfig) -> Estimate:
+        """Memory, time and cost of a candidate with these fields of `training`."""
+        strategy, options, layout = candidate
         device, data, parallel = self.machine.device, self.experiment.data, self.experiment.parallel
         micro_batch = self.micro_batch(layout, training)
         in_step = training.accumulation * data.batch_size
         work = self.workload(micro_batch, layout)
         blocks = kinds_of_blocks(work, training.recompute_every)
-        pace = StepConfig(in_step // layout.dp_size // micro_batch, parallel.reshard_after_forward)
-        memory = device_memory(work, blocks, layout, pace, self.machine.weight_bytes, self.trained)
-        time = step_time(work, blocks, layout, pace, self.machine)
+        step = StepConfig(in_step // layout.dp_size // micro_batch, parallel.reshard_after_forward)
+        memory = device_memory(work, blocks, layout, step, self.machine.weight_bytes, self.trained)
+        time = step_time(work, blocks, layout, step, self.machine)
         speed = in_step * data.seq_len / time.total
         hours = self.tokens / speed / 3600
         return Estimate(
@@ -237,39 +252,39 @@ class _Planner:
             micro_batch=micro_batch,
             memory=memory,
             time=time,
-            exchanged=exchanged_bytes(work, blocks, layout, pace, self.machine),
+            sent_bytes=sent_bytes(work, blocks, layout, step, self.machine),
             tokens_per_second=speed,
-            mfu=speed * self.flops / count / (device.bf16 or device.fp16 or device.fp32),
+            mfu=speed * self.flops / count / device.peak_flops,
             hours=hours,
             cost=hours * count * device.price,
             fits=memory.total <= device.memory,
         )
 
-    def advise(self, count: int, ways: Sequence[Candidate]) -> str:
-        """The fastest way to make it fit by smaller micro-batches and recomputation, in words."""
+    def advise(self, count: int, candidates: Sequence[Candidate]) -> str:
+        """The fastest estimate that fits with smaller micro-batches and recomputation, as a line of advice."""
         training = self.experiment.training
-        largest = max(self.micro_batch(layout, training) for _, _, layout in ways)
+        largest = max(self.micro_batch(layout, training) for _, _, layout in candidates)
         found = []
         for every in dict.fromkeys([training.recompute_every, 1]):
-            words = f" --training.recompute-every {every}" if every else ""
+            option = f" --training.recompute-every {every}" if every else ""
             for size in (2**power for power in range(largest.bit_length())):
                 changed = replace(training, recompute_every=every, micro_batch_size=size)
-                found += [(self.estimate(count, way, changed), words) for way in ways]
+                found += [(self.estimate(count, candidate, changed), option) for candidate in candidates]
         fitting = [entry for entry in found if entry[0].fits]
         if not fitting:
             return f"{count} devices: nothing fits, not even micro-batches of 1 with recomputation of every block"
-        best, words = min(fitting, key=lambda entry: entry[0].hours)
-        return f"{count} devices: {best.strategy} fits with {best.options}{words}"
+        best, option = min(fitting, key=lambda entry: entry[0].hours)
+        return f"{count} devices: {best.strategy} fits with {best.options}{option}"
 
 
 def trained_share(model: LanguageModel, tuning: FineTuningConfig) -> float:
-    """The share of a model's parameters that train, adapters among them."""
+    """The fraction of a model's parameters that train, adapters included."""
     freeze_and_add_lora(model, tuning)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, trains in sizes if trains) / sum(size for size, _ in sizes)
 
 
-def _in_words(name: str, layout: Layout) -> str:
+def _describe(name: str, layout: Layout) -> str:
     words = [name]
     if name == "hsdp":
         words.append(f"{layout.replicas} replicas")
@@ -287,12 +302,10 @@ def _as_options(name: str, layout: Layout) -> str:
     return options
 
 
-def can_cut(model: LanguageModel, parts: int) -> bool:
-    """Whether each matrix of the model can be cut in so many parts: it has a plan, and heads come out even."""
-    plan, config = model.tensor_plan, model.config
+def supports_tensor_parallel(model: LanguageModel, degree: int) -> bool:
+    """Whether every matrix of the model is in its tensor plan and its attention heads can be split evenly."""
     for name, _ in model.named_parameters():
         module = ".".join("*" if word.isdigit() else word for word in name.split(".")[:-1])
-        if module not in plan:
+        if module not in model.tensor_plan:
             return False
-    heads = [getattr(config, field, None) for field in ("n_heads", "n_kv_heads")]
-    return all(count is None or count % parts == 0 for count in heads)
+    return all(count % degree == 0 for count in model.attention_heads().values())

@@ -1,15 +1,15 @@
-"""A plan as text."""
+"""A plan as tables for the terminal."""
 
 from rich.console import Console
 from rich.table import Table
 
-from cleangpt.planning.devices import GIB
+from cleangpt.distributed.datasheets import GIB
 from cleangpt.planning.plan import Estimate, Plan
 
 
 def show(plan: Plan) -> None:
-    """Prints a plan: a table over strategies and what the best is made of, or a table over numbers of devices."""
-    console = Console(width=max(Console().width, 112))  # a table is not worth reading when its cells are cut
+    """Prints a table of strategies and the parts of the best, or for several numbers of devices a table of these."""
+    console = Console(width=max(Console().width, 112))  # so that no cell is truncated
     device, counts = plan.device, list(dict.fromkeys(entry.devices for entry in plan.estimates))
     console.print(f"model    {plan.parameters:,} parameters, {plan.flops_per_token:,} FLOPs per token", highlight=False)
     console.print(f"length   {plan.tokens:,} tokens", highlight=False)
@@ -21,7 +21,7 @@ def show(plan: Plan) -> None:
     single = len(counts) == 1
     console.print(_estimates(plan.estimates if single else [plan.best(count) for count in counts]))
     if single:
-        console.print(_parts(plan.best(counts[0])))
+        console.print(_breakdown(plan.best(counts[0])))
     for line in [*plan.refused, *plan.advice]:
         console.print(line, highlight=False, soft_wrap=True)
     if fitting := plan.fitting():
@@ -48,19 +48,19 @@ def _estimates(estimates: list[Estimate]) -> Table:
     return table
 
 
-def _parts(entry: Estimate) -> Table:
-    """What the memory and the step of one strategy are made of."""
+def _breakdown(entry: Estimate) -> Table:
+    """Memory and step time of one strategy by parts, on each device."""
     memory, time = entry.memory, entry.time
-    table = Table(box=None, pad_edge=False, title=f"{entry.strategy}, a device", title_justify="left")
+    table = Table(box=None, pad_edge=False, title=f"{entry.strategy}, per device", title_justify="left")
     table.add_column("memory")
     table.add_column("GiB", justify="right")
     table.add_column("  step")
     table.add_column("", justify="right")
     step = [
         ("arithmetic", f"{time.compute:.3g} s"),
-        ("exposed exchange", f"{time.exposed:.3g} s"),
+        ("exposed communication", f"{time.exposed:.3g} s"),
         ("optimizer", f"{time.optimizer:.3g} s"),
-        ("sent", f"{entry.exchanged / GIB:,.3g} GiB"),
+        ("sent", f"{entry.sent_bytes / GIB:,.3g} GiB"),
     ]
     for index, (name, size) in enumerate(vars(memory).items()):
         what, value = step[index] if index < len(step) else ("", "")

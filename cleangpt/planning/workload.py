@@ -1,12 +1,12 @@
-"""What one forward and backward pass does, counted on fake tensors: nothing is computed and nothing is allocated.
+"""The work of one forward and backward pass, counted on fake tensors: nothing is computed or allocated.
 
 The model runs with one and with two of its blocks. The difference is a block; what remains is the rest: embedding,
-last norm, head and loss. So a model of any depth takes a second or two, and the count follows the code that trains.
+last norm, head and loss. So a model of any depth takes a second or two, and the count is that of the code that trains.
 """
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
@@ -33,32 +33,32 @@ from cleangpt.objectives import Objective
 
 aten = torch.ops.aten
 
-READS_LITTLE = {aten.embedding, aten.nll_loss_forward, aten.nll_loss_backward}
-"""Operations that look up a few entries of a large tensor."""
+LOOKUPS = {aten.embedding, aten.nll_loss_forward, aten.nll_loss_backward}
+"""Operations that read only a few entries of a large tensor."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is done in one pass."""
+    """The work of one pass."""
 
     matmul_flops: float = 0.0
-    """In products of matrices."""
+    """In matrix products."""
     attention_flops: float = 0.0
-    """In fused attention, of which a causal mask spares half."""
-    moved: float = 0.0
-    """Bytes to and from memory by the other operations, each for itself."""
-    fused: float = 0.0
-    """The same where all between two products is one operation, as compiled: what products take in and give out."""
+    """In fused attention, of which a causal mask saves half."""
+    bytes: float = 0.0
+    """Read and written by the other operations, each by itself."""
+    fused_bytes: float = 0.0
+    """The same if everything between two products is fused, as when compiled: what products write and read."""
     operands: float = 0.0
-    """Numbers that enter products of matrices."""
-    exchanged: float = 0.0
-    """Bytes between devices that share matrices, if these are cut."""
-    exchanges: float = 0.0
-    """Over how many exchanges they are spread."""
-    operations: float = 0.0
-    """Kernels started, those of the products among them."""
+    """Elements that enter matrix products."""
+    communication: float = 0.0
+    """Bytes between devices under tensor parallelism."""
+    collectives: float = 0.0
+    """Collectives that communicate them."""
+    kernels: float = 0.0
+    """Kernels launched, those of products included."""
     products: float = 0.0
-    """Products of matrices, and fused attention."""
+    """Matrix products and fused attention."""
 
     def __add__(self, other: "Work") -> "Work":
         return Work(*(getattr(self, entry.name) + getattr(other, entry.name) for entry in fields(Work)))
@@ -71,166 +71,180 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A block, or the rest of the model, for one micro-batch."""
+class Passes:
+    """The passes of a block, or of the rest of the model, for one micro-batch."""
 
     forward: Work
     backward: Work
-    kept: float
-    """Bytes that wait for the backward pass."""
-    again: Work = Work()
-    """What is computed again in the backward pass."""
+    saved_activations: float
+    """Bytes saved for the backward pass."""
+    recomputed: Work = Work()
+    """Recomputed in the backward pass."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A micro-batch on a device that has the whole model. Sizes in bytes, parameters in numbers."""
+    """A micro-batch on a device with the whole model. Sizes are in bytes, parameters are counted."""
 
-    block: Part
-    rest: Part
+    block: Passes
+    rest: Passes
     blocks: int
     block_parameters: int
     rest_parameters: int
     block_input: float
-    """What a block reads from the one before it."""
-    passing: float
-    """Memory over what is kept, at the peak: gradients of activations and copies of the logits."""
+    """Size of a block's input."""
+    transient: float
+    """Memory at the peak besides saved activations: gradients of activations and copies of the logits."""
     gathered: float
-    """Inputs of a block's layers of kind "column" in the tensor plan: if matrices are cut, each gathers its own."""
+    """Inputs of a block's layers of kind "column" in the tensor plan; under tensor parallelism each gathers its own."""
 
     @property
     def parameters(self) -> int:
-        """Of the whole model."""
+        """Parameters of the whole model."""
         return self.blocks * self.block_parameters + self.rest_parameters
 
-    def recomputed(self) -> Part:
-        """A block under activation checkpointing: it keeps its input and runs forward twice."""
-        return replace(self.block, kept=self.block_input, again=self.block.forward)
+    def recomputed_block(self) -> Passes:
+        """A block under activation checkpointing: it saves its input and runs forward twice."""
+        return replace(self.block, saved_activations=self.block_input, recomputed=self.block.forward)
 
 
 def measure(
     model: LanguageModel, objective: Objective, batch: int, seq_len: int, dtype: torch.dtype, gathered: bool
 ) -> Workload:
-    """Counts a micro-batch `(batch, seq_len)` of a model.
+    """Counts the work of a micro-batch `(batch, seq_len)`.
 
     Args:
-        model: on the meta device; its blocks are `model.blocks`, all alike.
-        objective: from OBJECTIVES.
+        model: on the meta device, with identical `layers()`.
+        objective: the loss.
         batch: samples in the micro-batch.
         seq_len: tokens in a sample.
-        dtype: what matrices are multiplied in.
-        gathered: whether the weights are gathered in `dtype`, as under fsdp; else autocast copies them, as under ddp.
+        dtype: of matrix products.
+        gathered: whether weights are gathered in `dtype`, as by FSDP; else autocast copies them, as under DDP.
 
     Raises:
-        UserError: the model has no blocks, or the shapes in it depend on values.
+        UserError: the model has no blocks, model or objective reads more than tokens, or shapes depend on values.
     """
-    blocks = model.layers()
+    name, blocks = type(model).__name__, model.layers()
     if not len(blocks):
-        raise UserError(f"{type(model).__name__} cannot be planned: its `layers` are none")
-    in_block = sum(parameter.numel() for parameter in blocks.parameters()) // len(blocks)
-    in_rest = sum(parameter.numel() for parameter in model.parameters()) - in_block * len(blocks)
+        raise UserError(f"{name} cannot be planned: its `layers` are empty")
+    if reads := sorted(model.inputs | objective.reads):
+        raise UserError(f"{name} with {type(objective).__name__} cannot be planned: they read {', '.join(reads)}")
+    all_blocks = list(blocks)
+    in_blocks = sum(parameter.numel() for parameter in blocks.parameters())
+    in_rest = sum(parameter.numel() for parameter in model.parameters()) - in_blocks
+    traces = []
     try:
-        one, two = (_trace(model, blocks, depth, objective, (batch, seq_len), dtype, gathered) for depth in (1, 2))
+        for few in (all_blocks[:1], [all_blocks[0], copy.deepcopy(all_blocks[0])]):
+            _replace_blocks(blocks, few)
+            traces.append(_trace(model, objective, (batch, seq_len), dtype, gathered))
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise UserError(f"{type(model).__name__} cannot be planned: shapes in it depend on values ({error})") from None
+        raise UserError(f"{name} cannot be planned: shapes in it depend on values ({error})") from None
     finally:
-        model.blocks = blocks
-    block = Part(two.forward - one.forward, two.backward - one.backward, two.kept - one.kept)
-    rest = Part(one.forward - block.forward, one.backward - block.backward, one.kept - block.kept)
-    within = Work(exchanged=one.sizes["gathered"] + one.sizes["scattered"], exchanges=one.sizes["layers"])
+        _replace_blocks(blocks, all_blocks)
+    one, two = traces
+    saved = two.saved_activations - one.saved_activations
+    block = Passes(two.forward - one.forward, two.backward - one.backward, saved)
+    rest = Passes(one.forward - block.forward, one.backward - block.backward, one.saved_activations - saved)
+    within = Work(communication=one.sizes["gathered"] + one.sizes["scattered"], collectives=one.sizes["layers"])
     # Embeddings, the head's input and the logits.
-    outside = Work(exchanged=2 * one.sizes["block_input"] + one.sizes["logits"], exchanges=3)
+    outside = Work(communication=2 * one.sizes["block_input"] + one.sizes["logits"], collectives=3)
     return Workload(
-        block=_exchanging(block, within),
-        rest=_exchanging(rest, outside),
+        block=_with_communication(block, within),
+        rest=_with_communication(rest, outside),
         blocks=len(blocks),
-        block_parameters=in_block,
+        block_parameters=in_blocks // len(blocks),
         rest_parameters=in_rest,
-        passing=one.peak - one.kept,
+        transient=one.peak - one.saved_activations,
         block_input=one.sizes["block_input"],
         gathered=one.sizes["gathered"],
     )
 
 
-def _exchanging(part: Part, exchange: Work) -> Part:
-    """With an exchange in each pass: what is gathered in one is reduced and scattered in the other."""
-    return replace(part, forward=part.forward + exchange, backward=part.backward + exchange)
+def _replace_blocks(blocks: nn.ModuleList, others: Sequence[nn.Module]) -> None:
+    """Replaces the blocks of a model in place."""
+    del blocks[:]
+    blocks.extend(others)
+
+
+def _with_communication(passes: Passes, communication: Work) -> Passes:
+    """Adds the same communication to each pass: what one gathers, the other reduces and scatters."""
+    return replace(passes, forward=passes.forward + communication, backward=passes.backward + communication)
 
 
 @dataclass(frozen=True)
 class _Trace:
-    """Counts of a whole pass, and the sizes that `_sizes_seen` fills in."""
+    """Counts of the whole model's passes, and the sizes from `_record_sizes`."""
 
     forward: Work
     backward: Work
-    kept: float
+    saved_activations: float
     peak: float
     sizes: dict[str, float]
 
 
 def _trace(
-    model: LanguageModel, blocks: nn.ModuleList, depth: int, objective: Objective, shape: tuple[int, int],
-    dtype: torch.dtype, gathered: bool,
-) -> _Trace:  # fmt: skip
-    """One forward and backward pass of the first `depth` blocks (a copy of the first, where there is one)."""
-    model.blocks = nn.ModuleList([*blocks, copy.deepcopy(blocks[0])][:depth])
+    model: LanguageModel, objective: Objective, shape: tuple[int, int], dtype: torch.dtype, gathered: bool
+) -> _Trace:
+    """Runs one forward and backward pass on fake tensors."""
     counter, sizes = _Counter(), dict.fromkeys(("block_input", "gathered", "scattered", "layers", "logits"), 0.0)
-    with FakeTensorMode(), _sizes_seen(model, sizes):
-        stand_in = _StandIn(model, dtype if gathered else torch.float32)
-        counter.know(stand_in.weights.values())
+    with FakeTensorMode(), _record_sizes(model, sizes):
+        fake_model = _FakeModel(model, dtype if gathered else torch.float32)
+        counter.register_weights(fake_model.weights.values())
         tokens = torch.zeros(shape, dtype=torch.long)
-        with counter, _Pretended(counter):
+        with counter, _LikeGPU(counter):
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32 and not gathered):
-                loss = objective(cast(LanguageModel, stand_in), Batch({"tokens": tokens}, tokens)).total
-            forward, kept = counter.take(), counter.held
+                loss = objective(cast(LanguageModel, fake_model), Batch({"tokens": tokens}, tokens)).total
+            forward, saved_activations = counter.take(), counter.allocated
             loss.backward()  # type: ignore[no-untyped-call]
             backward = counter.take()
-    return _Trace(forward, backward, kept, counter.peak, sizes)
+    return _Trace(forward, backward, saved_activations, counter.peak, sizes)
 
 
-class _StandIn(nn.Module):
-    """A model called with fake weights in the place of its own; their gradients are dropped as they come."""
+class _FakeModel(nn.Module):
+    """Calls a model with fake weights instead of its own; their gradients are freed at once."""
 
     def __init__(self, model: LanguageModel, dtype: torch.dtype) -> None:
         super().__init__()
-        self.called = [model]  # in a list, so that its parameters are not this module's
+        self.wrapped = [model]  # in a list, so that its parameters are not this module's
         self.weights: dict[str, Tensor] = {}
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            of = dtype if tensor.is_floating_point() else tensor.dtype
-            self.weights[name] = fake = torch.empty(tensor.shape, dtype=of, requires_grad=tensor.requires_grad)
+            weight_dtype = dtype if tensor.is_floating_point() else tensor.dtype
+            fake = torch.empty(tensor.shape, dtype=weight_dtype, requires_grad=tensor.requires_grad)
+            self.weights[name] = fake
             if tensor.requires_grad:
-                drop = fake.register_post_accumulate_grad_hook
-                drop(lambda weight: setattr(weight, "grad", None))  # type: ignore[no-untyped-call]
+                after_gradient = fake.register_post_accumulate_grad_hook
+                after_gradient(lambda weight: setattr(weight, "grad", None))  # type: ignore[no-untyped-call]
 
-    def forward(self, *inputs: Any, **named: Any) -> Any:
-        """What the model does."""
-        return functional_call(self.called[0], self.weights, inputs, named)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the model."""
+        return functional_call(self.wrapped[0], self.weights, args, kwargs)
 
 
 @contextmanager
-def _sizes_seen(model: LanguageModel, sizes: dict[str, float]) -> Iterator[None]:
-    """Fills in the bytes that enter the first block, that its layers exchange if cut and how many of these there are,
-    and that leave the model."""
+def _record_sizes(model: LanguageModel, sizes: dict[str, float]) -> Iterator[None]:
+    """Records bytes: of the first block's input, of what its layers communicate under tensor parallelism and how many
+    of these layers there are, and of the logits."""
 
-    def note(name: str, of_input: bool) -> Callable[[nn.Module, Any, Any], None]:
+    def record(name: str, of_input: bool) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_: nn.Module, inputs: Any, output: Any) -> None:
             sizes[name] += _bytes(inputs[0] if of_input else output)
 
         return hook
 
-    def note_logits(logits: Tensor) -> Tensor:
+    def record_logits(logits: Tensor) -> Tensor:
         sizes["logits"] += _bytes(logits)
         return logits
 
-    first, plan = model.layers()[0], model.tensor_plan
-    hooks = [first.register_forward_hook(note("block_input", of_input=True))]
-    model.gather_logits = note_logits
+    first = model.layers()[0]
+    prefix = next(name for name, module in model.named_modules() if module is first).removesuffix("0")
+    hooks = [first.register_forward_hook(record("block_input", of_input=True))]
+    model.gather_logits = record_logits
     for path, module in first.named_modules():
-        kind = plan.get(f"blocks.*.{path}")
+        kind = model.tensor_plan.get(f"{prefix}*.{path}")
         if kind in ("column", "row"):
             name = "gathered" if kind == "column" else "scattered"
             sizes["layers"] += 1
-            hooks.append(module.register_forward_hook(note(name, of_input=kind == "column")))
+            hooks.append(module.register_forward_hook(record(name, of_input=kind == "column")))
     try:
         yield
     finally:
@@ -240,26 +254,26 @@ def _sizes_seen(model: LanguageModel, sizes: dict[str, float]) -> Iterator[None]
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts every operation while it is on, and the bytes of the tensors that are alive."""
+    """Counts the work of every operation while active, and the bytes of live tensors."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.work = Work()
-        self.held = self.peak = 0.0
+        self.allocated = self.peak = 0.0
         self.alive: set[int] = set()
         self.weights: set[int] = set()
         self.weight_shapes: set[tuple[int, ...]] = set()
         self.parameters: set[int] = set()
 
-    def know(self, weights: Iterable[Tensor]) -> None:
-        """Tells the weights apart from what is computed."""
+    def register_weights(self, weights: Iterable[Tensor]) -> None:
+        """Distinguishes weights from activations."""
         for weight in weights:
             self.weights.add(_storage(weight))
             self.parameters.add(_storage(weight))
             self.weight_shapes |= {tuple(weight.shape), tuple(weight.shape[::-1])}
 
     def take(self) -> Work:
-        """What was counted since the last call."""
+        """The work since the last call."""
         taken, self.work = self.work, Work()
         return taken
 
@@ -269,47 +283,47 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         operation = func._overloadpacket
         if operation in flop_registry:
             flops = flop_registry[operation](*args, **(kwargs or {}), out_val=result)
-            numbers = sum(entry.numel() for entry in inputs[-2:])
-            self.work += Work(matmul_flops=flops, operands=numbers, operations=1, products=1)
-            self.between(inputs, outputs)
+            elements = sum(entry.numel() for entry in inputs[-2:])
+            self.work += Work(matmul_flops=flops, operands=elements, kernels=1, products=1)
+            self.count_activations(inputs, outputs)
         elif outputs and not _is_free(func, inputs, outputs):
-            touched = outputs if operation in READS_LITTLE else inputs + outputs
-            self.work += Work(moved=sum(map(_bytes, touched)), operations=1)
+            touched = outputs if operation in LOOKUPS else inputs + outputs
+            self.work += Work(bytes=sum(map(_bytes, touched)), kernels=1)
             if inputs and _storage(inputs[0]) in self.weights and operation is aten._to_copy:
-                # Autocast's copy of a weight: a weight too, made anew for every micro-batch whether compiled or not.
+                # Autocast's copy of a weight: a weight too, copied again for every micro-batch, compiled or not.
                 self.weights |= {_storage(entry) for entry in outputs}
-                self.work += Work(fused=sum(map(_bytes, touched)))
+                self.work += Work(fused_bytes=sum(map(_bytes, touched)))
         for entry in outputs:
-            self.hold(entry)
+            self.allocate(entry)
         return result
 
-    def between(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        """Counts the activations that a product takes and gives; weights and their gradients are not among them."""
-        taken = [entry for entry in inputs if _storage(entry) not in self.weights]
-        if len(taken) == len(inputs):
+    def count_activations(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        """Counts the activations that a product reads and writes, without weights and their gradients."""
+        read = [entry for entry in inputs if _storage(entry) not in self.weights]
+        if len(read) == len(inputs):
             outputs = [entry for entry in outputs if tuple(entry.shape) not in self.weight_shapes]
-        self.work += Work(fused=sum(map(_bytes, taken + outputs)))
+        self.work += Work(fused_bytes=sum(map(_bytes, read + outputs)))
 
-    def hold(self, tensor: Tensor) -> None:
+    def allocate(self, tensor: Tensor) -> None:
         """Counts the memory of a tensor until it is freed; weights are counted elsewhere."""
         key, storage = _storage(tensor), tensor.untyped_storage()
         if key in self.alive or key in self.parameters:
             return
         size = storage.nbytes()
         self.alive.add(key)
-        self.held += size
-        self.peak = max(self.peak, self.held)
-        weakref.finalize(storage, self.release, key, size)
+        self.allocated += size
+        self.peak = max(self.peak, self.allocated)
+        weakref.finalize(storage, self.free, key, size)
 
-    def release(self, key: int, size: int) -> None:
-        """A tensor's memory is free again; the next may have the same address."""
+    def free(self, key: int, size: int) -> None:
+        """Subtracts the memory of a freed tensor, whose address may be reused."""
         self.alive.discard(key)
         self.weights.discard(key)
-        self.held -= size
+        self.allocated -= size
 
 
-class _Pretended(TorchFunctionMode):
-    """What a GPU does otherwise than fake tensors would: attention is fused, and a router spreads tokens evenly."""
+class _LikeGPU(TorchFunctionMode):
+    """Does what a GPU does and fake tensors do not: attention is fused, and a router spreads tokens evenly."""
 
     def __init__(self, counter: _Counter) -> None:
         super().__init__()
@@ -328,35 +342,35 @@ class _Pretended(TorchFunctionMode):
 
 
 class _Attention(torch.autograd.Function):
-    """Attention as FlashAttention-2 does it (Dao 2023): keeps query, key, value, result and one number for each row.
+    """FlashAttention-2 (Dao 2023): saves query, key, value, output and one number per row.
 
-    The backward pass has five products of matrices for the forward pass's two.
+    The backward pass has five matrix products, the forward pass two.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, share: float, counter: _Counter) -> Tensor:
-        """`(batch, heads, seq, head_dim)`; key and value may have fewer heads. `share`: what a mask leaves to do."""
+        """`(batch, heads, seq, head_dim)`, fewer heads of key and value; `share`: what a mask leaves to compute."""
         result = _sequence_first(query, value.shape[-1])
         rows = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, result, rows)
         ctx.counter = counter
         ctx.flops = 2 * share * query.numel() // query.shape[-1] * key.shape[-2] * (key.shape[-1] + value.shape[-1])
         touched = sum(map(_bytes, (query, key, value, result)))
-        counter.work += Work(attention_flops=ctx.flops, fused=touched, operations=1, products=1)
+        counter.work += Work(attention_flops=ctx.flops, fused_bytes=touched, kernels=1, products=1)
         return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        """Gradients of the three tensors."""
+        """Gradients of query, key and value."""
         query, key, value, result, _ = ctx.saved_tensors
         ours = [_sequence_first(entry, entry.shape[-1]) for entry in (query, key, value)]
         touched = sum(map(_bytes, [query, key, value, result, *gradients, *ours]))
-        ctx.counter.work += Work(attention_flops=2.5 * ctx.flops, fused=touched, operations=1, products=1)
+        ctx.counter.work += Work(attention_flops=2.5 * ctx.flops, fused_bytes=touched, kernels=1, products=1)
         return *ours, None, None
 
 
 def _sequence_first(like: Tensor, features: int) -> Tensor:
-    """A new `(batch, heads, seq, features)`, in memory as the fused kernels have it: a token's heads together."""
+    """A new `(batch, heads, seq, features)` in the memory layout of fused kernels: a token's heads are adjacent."""
     batch, heads, seq, _ = like.shape
     return like.new_empty((batch, seq, heads, features)).transpose(1, 2)
 
@@ -366,17 +380,17 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _storage(tensor: Tensor) -> int:
-    """Tells memory apart, whichever view of it is at hand."""
+    """Identifies the memory of a tensor and all its views."""
     address: int = tensor.untyped_storage()._cdata
     return address
 
 
 def _bytes(tensor: Tensor) -> int:
-    """What reading a tensor moves; of one that repeats its numbers, these once."""
+    """Bytes that reading a tensor moves; of an expanded one, its memory once."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
 def _is_free(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
-    """Whether an operation moves nothing: a view, or memory without values."""
+    """Whether an operation moves no bytes: a view, or uninitialized memory."""
     is_view = not func._schema.is_mutable and {_storage(entry) for entry in outputs} <= {_storage(e) for e in inputs}
     return is_view or "empty" in func._overloadpacket.__name__

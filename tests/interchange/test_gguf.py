@@ -118,7 +118,7 @@ def test_a_vocabulary_is_filled_up_to_that_of_the_model() -> None:
         "<|endoftext|>", "[PAD257]", "[PAD258]", "[PAD259]",
     ]  # fmt: skip
     assert vocabulary.types[255:] == [1, 3, 5, 5, 5]
-    assert not vocabulary.begins
+    assert not vocabulary.add_bos
 
 
 def test_a_character_of_several_bytes_is_merged_from_its_bytes() -> None:

@@ -18,7 +18,14 @@ from cleangpt.data.tokenizers import (
     train_bpe,
 )
 from cleangpt.errors import UserError
-from cleangpt.interchange.vocabularies import byte_letters, ends, name_of, read_tokenizer, to_tokenizers, word_split
+from cleangpt.interchange.vocabularies import (
+    byte_letters,
+    name_of,
+    read_tokenizer,
+    special_ids,
+    to_tokenizers,
+    word_split,
+)
 
 CHARACTERS = "\0\t\n\r aAéß漢字🙂▁\u0301\u200d"
 TRAINED = train_bpe(["the cat sat on the mat, 12 x 12 = 144\n" * 20, "déjà vu 漢字 🙂"], 300)
@@ -117,14 +124,14 @@ def test_tokenizers_are_the_same_where_their_ids_mean_the_same() -> None:
 
 
 def test_a_document_begins_with_the_token_for_it_or_after_the_end_of_another() -> None:
-    assert ends(CharTokenizer("ab")) == {}
-    assert ends(ByteTokenizer()) == {"bos_token": 256, "eos_token": 256}
+    assert special_ids(CharTokenizer("ab")) == {}
+    assert special_ids(ByteTokenizer()) == {"bos_token": 256, "eos_token": 256}
     content = json.loads(TRAINED.to_json())
     content["added_tokens"].append(content["added_tokens"][0] | {"id": 300, "content": "<|begin_of_text|>"})
     content["model"]["vocab"]["<|begin_of_text|>"] = TRAINED.vocab_size
     content["added_tokens"][-1]["id"] = TRAINED.vocab_size
     begun = BPETokenizer(json.dumps(content))
-    assert ends(begun) == {"bos_token": TRAINED.vocab_size, "eos_token": TRAINED.eos_id}
+    assert special_ids(begun) == {"bos_token": TRAINED.vocab_size, "eos_token": TRAINED.eos_id}
     assert name_of(begun, TRAINED.vocab_size) == "<|begin_of_text|>"
 
 

@@ -1,148 +1,274 @@
-"""In chunks, the loss and every gradient are those of the whole, and the logits are never all there."""
+"""Scores of targets are those of a log-softmax over all logits; in chunks they and their gradients are the same."""
 
+import gc
+import weakref
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cleangpt.config import LoRAConfig, TrainingConfig
+from cleangpt.config import LoRAConfig, ModelConfig, TrainingConfig
 from cleangpt.data.batch import IGNORED
 from cleangpt.distributed.layout import Layout, check_loss_chunk
 from cleangpt.errors import UserError
-from cleangpt.models import MODELS, build_model
+from cleangpt.models import build_model
+from cleangpt.models.base import LanguageModel
 from cleangpt.models.gpt import GPTConfig
+from cleangpt.models.head import OPTIONAL_SCORES, TokenScores, token_scores
 from cleangpt.models.llama import LlamaConfig
 from cleangpt.models.lora import add_adapter
-from cleangpt.objectives import OBJECTIVES, Objective, choose_objective
-from cleangpt.objectives.next_token import next_token, next_token_z
 
-SIZE: dict[str, Any] = {"vocab_size": 97, "max_seq_len": 16, "n_layers": 2, "n_heads": 2, "dim": 16}
-CONFIGS = {
+VOCABULARY, DIM = 97, 16
+SIZE: dict[str, Any] = {"vocab_size": VOCABULARY, "max_seq_len": 16, "n_layers": 2, "n_heads": 2, "dim": DIM}
+CONFIGS: dict[str, ModelConfig] = {
     "gpt": GPTConfig(**SIZE),
     "llama": LlamaConfig(**SIZE, hidden_dim=24),
     "tied": LlamaConfig(**SIZE, hidden_dim=24, tied=True, logit_soft_cap=5.0),
 }
+EVERY_SCORE = ("logprobs", *OPTIONAL_SCORES)
+CHUNKS = [1, 7, 48, 1000]
 
 
 def batch() -> tuple[Tensor, Tensor]:
-    """Three samples, of which some targets do not count, among them all of the last."""
-    tokens = torch.randint(97, (3, 17), generator=torch.Generator().manual_seed(1))
+    """Three samples `(3, 16)` and their targets, some of which are ignored, among them all of the last sample."""
+    tokens = torch.randint(VOCABULARY, (3, 17), generator=torch.Generator().manual_seed(1))
     targets = tokens[:, 1:].clone()
     targets[0, :5] = IGNORED
     targets[2] = IGNORED
     return tokens[:, :-1], targets
 
 
-def gradients(model: nn.Module, objective: Objective) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """The loss, and the gradients of a seventh of it."""
+def built(kind: str, chunk: int | None = None) -> LanguageModel:
+    torch.manual_seed(0)
+    model = build_model(CONFIGS[kind])
+    model.loss_chunk = chunk
+    return model
+
+
+def reference(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Every score from `log_softmax`, 0 where a target is ignored."""
+    logprobs, counts = logits.float().log_softmax(-1), targets != IGNORED
+    scores = {
+        "logprobs": logprobs.gather(-1, targets.clamp(min=0)[..., None])[..., 0],
+        "log_z": logits.float().exp().sum(-1).log(),
+        "entropy": -(logprobs.exp() * logprobs).sum(-1),
+        "mean_logprob": logprobs.mean(-1),
+    }
+    return {name: score * counts for name, score in scores.items()}
+
+
+def gradients(model: nn.Module, total: Tensor) -> dict[str, Tensor | None]:
     model.zero_grad()
-    loss = objective(model, *batch())
-    (loss / 7).backward()
-    return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+    total.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def assert_same(model: nn.Module, objective: Any, chunk: int) -> None:
-    loss, expected = gradients(model, objective)
-    ours, found = gradients(model, partial(objective, chunk=chunk))
-    torch.testing.assert_close(ours, loss)
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+def assert_close(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# What scores are ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [None, *CHUNKS])
+@pytest.mark.parametrize("summed", [False, True])
+@torch.no_grad()
+def test_scores_are_those_of_a_log_softmax(chunk: int | None, summed: bool) -> None:
+    tokens, targets = batch()
+    model = built("gpt", chunk)
+    scores = model(tokens, targets=targets, scores=OPTIONAL_SCORES, summed=summed)
+    expected = reference(model(tokens), targets)
+    for name in EVERY_SCORE:
+        found = getattr(scores, name)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected[name].sum() if summed else expected[name], msg=name)
+
+
+def test_only_log_probabilities_are_computed_unless_others_are_named() -> None:
+    tokens, targets = batch()
+    scores = built("gpt")(tokens, targets=targets, scores=["entropy"])
+    assert (scores.log_z, scores.mean_logprob, scores.heads) == (None, None, {})
+    assert scores.entropy.shape == targets.shape
+
+
+def test_an_unknown_score_is_refused() -> None:
+    tokens, targets = batch()
+    with pytest.raises(ValueError, match="'valeu' is neither a score nor a head of the model"):
+        built("gpt")(tokens, targets=targets, scores=["valeu"])
+
+
+def test_half_precision_logits_are_scored_in_float32() -> None:
+    logits = torch.randn(1, 64, VOCABULARY, dtype=torch.bfloat16)
+    targets = torch.randint(VOCABULARY, (1, 64))
+    scores = token_scores(logits, targets, lambda features: features, [], OPTIONAL_SCORES)
+    for name, expected in reference(logits, targets).items():
+        torch.testing.assert_close(getattr(scores, name), expected, msg=name)
+
+
+# In chunks ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("objective", [next_token, next_token_z])
-@pytest.mark.parametrize("chunk", [1, 7, 48, 1000])
-def test_loss_and_gradients_are_those_of_the_whole(kind: str, objective: Objective, chunk: int) -> None:
-    torch.manual_seed(0)
-    assert_same(build_model(CONFIGS[kind]), objective, chunk)
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_the_summed_log_probability_in_chunks_has_the_same_gradients(kind: str, chunk: int) -> None:
+    tokens, targets = batch()
+    found, expected = (
+        gradients(model, model(tokens, targets=targets, summed=True).logprobs / 7)
+        for model in (built(kind, chunk), built(kind))
+    )
+    assert_close(found, expected)
 
 
-@pytest.mark.parametrize("trains", ["head.*", "blocks.*", "adapters"])
-def test_what_is_frozen_gets_no_gradient(trains: str) -> None:
-    torch.manual_seed(0)
-    model = build_model(CONFIGS["llama"])
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(trains.removesuffix("*")))
-    if trains == "adapters":
-        head = model.get_submodule("head")
-        assert isinstance(head, nn.Linear)
-        add_adapter(head, LoRAConfig(rank=2))
-        nn.init.normal_(head.get_parameter("lora.b"))
-    assert_same(model, next_token, 7)
+@settings(max_examples=25)
+@given(
+    kind=st.sampled_from(sorted(CONFIGS)),
+    chunk=st.sampled_from(CHUNKS),
+    names=st.sets(st.sampled_from(OPTIONAL_SCORES)),
+    summed=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_scores_in_chunks_have_the_same_gradients_whatever_the_weight_of_each(
+    kind: str, chunk: int, names: set[str], summed: bool, seed: int
+) -> None:
+    """Each score of each token gets a weight of its own, as advantages give it to log-probabilities."""
+    tokens, targets = batch()
+    weights = torch.randn(4, *(() if summed else targets.shape), generator=torch.Generator().manual_seed(seed))
+
+    def loss(model: LanguageModel) -> Tensor:
+        scores = model(tokens, targets=targets, scores=sorted(names), summed=summed)
+        used = ["logprobs", *sorted(names)]
+        return torch.stack([(weights[EVERY_SCORE.index(name)] * getattr(scores, name)).sum() for name in used]).sum()
+
+    chunked, plain = built(kind, chunk), built(kind)
+    found, expected = loss(chunked), loss(plain)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+    assert_close(gradients(chunked, found / 7), gradients(plain, expected / 7))
 
 
-@torch.no_grad()
-def test_without_gradients_the_loss_is_the_same() -> None:
-    for kind, config in CONFIGS.items():
-        model = build_model(config)
-        torch.testing.assert_close(next_token(model, *batch(), chunk=5), next_token(model, *batch()), msg=kind)
-
-
-class Largest(TorchDispatchMode):
-    """Notes how many numbers the largest tensor holds that is made while it is on."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for one in made if isinstance(made, (tuple, list)) else [made]:
-            if isinstance(one, Tensor):
-                self.numbers = max(self.numbers, one.numel())
-        return made
-
-
-@pytest.mark.parametrize(("chunk", "most"), [(None, 48 * 5000), (8, 16 * 5000), (48, 48 * 5000)])
-def test_no_tensor_is_larger_than_the_head_or_a_chunk_of_logits(chunk: int | None, most: int) -> None:
-    model = build_model(replace(CONFIGS["gpt"], vocab_size=5000))
-    with Largest() as largest:
-        next_token(model, *batch(), chunk=chunk).backward()
-    assert largest.numbers == most
+@pytest.mark.parametrize("trained", ["head.*", "blocks.*", "adapters"])
+@pytest.mark.parametrize("summed", [True, False])
+def test_frozen_parameters_get_no_gradient(trained: str, summed: bool) -> None:
+    found = []
+    for chunk in (7, None):
+        model = built("llama", chunk)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith(trained.removesuffix("*")))
+        if trained == "adapters":
+            head = model.get_submodule("head")
+            assert isinstance(head, nn.Linear)
+            add_adapter(head, LoRAConfig(rank=2))
+            nn.init.constant_(head.get_parameter("lora.a"), 0.3)
+            nn.init.normal_(head.get_parameter("lora.b"), generator=torch.Generator().manual_seed(2))
+        tokens, targets = batch()
+        found.append(gradients(model, model(tokens, targets=targets, summed=summed).logprobs.sum()))
+    assert_close(*found)
+    assert any(gradient is None for gradient in found[0].values())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_under_autocast_gradients_are_near_those_in_fp32(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    model = build_model(CONFIGS["gpt"])
-    _, expected = gradients(model, next_token)
+@pytest.mark.parametrize("summed", [True, False])
+def test_under_autocast_gradients_in_chunks_are_near_those_in_fp32(dtype: torch.dtype, summed: bool) -> None:
+    tokens, targets = batch()
+    plain, chunked = built("gpt"), built("gpt", 7)
+    expected = gradients(plain, plain(tokens, targets=targets, summed=summed).logprobs.sum())
     with torch.autocast("cpu", dtype):
-        _, found = gradients(model, partial(next_token, chunk=7))
-    for name, gradient in expected.items():
-        assert gradient is not None and found[name] is not None
-        assert (found[name] - gradient).norm() <= 0.03 * gradient.norm() + 1e-6, name
+        scores = chunked(tokens, targets=targets, summed=summed)
+    for name, gradient in gradients(chunked, scores.logprobs.sum()).items():
+        other = expected[name]
+        assert gradient is not None and other is not None
+        assert (gradient - other).norm() <= 0.03 * other.norm() + 1e-6, name
 
 
-def whole_only(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    return next_token(model, inputs, targets)
+# Memory and work ------------------------------------------------------------------------------------------------------
 
 
-class NoReduce(nn.Module):
-    def forward(self, tokens: Tensor) -> Tensor:
-        return tokens
+class Operations(TorchDispatchMode):
+    """Records the largest tensor created while it is active, the matrix products, and logits alive at once."""
+
+    def __init__(self, vocab_size: int = 5000) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.largest = self.alive = self.most_alive = 0
+        self.head_products = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        tensors = [
+            tensor for tensor in (made if isinstance(made, tuple | list) else [made]) if isinstance(tensor, Tensor)
+        ]
+        self.largest = max([self.largest, *(tensor.numel() for tensor in tensors)])
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.head_products += any(self.vocab_size in tensor.shape for tensor in (*args, *tensors))
+            for tensor in tensors:
+                if tensor.shape[-1] == self.vocab_size and tensor.shape[0] != DIM:
+                    self.count(tensor)
+        return made
+
+    def count(self, logits: Tensor) -> None:
+        """Counts the rows of logits until they are freed."""
+        rows = len(logits)
+        self.alive += rows
+        self.most_alive = max(self.most_alive, self.alive)
+        weakref.finalize(logits.untyped_storage(), self.free, rows)
+
+    def free(self, rows: int) -> None:
+        self.alive -= rows
 
 
-class NoReduceConfig(GPTConfig):
-    pass
+def recorded(chunk: int | None, summed: bool) -> Operations:
+    """A training step's operations on the scores of 48 targets, with a vocabulary of 5,000."""
+    torch.manual_seed(0)
+    model = build_model(replace(CONFIGS["gpt"], vocab_size=5000))
+    model.loss_chunk = chunk
+    tokens, targets = batch()
+    gc.collect()
+    with Operations() as operations:
+        model(tokens, targets=targets, summed=summed).logprobs.sum().backward()
+    return operations
 
 
-def test_what_cannot_be_cut_into_chunks_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(OBJECTIVES, "whole_only", whole_only)
-    monkeypatch.setitem(MODELS, "no_reduce", (NoReduceConfig, NoReduce))
-    with pytest.raises(UserError, match=r"loss_chunk is 4; allowed with objective whole_only: None"):
-        choose_objective("whole_only", 4)
-    assert choose_objective("whole_only") is whole_only
-    with pytest.raises(UserError, match=r"'next_tokn'; allowed: next_token, .*; did you mean 'next_token'"):
-        choose_objective("next_tokn")
+@pytest.mark.parametrize(("chunk", "largest"), [(None, 48 * 5000), (8, 16 * 5000), (48, 48 * 5000)])
+@pytest.mark.parametrize("summed", [True, False])
+def test_no_tensor_is_larger_than_the_head_or_a_chunk_of_logits(chunk: int | None, largest: int, summed: bool) -> None:
+    assert recorded(chunk, summed).largest == largest
+
+
+@pytest.mark.parametrize("summed", [True, False])
+def test_the_logits_of_one_chunk_are_freed_before_those_of_the_next_are_computed(summed: bool) -> None:
+    assert recorded(None, summed).most_alive == 48
+    assert recorded(8, summed).most_alive == 8
+
+
+def test_a_summed_loss_in_chunks_computes_nothing_twice_and_scores_of_tokens_recompute_logits_once() -> None:
+    """With the head go one product in the forward pass and two in the backward pass, for each chunk."""
+    assert recorded(None, summed=True).head_products == 3
+    assert recorded(8, summed=True).head_products == 3 * 6
+    assert recorded(8, summed=False).head_products == 4 * 6
+
+
+@torch.no_grad()
+def test_without_gradients_nothing_is_saved_or_recomputed() -> None:
+    model = built("gpt", 8)
+    tokens, targets = batch()
+    with Operations(VOCABULARY) as operations:
+        scores: TokenScores = model(tokens, targets=targets, summed=True)
+    assert operations.head_products == 6 and not scores.logprobs.requires_grad
+
+
+def test_a_chunk_is_refused_where_the_head_is_sharded_or_compiled_with_the_model() -> None:
     training = TrainingConfig(macro_batches=1, batches_per_macro_batch=1, loss_chunk=4)
     check_loss_chunk(training, CONFIGS["gpt"], Layout(2, 2))
-    check_loss_chunk(replace(training, loss_chunk=None, compile="model"), NoReduceConfig(**SIZE), Layout(tensor=2))
-    for changed, config, place, message in (
-        (training, CONFIGS["gpt"], Layout(tensor=2), "with tensor parallelism: None"),
-        (replace(training, compile="model"), CONFIGS["gpt"], Layout(), "with training.compile model: None"),
-        (training, NoReduceConfig(**SIZE), Layout(), "with NoReduce: None"),
+    check_loss_chunk(replace(training, loss_chunk=None, compile="model"), CONFIGS["gpt"], Layout(tensor=2))
+    for changed, layout, message in (
+        (training, Layout(tensor=2), "where matrices are cut: None"),
+        (replace(training, compile="model"), Layout(), "with training.compile model: None"),
     ):
         with pytest.raises(UserError, match=rf"training\.loss_chunk is 4; allowed {message}"):
-            check_loss_chunk(changed, config, place)
+            check_loss_chunk(changed, CONFIGS["gpt"], layout)

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.ernie4_5_moe.configuration_ernie4_5_moe import Ernie4_5_MoeConfig
 from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import Ernie4_5_MoeSparseMoeBlock
 
-from cleangpt.models.llama import MLP, Llama, LlamaConfig
+from cleangpt.models.layers import MLP
+from cleangpt.models.llama import Llama, LlamaConfig
 from cleangpt.models.moe import MixtureOfExperts
 
 

@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cleangpt.commands import main
+from cleangpt.distributed.datasheets import DEVICES, GIB, find_device
 from cleangpt.errors import UserError
 from cleangpt.experiment import Experiment
 from cleangpt.experiment_files import experiments, load_experiment
 from cleangpt.models.llama import LlamaConfig
-from cleangpt.planning.devices import DEVICES, GIB, Group, find_device
+from cleangpt.planning.communication import ProcessGroup
 from cleangpt.planning.plan import make_plan
 
 LARGE = LlamaConfig(
@@ -84,15 +85,15 @@ def test_the_experiments_own_strategy_is_among_those_planned(tiny: Callable[...,
 
 @given(st.sampled_from(sorted(DEVICES)), st.integers(2, 64), st.floats(1, 1e11))
 def test_exchange_takes_at_least_what_the_link_needs_and_grows_with_the_size(name: str, size: int, much: float) -> None:
-    group = Group(DEVICES[name], size, 1, 8)
-    assert group.exchange(much) >= much * (size - 1) / size / max(DEVICES[name].link, 8 * DEVICES[name].network)
-    assert group.exchange(2 * much) > group.exchange(much)
-    assert Group(DEVICES[name], 1, 1, 8).exchange(much) == 0
+    group = ProcessGroup(DEVICES[name], size, 1, 8)
+    assert group.seconds(much) >= much * (size - 1) / size / max(DEVICES[name].link, 8 * DEVICES[name].network)
+    assert group.seconds(2 * much) > group.seconds(much)
+    assert ProcessGroup(DEVICES[name], 1, 1, 8).seconds(much) == 0
 
 
 def test_each_of_several_exchanges_has_its_latency() -> None:
-    group = Group(DEVICES["h100"], 8, 1, 8)
-    once, often = group.exchange(GIB), group.exchange(GIB, 100)
+    group = ProcessGroup(DEVICES["h100"], 8, 1, 8)
+    once, often = group.seconds(GIB), group.seconds(GIB, 100)
     assert often - once == pytest.approx(99 * 7 * 3.4e-6)
 
 
@@ -113,7 +114,7 @@ def test_every_experiment_of_the_project_is_planned(name: str) -> None:
 
 
 def test_devices_far_apart_share_no_network_adapters() -> None:
-    near, far = (Group(DEVICES["h100"], 16, stride, 8).exchange(GIB) for stride in (1, 8))
+    near, far = (ProcessGroup(DEVICES["h100"], 16, stride, 8).seconds(GIB) for stride in (1, 8))
     assert far > 5 * near
 
 
@@ -136,7 +137,7 @@ def test_the_command_prints_a_table_and_writes_json(workplace: Path, capsys: pyt
         (["--price", "-1"], "--price is -1.0"),
         (["--json", "nowhere/plan.json"], "--json is 'nowhere/plan.json'; allowed: a file in a folder that exists"),
         (["--json", "."], "--json is '.'; allowed: a file"),
-        (["--devices", "1000000000"], "data.batch_size 256 is not a multiple of its 1000000000 parts"),
+        (["--devices", "1000000000"], "data.batch_size 256 is not a multiple of its 1000000000 data-parallel ranks"),
         (
             ["--model.dim", "3000000000", "--model.n-heads", "1"],
             "model.dim is 3000000000; allowed: a whole number of 1 or more, at most 1,048,576",

@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from cleangpt.distributed.datasheets import GIB, find_device
 from cleangpt.distributed.layout import Layout
 from cleangpt.models.llama import Llama, LlamaConfig
 from cleangpt.objectives import NextToken
-from cleangpt.planning.devices import GIB, find_device
 from cleangpt.planning.memory import StepConfig, device_memory
 from cleangpt.planning.timing import Machine, step_time
-from cleangpt.planning.workload import Part, Work, Workload, measure
+from cleangpt.planning.workload import Passes, Work, Workload, measure
 
 SEQ_LEN = 8192
 MODELS = {
@@ -76,43 +76,47 @@ def counted(model: str, batch: int) -> Workload:
     return measure(built, NextToken(), batch, SEQ_LEN, torch.bfloat16, gathered=True)
 
 
-def selective(row: Row, block: Part) -> Part:
+def selective(row: Row, block: Passes) -> Passes:
     """Of a block's products in their order (query, key, value, out, gate, up, down) every other result is kept, and
     that of attention, and the block's input. Compiled, the last product's result is not kept: nothing needs it."""
     config, tokens = MODELS[row.model], row.batch * SEQ_LEN
-    dim, kv, hidden = config.dim, config.kv_heads() * config.head_size(), config.hidden_dim
+    dim, kv, hidden = config.dim, config.num_kv_heads * config.head_size, config.hidden_dim
     kept = dim + dim + kv + dim + hidden + (0 if row.compiled else dim)
     flops = 2 * tokens * (dim * kv + dim * dim + dim * hidden)
-    again = replace(block.forward, matmul_flops=flops, attention_flops=0.0, exchanged=block.forward.exchanged / 2)
+    again = replace(
+        block.forward, matmul_flops=flops, attention_flops=0.0, communication=block.forward.communication / 2
+    )
     again = replace(again, operands=block.forward.operands * flops / block.forward.matmul_flops)
-    return Part(block.forward, block.backward, kept=tokens * (2 * kept + 4 * config.n_heads), again=again)
+    return Passes(
+        block.forward, block.backward, saved_activations=tokens * (2 * kept + 4 * config.n_heads), recomputed=again
+    )
 
 
-def as_torchtitan(row: Row) -> tuple[Workload, Part]:
+def as_torchtitan(row: Row) -> tuple[Workload, Passes]:
     """What torchtitan does in a micro-batch, and in a block: each norm's result is gathered once, not by each of the
     layers that read it; a compiled loss passes the logits and their gradient in bf16; the loss over cut logits has four
     copies of them in fp32 at its peak (`torch/distributed/tensor/parallel/loss.py`)."""
     ours = counted(row.model, row.batch)
-    exchange = Work(exchanged=4 * ours.block_input)
-    forward = replace(ours.block.forward, exchanged=0.0) + exchange
-    backward = replace(ours.block.backward, exchanged=0.0) + exchange
-    work = replace(ours, block=Part(forward, backward, ours.block.kept), gathered=2 * ours.block_input)
+    exchange = Work(communication=4 * ours.block_input)
+    forward = replace(ours.block.forward, communication=0.0) + exchange
+    backward = replace(ours.block.backward, communication=0.0) + exchange
+    work = replace(ours, block=Passes(forward, backward, ours.block.saved_activations), gathered=2 * ours.block_input)
     logits = 2.0 * row.batch * SEQ_LEN * 128256
     if row.layout.tensor > 1:
-        work = replace(work, passing=6 * logits)
+        work = replace(work, transient=6 * logits)
     if row.loss_compiled:
-        forward, backward = (replace(of, moved=of.fused) for of in (ours.rest.forward, ours.rest.backward))
-        work = replace(work, rest=Part(forward, backward, kept=logits), passing=logits)
-    return work, selective(row, work.block) if row.selective else work.recomputed()
+        forward, backward = (replace(work, bytes=work.fused_bytes) for work in (ours.rest.forward, ours.rest.backward))
+        work = replace(work, rest=Passes(forward, backward, saved_activations=logits), transient=logits)
+    return work, selective(row, work.block) if row.selective else work.recomputed_block()
 
 
 def planned(row: Row) -> tuple[float, float]:
     """Tokens/s and device, and GiB."""
     work, block = as_torchtitan(row)
     machine = Machine(find_device(row.device), row.precision, row.compiled, per_node=8)
-    blocks, pace = [(work.blocks, block)], StepConfig(logits_parts=row.layout.tensor)
-    memory = device_memory(work, blocks, row.layout, pace, machine.weight_bytes)
-    seconds = step_time(work, blocks, row.layout, pace, machine).total
+    blocks, step = [(work.blocks, block)], StepConfig(logits_shards=row.layout.tensor)
+    memory = device_memory(work, blocks, row.layout, step, machine.weight_bytes)
+    seconds = step_time(work, blocks, row.layout, step, machine).total
     return row.batch * SEQ_LEN / row.layout.tensor / seconds, memory.total / GIB
 
 

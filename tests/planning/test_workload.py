@@ -2,16 +2,17 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from cleangpt.distributed.datasheets import find_device
 from cleangpt.distributed.layout import Layout
 from cleangpt.errors import UserError
 from cleangpt.models import build_model
+from cleangpt.models.base import LanguageModel
 from cleangpt.models.gpt import GPT, GPTConfig
 from cleangpt.models.llama import LlamaConfig
 from cleangpt.objectives import NextToken
-from cleangpt.planning.devices import find_device
 from cleangpt.planning.memory import StepConfig, device_memory, kinds_of_blocks, static_bytes
 from cleangpt.planning.timing import Machine
 from cleangpt.planning.workload import Work, Workload, measure
@@ -35,7 +36,7 @@ def total(workload: Workload) -> tuple[Work, float]:
     """Work of both passes and bytes kept, of the whole model."""
     block, rest = workload.block, workload.rest
     work = (block.forward + block.backward) * workload.blocks + rest.forward + rest.backward
-    return work, block.kept * workload.blocks + rest.kept
+    return work, block.saved_activations * workload.blocks + rest.saved_activations
 
 
 @each_model
@@ -99,7 +100,7 @@ def test_depth_changes_nothing_but_the_number_of_blocks() -> None:
 def test_autocast_copies_the_weights_and_gathering_does_not() -> None:
     autocast, gathered = (counted(CONFIGS[0], torch.bfloat16, whether) for whether in (False, True))
     matrices = sum(parameter.numel() for parameter in GPT(CONFIGS[0]).blocks[0].parameters() if parameter.dim() == 2)
-    assert autocast.block.kept - gathered.block.kept > 2 * matrices
+    assert autocast.block.saved_activations - gathered.block.saved_activations > 2 * matrices
 
 
 def test_recomputation_keeps_a_blocks_input_alone() -> None:
@@ -108,7 +109,7 @@ def test_recomputation_keeps_a_blocks_input_alone() -> None:
         device_memory(work, kinds_of_blocks(work, number), Layout(), StepConfig(), 4).activations for number in (1, 2)
     )
     assert every == 3 * 4 * BATCH * SEQ_LEN * 32
-    assert half == pytest.approx(2 * every / 3 + work.block.kept)
+    assert half == pytest.approx(2 * every / 3 + work.block.saved_activations)
 
 
 def test_gradients_wait_whole_for_the_last_micro_batch_of_a_cut_model() -> None:
@@ -122,16 +123,17 @@ def test_gradients_wait_whole_for_the_last_micro_batch_of_a_cut_model() -> None:
 
 def test_a_small_model_waits_for_its_kernels_to_start() -> None:
     machine = Machine(find_device("h100"), "bf16", compiled=False, per_node=8)
-    tiny, large = Work(matmul_flops=1e3, operations=100), Work(matmul_flops=1e15, operations=100)
+    tiny, large = Work(matmul_flops=1e3, kernels=100), Work(matmul_flops=1e15, kernels=100)
     assert machine.seconds(tiny, True) == pytest.approx(100 * 5e-6)
     assert machine.seconds(large, True) == pytest.approx(1e15 / (0.5 * 989e12))
 
 
-def test_the_model_is_whole_again_afterwards() -> None:
+def test_the_model_has_all_its_blocks_afterwards() -> None:
     with torch.device("meta"):
         model = build_model(CONFIGS[0])
+    names = [name for name, _ in model.named_parameters()]
     measure(model, NextToken(), BATCH, SEQ_LEN, torch.float32, gathered=False)
-    assert isinstance(model.blocks, nn.ModuleList) and len(model.blocks) == 3
+    assert [name for name, _ in model.named_parameters()] == names and len(model.layers()) == 3
 
 
 def test_a_mixture_of_experts_is_planned_with_tokens_spread_evenly() -> None:
@@ -143,6 +145,30 @@ def test_a_mixture_of_experts_is_planned_with_tokens_spread_evenly() -> None:
     assert counted(config).block.forward.matmul_flops - router / 3 == counted(dense).block.forward.matmul_flops
 
 
-def test_a_model_without_blocks_is_refused() -> None:
-    with pytest.raises(UserError, match="no ModuleList `blocks`"):
-        measure(nn.Linear(2, 2), next_token, 1, 1, torch.float32, gathered=False)
+def test_scalar_heads_are_counted() -> None:
+    with torch.device("meta"):
+        plain, model = build_model(CONFIGS[0]), build_model(CONFIGS[0], ["value"])
+    parameters = [measure(one, NextToken(), 1, 8, torch.float32, False).parameters for one in (plain, model)]
+    assert parameters[1] - parameters[0] == CONFIGS[0].dim + 1
+
+
+class Blockless(LanguageModel):
+    pass
+
+
+class WithPatches(GPT):
+    inputs = frozenset({"patches"})
+
+
+class WithAdvantages(NextToken):
+    reads = frozenset({"advantages"})
+
+
+def test_what_cannot_be_run_on_tokens_alone_is_refused_in_one_line() -> None:
+    for model, objective, message in (
+        (Blockless(CONFIGS[0]), NextToken(), "Blockless cannot be planned: its `layers` are empty"),
+        (WithPatches(CONFIGS[0]), NextToken(), "WithPatches with NextToken cannot be planned: they read patches"),
+        (GPT(CONFIGS[0]), WithAdvantages(), "GPT with WithAdvantages cannot be planned: they read advantages"),
+    ):
+        with pytest.raises(UserError, match=message):
+            measure(model, objective, 1, 1, torch.float32, gathered=False)

@@ -246,7 +246,7 @@ def test_a_frozen_layer_spares_its_products_for_gradients() -> None:
 
 
 def test_a_plan_counts_gradients_and_moments_of_what_trains_alone(tiny: Build) -> None:
-    from cleangpt.planning.devices import find_device
+    from cleangpt.distributed.datasheets import find_device
     from cleangpt.planning.plan import make_plan
 
     def memory(**fields: Any) -> Any:

@@ -175,7 +175,7 @@ def test_a_model_at_another_width_has_heads_of_the_same_size() -> None:
     config = LlamaConfig(**SMALL, dim=128, n_heads=8, n_kv_heads=4, hidden_dim=344)
     narrow = config.at_width(64)
     assert (narrow.dim, narrow.n_heads, narrow.n_kv_heads, narrow.hidden_dim) == (64, 4, 2, 172)
-    assert narrow.head_size() == config.head_size()
+    assert narrow.head_size == config.head_size
     assert narrow.at_width(128) == config
 
 
