@@ -286,6 +286,8 @@ class TrackingConfig:
 
     progress: bool = True
     """Show the progress bar (plain lines where there is no terminal)."""
+    every: int | None = None
+    """Steps between two rows of steps.jsonl; None: such that the run has about a thousand."""
     wandb: Literal["disabled", "online", "offline"] = "disabled"
     """Weights & Biases; needs cleangpt[wandb]."""
     wandb_project: str = "cleangpt"

@@ -46,7 +46,7 @@ from cleangpt.distributed.signals import StopRequest
 from cleangpt.distributed.tensors import gather_to_host
 from cleangpt.errors import DivergedError, RunFailedError, UserError, parsing
 from cleangpt.evaluation.tasks import SCORES
-from cleangpt.evaluation.validate import loss_figures, mean_loss, source_figures
+from cleangpt.evaluation.validate import loss_metrics, mean_loss, source_metrics
 from cleangpt.experiment import Experiment, samples_per_macro_batch
 from cleangpt.files import find_corruption, recover_folder
 from cleangpt.inference.text import sample_text
@@ -54,7 +54,7 @@ from cleangpt.interchange.huggingface import open_checkpoint
 from cleangpt.models import build_model
 from cleangpt.models.base import LanguageModel, flops_per_token
 from cleangpt.tracking import NullTracker, open_trackers
-from cleangpt.tracking.metrics import of_source
+from cleangpt.tracking.metrics import metric_key
 from cleangpt.tracking.progress import ProgressBar
 from cleangpt.training import schedules
 from cleangpt.training.balancing import ExpertLoadBalancer
@@ -119,9 +119,15 @@ class Trainer:
         )
         self.saved = ""
         snapshot = self._restore()
-        last_logged = self.position.macro_batch if snapshot else None
         self.trackers = NullTracker(run) if not self.ranks.is_main else open_trackers(
-            experiment, experiment_json(experiment), run, snapshot.get("trackers"), last_logged, progress.log
+            experiment.tracking,
+            run,
+            name=experiment.name,
+            experiment_json=experiment_json(experiment),
+            state=snapshot.get("trackers"),
+            truncate_after=self.position.macro_batch if snapshot else None,
+            last_step=self.position.step if snapshot else None,
+            log=progress.log,
         )  # fmt: skip
         self.loader = self._open_loader()
 
@@ -432,8 +438,8 @@ class Trainer:
             "tokens": position.samples * experiment.data.seq_len,
             "train_loss": train_loss,
             "val_loss": val_loss,
-            **loss_figures(val_loss, splits.get("")),
-            **source_figures("val_loss", self.val_losses, splits),
+            **loss_metrics(val_loss, splits.get("")),
+            **source_metrics("val_loss", self.val_losses, splits),
             **self._score(),
             "lr": meter.lr,
             "weight_decay": meter.weight_decay,
@@ -462,7 +468,7 @@ class Trainer:
         self.model.eval()
         with uncompiled():
             return {
-                of_source(task, name): SCORES[task](self.model, store.splits["val"], count, self.device)
+                metric_key(task, name): SCORES[task](self.model, store.splits["val"], count, self.device)
                 for name, store in stores(self.store).items()
                 if (task := wanted.get(name))
             }
@@ -513,7 +519,7 @@ class Trainer:
         state = self._load(path)
         self.position.skipped_ranges, self.position.time_trained = skipped_ranges, spent
         self.spikes.rollbacks, self.failing = rollbacks + 1, False
-        self.trackers.rewind(state["trackers"], self.position.macro_batch)
+        self.trackers.rewind(state["trackers"], self.position.macro_batch, self.position.step)
         self.loader.close()
         self.loader = self._open_loader()
         self.progress.log(f"the loss has spiked; samples {first:,} to {last - 1:,} of the data are left out")
