@@ -91,8 +91,8 @@ METRICS: dict[str, Metric] = {
         "exact match", "share", "share of scored samples answered exactly right", "tasks/exact_match"
     ),
 }
-"""The metrics in metrics.jsonl; besides these, ``train_NAME`` and ``val_NAME`` are the metric NAME of the objective, and
-any other key is the score of a task.
+"""The metrics in metrics.jsonl; besides these, ``train_NAME`` and ``val_NAME`` are the objective's metric NAME, and any
+other key is the score of a task.
 
 After a slash follows the source of a mixture to which the metric belongs: ``val_loss/code``.
 """
@@ -110,7 +110,6 @@ STEP_METRICS: dict[str, Metric] = {
     ),
     "batch_size": Metric("batch size", "samples", "samples in the step, over all devices", "train/batch_size"),
     "skipped": Metric("skipped", "", "1 if a non-finite loss or gradient made it skip the update", "train/skipped"),
-
 }
 """The metrics in steps.jsonl; any other key is a metric of the objective."""
 

@@ -42,6 +42,7 @@ INTERVALS = 100
 SPREAD = (0.1, 0.9)
 """Quantiles between which the spread is drawn."""
 NOISY = ("loss", "grad_norm", "tokens_per_second")
+"""So are the metrics of an objective and the scores of tasks."""
 
 
 def loss_plot(runs: Runs, steps: Runs, path: Path) -> Path:
@@ -173,7 +174,8 @@ def _line(axis: Axes, rows: Rows, x: str, y: str, index: int, **options: Any) ->
     if y in ("batch_size", "training_batch_size"):
         defaults["drawstyle"] = "steps-pre"
     xs, ys = column(rows, x), column(rows, y)
-    if y in NOISY and len(rows) > 2 * INTERVALS:
+    noisy = y in NOISY or y not in metrics.METRICS | metrics.STEP_METRICS
+    if noisy and len(rows) > 2 * INTERVALS:
         xs, ys, low, high = _intervals(xs, ys)
         axis.fill_between(xs, low, high, color=_color(index), alpha=0.2, linewidth=0)
     axis.plot(xs, ys, **(defaults | options))

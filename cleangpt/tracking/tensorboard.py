@@ -69,12 +69,10 @@ class TensorBoardTracker:
     def _write(self, values: Mapping[str, Value]) -> None:
         """Writes one point of each tag; the tags ``step`` and ``tokens`` are where."""
         self._step, self._tokens = int(values["step"] or 0), int(values["tokens"] or 0)
-        for name, value in values.items():
-            if value is None or name in AXES:
-                continue
-            self._by_step.add_scalar(name, value, self._step)
-            if name.startswith(LOSSES):
-                self._by_tokens.add_scalar(f"{BY_TOKENS}/{name}", value, self._tokens)
+        known = {name: value for name, value in values.items() if value is not None and name not in AXES}
+        losses = {f"{BY_TOKENS}/{name}": value for name, value in known.items() if name.startswith(LOSSES)}
+        _add_scalars(self._by_step, known, self._step)
+        _add_scalars(self._by_tokens, losses, self._tokens)
 
     def _write_text(self, name: str, text: str, step: int) -> None:
         # TensorBoard renders Markdown, in which an indented line is shown verbatim.
@@ -84,3 +82,12 @@ class TensorBoardTracker:
     def _flush(self) -> None:
         self._by_step.flush()
         self._by_tokens.flush()
+
+
+def _add_scalars(writer: Any, values: Mapping[str, float | int], step: int) -> None:
+    """Writes scalars as one event; `add_scalar` would make one of each and take several times as long."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    if values:
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        writer.file_writer.add_summary(Summary(value=scalars), step)

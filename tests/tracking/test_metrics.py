@@ -190,7 +190,8 @@ def test_what_finds_no_room_to_the_end_is_named(tmp_path):
     files.record({"macro_batch": 2})
     files.log_steps([{"step": step} for step in range(5, 50)])
     files.close("finished")
-    assert said[1:] == ["metrics.jsonl lacks macro-batch 1, 2; resume writes those that the last snapshot holds",
+    assert said[1:] == [
+        "metrics.jsonl lacks macro-batch 1, 2; resume writes those that the last snapshot holds",
         "steps.jsonl lacks step 5 to 49; resume writes those that the last snapshot holds",
     ]
 

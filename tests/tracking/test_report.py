@@ -1,4 +1,4 @@
-"""The report: one page that needs nothing else, and says what the run's files say."""
+"""The report: one self-contained page that shows what the run's files say."""
 
 import json
 import math
@@ -7,14 +7,15 @@ from html.parser import HTMLParser
 import pytest
 
 from cleangpt.errors import UserError
+from cleangpt.tracking import report
 from cleangpt.tracking.metrics import MetricsFiles
 from cleangpt.tracking.report import write_report
 
 
-def make(run, count=5, name="tiny", lr=1e-3, samples=2, **figures):
+def make(run, count=5, name="tiny", lr=1e-3, samples=2, **metrics):
     run.mkdir(parents=True)
     files = MetricsFiles(run)
-    files.open(None)
+    files.open(None, None)
     for index in range(1, count + 1):
         row = {
             "macro_batch": index,
@@ -30,7 +31,7 @@ def make(run, count=5, name="tiny", lr=1e-3, samples=2, **figures):
             "visited_share": index / count,
             "time_trained": 3.0 * index,
         }
-        files.record(row | figures)
+        files.record(row | metrics)
     for index in range(samples):
         files.sample(index + 1, f"text {index} <script>alert(1)</script> & \x07 你好")
     experiment = {"name": name, "model": {"kind": "gpt", "dim": 8}, "optimizer": {"lr": lr, "betas": [0.9, 0.95]}}
@@ -137,7 +138,7 @@ def test_a_comparison_shows_each_run_and_what_differs(tmp_path):
     page = Page(write_report(runs, tmp_path / "out"))
     assert page.rows[0] == ["", "tiny 1", "tiny 2", "own"]
     assert page.fact("optimizer.lr") == ["0.001", "0.002", "0.001"]
-    differences = page.text[page.text.index("What differs") : page.text.index("Curves")]
+    differences = page.text[page.text.index("Differences") : page.text.index("Curves")]
     assert "optimizer.lr" in differences and "model.dim" not in differences
     assert (tmp_path / "out" / "plots" / "loss.png").exists()
     assert not (runs[0] / "report.html").exists()
@@ -175,7 +176,7 @@ def test_a_long_run_stays_below_a_megabyte(tmp_path):
     path = write_report([run])
     assert path.stat().st_size < 2**20
     text = Page(path).text
-    assert "sample 2999" in text and "The newest 12 of 3000" in text
+    assert "sample 2999" in text and "The newest 12 of 3000; all are in samples.jsonl" in text
 
 
 def test_a_run_with_nothing_but_metrics_is_reported(tmp_path):
@@ -183,14 +184,25 @@ def test_a_run_with_nothing_but_metrics_is_reported(tmp_path):
     (run / "experiment.json").unlink()
     (run / "environment.json").unlink()
     page = Page(write_report([run]))
-    assert "No validation loss is known" in page.text
+    assert "No validation loss yet" in page.text
     assert page.fact("tokens seen") == ["32k"]
     assert "model" not in [row[0] for row in page.rows]
 
 
 def test_a_folder_that_is_no_run_or_has_no_metrics_is_refused(tmp_path):
-    with pytest.raises(UserError, match="nowhere is not the folder of a run"):
+    with pytest.raises(UserError, match="nowhere is not a run folder"):
         write_report([tmp_path / "nowhere"])
     with pytest.raises(UserError, match=r"has no metrics yet \(metrics\.jsonl\)"):
         write_report([make(tmp_path / "run", count=0)])
     assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_curves_are_by_step_where_the_run_has_steps(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(report.plots, "loss_plot", lambda rows, steps, path: drawn.update(steps) or path)
+    monkeypatch.setattr(report, "_image", lambda title, path: title)
+    by_step, without = make(tmp_path / "a", name="by step"), make(tmp_path / "b", count=2, name="without")
+    MetricsFiles(by_step).log_steps([{"step": step, "tokens": 10 * step, "loss": 1.5} for step in range(1, 30)])
+    write_report([by_step, without])
+    assert [row["tokens"] for row in drawn["by step"]] == list(range(10, 300, 10))
+    assert [(row["tokens"], row["loss"]) for row in drawn["without"]] == [(6400, 1.5), (12800, 1.0)]
