@@ -6,7 +6,7 @@
 
 All are strict JSON, one object per line, UTF-8. JSON has no NaN or infinity: such a value is written as null, and its
 line says which it was, as in ``{"val_loss": null, "not_finite": {"val_loss": "nan"}}``; `read_metrics` and `read_steps`
-restore it. Lines up to a snapshot are on disk, or in the snapshot, before the snapshot is.
+restore it. Before a snapshot is complete, all lines up to it are on disk or, if there is no room, in the snapshot.
 """
 
 import itertools
@@ -69,7 +69,7 @@ METRICS: dict[str, Metric] = {
     ),
     "times_visited": Metric("times visited", "epochs", "passes over the training split", "data/times_visited"),
     "tokens_per_second": Metric(
-        "tokens per second", "tokens/s", "training throughput, without validation", "macro_batch/tokens_per_second"
+        "tokens per second", "tokens/s", "tokens trained on per second of training", "macro_batch/tokens_per_second"
     ),
     "step_time": Metric("step time", "s", "mean time of a step", "speed/step_time"),
     "data_wait_share": Metric(
@@ -106,10 +106,13 @@ STEP_METRICS: dict[str, Metric] = {
     "weight_decay": Metric("weight decay", "", "weight decay of the step", "train/weight_decay"),
     "grad_norm": Metric("gradient norm", "", "global gradient norm before clipping", "train/grad_norm"),
     "tokens_per_second": Metric(
-        "tokens per second", "tokens/s", "training throughput since the previous row", "speed/tokens_per_second"
+        "tokens per second",
+        "tokens/s",
+        "tokens trained on per second since the previous row",
+        "speed/tokens_per_second",
     ),
     "batch_size": Metric("batch size", "samples", "samples in the step, over all devices", "train/batch_size"),
-    "skipped": Metric("skipped", "", "1 if a non-finite loss or gradient made it skip the update", "train/skipped"),
+    "skipped": Metric("skipped", "", "1 if the update was skipped for a non-finite gradient", "train/skipped"),
 }
 """The metrics in steps.jsonl; any other key is a metric of the objective."""
 
@@ -261,7 +264,7 @@ class MetricsFiles:
             if (self._run / STEPS_FILE).exists():
                 sync_file(self._run / STEPS_FILE)
         except OSError as error:
-            self._warn(STEPS_FILE, error)
+            self._log(f"{STEPS_FILE} could not be flushed to the disk: {error}")
         return {"waiting": [list(entry) for entry in self._waiting]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -275,19 +278,14 @@ class MetricsFiles:
             try:
                 _append(self._run / name, lines, sync=name != STEPS_FILE)
             except OSError as error:
-                self._warn(name, error)
+                if not self._warned:
+                    self._log(f"{name} cannot be written: {error}; training continues, lines wait until there is room")
+                self._warned = True
                 return
             del self._waiting[: len(lines)]
         if self._warned:
             self._log("all waiting lines have been written")
         self._warned = False
-
-    def _warn(self, name: str, error: OSError) -> None:
-        if not self._warned:
-            self._log(
-                f"{name} cannot be written: {error}; training continues, and lines wait until they can be written"
-            )
-        self._warned = True
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -318,7 +316,7 @@ def strict(metrics: Mapping[str, Value]) -> dict[str, Any]:
 
 
 def _append(path: Path, entries: Sequence[dict[str, Any]], sync: bool) -> None:
-    """Appends lines, and with `sync` waits until they are on disk; a lone surrogate, invalid in UTF-8, becomes ``?``.
+    """Appends lines, with `sync` to the disk itself; a lone surrogate, which is invalid in UTF-8, becomes ``?``.
 
     Raises:
         OSError: they could not be written; none of them is in the file.

@@ -239,10 +239,9 @@ def _plain(_: str, value: Any) -> str:
 
 def _metric(name: str, value: Any) -> str:
     name = re.sub(r"^loss(?=/|$)", "val_loss", name)
-    number = isinstance(value, float) or (
-        type(value) is int and abs(value) < 2**1000
-    )  # a foreign file may hold longer ones
-    return show(name, value) if number else _plain(name, value)
+    # A file from elsewhere may hold an integer beyond all floats.
+    is_number = isinstance(value, float) or (type(value) is int and abs(value) < 2**1000)
+    return show(name, value) if is_number else _plain(name, value)
 
 
 def _names(facts: Iterable[Mapping[str, Any]]) -> list[str]:
