@@ -108,7 +108,7 @@ STEP_METRICS: dict[str, Metric] = {
     "tokens_per_second": Metric(
         "tokens per second",
         "tokens/s",
-        "tokens trained on per second since the previous row",
+        "tokens trained on per second since the last row",
         "speed/tokens_per_second",
     ),
     "batch_size": Metric("batch size", "samples", "samples in the step, over all devices", "train/batch_size"),

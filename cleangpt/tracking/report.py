@@ -31,6 +31,10 @@ from cleangpt.validation import flatten
 NEWEST_SAMPLES, LONGEST_SAMPLE = 12, 4000
 """How many texts of a run are shown, and how many characters of each; samples.jsonl has all."""
 
+CAPTION = (
+    "<p>Of a long run, the curves by step show the mean of neighboring steps, and a band around the middle "
+    f"{100 * (plots.SPREAD[1] - plots.SPREAD[0]):.0f} % of them.</p>"
+)
 BY_STEP = {"train_loss": "loss", "training_batch_size": "batch_size"}
 """Keys of metrics.jsonl that have another name in steps.jsonl."""
 
@@ -128,7 +132,7 @@ def _page(runs: list[Run], images: Mapping[str, Path]) -> str:
     parts = [f"<h1>{_text(title)}</h1>", _lead(runs), _summary_table(runs)]
     if len(runs) > 1:
         parts.append(_section("Differences", _experiment_table(runs, only_differences=True)))
-    parts.append(_section("Curves", "\n".join(_image(name, path) for name, path in images.items())))
+    parts.append(_section("Curves", "\n".join([CAPTION, *(_image(name, path) for name, path in images.items())])))
     if evaluated := [run for run in runs if run.evaluation]:
         parts.append(_section("Evaluation", _facts_table(evaluated, [run.evaluation for run in evaluated], _metric)))
     parts += [_samples(run, len(runs) > 1) for run in runs if run.samples]

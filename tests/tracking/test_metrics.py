@@ -142,8 +142,8 @@ def files_of_at_most(size):
 
 @pytest.mark.skipif(resource is None, reason="limits are POSIX")
 def test_lines_that_find_no_room_wait_and_are_written_whole_and_in_order(tmp_path):
-    said = []
-    files = MetricsFiles(tmp_path, said.append)
+    messages = []
+    files = MetricsFiles(tmp_path, messages.append)
     files.open(None, None)
     files.record({"macro_batch": 1})
     with files_of_at_most((tmp_path / "metrics.jsonl").stat().st_size + 5):
@@ -155,7 +155,7 @@ def test_lines_that_find_no_room_wait_and_are_written_whole_and_in_order(tmp_pat
     assert read_metrics(tmp_path) == [{"macro_batch": number} for number in (1, 2, 3, 4)]
     assert read_samples(tmp_path) == [{"macro_batch": 2, "text": "two"}]
     reason = "[Errno 27] File too large; training continues, lines wait until there is room"
-    assert said == [f"metrics.jsonl cannot be written: {reason}", "all waiting lines have been written"]
+    assert messages == [f"metrics.jsonl cannot be written: {reason}", "all waiting lines have been written"]
     assert files.state_dict() == {"waiting": []}
 
 
@@ -181,13 +181,13 @@ def test_lines_that_wait_survive_in_the_snapshot(tmp_path, written_after):
 
 
 def test_what_finds_no_room_to_the_end_is_named(tmp_path):
-    said = []
-    files = MetricsFiles(tmp_path / "nowhere", said.append)
+    messages = []
+    files = MetricsFiles(tmp_path / "nowhere", messages.append)
     files.record({"macro_batch": 1})
     files.record({"macro_batch": 2})
     files.log_steps([{"step": step} for step in range(5, 50)])
     files.close("finished")
-    assert said[1:] == [
+    assert messages[1:] == [
         "metrics.jsonl lacks macro-batch 1, 2; resume writes those that the last snapshot holds",
         "steps.jsonl lacks step 5 to 49; resume writes those that the last snapshot holds",
     ]
@@ -240,12 +240,12 @@ def test_a_disk_that_fails_when_steps_are_synced_does_not_stop_the_run(tmp_path,
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr("cleangpt.tracking.metrics.sync_file", fail)
-    said = []
-    files = MetricsFiles(tmp_path, said.append)
+    messages = []
+    files = MetricsFiles(tmp_path, messages.append)
     files.open(None, None)
     files.log_steps([{"step": 1}])
     assert files.state_dict() == {"waiting": []}
-    assert said == ["steps.jsonl could not be flushed to the disk: [Errno 5] Input/output error"]
+    assert messages == ["steps.jsonl could not be flushed to the disk: [Errno 5] Input/output error"]
 
 
 def test_damage_after_the_snapshot_by_a_power_cut_does_not_stop_a_resume(tmp_path):

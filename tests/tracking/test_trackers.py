@@ -59,16 +59,16 @@ CALLS = [("open", 1), ("log_steps", 2), ("record", 3), ("sample", 4), ("close", 
 
 @pytest.mark.parametrize(("what", "calls"), CALLS)
 def test_a_tracker_that_fails_is_reported_once_and_dropped(tmp_path, what, calls):
-    faulty, good, said = Faulty(what), Faulty(""), []
-    trackers = Trackers(MetricsFiles(tmp_path), {"faulty": faulty, "good": good}, said.append)
+    faulty, good, messages = Faulty(what), Faulty(""), []
+    trackers = Trackers(MetricsFiles(tmp_path), {"faulty": faulty, "good": good}, messages.append)
     trackers.open(None, None)
     for macro_batch in (1, 2):
         trackers.log_steps([{"step": macro_batch}])
         trackers.record({"macro_batch": macro_batch})
         trackers.sample(macro_batch, "text")
     trackers.close("finished")
-    told = f"faulty failed and is dropped, training continues without it: cannot {what}: no network"
-    assert said == ([told] if what else [])
+    message = f"faulty failed and is dropped, training continues without it: cannot {what}: no network"
+    assert messages == ([message] if what else [])
     assert (faulty.calls, good.calls) == (calls, 8)
     assert [row["macro_batch"] for row in read_metrics(tmp_path)] == [1, 2]
     assert [row["step"] for row in read_steps(tmp_path)] == [1, 2]
@@ -76,12 +76,12 @@ def test_a_tracker_that_fails_is_reported_once_and_dropped(tmp_path, what, calls
 
 
 def test_metrics_that_cannot_be_written_are_reported_once_and_do_not_stop_the_training(tmp_path):
-    said = []
-    trackers = begin(tmp_path, said.append)
+    messages = []
+    trackers = begin(tmp_path, messages.append)
     (tmp_path / "metrics.jsonl").mkdir()
     trackers.record({"macro_batch": 1})
     trackers.record({"macro_batch": 2})
-    assert len(said) == 1 and said[0].startswith("metrics.jsonl cannot be written: [Errno")
+    assert len(messages) == 1 and messages[0].startswith("metrics.jsonl cannot be written: [Errno")
     (tmp_path / "metrics.jsonl").rmdir()
     trackers.close("finished")
     assert [row["macro_batch"] for row in read_metrics(tmp_path)] == [1, 2]
@@ -119,9 +119,9 @@ def test_a_failure_is_reported_on_the_screen_and_in_the_log(tmp_path, monkeypatc
     monkeypatch.setattr("cleangpt.tracking.wandb.WandbTracker.open", refuse)
     trackers = begin(tmp_path, wandb="offline")
     trackers.record({"macro_batch": 1})
-    told = "wandb failed and is dropped, training continues without it: no network"
-    assert capsys.readouterr().err == told + "\n"
-    assert told in (tmp_path / "log.txt").read_text(encoding="utf-8")
+    message = "wandb failed and is dropped, training continues without it: no network"
+    assert capsys.readouterr().err == message + "\n"
+    assert message in (tmp_path / "log.txt").read_text(encoding="utf-8")
     assert set(trackers.state_dict()["wandb"]) == {"id"}
 
 
@@ -138,15 +138,15 @@ def test_tracking_draws_no_random_number(tmp_path):
 @pytest.mark.parametrize("what", ["state_dict", "load_state_dict"])
 def test_a_tracker_that_cannot_give_or_take_its_state_costs_no_snapshot(tmp_path, what):
     """Its last known state is kept, so that it can come back."""
-    said = []
-    trackers = Trackers(MetricsFiles(tmp_path), {"faulty": Faulty(what)}, said.append)
+    messages = []
+    trackers = Trackers(MetricsFiles(tmp_path), {"faulty": Faulty(what)}, messages.append)
     trackers.load_state_dict({"faulty": {"id": "old"}})
     trackers.open(None, None)
     trackers.record({"macro_batch": 1})
     kept = [trackers.state_dict()["faulty"] for _ in range(2)]
     assert kept == [{"id": "old" if what == "state_dict" else "new"}] * 2
-    told = f"faulty failed and is dropped, training continues without it: cannot {what}: no network"
-    assert said == [told]
+    message = f"faulty failed and is dropped, training continues without it: cannot {what}: no network"
+    assert messages == [message]
     assert [row["macro_batch"] for row in read_metrics(tmp_path)] == [1]
 
 
@@ -159,11 +159,11 @@ def test_a_server_of_wandb_that_cannot_be_reached_costs_its_metrics_only(tmp_pat
         "CONFIG_DIR": str(tmp_path / "config"), "CACHE_DIR": str(tmp_path / "cache"),
     }.items():  # fmt: skip
         monkeypatch.setenv(f"WANDB_{name}", value)
-    said = []
-    trackers = begin(tmp_path, said.append, wandb="online")
+    messages = []
+    trackers = begin(tmp_path, messages.append, wandb="online")
     trackers.record({"macro_batch": 1})
     trackers.close("finished")
-    assert len(said) == 1 and said[0].startswith("wandb failed and is dropped, training continues without it: ")
+    assert len(messages) == 1 and messages[0].startswith("wandb failed and is dropped, training continues without it: ")
     assert [row["macro_batch"] for row in read_metrics(tmp_path)] == [1]
     assert trackers.state_dict()["wandb"]["id"]
 

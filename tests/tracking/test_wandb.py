@@ -27,18 +27,18 @@ def own_settings(monkeypatch, tmp_path):
 
 def records(path):
     """The records of a .wandb file: a header of 7 bytes, then LevelDB's log format in blocks of 32 KiB."""
-    data, position, whole = path.read_bytes(), 7, b""
+    data, position, content = path.read_bytes(), 7, b""
     while position < len(data):
         rest = 32768 - position % 32768
         if rest < 7:
             position += rest
             continue
         _, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        whole += data[position + 7 : position + 7 + length]
+        content += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):
-            yield wandb_internal_pb2.Record.FromString(whole)
-            whole = b""
+            yield wandb_internal_pb2.Record.FromString(content)
+            content = b""
 
 
 def run_files(run, count=1):
