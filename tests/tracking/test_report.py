@@ -40,6 +40,12 @@ def make(run, count=5, name="tiny", lr=1e-3, samples=2, **metrics):
     return run
 
 
+@pytest.fixture
+def without_plots(monkeypatch):
+    """For what the page says: drawing takes most of a report's time."""
+    monkeypatch.setattr(report, "_draw", lambda runs, folder, prefix: {})
+
+
 class Page(HTMLParser):
     """What a reader meets: text, rows of tables, and every tag with its attributes."""
 
@@ -104,19 +110,19 @@ def test_the_page_needs_no_script_and_no_network(tmp_path):
     assert "url(" not in page.source and "@import" not in page.source
 
 
-def test_samples_are_shown_as_they_are_escaped(tmp_path):
+def test_samples_are_shown_as_they_are_escaped(tmp_path, without_plots):
     page = Page(write_report([make(tmp_path / "run")]))
     assert "text 1 <script>alert(1)</script> & \ufffd 你好" in page.text
     assert "\x07" not in page.source
 
 
-def test_a_name_or_value_cannot_break_the_page(tmp_path):
+def test_a_name_or_value_cannot_break_the_page(tmp_path, without_plots):
     page = Page(write_report([make(tmp_path / "run", name='"><b>{x}</b>&amp;')]))
     assert ("b", {}) not in page.tags[: page.tags.index(("p", {"class": "lead"}))]
     assert '"><b>{x}</b>&amp;' in page.text
 
 
-def test_an_evaluation_is_shown_where_there_is_one(tmp_path):
+def test_an_evaluation_is_shown_where_there_is_one(tmp_path, without_plots):
     run = make(tmp_path / "run")
     assert "Evaluation" not in Page(write_report([run])).text
     evaluation = {"checkpoint": "val2.0000_mb000003", "split": "val", "loss": 1.9876, "exact_match": 0.5, "samples": 99}
@@ -127,7 +133,7 @@ def test_an_evaluation_is_shown_where_there_is_one(tmp_path):
     assert page.fact("exact match") == ["50.0 %"]
 
 
-def test_a_number_beyond_all_floats_is_shown_as_it_stands(tmp_path):
+def test_a_number_beyond_all_floats_is_shown_as_it_stands(tmp_path, without_plots):
     run = make(tmp_path / "run")
     (run / "evaluation.json").write_text('{"loss": 1' + 400 * "0" + "}", encoding="utf-8")
     assert "1" + 400 * "0" in write_report([run], None).read_text(encoding="utf-8")
@@ -149,7 +155,7 @@ def test_runs_of_one_name_in_folders_of_one_name_are_told_apart(tmp_path):
     assert page.rows[0] == ["", f"tiny 1 {tmp_path / 'a'}", f"tiny 1 {tmp_path / 'b'}"]
 
 
-def test_a_run_named_twice_counts_once(tmp_path):
+def test_a_run_named_twice_counts_once(tmp_path, without_plots):
     run = make(tmp_path / "run")
     assert write_report([run, run]) == run / "report.html"
 

@@ -1,6 +1,7 @@
 """TensorBoard's files, read back by TensorBoard's own reader."""
 
 import json
+import time
 
 import pytest
 
@@ -9,6 +10,13 @@ pytest.importorskip("tensorboard")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cleangpt.tracking.tensorboard import TensorBoardTracker
+
+
+def wait_for_next_second():
+    """Readers order event files by the second in their names, in which real sessions differ."""
+    now = int(time.time())
+    while int(time.time()) == now:
+        time.sleep(0.01)
 
 
 def begin(run, truncate_after=None, last_step=None, state=None):
@@ -77,6 +85,7 @@ def test_a_resumed_run_removes_what_it_does_again(tmp_path, last_step, kept):
         first.log_steps([row(step, float(step))])
         state = first.state_dict() if step == last_step else state
     first.close("interrupted")
+    wait_for_next_second()
     second = begin(tmp_path, last_step and 0, last_step, state)
     second.log_steps([row(3, 30.0)])
     second.close("finished")
@@ -90,6 +99,7 @@ def test_a_roll_back_removes_what_follows_the_snapshot(tmp_path):
     tracker.log_steps([row(1, 1.0), row(2, 2.0)])
     state = tracker.state_dict()
     tracker.log_steps([row(3, 100.0), row(4, 200.0)])
+    wait_for_next_second()
     tracker.load_state_dict(state)
     tracker.open(0, 2)
     tracker.log_steps([row(3, 3.0)])
