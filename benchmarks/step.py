@@ -28,9 +28,11 @@ from cleangpt.errors import UserError
 from cleangpt.experiment import Experiment
 from cleangpt.models import build_model
 from cleangpt.models.gpt import GPTConfig
+from cleangpt.tracking.metrics import MetricsFiles
 from cleangpt.training.launch import resolve
 
 OVERHEAD_GOAL = 1.03
+LOGGING_GOAL = 0.01
 BARE = "bare PyTorch loop"
 Loss = Callable[[Tensor, Tensor], Tensor]
 """The mean cross-entropy of inputs and targets, both `(batch, seq)`."""
@@ -55,9 +57,35 @@ def run(setup: Setup) -> list[Row]:
     close(trainer)
     ours = taken.pop("ours")
     what = f"{experiment.data.batch_size} × {experiment.data.seq_len}: a step"
-    return [
+    rows = [
         Row(what, "s", ours, name, theirs, OVERHEAD_GOAL if name == BARE else None) for name, theirs in taken.items()
     ]
+    logging = [point_time(setup.folder / "points") for _ in ours]
+    return [*rows, Row("metrics of a step to steps.jsonl", "s", logging, what, ours, LOGGING_GOAL)]
+
+
+def point_time(run: Path, points: int = 960, batch: int = 24) -> float:
+    """Seconds that the metrics files take for the metrics of one step, logged a `batch` at a time."""
+    run.mkdir(exist_ok=True)
+    files = MetricsFiles(run)
+    files.open(None, None)
+    names = [
+        "samples",
+        "tokens",
+        "loss",
+        "lr",
+        "weight_decay",
+        "grad_norm",
+        "tokens_per_second",
+        "batch_size",
+        "skipped",
+    ]
+    rows = [{"step": step} | dict.fromkeys(names, step / 7) for step in range(points)]
+    started = time.perf_counter()
+    for first in range(0, points, batch):
+        files.log_steps(rows[first : first + batch])
+    files.state_dict()  # a snapshot waits until they are on disk
+    return (time.perf_counter() - started) / points
 
 
 def bare_loop(

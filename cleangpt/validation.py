@@ -68,6 +68,7 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
             "saving.keep_snapshots",
             "saving.keep_best",
             "saving.checkpoint_every",
+            "tracking.every",
         ],
         (lambda value: 1 <= value <= LARGEST, AT_LEAST_ONE),
     ),
@@ -243,3 +244,16 @@ def _from_json(hint: Any, value: Any, kinds: Mapping[str, type], path: str) -> A
         inner = next(filter(dataclasses.is_dataclass, get_args(hint)), None)
         return tuple(_from_json(inner, part, kinds, f"{path}{index}.") for index, part in enumerate(value))
     return value
+
+
+def flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """A nested JSON object as a flat one: ``{"optimizer.lr": 0.001}``; objects in a list are numbered."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, list) and any(isinstance(part, Mapping) for part in value):
+            value = {str(index): part for index, part in enumerate(value)}
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{path}{key}.")
+        else:
+            flat[path + key] = value
+    return flat

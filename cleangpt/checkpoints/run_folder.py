@@ -30,7 +30,7 @@ from cleangpt.hub import is_huggingface
 from cleangpt.models import build_model, model_kinds
 from cleangpt.models.base import on_meta
 from cleangpt.objectives import OBJECTIVES
-from cleangpt.validation import from_json, to_json
+from cleangpt.validation import flatten, from_json, to_json
 
 # Fields that cannot change when a run is resumed.
 FIXED_FIELDS = {
@@ -211,7 +211,7 @@ def check_resumable(before: Experiment, now: Experiment) -> None:
     Raises:
         UserError: names the first such field.
     """
-    old, new = _flatten(experiment_json(before)), _flatten(experiment_json(now))
+    old, new = flatten(experiment_json(before)), flatten(experiment_json(now))
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name) and (name in FIXED_FIELDS or name.startswith(FIXED_PREFIXES)):
             raise UserError(
@@ -268,7 +268,7 @@ def _new_folder(name: str) -> Path:
 
 def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """Describes the first field, other than run_dir, in which two experiments as JSON differ; empty: none."""
-    before, now = _flatten(there), _flatten(here)
+    before, now = flatten(there), flatten(here)
     names = (name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name))
     name = next((name for name in names if name != "run_dir"), None)
     return "" if name is None else f"{name} is {before.get(name)!r} there and {now.get(name)!r} here"
@@ -280,18 +280,6 @@ def _check_same(run: Path, there: Mapping[str, Any], here: Mapping[str, Any]) ->
             f"run_dir is {str(run)!r}, which holds another experiment: {changed}; give another folder, or change "
             "fields with cleangpt resume"
         )
-
-
-def _flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, list) and any(isinstance(part, Mapping) for part in value):
-            value = {str(index): part for index, part in enumerate(value)}
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{path}{key}.")
-        else:
-            flat[path + key] = value
-    return flat
 
 
 def _git_commit() -> str | None:

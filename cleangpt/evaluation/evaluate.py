@@ -16,10 +16,10 @@ from cleangpt.data.mixing import MixedDataset, mean_shares, split_samples
 from cleangpt.distributed.device import autocast, compute_dtype
 from cleangpt.errors import UserError, nearest
 from cleangpt.evaluation.tasks import SCORES
-from cleangpt.evaluation.validate import loss_figures, mean_loss, source_figures
+from cleangpt.evaluation.validate import loss_metrics, mean_loss, source_metrics
 from cleangpt.experiment import Experiment, check_experiment
 from cleangpt.files import write_json
-from cleangpt.tracking.metrics import of_source
+from cleangpt.tracking.metrics import metric_key
 
 
 def evaluate_run(run: Path, checkpoint: str | None, split: str | None, device: torch.device) -> dict[str, Any]:
@@ -50,11 +50,11 @@ def evaluate_run(run: Path, checkpoint: str | None, split: str | None, device: t
         "split": name,
         "samples": sum(part.num_validation for part in samples.values()),
         "loss": loss,
-        **loss_figures(loss, splits.get("")),
-        **source_figures("loss", losses, splits),
+        **loss_metrics(loss, splits.get("")),
+        **source_metrics("loss", losses, splits),
     }
     for source, task in tasks(experiment.corpus).items():
-        figures[of_source(task, source)] = SCORES[task](model, splits[source], None, device)
+        figures[metric_key(task, source)] = SCORES[task](model, splits[source], None, device)
     write_json(run / "evaluation.json", figures)
     return figures
 

@@ -12,7 +12,7 @@ from cleangpt.data.batch import Batch
 from cleangpt.data.dataset import Split
 from cleangpt.models.base import LanguageModel
 from cleangpt.objectives import Objective
-from cleangpt.tracking.metrics import of_source
+from cleangpt.tracking.metrics import metric_key
 
 
 @torch.no_grad()
@@ -46,7 +46,7 @@ def mean_loss(
     return total / targets if targets else math.nan
 
 
-def loss_figures(loss: float, split: Split | None) -> dict[str, float | None]:
+def loss_metrics(loss: float, split: Split | None) -> dict[str, float | None]:
     """Perplexity and, where every token is a target and the bytes of text are known, bits per byte.
 
     The loss of a mixture is of no one split (None).
@@ -57,11 +57,11 @@ def loss_figures(loss: float, split: Split | None) -> dict[str, float | None]:
     return {"perplexity": perplexity, "bits_per_byte": bits}
 
 
-def source_figures(name: str, losses: Mapping[str, float], splits: Mapping[str, Split]) -> dict[str, float | None]:
+def source_metrics(name: str, losses: Mapping[str, float], splits: Mapping[str, Split]) -> dict[str, float | None]:
     """The loss, under `name`, and bits per byte of each source of a mixture; of a single corpus, nothing."""
     figures: dict[str, float | None] = {}
     for source, loss in losses.items():
         if source:
-            bits = loss_figures(loss, splits[source])["bits_per_byte"]
-            figures |= {of_source(name, source): loss, of_source("bits_per_byte", source): bits}
+            bits = loss_metrics(loss, splits[source])["bits_per_byte"]
+            figures |= {metric_key(name, source): loss, metric_key("bits_per_byte", source): bits}
     return figures

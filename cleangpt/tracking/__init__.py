@@ -1,128 +1,156 @@
-"""What a run tells, and to whom: figures to files, Weights & Biases and TensorBoard; a bar, plots and a report."""
+"""What a run reports: metrics to files, Weights & Biases and TensorBoard; a progress bar, plots and a report."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from cleangpt.config import TrackingConfig
 from cleangpt.errors import require
-from cleangpt.experiment import Experiment
-from cleangpt.tracking.metrics import MetricsFiles
+from cleangpt.tracking.metrics import MetricsFiles, Value
 from cleangpt.tracking.progress import log_to_stderr
 
 FILES = "files"
-"""The name under which the state of the metrics files stands among that of the trackers."""
+"""Name of the metrics files among the states of the trackers."""
 
 
 class Tracker(Protocol):
-    """Whoever wants to know how a run goes."""
+    """A receiver of a run's metrics.
 
-    def open(self, truncate_after: int | None) -> None:
-        """Starts, after `load_state_dict`; the macro-batches after `keep_until` will be told again (None: all)."""
+    Steps and macro-batches ascend. The rows of the steps up to the end of a macro-batch come before its metrics, and
+    these before its sample.
+    """
 
-    def record(self, figures: Mapping[str, float | int | None]) -> None:
-        """Takes the figures of one macro-batch; keys as in `metrics.FIGURES`."""
+    def open(self, truncate_after: int | None, last_step: int | None) -> None:
+        """Starts, after `load_state_dict`. The run continues after this macro-batch and step; None: it is new.
+
+        Called again when the run returns to an earlier snapshot.
+        """
+
+    def record(self, metrics: Mapping[str, Value]) -> None:
+        """Takes the metrics of one macro-batch; keys as in `metrics.METRICS`."""
+
+    def log_steps(self, rows: Sequence[Mapping[str, Value]]) -> None:
+        """Takes the metrics of some steps, each a row; keys as in `metrics.STEP_METRICS`."""
 
     def sample(self, macro_batch: int, text: str) -> None:
         """Takes a text sampled from the model when a checkpoint is saved."""
 
     def close(self, status: str) -> None:
-        """Ends; `status` is one of finished, stopped early, interrupted, failed."""
+        """Ends; `status` is finished, stopped early, interrupted or failed."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next part of the same run must know, fit for JSON."""
+        """What a resumed run needs, as JSON."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes what `state_dict` returned; before `open`."""
+        """Restores what `state_dict` returned; called before `open`."""
 
 
 class Trackers:
-    """Tells the metrics files, which write later what they cannot now, and others; one that fails is left out."""
+    """The metrics files, which write later what they cannot write now, and others, each dropped if it fails."""
 
     def __init__(self, files: MetricsFiles, others: dict[str, Tracker], log: Callable[[str], None]) -> None:
-        self._files, self._others, self._say = files, others, log
+        self._files, self._others, self._log = files, others, log
         self._working = dict(others)
         self._unused: dict[str, Any] = {}
         self._states: dict[str, dict[str, Any]] = {}
-        """What each of the others told last."""
+        """The last known state of each of the others."""
 
-    def open(self, truncate_after: int | None, last_step: int = 0) -> None:
-        """Opens every tracker."""
-        self._files.open(truncate_after)
-        self._update_progress(lambda tracker: tracker.open(truncate_after))
+    def open(self, truncate_after: int | None, last_step: int | None) -> None:
+        """Opens every tracker of a run that continues after this macro-batch and this step (None: of a new run)."""
+        self._files.open(truncate_after, last_step)
+        self._call("open", truncate_after, last_step)
 
-    def record(self, figures: Mapping[str, float | int | None]) -> None:
-        """Tells all the figures of one macro-batch."""
-        self._files.record(figures)
-        self._update_progress(lambda tracker: tracker.record(figures))
+    def record(self, metrics: Mapping[str, Value]) -> None:
+        """Passes on the metrics of one macro-batch."""
+        self._files.record(metrics)
+        self._call("record", metrics)
 
-    def log_steps(self, rows: Any) -> None:
-        """Takes points."""
+    def log_steps(self, rows: Sequence[Mapping[str, Value]]) -> None:
+        """Passes on the metrics of some steps, in order, each a row; called in batches of some dozen."""
+        self._files.log_steps(rows)
+        self._call("log_steps", rows)
 
     def sample(self, macro_batch: int, text: str) -> None:
-        """Tells all a text that the model wrote after `macro_batch`."""
+        """Passes on a text that the model wrote after `macro_batch`."""
         self._files.sample(macro_batch, text)
-        self._update_progress(lambda tracker: tracker.sample(macro_batch, text))
+        self._call("sample", macro_batch, text)
 
-    def rewind(self, state: dict[str, Any], truncate_after: int) -> None:
-        """Goes back to a snapshot's `state`: the macro-batches after `keep_until` will be told again."""
-        self._files.load_state_dict(state.get(FILES, {}))
-        self._files.open(truncate_after)
+    def rewind(self, state: dict[str, Any], truncate_after: int, last_step: int) -> None:
+        """Returns to a snapshot with this `state`, macro-batch and step; later ones will be logged again."""
+        self.load_state_dict(state)
+        self.open(truncate_after, last_step)
 
     def close(self, status: str) -> None:
-        """Ends all; `status` is one of finished, stopped early, interrupted, failed."""
+        """Ends all; `status` is finished, stopped early, interrupted or failed."""
         self._files.close(status)
-        self._update_progress(lambda tracker: tracker.close(status))
+        self._call("close", status)
         self._working.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of each by name; of one that is left out or switched off as well, so that it may come back."""
-        for name in self._others:
-            self._try(name, lambda name, tracker: self._states.update({name: tracker.state_dict()}))
+        """The state of each by name, including those dropped or switched off, so that they can come back."""
+        for name, tracker in self._others.items():
+            try:
+                self._states[name] = tracker.state_dict()
+            except Exception as error:
+                self._drop(name, error)
         return self._unused | self._states | {FILES: self._files.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Gives each its part of what `state_dict` returned; before `open`."""
+        """Gives each tracker its part of what `state_dict` returned; called before `open`."""
         self._unused = {name: part for name, part in state.items() if name not in self._others and name != FILES}
         self._files.load_state_dict(state.get(FILES, {}))
-        for name in self._others:
+        for name, tracker in self._others.items():
             self._states[name] = state.get(name, {})
-            self._try(name, lambda name, tracker: tracker.load_state_dict(self._states[name]))
+            try:
+                tracker.load_state_dict(self._states[name])
+            except Exception as error:
+                self._drop(name, error)
 
-    def _update_progress(self, action: Callable[[Tracker], None]) -> None:
-        for name in list(self._working):
-            self._try(name, lambda _, tracker: action(tracker))
+    def _call(self, method: str, *arguments: Any) -> None:
+        """Calls a method of every tracker that still works."""
+        for name, tracker in list(self._working.items()):
+            try:
+                getattr(tracker, method)(*arguments)
+            except Exception as error:
+                self._drop(name, error)
 
-    def _try(self, name: str, action: Callable[[str, Tracker], None]) -> None:
-        try:
-            action(name, self._others[name])
-        except Exception as error:
+    def _drop(self, name: str, error: Exception) -> None:
+        if self._working.pop(name, None) is not None:
             reason = " ".join(str(error).split()) or type(error).__name__
-            if self._working.pop(name, None) is not None:
-                self._say(f"{name} is left out from now on, training goes on without it: {reason}")
+            self._log(f"{name} failed and is dropped, training continues without it: {reason}")
 
 
 class NullTracker(Trackers):
-    """What the processes have that do not speak for the run."""
+    """For the processes other than the main one: nothing is written."""
 
     def __init__(self, run: Path) -> None:
         super().__init__(MetricsFiles(run), {}, lambda _: None)
 
-    def record(self, figures: Mapping[str, float | int | None]) -> None:
-        """Tells nobody."""
+    def record(self, metrics: Mapping[str, Value]) -> None:
+        """Does nothing."""
+
+    def log_steps(self, rows: Sequence[Mapping[str, Value]]) -> None:
+        """Does nothing."""
 
     def sample(self, macro_batch: int, text: str) -> None:
-        """Tells nobody."""
+        """Does nothing."""
 
-    def rewind(self, state: dict[str, Any], truncate_after: int) -> None:
-        """Forgets nothing."""
+    def rewind(self, state: dict[str, Any], truncate_after: int, last_step: int) -> None:
+        """Does nothing."""
+
+    def close(self, status: str) -> None:
+        """Does nothing."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
 
 
 def check_tracking(config: TrackingConfig) -> None:
-    """Makes sure that the packages of the trackers asked for are there.
+    """Checks that the packages of the requested trackers are installed.
 
     Raises:
-        UserError: one is not installed; names the extra that brings it.
+        UserError: one is not; names the extra that installs it.
     """
     if config.wandb != "disabled":
         require("wandb", "wandb")
@@ -131,26 +159,27 @@ def check_tracking(config: TrackingConfig) -> None:
 
 
 def create_trackers(
-    experiment: Experiment, experiment_json: dict[str, Any], run: Path, log: Callable[[str], None]
+    config: TrackingConfig, run: Path, name: str, experiment_json: dict[str, Any], log: Callable[[str], None]
 ) -> Trackers:
-    """The trackers that an experiment asks for, for the run in the folder `run`; to be opened.
+    """The configured trackers for the run in the folder `run`, not yet open.
 
     Args:
-        experiment: what is trained.
-        experiment_json: the same as JSON, shown beside the metrics.
-        run: its folder.
-        log: told about a tracker that fails.
+        config: which trackers.
+        run: folder of the run.
+        name: of the experiment.
+        experiment_json: the experiment as JSON, logged next to the metrics.
+        log: takes a message about a tracker that fails.
 
     Raises:
         UserError: the package of a tracker is not installed.
     """
-    check_tracking(experiment.tracking)
+    check_tracking(config)
     others: dict[str, Tracker] = {}
-    if experiment.tracking.wandb != "disabled":
+    if config.wandb != "disabled":
         from cleangpt.tracking.wandb import WandbTracker
 
-        others["wandb"] = WandbTracker(experiment, experiment_json, run)
-    if experiment.tracking.tensorboard:
+        others["wandb"] = WandbTracker(config, name, experiment_json, run)
+    if config.tensorboard:
         from cleangpt.tracking.tensorboard import TensorBoardTracker
 
         others["tensorboard"] = TensorBoardTracker(experiment_json, run)
@@ -158,27 +187,34 @@ def create_trackers(
 
 
 def open_trackers(
-    experiment: Experiment,
-    experiment_json: dict[str, Any],
+    config: TrackingConfig,
     run: Path,
-    state: dict[str, Any] | None,
-    truncate_after: int | None,
+    *,
+    name: str,
+    experiment_json: dict[str, Any],
+    state: dict[str, Any] | None = None,
+    truncate_after: int | None = None,
+    last_step: int | None = None,
     log: Callable[[str], None] | None = None,
 ) -> Trackers:
-    """Opens the trackers that an experiment asks for, for the run in the folder `run`.
+    """Opens the configured trackers for the run in the folder `run`.
 
     Args:
-        experiment_json: the experiment as JSON, shown beside the figures.
-        state: what `Trackers.state_dict` returned in the snapshot gone on from; None for a new run.
-        keep_until: last macro-batch of that snapshot; what the files tell of later ones is removed. None: all of it.
-        say: told of a tracker that fails; without it, the terminal and log.txt are.
+        config: which trackers.
+        run: folder of the run.
+        name: of the experiment.
+        experiment_json: the experiment as JSON, logged next to the metrics.
+        state: what `Trackers.state_dict` returned in the snapshot from which the run is resumed; None: a new run.
+        truncate_after: last macro-batch of that snapshot; lines of later ones are removed. None: all are.
+        last_step: last step of that snapshot; likewise.
+        log: takes a message about a tracker that fails; None: it goes to the standard error and log.txt.
 
     Raises:
         UserError: the package of a tracker is not installed, or metrics.jsonl is damaged.
-        OSError: the lines of metrics.jsonl that are told again cannot be removed.
+        OSError: the lines that will be written again cannot be removed.
     """
     log = log or (lambda text: log_to_stderr(run, text))
-    trackers = create_trackers(experiment, experiment_json, run, log)
+    trackers = create_trackers(config, run, name, experiment_json, log)
     trackers.load_state_dict(state or {})
-    trackers.open(truncate_after)
+    trackers.open(truncate_after, last_step)
     return trackers

@@ -1,101 +1,177 @@
-"""The figures of a run: what each one means, and the two files that keep them.
+"""The metrics of a run: what each one means, and the three files that hold them.
 
-    metrics.jsonl    one JSON object per macro-batch, keys as in `FIGURES`; the source of every plot
+    metrics.jsonl    one JSON object per macro-batch, keys as in `METRICS`
+    steps.jsonl      one JSON object every `tracking.every` steps, keys as in `STEP_METRICS`
     samples.jsonl    {"macro_batch": …, "text": …} for each text sampled from the model
 
-Both are strict JSON, one object per line, UTF-8. JSON has no NaN or infinity: such a figure is written as null, and
-its line says which kind it was, as in ``{"val_loss": null, "not_finite": {"val_loss": "nan"}}``; `read_metrics` puts
-it back. A line is on the disk before training goes on.
+All are strict JSON, one object per line, UTF-8. JSON has no NaN or infinity: such a value is written as null, and its
+line says which it was, as in ``{"val_loss": null, "not_finite": {"val_loss": "nan"}}``; `read_metrics` and `read_steps`
+restore it. Before a snapshot is complete, all lines up to it are on disk or, if there is no room, in the snapshot.
 """
 
+import itertools
 import json
 import math
+import operator
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
 from cleangpt.errors import UserError, parsing
-from cleangpt.files import check_regular, write_bytes
+from cleangpt.files import check_regular, fsync_file, write_bytes
 
-METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+METRICS_FILE, STEPS_FILE, SAMPLES_FILE = "metrics.jsonl", "steps.jsonl", "samples.jsonl"
+LINE_NUMBERS = {METRICS_FILE: "macro_batch", STEPS_FILE: "step", SAMPLES_FILE: "macro_batch"}
+"""The key by which the lines of each file ascend."""
 NOT_FINITE = "not_finite"
 UNKNOWN = "–"
 Value = float | int | None
 
 
 @dataclass(frozen=True)
-class Figure:
-    """What one figure is called, in which unit it is kept, and what it means."""
+class Metric:
+    """Label, unit and meaning of one metric, and its tag in Weights & Biases and TensorBoard."""
 
     label: str
     unit: str
     meaning: str
+    tag: str
 
 
-FIGURES: dict[str, Figure] = {
-    "macro_batch": Figure("macro-batch", "", "macro-batches finished"),
-    "step": Figure("step", "steps", "optimizer updates so far, skipped ones included"),
-    "samples": Figure("samples seen", "samples", "samples trained on so far"),
-    "tokens": Figure("tokens seen", "tokens", "tokens trained on so far"),
-    "train_loss": Figure("training loss", "nats", "mean cross-entropy per target token over the macro-batch"),
-    "val_loss": Figure("validation loss", "nats", "mean cross-entropy per target token of the validation samples"),
-    "perplexity": Figure("perplexity", "", "e to the power of the validation loss"),
-    "bits_per_byte": Figure("bits per byte", "bits", "validation loss per byte of text, whatever the tokenizer"),
-    "lr": Figure("learning rate", "", "learning rate of the last step"),
-    "weight_decay": Figure("weight decay", "", "weight decay of the last step"),
-    "training_batch_size": Figure("training batch size", "samples", "samples in a step, mean over the macro-batch"),
-    "grad_norm": Figure("gradient norm", "", "norm of the whole gradient before clipping, mean over the macro-batch"),
-    "visited_share": Figure("visited share", "share", "share of the training split seen at least once"),
-    "times_visited": Figure("times visited", "epochs", "passes over the training split"),
-    "tokens_per_second": Figure("tokens per second", "tokens/s", "tokens trained on per second, without validation"),
-    "step_time": Figure("step time", "s", "mean time of a step"),
-    "data_wait_share": Figure("data wait", "share", "share of the training time the slowest process waits for batches"),
-    "mfu": Figure("MFU", "share", "model FLOPs utilisation: useful FLOPs against the peak of all devices"),
-    "time_trained": Figure("time trained", "s", "time in this run, over all its resumptions"),
-    "peak_memory": Figure("peak memory", "bytes", "largest memory in use so far by one process"),
-    "skipped_steps": Figure("skipped steps", "steps", "steps skipped for a loss or gradient that is not finite"),
-    "rollbacks": Figure("roll-backs", "", "times that a spike of the loss made the run go back"),
-    "samples_left_out": Figure("samples left out", "samples", "samples passed over at spikes of the loss"),
-    "exact_match": Figure("exact match", "share", "share of scored samples whose generated answer is right"),
+METRICS: dict[str, Metric] = {
+    "macro_batch": Metric("macro-batch", "", "macro-batches finished", "macro_batch"),
+    "step": Metric("step", "steps", "optimizer steps so far, including skipped ones", "step"),
+    "samples": Metric("samples seen", "samples", "samples trained on so far", "data/samples"),
+    "tokens": Metric("tokens seen", "tokens", "tokens trained on so far", "tokens"),
+    "train_loss": Metric(
+        "training loss", "nats", "mean cross-entropy per target token over the macro-batch", "macro_batch/train_loss"
+    ),
+    "val_loss": Metric(
+        "validation loss", "nats", "mean cross-entropy per target token on the validation samples", "val/loss"
+    ),
+    "perplexity": Metric("perplexity", "", "e to the power of the validation loss", "val/perplexity"),
+    "bits_per_byte": Metric(
+        "bits per byte", "bits", "validation loss per byte of text, comparable across tokenizers", "val/bits_per_byte"
+    ),
+    "lr": Metric("learning rate", "", "learning rate of the last step", "macro_batch/lr"),
+    "weight_decay": Metric("weight decay", "", "weight decay of the last step", "macro_batch/weight_decay"),
+    "training_batch_size": Metric(
+        "training batch size", "samples", "samples per step, mean over the macro-batch", "macro_batch/batch_size"
+    ),
+    "grad_norm": Metric(
+        "gradient norm", "", "global gradient norm before clipping, mean over the macro-batch", "macro_batch/grad_norm"
+    ),
+    "visited_share": Metric(
+        "visited share", "share", "share of the training split seen at least once", "data/visited_share"
+    ),
+    "times_visited": Metric("times visited", "epochs", "passes over the training split", "data/times_visited"),
+    "tokens_per_second": Metric(
+        "tokens per second", "tokens/s", "tokens trained on per second of training", "macro_batch/tokens_per_second"
+    ),
+    "step_time": Metric("step time", "s", "mean time of a step", "speed/step_time"),
+    "data_wait_share": Metric(
+        "data wait", "share", "share of training time that the slowest process waits for data", "speed/data_wait_share"
+    ),
+    "mfu": Metric("MFU", "share", "model FLOPs utilization: useful FLOPs over the peak of all devices", "speed/mfu"),
+    "time_trained": Metric(
+        "time trained", "s", "wall-clock time of the run over all its sessions", "speed/time_trained"
+    ),
+    "peak_memory": Metric("peak memory", "bytes", "peak memory of any one process so far", "system/peak_memory"),
+    "skipped_steps": Metric(
+        "skipped steps", "steps", "steps skipped because of a non-finite loss or gradient", "train/skipped_steps"
+    ),
+    "rollbacks": Metric("roll-backs", "", "times the run returned to a snapshot after a loss spike", "train/rollbacks"),
+    "samples_left_out": Metric(
+        "samples left out", "samples", "samples skipped after loss spikes", "data/samples_left_out"
+    ),
+    "exact_match": Metric(
+        "exact match", "share", "share of scored samples answered exactly right", "tasks/exact_match"
+    ),
 }
-"""Every figure of metrics.jsonl, by key; any other key is the score of a task.
+"""The metrics in metrics.jsonl; besides these, ``train_NAME`` and ``val_NAME`` are the objective's metric NAME, and any
+other key is the score of a task.
 
-Behind a slash stands the source of a mixture, of which alone the figure is: ``val_loss/code``.
+After a slash follows the source of a mixture to which the metric belongs: ``val_loss/code``.
 """
 
-NO_SCORES = frozenset(FIGURES) - {"exact_match"}
+STEP_METRICS: dict[str, Metric] = {
+    "step": METRICS["step"],
+    "samples": METRICS["samples"],
+    "tokens": METRICS["tokens"],
+    "loss": Metric("training loss", "nats", "mean cross-entropy per target token of the step", "train/loss"),
+    "lr": Metric("learning rate", "", "learning rate of the step", "train/lr"),
+    "weight_decay": Metric("weight decay", "", "weight decay of the step", "train/weight_decay"),
+    "grad_norm": Metric("gradient norm", "", "global gradient norm before clipping", "train/grad_norm"),
+    "tokens_per_second": Metric(
+        "tokens per second",
+        "tokens/s",
+        "tokens trained on per second since the last row",
+        "speed/tokens_per_second",
+    ),
+    "batch_size": Metric("batch size", "samples", "samples in the step, over all devices", "train/batch_size"),
+    "skipped": Metric("skipped", "", "1 if the update was skipped for a non-finite gradient", "train/skipped"),
+}
+"""The metrics in steps.jsonl; any other key is a metric of the objective."""
+
+NOT_SCORES = frozenset(METRICS) - {"exact_match"}
+SPLITS = {"train": "training", "val": "validation"}
 
 
-def of_source(name: str, source: str) -> str:
-    """The key of the figure `name` of one source of a mixture; `name` itself for the empty source, which is all."""
+def metric_key(name: str, source: str) -> str:
+    """The key of metric `name` for one source of a mixture; `name` itself for the empty source, the whole mixture."""
     return f"{name}/{source}" if source else name
 
 
-def figure(name: str) -> Figure:
-    """What is known of the figure `name`; the unit of a score that is not in FIGURES is ``score``."""
+def metric(name: str) -> Metric:
+    """Label, unit, meaning and tag of a metric in metrics.jsonl or, where it is only there, steps.jsonl."""
     kind, _, source = name.partition("/")
-    known = FIGURES.get(kind, Figure(kind.replace("_", " "), "score", ""))
-    return replace(known, label=f"{known.label}, {source}") if source else known
+    known = METRICS.get(kind) or STEP_METRICS.get(kind) or _unlisted(kind)
+    return replace(known, label=f"{known.label}, {source}", tag=f"{known.tag}/{source}") if source else known
 
 
-def scores(names: Mapping[str, Any]) -> list[str]:
-    """The keys among `names` that are scores of a task."""
-    return [name for name in names if name.partition("/")[0] not in NO_SCORES]
+def _unlisted(name: str) -> Metric:
+    """An objective's metric or the score of a task."""
+    split, _, rest = name.partition("_")
+    if split not in SPLITS or not rest:
+        return Metric(name.replace("_", " "), "", "", f"tasks/{name}")
+    # Over steps, the objective's metric has the tag train/NAME.
+    tag = f"val/{rest}" if split == "val" else f"macro_batch/{name}"
+    return Metric(f"{SPLITS[split]} {rest.replace('_', ' ')}", "", "", tag)
+
+
+def tag(name: str) -> str:
+    """Tag of a metric in metrics.jsonl for Weights & Biases and TensorBoard: ``val/loss``."""
+    return metric(name).tag
+
+
+def step_tag(name: str) -> str:
+    """Tag of a metric in steps.jsonl for Weights & Biases and TensorBoard: ``train/loss``."""
+    return STEP_METRICS[name].tag if name in STEP_METRICS else f"train/{name}"
+
+
+def scores(names: Iterable[str]) -> list[str]:
+    """The keys in metrics.jsonl, among `names`, that are scores of a task."""
+    return [name for name in names if name.partition("/")[0] not in NOT_SCORES and not is_objective_metric(name)]
+
+
+def is_objective_metric(name: str) -> bool:
+    """Whether a key in metrics.jsonl is an objective's own metric, ``train_NAME`` or ``val_NAME``."""
+    return name.partition("/")[0] not in METRICS and name.startswith(tuple(f"{split}_" for split in SPLITS))
 
 
 def label(name: str) -> str:
-    """What the figure `name` is called."""
-    return figure(name).label
+    """Label of the metric `name`."""
+    return metric(name).label
 
 
 def show(name: str, value: Value) -> str:
-    """The figure `name` for a reader, in its unit: ``23.1 %``, ``1:02:03``, ``1.21M``."""
+    """The value of metric `name` in its unit, for display: ``23.1 %``, ``1:02:03``, ``1.21M``."""
     if value is None or not math.isfinite(value):
         return UNKNOWN if value is None else str(value)
-    unit = figure(name).unit
+    unit = metric(name).unit
     if unit in ("samples", "tokens", "tokens/s", "steps"):
         return show_count(value)
     if unit == "bytes":
@@ -108,7 +184,7 @@ def show(name: str, value: Value) -> str:
 
 
 def show_count(value: float) -> str:
-    """A count with three figures from ten thousand on: ``9,999``, ``12.3k``, ``1.21M``."""
+    """A count, with three significant digits from ten thousand on: ``9,999``, ``12.3k``, ``1.21M``."""
     if abs(value) < 10_000:
         return f"{round(value):,}"
     power = min(int((math.log10(abs(value)) + 1e-9) / 3), 5)
@@ -116,7 +192,7 @@ def show_count(value: float) -> str:
 
 
 def show_bytes(value: float) -> str:
-    """Bytes in the largest binary unit that leaves a number of 1 or more: ``812 MiB``."""
+    """Bytes in the largest binary unit that gives a number of at least 1: ``812 MiB``."""
     power = min(max(int(value).bit_length() - 1, 0) // 10, 5)
     return f"{value / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB')[power]}"
 
@@ -132,75 +208,159 @@ def show_time(seconds: float) -> str:
 
 
 class MetricsFiles:
-    """The tracker behind metrics.jsonl and samples.jsonl in the folder `run`.
+    """The tracker that writes metrics.jsonl, steps.jsonl and samples.jsonl in the folder `run`.
 
-    Lines that a full disk refuses wait, in memory and in the snapshots, and are written in order when there is room;
-    `say` is told.
+    On a full disk, lines wait in memory and in the snapshots, and are written in order as soon as there is room; `log`
+    takes a message about it.
     """
 
     def __init__(self, run: Path, log: Callable[[str], None] = lambda text: None) -> None:
-        self._run, self._say = run, log
+        self._run, self._log = run, log
         self._waiting: list[tuple[str, dict[str, Any]]] = []
-        self._told = False
+        self._warned = False
 
-    def open(self, truncate_after: int | None) -> None:
-        """Removes the lines of macro-batches after `keep_until`, all of them if it is None, and a torn last line."""
-        for name in (METRICS, SAMPLES):
-            _keep_lines(self._run / name, truncate_after)
-            there = {entry["macro_batch"] for entry in _read_lines(self._run / name)}
-            self._waiting = [(of, line) for of, line in self._waiting if of != name or line["macro_batch"] not in there]
+    def open(self, truncate_after: int | None, last_step: int | None) -> None:
+        """Removes the lines after macro-batch `truncate_after` and step `last_step`, which the run will write again.
+
+        None removes all lines; a torn last line is always removed.
+        """
+        for name, last in {METRICS_FILE: truncate_after, STEPS_FILE: last_step, SAMPLES_FILE: truncate_after}.items():
+            written = _truncate(self._run / name, LINE_NUMBERS[name], last)
+            self._waiting = [
+                (file, line) for file, line in self._waiting if file != name or line[LINE_NUMBERS[name]] > written
+            ]
         self._write()
 
-    def record(self, figures: Mapping[str, Value]) -> None:
-        """Appends the figures of one macro-batch."""
-        self._waiting.append((METRICS, strict(figures)))
+    def record(self, metrics: Mapping[str, Value]) -> None:
+        """Appends the metrics of one macro-batch; they are on disk when this returns."""
+        self._waiting.append((METRICS_FILE, strict(metrics)))
+        self._write()
+
+    def log_steps(self, rows: Sequence[Mapping[str, Value]]) -> None:
+        """Appends the metrics of some steps; `state_dict` waits until they are on disk."""
+        self._waiting.extend((STEPS_FILE, strict(row)) for row in rows)
         self._write()
 
     def sample(self, macro_batch: int, text: str) -> None:
         """Appends a text that the model wrote after `macro_batch`."""
-        self._waiting.append((SAMPLES, {"macro_batch": macro_batch, "text": text}))
+        self._waiting.append((SAMPLES_FILE, {"macro_batch": macro_batch, "text": text}))
         self._write()
 
     def close(self, status: str) -> None:
-        """Says what could not be written to the end."""
+        """Tries once more to write the lines that wait, and names those that could not be written."""
         self._write()
-        for name in sorted({name for name, _ in self._waiting}):
-            numbers = [str(line["macro_batch"]) for of, line in self._waiting if of == name]
-            self._say(f"{name} lacks macro-batch {', '.join(numbers)}; resume writes what the last snapshot has of it")
+        for name, key in LINE_NUMBERS.items():
+            missing = [line[key] for file, line in self._waiting if file == name]
+            if not missing:
+                continue
+            listed = ", ".join(map(str, missing)) if len(missing) < 10 else f"{missing[0]} to {missing[-1]}"
+            self._log(
+                f"{name} lacks {key.replace('_', '-')} {listed}; resume writes those that the last snapshot holds"
+            )
 
     def state_dict(self) -> dict[str, Any]:
-        """The lines that wait."""
+        """The lines that wait for room on the disk; all others are on it."""
+        try:
+            if (self._run / STEPS_FILE).exists():
+                fsync_file(self._run / STEPS_FILE)
+        except OSError as error:
+            self._log(f"{STEPS_FILE} could not be flushed to the disk: {error}")
         return {"waiting": [list(entry) for entry in self._waiting]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes what `state_dict` returned; before `open`."""
+        """Restores what `state_dict` returned; to be called before `open`."""
         self._waiting = [(name, line) for name, line in state.get("waiting", [])]
 
     def _write(self) -> None:
         while self._waiting:
-            name, line = self._waiting[0]
+            name, entries = next(itertools.groupby(self._waiting, key=operator.itemgetter(0)))
+            lines = [line for _, line in entries]
             try:
-                _append(self._run / name, line)
+                _append(self._run / name, lines, sync=name != STEPS_FILE)
             except OSError as error:
-                if not self._told:
-                    self._say(f"{name} cannot be written: {error}; training goes on, and lines wait until it can")
-                self._told = True
+                if not self._warned:
+                    self._log(f"{name} cannot be written: {error}; training continues, lines wait until there is room")
+                self._warned = True
                 return
-            del self._waiting[0]
-        if self._told:
-            self._say("every line that waited is written")
-        self._told = False
+            del self._waiting[: len(lines)]
+        if self._warned:
+            self._log("all waiting lines have been written")
+        self._warned = False
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The figures of every macro-batch of a run, in order; an empty list before the first one.
+    """The metrics of every macro-batch of a run, in order; an empty list before the first.
 
     Raises:
-        UserError: a line other than a torn last one is not a JSON object, or has something else than numbers.
+        UserError: a line other than a torn last one is not a JSON object, or holds anything but numbers.
     """
-    rows = _read_lines(run / METRICS)
+    return _read_numbers(run / METRICS_FILE)
+
+
+def read_steps(run: Path) -> list[dict[str, Any]]:
+    """The metrics by step of a run, in order; an empty list if it has none. Raises as `read_metrics`."""
+    return _read_numbers(run / STEPS_FILE)
+
+
+def read_samples(run: Path) -> list[dict[str, Any]]:
+    """The texts sampled during a run, each with its `macro_batch`, in order. Raises as `read_metrics`."""
+    return _read_lines(run / SAMPLES_FILE)
+
+
+def strict(metrics: Mapping[str, Value]) -> dict[str, Any]:
+    """The metrics with null for NaN and infinity, and under `not_finite` which of the two each of them was."""
+    odd = {name: str(value) for name, value in metrics.items() if value is not None and not math.isfinite(value)}
+    if not odd:
+        return dict(metrics)
+    return {name: None if name in odd else value for name, value in metrics.items()} | {NOT_FINITE: odd}
+
+
+def _append(path: Path, entries: Sequence[dict[str, Any]], sync: bool) -> None:
+    """Appends lines, with `sync` to the disk itself; a lone surrogate, which is invalid in UTF-8, becomes ``?``.
+
+    Raises:
+        OSError: they could not be written; none of them is in the file.
+    """
+    text = "".join(json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n" for entry in entries)
+    left = memoryview(text.encode("utf-8", "replace"))
+    with path.open("ab", buffering=0) as file:  # a buffer would be written again when the file is closed
+        end = os.fstat(file.fileno()).st_size
+        try:
+            while left:
+                left = left[file.write(left) :]
+            if sync:
+                os.fsync(file.fileno())
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+def _lines(path: Path) -> list[bytes]:
+    """The complete lines of a file, without the torn one that a crash may have left at its end."""
+    if not path.exists():
+        return []
+    check_regular(path)
+    return path.read_bytes().split(b"\n")[:-1]
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    return [_parse(path, number, line) for number, line in enumerate(_lines(path), start=1)]
+
+
+def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+        if not isinstance(entry, dict):
+            raise ValueError
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}, line {number}, is not a JSON object; fix or remove the line") from None
+    return entry
+
+
+def _read_numbers(path: Path) -> list[dict[str, Any]]:
+    rows = _read_lines(path)
     for number, row in enumerate(rows, start=1):
-        with parsing(f"{run / METRICS}, line {number},"):
+        with parsing(f"{path}, line {number},"):
             row.update({name: float(kind) for name, kind in row.pop(NOT_FINITE, {}).items()})
             for name, value in row.items():
                 if type(value) not in (int, float, NoneType):
@@ -209,67 +369,30 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_samples(run: Path) -> list[dict[str, Any]]:
-    """The texts sampled during a run, each with its `macro_batch`, in order; see `read_metrics`."""
-    return _read_lines(run / SAMPLES)
+def _truncate(path: Path, key: str, last: int | None) -> int:
+    """Keeps the lines of a file up to the first whose `key` is above `last`, none if that is None.
 
-
-def strict(figures: Mapping[str, Value]) -> dict[str, Any]:
-    """The figures with null for NaN and infinity, and under `not_finite` which of them those were."""
-    odd = {name: str(value) for name, value in figures.items() if value is not None and not math.isfinite(value)}
-    return {name: None if name in odd else value for name, value in figures.items()} | (
-        {NOT_FINITE: odd} if odd else {}
-    )
-
-
-def _append(path: Path, entry: dict[str, Any]) -> None:
-    """Appends one line and waits until it is on the disk; a lone surrogate, which UTF-8 lacks, becomes ``?``.
+    Returns:
+        The `key` of the last line kept; -1 if there is none.
 
     Raises:
-        OSError: it could not be written, and nothing of it is there.
+        UserError: a line to be kept is damaged. In steps.jsonl, whose lines are synced in batches only, a power cut may
+            have damaged those after the snapshot: there, the damaged line ends the file.
     """
-    line = (json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "replace")
-    with path.open("ab", buffering=0) as file:  # a buffer would be written again when the file is closed
-        end = os.fstat(file.fileno()).st_size
+    kept, newest = [], -1
+    for number, line in enumerate([] if last is None else _lines(path), start=1):
         try:
-            while line:
-                line = line[file.write(line) :]
-            os.fsync(file.fileno())
-        except OSError:
-            file.truncate(end)
+            with parsing(path):
+                found = int(_parse(path, number, line)[key])
+        except UserError:
+            if path.name == STEPS_FILE:
+                break
             raise
-
-
-def _lines(path: Path) -> list[bytes]:
-    """The whole lines of a file, without the torn one that a crash may have left at its end."""
-    if not path.exists():
-        return []
-    check_regular(path)
-    return path.read_bytes().split(b"\n")[:-1]
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    entries = []
-    for number, line in enumerate(_lines(path), start=1):
-        try:
-            entry = json.loads(line)
-            if not isinstance(entry, dict):
-                raise ValueError
-        except (ValueError, RecursionError):
-            raise UserError(f"{path}, line {number}, is not a JSON object; mend or remove the line") from None
-        entries.append(entry)
-    return entries
-
-
-def _keep_lines(path: Path, truncate_after: int | None) -> None:
-    if not path.exists():
-        return
-    entries = zip(_lines(path), _read_lines(path), strict=True)
-    with parsing(path):
-        kept = b"".join(
-            line + b"\n"
-            for line, entry in entries
-            if truncate_after is not None and entry["macro_batch"] <= truncate_after
-        )
-    if len(kept) != path.stat().st_size:
-        write_bytes(path, kept)
+        if last is None or found > last:
+            break
+        kept.append(line + b"\n")
+        newest = found
+    content = b"".join(kept)
+    if path.exists() and len(content) != path.stat().st_size:
+        write_bytes(path, content)
+    return newest

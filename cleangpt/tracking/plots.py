@@ -1,7 +1,7 @@
-"""Plots of one run, or of several in one picture, as PNG files.
+"""Plots of one run, or of several in one figure, as PNG files.
 
-Drawn through `Figure` objects, without pyplot: no window, no global state. Colours are those of Okabe and Ito (2008),
-which colour-blind readers tell apart; from the eighth run on, line styles help.
+Drawn with `Figure` objects, without pyplot: no window, no global state. The colors are those of Okabe and Ito (2008),
+which color-blind readers can tell apart; from the eighth run on, line styles differ too.
 """
 
 import io
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -22,9 +23,9 @@ from cleangpt.tracking import metrics
 
 Rows = Sequence[Mapping[str, Any]]
 Runs = Mapping[str, Rows]
-"""Rows of metrics.jsonl, by the name that the run has in the legend."""
+"""Rows of metrics.jsonl or of steps.jsonl, by the name of the run in the legend."""
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (4, 1.5, 1, 1.5)))
 CHINESE_FONTS = (
     "Noto Sans CJK SC",
@@ -35,71 +36,84 @@ CHINESE_FONTS = (
     "SimHei",
 )
 FEW = 40
-"""With at most so many macro-batches each one gets a dot."""
+"""Up to this many points, each has a marker."""
+INTERVALS = 100
+"""A noisy metric with more than twice as many points is drawn as its mean and spread in this many intervals."""
+SPREAD = (0.1, 0.9)
+"""Quantiles between which the spread is drawn."""
+NOISY = ("loss", "grad_norm", "tokens_per_second")
+"""So are the metrics of an objective and the scores of tasks."""
 
 
-def loss_plot(runs: Runs, path: Path) -> Path:
-    """Training (thin) and validation loss (thick) over tokens seen; the best validation loss is marked."""
-    return _draw(path, 1, lambda figure, axes: _draw_losses(figure, axes[0], runs))
+def loss_plot(runs: Runs, steps: Runs, path: Path) -> Path:
+    """Training loss by step and validation loss by macro-batch over tokens; the best validation loss is marked."""
+    return _draw(path, 1, lambda figure, axes: _draw_losses(figure, axes[0], runs, steps))
 
 
-def schedule_plot(runs: Runs, path: Path) -> Path | None:
-    """Learning rate, weight decay and training batch size as they were, over samples seen."""
-    return panels(runs, ["lr", "weight_decay", "training_batch_size"], "samples", "Schedules as run", path)
+def schedule_plot(steps: Runs, path: Path) -> Path | None:
+    """Learning rate, weight decay and batch size by step, over samples."""
+    return panels(dict.fromkeys(["lr", "weight_decay", "batch_size"], steps), "samples", "Schedules", path)
 
 
-def throughput_plot(runs: Runs, path: Path) -> Path | None:
-    """Tokens per second, model FLOPs utilisation where known, and the share of time spent waiting for data."""
-    return panels(runs, ["tokens_per_second", "mfu", "data_wait_share"], "tokens", "Throughput", path)
+def throughput_plot(runs: Runs, steps: Runs, path: Path) -> Path | None:
+    """Tokens per second by step; model FLOPs utilization, where known, and time spent waiting for data."""
+    curves = {"tokens_per_second": steps, "mfu": runs, "data_wait_share": runs}
+    return panels(curves, "tokens", "Throughput", path)
 
 
-def gradient_plot(runs: Runs, path: Path) -> Path | None:
-    """Mean norm of the gradient over tokens seen."""
-    return panels(runs, ["grad_norm"], "tokens", "Gradient norm", path)
+def gradient_plot(steps: Runs, path: Path) -> Path | None:
+    """Gradient norm by step, over tokens."""
+    return panels({"grad_norm": steps}, "tokens", "Gradient norm", path)
 
 
 def score_plot(runs: Runs, path: Path) -> Path | None:
-    """Every score of a task over tokens seen."""
-    names = dict.fromkeys(name for rows in runs.values() for row in rows for name in metrics.scores(row))
-    return panels(runs, list(names), "tokens", "Scores", path)
+    """Every score of a task over tokens."""
+    names = [name for name in _names(runs) if metrics.scores([name])]
+    return panels(dict.fromkeys(names, runs), "tokens", "Scores", path)
+
+
+def objective_plot(runs: Runs, steps: Runs, path: Path) -> Path | None:
+    """The objective's own metrics: in training by step, on the validation samples by macro-batch."""
+    curves = {name: steps for name in _names(steps) if name not in metrics.STEP_METRICS}
+    curves |= {name: runs for name in _names(runs) if metrics.is_objective_metric(name) and name.startswith("val_")}
+    return panels(curves, "tokens", "Metrics of the objective", path)
 
 
 def source_plot(runs: Runs, path: Path) -> Path | None:
-    """The validation loss of each source of a mixture over tokens seen."""
-    names = dict.fromkeys(name for rows in runs.values() for row in rows for name in row)
-    losses = [name for name in names if name.startswith("val_loss/")]
-    return panels(runs, losses, "tokens", "Validation loss by source", path)
+    """The validation loss of each source of a mixture over tokens."""
+    losses = [name for name in _names(runs) if name.startswith("val_loss/")]
+    return panels(dict.fromkeys(losses, runs), "tokens", "Validation loss by source", path)
 
 
-def panels(runs: Runs, names: Sequence[str], x: str, title: str, path: Path) -> Path | None:
-    """One panel for each of the figures `names` that any run knows, one below the other, over the figure `x`.
+def panels(curves: Mapping[str, Runs], x: str, title: str, path: Path) -> Path | None:
+    """One panel for each metric in `curves` that any of its runs has, one below the other, over the metric `x`.
 
     Returns:
-        `path`, or None where none of the figures is known; then nothing is drawn.
+        `path`, or None if no metric is known; then nothing is drawn.
     """
-    known = [name for name in names if any(best(rows, name) for rows in runs.values())]
+    known = {name: runs for name, runs in curves.items() if any(best(rows, name) for rows in runs.values())}
 
     def draw(figure: Figure, axes: list[Axes]) -> None:
-        for axis, name in zip(axes, known, strict=True):
+        for axis, (name, runs) in zip(axes, known.items(), strict=True):
             for index, (run, rows) in enumerate(runs.items()):
                 _line(axis, rows, x, name, index, label=run)
-            _dress(axis, name)
+            _format_axis(axis, name)
         axes[0].set_title(title)
         axes[-1].set_xlabel(_axis_label(x))
-        if len(runs) > 1:
+        if len(next(iter(known.values()))) > 1:
             _legend(figure, axes[0])
 
     return _draw(path, len(known), draw) if known else None
 
 
 def schedule_preview(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path) -> Path:
-    """Planned schedules: for each figure (lr, weight_decay, training_batch_size) its samples and values."""
+    """Planned schedules: for each metric (lr, weight_decay, training_batch_size) its samples and values."""
     rows = {name: [{"samples": x, name: y} for x, y in zip(*curve, strict=True)] for name, curve in curves.items()}
 
     def draw(figure: Figure, axes: list[Axes]) -> None:
         for axis, name in zip(axes, curves, strict=True):
             _line(axis, rows[name], "samples", name, 0, marker="")
-            _dress(axis, name)
+            _format_axis(axis, name)
         axes[0].set_title("Planned schedules")
         axes[-1].set_xlabel(_axis_label("samples"))
 
@@ -107,58 +121,78 @@ def schedule_preview(curves: Mapping[str, tuple[Sequence[float], Sequence[float]
 
 
 def column(rows: Rows, name: str) -> list[float]:
-    """The figure `name` of every row; NaN, which leaves a gap in a line, where it is unknown or infinite."""
+    """The metric `name` of every row; NaN, which leaves a gap in a line, where it is unknown or infinite."""
     values = [row.get(name) for row in rows]
     return [math.nan if value is None or not math.isfinite(value) else float(value) for value in values]
 
 
 def best(rows: Rows, name: str = "val_loss") -> Mapping[str, Any] | None:
-    """The row with the lowest `name`, the first one of equals; None where it is nowhere known."""
+    """The row with the lowest `name`, the first of equals; None if no row has it."""
     values = column(rows, name)
     known = [index for index, value in enumerate(values) if math.isfinite(value)]
     return rows[min(known, key=values.__getitem__)] if known else None
 
 
-def _draw_losses(figure: Figure, axis: Axes, runs: Runs) -> None:
-    alone = len(runs) == 1
+def _names(runs: Runs) -> list[str]:
+    """The metrics of all runs, in the order in which they first occur."""
+    return list(dict.fromkeys(name for rows in runs.values() for row in rows for name in row))
+
+
+def _draw_losses(figure: Figure, axis: Axes, runs: Runs, steps: Runs) -> None:
+    single = len(runs) == 1
     for index, (run, rows) in enumerate(runs.items()):
-        first, second = (0, 1) if alone else (index, index)
+        first, second = (0, 1) if single else (index, index)
         thin: dict[str, Any] = {"linewidth": 1.0, "alpha": 0.6, "marker": ""}
-        _line(axis, rows, "tokens", "train_loss", first, label="training" if alone else None, **thin)
+        _line(axis, steps[run], "tokens", "loss", first, label="training" if single else None, **thin)
         lowest = best(rows)
         if lowest is None:
             continue
         words = f"best {lowest['val_loss']:.4f} at macro-batch {lowest.get('macro_batch')}"
-        name = "validation" if alone else f"{run}: {words}"
+        name = "validation" if single else f"{run}: {words}"
         _line(axis, rows, "tokens", "val_loss", second, label=name, linewidth=2.0)
         star: Any = {"marker": "*", "markersize": 14, "markeredgecolor": "white", "linestyle": "", "zorder": 5}
         axis.plot(
             column([lowest], "tokens"),
             column([lowest], "val_loss"),
-            color=_colour(second),
-            label=words if alone else None,
+            color=_color(second),
+            label=words if single else None,
             **star,
         )
-    _dress(axis, "val_loss")
+    _format_axis(axis, "val_loss")
     axis.set_ylabel("loss (nats per token)")
     axis.set_xlabel(_axis_label("tokens"))
-    axis.set_title("Loss" if alone else "Loss: validation (thick) and training (thin)")
+    axis.set_title("Loss" if single else "Loss: validation (thick) and training (thin)")
     _legend(figure, axis)
 
 
-def _line(axis: Axes, rows: Rows, x: str, y: str, index: int, **look: Any) -> None:
+def _line(axis: Axes, rows: Rows, x: str, y: str, index: int, **options: Any) -> None:
     marker = "." if len(rows) <= FEW else ""
-    style = STYLES[index // len(COLOURS) % len(STYLES)]
-    shape: Any = {"linewidth": 1.6, "marker": marker, "linestyle": style, "color": _colour(index)}
-    if str(look.get("label")).startswith("_"):
-        look["label"] = f" {look['label']}"  # Matplotlib leaves names that start with "_" out of the legend.
-    if y == "training_batch_size":
-        shape["drawstyle"] = "steps-pre"
-    axis.plot(column(rows, x), column(rows, y), **(shape | look))
+    style = STYLES[index // len(COLORS) % len(STYLES)]
+    defaults: Any = {"linewidth": 1.6, "marker": marker, "linestyle": style, "color": _color(index)}
+    if str(options.get("label")).startswith("_"):
+        options["label"] = f" {options['label']}"  # Matplotlib leaves names that start with "_" out of the legend.
+    if y in ("batch_size", "training_batch_size"):
+        defaults["drawstyle"] = "steps-pre"
+    xs, ys = column(rows, x), column(rows, y)
+    noisy = y in NOISY or y not in metrics.METRICS | metrics.STEP_METRICS
+    if noisy and len(rows) > 2 * INTERVALS:
+        xs, ys, low, high = _intervals(xs, ys)
+        axis.fill_between(xs, low, high, color=_color(index), alpha=0.2, linewidth=0)
+    axis.plot(xs, ys, **(defaults | options))
 
 
-def _dress(axis: Axes, y: str) -> None:
-    """Grid, units and tick labels of one panel."""
+def _intervals(xs: list[float], ys: list[float]) -> tuple[list[float], ...]:
+    """Noisy values in `INTERVALS` runs of neighbors: mean x, mean y, and the quantiles `SPREAD` of y in each."""
+    rows = []
+    for part in np.array_split(np.array([xs, ys]), INTERVALS, axis=1):
+        known = part[1][np.isfinite(part[1])]
+        low, high = np.quantile(known, SPREAD) if len(known) else (math.nan, math.nan)
+        rows.append((part[0].mean(), known.mean() if len(known) else math.nan, low, high))
+    return tuple(list(column) for column in zip(*rows, strict=True))
+
+
+def _format_axis(axis: Axes, y: str) -> None:
+    """Sets grid, units and tick labels of one panel."""
     axis.grid(True, color="#dddddd", linewidth=0.7)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
@@ -167,29 +201,29 @@ def _dress(axis: Axes, y: str) -> None:
     axis.set_ylabel(_axis_label(y))
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.margins(x=0.02, y=0.08)
-    unit = metrics.figure(y).unit
+    unit = metrics.metric(y).unit
     if unit == "share":
         axis.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     elif unit in ("samples", "tokens", "tokens/s", "steps"):
         axis.yaxis.set_major_formatter(EngFormatter(sep=""))
     else:
         axis.yaxis.set_major_formatter("{x:.4g}")
-    if y.partition("/")[0] not in ("val_loss", "grad_norm") and axis.dataLim.ymin >= 0:
+    if y.partition("/")[0] not in ("val_loss", "loss", "grad_norm") and axis.dataLim.ymin >= 0:
         axis.set_ylim(0, 1.08 * axis.dataLim.ymax or 1)
 
 
 def _axis_label(name: str) -> str:
-    unit = metrics.figure(name).unit
-    said = unit in metrics.label(name) or unit in ("share", "tokens/s", "score")
-    return metrics.label(name) if said else f"{metrics.label(name)} ({unit})"
+    unit = metrics.metric(name).unit
+    redundant = unit in metrics.label(name) or unit in ("share", "tokens/s")
+    return metrics.label(name) if redundant else f"{metrics.label(name)} ({unit})"
 
 
-def _colour(index: int) -> str:
-    return COLOURS[index % len(COLOURS)]
+def _color(index: int) -> str:
+    return COLORS[index % len(COLORS)]
 
 
 def _legend(figure: Figure, axis: Axes) -> None:
-    """The legend, below the data."""
+    """Puts the legend below the axes."""
     handles, names = axis.get_legend_handles_labels()
     longest = max(map(len, names), default=0)
     columns = max(1, min(len(names), 120 // (longest + 8)))
@@ -197,17 +231,17 @@ def _legend(figure: Figure, axis: Axes) -> None:
 
 
 def _draw(path: Path, count: int, draw: Callable[[Figure, list[Axes]], None]) -> Path:
-    """Draws `count` panels and writes them to `path`, in one step."""
+    """Draws `count` panels and writes them to `path` atomically."""
     installed = {font.name for font in font_manager.fontManager.ttflist}
     fonts = ["DejaVu Sans", *(font for font in CHINESE_FONTS if font in installed)]
-    look: Any = {"font.family": fonts, "font.size": 10, "text.parse_math": False}
-    picture = io.BytesIO()
-    with matplotlib.rc_context(look), warnings.catch_warnings():
-        # A letter that no font has is drawn as a box, which says enough.
+    settings: Any = {"font.family": fonts, "font.size": 10, "text.parse_math": False}
+    image = io.BytesIO()
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        # A character that no font has is drawn as a box; a warning would add nothing.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure = Figure(figsize=(8, 1.6 + 2.4 * count if count > 1 else 4.6), dpi=120, layout="constrained")
         draw(figure, list(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]))
-        figure.savefig(picture, format="png")
+        figure.savefig(image, format="png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, picture.getvalue())
+    write_bytes(path, image.getvalue())
     return path

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a bar on a terminal, a line per macro-batch anywhere else; log.txt keeps it all."""
+"""Progress of a run: a bar on a terminal, otherwise one line per macro-batch; log.txt has every line."""
 
 import errno
 import sys
@@ -19,11 +19,11 @@ from cleangpt.tracking.metrics import label, scores, show, show_time
 LOG = "log.txt"
 LOSSES = {"train_loss": "loss {}", "val_loss": "val {}"}
 SPEEDS = {"lr": "lr {}", "tokens_per_second": "{} tokens/s", "mfu": "MFU {}", "visited_share": "visited {}"}
-"""How figures are worded in the bar and in the lines; scores of a task stand between the two."""
+"""Wording of metrics in the bar and in the lines; scores of tasks come between the two."""
 
 
 class ProgressBar:
-    """Speaks for a run; `say` works from the start, the bar stands from `start` to `close`.
+    """Shows the progress of a run; `log` works at any time, the bar is there from `start` to `close`.
 
     Args:
         run: folder whose log.txt gets every line, with the time; None: no log.
@@ -35,51 +35,51 @@ class ProgressBar:
         self._run = run
         self._console = (console or Console()) if progress else None
         self._live: Live | None = None
-        self._figures: dict[str, Any] = {}
+        self._metrics: dict[str, Any] = {}
         self._macro_batches, self._per_macro_batch, self._done = 0, 1, 0
         self._clock: tuple[int, float] | None = None
 
     def start(self, total_macro_batches: int, batches_per_macro_batch: int, done_batches: int = 0) -> None:
-        """Puts up the bar of a run of which `done_batches` batches were done before."""
+        """Shows the bar of a run that has `done_batches` batches behind it."""
         self._macro_batches, self._per_macro_batch = total_macro_batches, batches_per_macro_batch
         self._done = done_batches
         if self._console and self._console.is_interactive and self._console.file.isatty():
-            self._live = Live(self._picture(), console=self._console, auto_refresh=False, transient=True)
+            self._live = Live(self._render(), console=self._console, auto_refresh=False, transient=True)
             self._live.start()
-            # Rich hides the cursor; a process that is killed could not bring it back.
+            # Rich hides the cursor; a process that is killed could not show it again.
             self._console.show_cursor(True)
 
-    def update(self, batches_done: int, figures: Mapping[str, Any]) -> None:
-        """Moves the bar to `batches_done` batches of the whole run and shows `figures`, keys as in `FIGURES`."""
+    def update(self, batches_done: int, metrics: Mapping[str, Any]) -> None:
+        """Moves the bar to `batches_done` batches of the whole run and shows `metrics`; keys as in `METRICS`."""
         self._done = batches_done
-        self._figures.update(figures)
-        # The first batches are slow (compilation, caches): the time left is reckoned from here on.
+        self._metrics.update(metrics)
+        # The first batches are slow (compilation, caches): the remaining time is estimated from here on.
         self._clock = self._clock or (batches_done, time.monotonic())
         self._draw()
 
-    def record(self, figures: Mapping[str, Any]) -> None:
-        """Tells the figures of a finished macro-batch in one line; on a terminal, as much of it as fits."""
-        self._figures.update(figures)
-        words = [f"macro-batch {figures['macro_batch']}/{self._macro_batches or '?'}", *_words(figures)]
-        words += [show_time(figures["time_trained"])] if figures.get("time_trained") is not None else []
+    def record(self, metrics: Mapping[str, Any]) -> None:
+        """Shows the metrics of a finished macro-batch in one line; on a terminal, as much of it as fits."""
+        self._metrics.update(metrics)
+        words = [f"macro-batch {metrics['macro_batch']}/{self._macro_batches or '?'}", *_words(metrics)]
+        words += [show_time(metrics["time_trained"])] if metrics.get("time_trained") is not None else []
         _log(self._run, " · ".join(words))
         self._print(_fit(words, self._console.width) if self._live and self._console else " · ".join(words))
         self._draw()
 
     def log(self, text: str) -> None:
-        """Shows a line, above the bar where there is one, and keeps it in log.txt."""
+        """Prints a line, above the bar if there is one, and appends it to log.txt."""
         _log(self._run, text)
         self._print(text)
 
     def close(self) -> None:
-        """Takes the bar away."""
+        """Removes the bar."""
         live, self._live = self._live, None
         if live:
             with suppress(OSError):
                 live.stop()
 
     def time_left(self) -> float | None:
-        """Seconds to the end of the run at the speed of this session, validation and saving included."""
+        """Estimated seconds to the end of the run, at the speed of this session with validation and saving."""
         if self._clock is None or self._done <= self._clock[0]:
             return None
         left = self._macro_batches * self._per_macro_batch - self._done
@@ -88,12 +88,12 @@ class ProgressBar:
     def _draw(self) -> None:
         if self._live:
             try:
-                self._live.update(self._picture(), refresh=True)
+                self._live.update(self._render(), refresh=True)
             except OSError as error:
-                self._give_up(error)
+                self._drop_screen(error)
 
-    def _give_up(self, error: OSError) -> None:
-        """Goes on without a screen, which may be a terminal that was closed; a full disk may have room again."""
+    def _drop_screen(self, error: OSError) -> None:
+        """Stops writing to a screen that fails, such as a closed terminal; a full disk may have room again later."""
         if error.errno not in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
             self.close()
             self._console = None
@@ -107,10 +107,10 @@ class ProgressBar:
             self._console.print(Text(text), soft_wrap=True)
             self._console.file.flush()
         except OSError as error:
-            self._give_up(error)
+            self._drop_screen(error)
 
-    def _picture(self) -> Group:
-        """Two lines: the bar, and the figures of the moment."""
+    def _render(self) -> Group:
+        """Two lines: the bar, and the current metrics."""
         total = self._macro_batches * self._per_macro_batch
         current = min(self._done // self._per_macro_batch + 1, self._macro_batches)
         left = self.time_left()
@@ -124,24 +124,24 @@ class ProgressBar:
             f"ETA {show_time(left)}" if left is not None else "",
         )
         width = self._console.width if self._console else 80
-        return Group(line, Text(_fit(_words(self._figures), width), no_wrap=True, style="dim"))
+        return Group(line, Text(_fit(_words(self._metrics), width), no_wrap=True, style="dim"))
 
 
 def log_to_stderr(run: Path | None, text: str) -> None:
-    """Shows a line on the standard error and keeps it in the run's log.txt."""
+    """Prints a line to the standard error and appends it to the run's log.txt."""
     _log(run, text)
     print(text, file=sys.stderr, flush=True)
 
 
-def _words(figures: Mapping[str, Any]) -> list[str]:
-    """The known figures in words, the most wanted first."""
-    wording = LOSSES | {name: f"{label(name)} {{}}" for name in scores(figures)} | SPEEDS
-    known = {name: words for name, words in wording.items() if figures.get(name) is not None}
-    return [words.format(show(name, figures[name])) for name, words in known.items()]
+def _words(metrics: Mapping[str, Any]) -> list[str]:
+    """The known metrics in words, the most important first."""
+    wording = LOSSES | {name: f"{label(name)} {{}}" for name in scores(metrics)} | SPEEDS
+    known = {name: words for name, words in wording.items() if metrics.get(name) is not None}
+    return [words.format(show(name, metrics[name])) for name, words in known.items()]
 
 
 def _fit(words: list[str], width: int) -> str:
-    """As many of the words as fit into `width` columns, the first ones."""
+    """As many of the first words as fit into `width` columns."""
     while len(words) > 1 and len(" · ".join(words)) > width - 1:
         words = words[:-1]
     return " · ".join(words)
@@ -149,6 +149,6 @@ def _fit(words: list[str], width: int) -> str:
 
 def _log(run: Path | None, text: str) -> None:
     if run is not None:
-        # On a full disk the line is on the screen alone: a log must not end the training.
+        # On a full disk the line is only on the screen: a log must not end the training.
         with suppress(OSError), (run / LOG).open("a", encoding="utf-8", errors="replace") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")

@@ -1,4 +1,4 @@
-"""The report of one run or the comparison of several: one HTML file that holds its pictures, readable offline."""
+"""The report of one run, or a comparison of several: one self-contained HTML file, readable offline."""
 
 import base64
 import html
@@ -14,28 +14,39 @@ from typing import Any
 from cleangpt.errors import UserError
 from cleangpt.files import read_json, write_text
 from cleangpt.tracking import plots
-from cleangpt.tracking.metrics import FIGURES, METRICS, UNKNOWN, label, read_metrics, read_samples, scores, show
+from cleangpt.tracking.metrics import (
+    METRICS,
+    METRICS_FILE,
+    STEP_METRICS,
+    UNKNOWN,
+    label,
+    read_metrics,
+    read_samples,
+    read_steps,
+    scores,
+    show,
+)
+from cleangpt.validation import flatten
 
 NEWEST_SAMPLES, LONGEST_SAMPLE = 12, 4000
-"""How many texts of a run are shown, and how many letters of each; samples.jsonl has them all."""
+"""How many texts of a run are shown, and how many characters of each; samples.jsonl has all."""
 
-PLOTS: Mapping[str, tuple[str, Callable[[plots.Runs, Path], Path | None]]] = {
-    "loss": ("Loss", plots.loss_plot),
-    "sources": ("Validation loss by source", plots.source_plot),
-    "scores": ("Scores", plots.score_plot),
-    "schedules": ("Schedules as run", plots.schedule_plot),
-    "throughput": ("Throughput", plots.throughput_plot),
-    "gradient": ("Gradient norm", plots.gradient_plot),
-}
+CAPTION = (
+    "<p>Of a long run, the curves by step show the mean of neighboring steps, and a band around the middle "
+    f"{100 * (plots.SPREAD[1] - plots.SPREAD[0]):.0f} % of them.</p>"
+)
+BY_STEP = {"train_loss": "loss", "training_batch_size": "batch_size"}
+"""Keys of metrics.jsonl that have another name in steps.jsonl."""
 
 
 @dataclass
 class Run:
-    """What the folder of a run says; `name` is unique in a report."""
+    """The contents of a run's folder; `name` is unique in a report."""
 
     folder: Path
     name: str
     rows: list[dict[str, Any]]
+    steps: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     experiment: dict[str, Any]
     environment: dict[str, Any]
@@ -43,45 +54,63 @@ class Run:
 
 
 def write_report(runs: list[Path], out: Path | None = None) -> Path:
-    """Writes the report of `runs`, and its plots as PNG files into the folder `plots` beside it.
+    """Writes the report of `runs`, and its plots as PNG files to the folder `plots` next to it.
 
     Args:
-        runs: folders of one or more runs, which are compared.
-        out: folder for the report; None: the first run's. A comparison there is called comparison.html, its plots
-            comparison_….png, so that the run keeps its own.
+        runs: folders of one or more runs; several are compared.
+        out: folder for the report; None: the first run's. There, a comparison is called comparison.html and its plots
+            comparison_….png, so that the run keeps its own report.
 
     Returns:
         The path of the HTML file.
 
     Raises:
-        UserError: a folder is no run, or has no metrics yet.
+        UserError: a folder is not a run, or has no metrics yet.
     """
     loaded = _load(list(dict.fromkeys(runs)))
     folder = out or runs[0]
     kind = "comparison" if len(loaded) > 1 and out is None else "report"
     prefix = "comparison_" if kind == "comparison" else ""
-    curves = {run.name: run.rows for run in loaded}
-    pictures = {
-        title: picture
-        for name, (title, plot) in PLOTS.items()
-        if (picture := plot(curves, folder / "plots" / f"{prefix}{name}.png"))
-    }
+    images = _draw(loaded, folder / "plots", prefix)
     path = folder / f"{kind}.html"
-    write_text(path, _page(loaded, pictures))
+    write_text(path, _page(loaded, images))
     return path
+
+
+def _draw(runs: Sequence[Run], folder: Path, prefix: str) -> dict[str, Path]:
+    """Draws every plot for which there is data; returns the images by title."""
+    rows, steps = {run.name: run.rows for run in runs}, {run.name: _by_step(run) for run in runs}
+    drawn = {
+        "Loss": plots.loss_plot(rows, steps, folder / f"{prefix}loss.png"),
+        "Validation loss by source": plots.source_plot(rows, folder / f"{prefix}sources.png"),
+        "Scores": plots.score_plot(rows, folder / f"{prefix}scores.png"),
+        "Metrics of the objective": plots.objective_plot(rows, steps, folder / f"{prefix}objective.png"),
+        "Schedules": plots.schedule_plot(steps, folder / f"{prefix}schedules.png"),
+        "Throughput": plots.throughput_plot(rows, steps, folder / f"{prefix}throughput.png"),
+        "Gradient norm": plots.gradient_plot(steps, folder / f"{prefix}gradient.png"),
+    }
+    return {title: path for title, path in drawn.items() if path is not None}
+
+
+def _by_step(run: Run) -> list[dict[str, Any]]:
+    """The metrics by step; of a run without them, those by macro-batch under the names that they have by step."""
+    if run.steps:
+        return run.steps
+    rows = [{BY_STEP.get(name, name): value for name, value in row.items()} for row in run.rows]
+    return [{name: value for name, value in row.items() if name in STEP_METRICS} for row in rows]
 
 
 def _load(folders: Sequence[Path]) -> list[Run]:
     runs = []
     for folder in folders:
         if not folder.is_dir():
-            raise UserError(f"{folder} is not the folder of a run; cleangpt train makes one")
+            raise UserError(f"{folder} is not a run folder; cleangpt train makes one")
         rows = read_metrics(folder)
         if not rows:
-            raise UserError(f"{folder} has no metrics yet ({METRICS}); the first come after the first macro-batch")
+            raise UserError(f"{folder} has no metrics yet ({METRICS_FILE}); they begin after the first macro-batch")
         texts = [_object(folder / f"{part}.json") for part in ("experiment", "environment", "evaluation")]
         name = str(texts[0].get("name", folder.resolve().name))
-        runs.append(Run(folder, name, rows, read_samples(folder), *texts))
+        runs.append(Run(folder, name, rows, read_steps(folder), read_samples(folder), *texts))
     for part in ("name", "parent"):
         names = [run.name for run in runs]
         for run in runs:
@@ -90,35 +119,35 @@ def _load(folders: Sequence[Path]) -> list[Run]:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of the run, empty where there is none."""
+    """The JSON object in a file of the run; empty if there is none."""
     value = read_json(path) if path.exists() else {}
     return value if isinstance(value, dict) else {}
 
 
-# What the page says --------------------------------------------------------------------------------------------------
+# Contents of the page -------------------------------------------------------------------------------------------------
 
 
-def _page(runs: list[Run], pictures: Mapping[str, Path]) -> str:
+def _page(runs: list[Run], images: Mapping[str, Path]) -> str:
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"
     parts = [f"<h1>{_text(title)}</h1>", _lead(runs), _summary_table(runs)]
     if len(runs) > 1:
-        parts.append(_section("What differs", _experiment_table(runs, only_differences=True)))
-    parts.append(_section("Curves", "\n".join(_image(name, path) for name, path in pictures.items())))
+        parts.append(_section("Differences", _experiment_table(runs, only_differences=True)))
+    parts.append(_section("Curves", "\n".join([CAPTION, *(_image(name, path) for name, path in images.items())])))
     if evaluated := [run for run in runs if run.evaluation]:
-        parts.append(_section("Evaluation", _facts_table(evaluated, [run.evaluation for run in evaluated], _figure)))
+        parts.append(_section("Evaluation", _facts_table(evaluated, [run.evaluation for run in evaluated], _metric)))
     parts += [_samples(run, len(runs) > 1) for run in runs if run.samples]
     parts.append(_folded("Experiment", _experiment_table(runs)))
     if any(run.environment for run in runs):
-        parts.append(_folded("Environment", _facts_table(runs, [_flat(run.environment) for run in runs], _plain)))
-    parts.append(_folded("What the figures mean", _glossary(runs)))
+        parts.append(_folded("Environment", _facts_table(runs, [flatten(run.environment) for run in runs], _plain)))
+    parts.append(_folded("Glossary of metrics", _glossary(runs)))
     return PAGE.format(title=_text(title), style=STYLE, body="\n".join(parts))
 
 
 def _lead(runs: list[Run]) -> str:
-    """One sentence with the result that matters most."""
+    """The most important result in one sentence."""
     rated = [(run, lowest) for run in runs if (lowest := plots.best(run.rows)) is not None]
     if not rated:
-        return "<p class=lead>No validation loss is known.</p>"
+        return "<p class=lead>No validation loss yet.</p>"
     run, lowest = min(rated, key=lambda pair: float(pair[1]["val_loss"]))
     of = "" if len(runs) == 1 else f", by <b>{_text(run.name)}</b>"
     return (
@@ -128,7 +157,7 @@ def _lead(runs: list[Run]) -> str:
 
 
 def summary(run: Run) -> dict[str, str]:
-    """The facts of a run in a few words each; those that are unknown are missing."""
+    """The key facts of a run; unknown ones are missing."""
     first_best, last = plots.best(run.rows) or {}, run.rows[-1]
     model = run.experiment.get("model", {})
     facts: dict[str, Any] = {
@@ -161,11 +190,11 @@ def _summary_table(runs: list[Run]) -> str:
 
 
 def _experiment_table(runs: list[Run], only_differences: bool = False) -> str:
-    facts = [_flat(run.experiment) for run in runs]
+    facts = [flatten(run.experiment) for run in runs]
     if only_differences:
         names = [name for name in _names(facts) if len({json.dumps(part.get(name)) for part in facts}) > 1]
         if not names:
-            return "<p>Nothing in their experiments.</p>"
+            return "<p>None in their experiments.</p>"
         facts = [{name: part.get(name) for name in names} for part in facts]
     return _facts_table(runs, facts, _plain)
 
@@ -178,7 +207,7 @@ def _samples(run: Run, named: bool) -> str:
         f"<pre>{_text(str(entry.get('text', ''))[:LONGEST_SAMPLE])}</pre></details>"
         for entry in reversed(shown)
     ]
-    more = f"<p>The newest {len(shown)} of {len(run.samples)}; samples.jsonl has all.</p>"
+    more = f"<p>The newest {len(shown)} of {len(run.samples)}; all are in samples.jsonl.</p>"
     title = f"Samples of {run.name}" if named else "Samples"
     return _section(title, "\n".join(blocks) + (more if len(run.samples) > len(shown) else ""))
 
@@ -186,23 +215,25 @@ def _samples(run: Run, named: bool) -> str:
 def _glossary(runs: list[Run]) -> str:
     used = _names([row for run in runs for row in run.rows])
     rows = [
-        f"<tr><th>{_text(figure.label)}</th><td>{_text(figure.meaning)}</td><td>{_text(figure.unit)}</td></tr>"
-        for name, figure in FIGURES.items()
+        f"<tr><th>{_text(metric.label)}</th><td>{_text(metric.meaning)}</td><td>{_text(metric.unit)}</td></tr>"
+        for name, metric in METRICS.items()
         if name in used
     ]
     return f"<div class=wide><table>{''.join(rows)}</table></div>"
 
 
-# How it is said ------------------------------------------------------------------------------------------------------
+# HTML ------------------------------------------------------------------------------------------------------
 
 
-def _facts_table(runs: Sequence[Run], facts: Sequence[Mapping[str, Any]], log: Callable[[str, Any], str]) -> str:
-    """One row for each fact that any run knows, one column for each run."""
+def _facts_table(
+    runs: Sequence[Run], facts: Sequence[Mapping[str, Any]], format_value: Callable[[str, Any], str]
+) -> str:
+    """One row for each fact that any run has, one column for each run."""
     head = "".join(f"<th>{_text(run.name)}</th>" for run in runs)
     rows = [f"<tr><th></th>{head}</tr>"] if len(runs) > 1 else []
     for name in _names(facts):
-        cells = "".join(f"<td>{_text(log(name, part.get(name)))}</td>" for part in facts)
-        rows.append(f"<tr><th>{_text(name.replace('_', ' ') if log is _figure else name)}</th>{cells}</tr>")
+        cells = "".join(f"<td>{_text(format_value(name, part.get(name)))}</td>" for part in facts)
+        rows.append(f"<tr><th>{_text(name.replace('_', ' ') if format_value is _metric else name)}</th>{cells}</tr>")
     return f"<div class=wide><table>{''.join(rows)}</table></div>"
 
 
@@ -210,33 +241,26 @@ def _plain(_: str, value: Any) -> str:
     return UNKNOWN if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _figure(name: str, value: Any) -> str:
+def _metric(name: str, value: Any) -> str:
     name = re.sub(r"^loss(?=/|$)", "val_loss", name)
-    number = isinstance(value, float) or (type(value) is int and abs(value) < 2**1000)  # a stranger's may be longer
-    return show(name, value) if number else _plain(name, value)
-
-
-def _flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """A nested JSON object as one level: ``{"optimizer.lr": 0.001}``."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{path}{name}.") if isinstance(value, dict) and value else {f"{path}{name}": value}
-    return flat
+    # A file from elsewhere may hold an integer beyond all floats.
+    is_number = isinstance(value, float) or (type(value) is int and abs(value) < 2**1000)
+    return show(name, value) if is_number else _plain(name, value)
 
 
 def _names(facts: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The keys of all, each once, in the order in which they come first."""
+    """The keys of all, each once, in the order in which they first occur."""
     return list(dict.fromkeys(name for part in facts for name in part))
 
 
 def _text(value: Any) -> str:
-    """A value as HTML text; control characters and lone surrogates, which HTML forbids, become U+FFFD."""
+    """A value as HTML text; control characters and lone surrogates, invalid in HTML, become U+FFFD."""
     allowed = "\n\t"
-    letters = (
-        letter if letter in allowed or unicodedata.category(letter) not in ("Cc", "Cs") else "\N{REPLACEMENT CHARACTER}"
-        for letter in str(value)
+    characters = (
+        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(char) in ("Cc", "Cs") and char not in allowed else char
+        for char in str(value)
     )
-    return html.escape("".join(letters))
+    return html.escape("".join(characters))
 
 
 def _section(title: str, body: str) -> str:

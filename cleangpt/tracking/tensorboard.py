@@ -1,51 +1,93 @@
-"""Figures and samples for TensorBoard: event files in the run's folder `tensorboard`; needs cleangpt[tensorboard]."""
+"""Metrics and samples for TensorBoard: event files in RUN/tensorboard; needs cleangpt[tensorboard].
+
+Every metric is a scalar over steps. Losses are also there over tokens, to compare runs of different batch size: under
+the tag ``by_tokens/…``, in a folder of their own, because a resumed run removes points by their x coordinate.
+"""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-FOLDER = "tensorboard"
+from cleangpt.tracking.metrics import Value, step_tag, tag
+
+FOLDER, BY_TOKENS = "tensorboard", "by_tokens"
+LOSSES = ("train/loss", "val/loss")
+AXES = ("step", "tokens")
 
 
 class TensorBoardTracker:
-    """Writes every figure as a scalar over macro-batches, samples and the experiment as text."""
+    """Writes every metric as a scalar, samples and the experiment as text."""
 
     def __init__(self, experiment_json: dict[str, Any], run: Path) -> None:
         self._experiment, self._folder = experiment_json, run / FOLDER
-        self._writer: Any = None
+        self._by_step: Any = None
+        self._by_tokens: Any = None
+        self._step = self._tokens = 0
+        """Of the last metrics written."""
 
-    def open(self, truncate_after: int | None) -> None:
-        """Starts a new event file; readers drop what older ones say of macro-batches after `keep_until`."""
+    def open(self, truncate_after: int | None, last_step: int | None) -> None:
+        """Starts new event files; readers drop what older ones hold of later steps."""
         from torch.utils.tensorboard import SummaryWriter
 
-        purge = 0 if truncate_after is None else truncate_after + 1
-        self._writer = SummaryWriter(str(self._folder), purge_step=purge)
-        self._write_text("experiment", json.dumps(self._experiment, indent=2, ensure_ascii=False), purge)
+        if self._by_step is not None:
+            self.close("")
+        first_step, first_token = (0, 0) if last_step is None else (last_step + 1, self._tokens + 1)
+        self._by_step = SummaryWriter(str(self._folder), purge_step=first_step)
+        self._by_tokens = SummaryWriter(str(self._folder / BY_TOKENS), purge_step=first_token)
+        self._step = last_step or 0
+        self._write_text("experiment", json.dumps(self._experiment, indent=2, ensure_ascii=False), first_step)
 
-    def record(self, figures: Mapping[str, float | int | None]) -> None:
-        """Writes the figures that are known."""
-        for name, value in figures.items():
-            if value is not None and name != "macro_batch":
-                self._writer.add_scalar(name, value, figures["macro_batch"])
-        self._writer.flush()
+    def record(self, metrics: Mapping[str, Value]) -> None:
+        """Writes the known metrics of a macro-batch."""
+        self._write({tag(name): value for name, value in metrics.items()})
+        self._flush()
+
+    def log_steps(self, rows: Sequence[Mapping[str, Value]]) -> None:
+        """Writes the known metrics of some steps."""
+        for row in rows:
+            self._write({step_tag(name): value for name, value in row.items()})
+        self._flush()
 
     def sample(self, macro_batch: int, text: str) -> None:
         """Writes a text sampled from the model."""
-        self._write_text("sample", text, macro_batch)
+        self._write_text("sample", text, self._step)
 
     def close(self, status: str) -> None:
-        """Closes the event file."""
-        self._writer.close()
+        """Closes the event files."""
+        self._by_step.close()
+        self._by_tokens.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: a resumed run adds a file."""
-        return {}
+        """The number of tokens at the last point."""
+        return {"tokens": self._tokens}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes nothing."""
+        """Restores `state_dict`."""
+        self._tokens = state.get("tokens", 0)
 
-    def _write_text(self, tag: str, text: str, macro_batch: int) -> None:
-        # TensorBoard renders Markdown, in which an indented line stands as it is.
-        self._writer.add_text(tag, "".join(f"    {line}\n" for line in text.split("\n")), macro_batch)
-        self._writer.flush()
+    def _write(self, values: Mapping[str, Value]) -> None:
+        """Writes one point of each tag; the tags ``step`` and ``tokens`` are where."""
+        self._step, self._tokens = int(values["step"] or 0), int(values["tokens"] or 0)
+        known = {name: value for name, value in values.items() if value is not None and name not in AXES}
+        losses = {f"{BY_TOKENS}/{name}": value for name, value in known.items() if name.startswith(LOSSES)}
+        _add_scalars(self._by_step, known, self._step)
+        _add_scalars(self._by_tokens, losses, self._tokens)
+
+    def _write_text(self, name: str, text: str, step: int) -> None:
+        # TensorBoard renders Markdown, in which an indented line is shown verbatim.
+        self._by_step.add_text(name, "".join(f"    {line}\n" for line in text.split("\n")), step)
+        self._flush()
+
+    def _flush(self) -> None:
+        self._by_step.flush()
+        self._by_tokens.flush()
+
+
+def _add_scalars(writer: Any, values: Mapping[str, float | int], step: int) -> None:
+    """Writes scalars as one event; `add_scalar` would make one of each and take several times as long."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    if values:
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        writer.file_writer.add_summary(Summary(value=scalars), step)

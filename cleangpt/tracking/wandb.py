@@ -1,74 +1,87 @@
-"""Figures and samples for Weights & Biases, online or offline; needs cleangpt[wandb].
+"""Metrics and samples for Weights & Biases, online or offline; needs cleangpt[wandb].
 
-The id of the W&B run is chosen here and kept in the snapshot, so that a resumed run goes on in the same W&B run.
-W&B cannot take back what it was told: macro-batches that a resumed run does again are not told twice, where W&B
-remembers them (online). Offline, each part of a run leaves a folder RUN/wandb/offline-run-…, all with one id;
-``wandb sync --append`` brings them, oldest first, into one W&B run.
+The id of the W&B run is chosen here and kept in the snapshot, so that a resumed run continues the same W&B run. W&B
+cannot take anything back, and its own step, which here is the optimizer's, must not fall: a point that it already has
+is not logged again. After a roll-back it therefore keeps the points of the abandoned steps.
+
+Offline, every session of a run leaves a folder RUN/wandb/offline-run-…, all with one id; ``wandb sync --append``
+uploads them, oldest first, into one W&B run. If a session was killed, the steps since its last snapshot may be in two
+of them, with the same values.
 """
 
 import html
 import math
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cleangpt.config import TrackingConfig
 from cleangpt.errors import require
-from cleangpt.experiment import Experiment
+from cleangpt.tracking.metrics import Value, step_tag, tag
 
 FINISH_SECONDS = 60
-"""How long the end of a run waits for what was not sent yet; it stays in RUN/wandb, for ``wandb sync``."""
+"""How long the end of a run waits for the upload; what was not uploaded stays in RUN/wandb, for ``wandb sync``."""
 
 
 class WandbTracker:
-    """Logs every figure against the macro-batch, with the experiment as the run's config."""
+    """Logs every metric against the step, with the experiment as the run's config."""
 
-    def __init__(self, experiment: Experiment, experiment_json: dict[str, Any], run: Path) -> None:
-        self._tracking, self._name = experiment.tracking, f"{experiment.name} {run.name}"
+    def __init__(self, config: TrackingConfig, name: str, experiment_json: dict[str, Any], run: Path) -> None:
+        self._config, self._name = config, f"{name} {run.name}"
         self._experiment, self._folder = experiment_json, run
         self._id = uuid.uuid4().hex[:16]
         self._resumed = False
         self._run: Any = None
-        self._told = -1
+        self._step, self._logged_before = 0, -1
+        """The step of the last metrics, and the last step that W&B has had since before the run was resumed."""
 
-    def open(self, truncate_after: int | None) -> None:
-        """Starts the W&B run or goes on with it."""
+    def open(self, truncate_after: int | None, last_step: int | None) -> None:
+        """Starts or resumes the W&B run; after a roll-back, waits for the first step that W&B does not have."""
+        if self._run is not None:
+            self._logged_before = max(self._logged_before, self._step)
+            return
         wandb = require("wandb", "wandb")
-        online = self._tracking.wandb == "online"
+        online = self._config.wandb == "online"
         self._run = wandb.init(
-            project=self._tracking.wandb_project,
+            project=self._config.wandb_project,
             id=self._id,
             name=self._name,
             config=self._experiment,
             dir=str(self._folder),
-            mode=self._tracking.wandb,
+            mode=self._config.wandb,
             resume="allow" if self._resumed and online else None,
-            # W&B's own capture of the terminal would break the progress bar; log.txt holds what was printed.
-            # Without a limit, its end waits for a server that cannot be reached for as long as that takes.
+            # W&B's own capture of the terminal would break the progress bar; log.txt has what was printed. Without a
+            # timeout, finishing waits as long as it takes for a server that cannot be reached.
             settings=wandb.Settings(
                 console="off", quiet=True, finish_timeout=FINISH_SECONDS, finish_timeout_raises=True
             ),
         )
-        self._run.define_metric("macro_batch")
-        self._run.define_metric("*", step_metric="macro_batch")
-        self._run.define_metric("val_loss", step_metric="macro_batch", summary="min,last")
-        self._told = self._run.summary.get("macro_batch", -1)
+        for axis in ("step", "tokens"):
+            self._run.define_metric(axis)
+        self._run.define_metric("*", step_metric="step")
+        self._run.define_metric(tag("val_loss"), step_metric="step", summary="min,last")
+        self._logged_before = self._run.step - 1
 
-    def record(self, figures: Mapping[str, float | int | None]) -> None:
-        """Logs the known figures of a macro-batch not yet logged; not NaN, which W&B would keep as the minimum."""
-        macro_batch = figures["macro_batch"]
-        if macro_batch is not None and macro_batch > self._told:
-            known = {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}
-            self._run.log(known)
+    def record(self, metrics: Mapping[str, Value]) -> None:
+        """Logs the known metrics of a macro-batch."""
+        self._step = int(metrics["step"] or 0)
+        self._log({tag(name): value for name, value in metrics.items()})
+
+    def log_steps(self, rows: Sequence[Mapping[str, Value]]) -> None:
+        """Logs the known metrics of some steps."""
+        for row in rows:
+            self._step = int(row["step"] or 0)
+            self._log({step_tag(name): value for name, value in row.items()})
 
     def sample(self, macro_batch: int, text: str) -> None:
         """Logs a text sampled from the model."""
-        if macro_batch > self._told:
+        if self._step > self._logged_before:
             page = require("wandb", "wandb").Html(f"<pre>{html.escape(text)}</pre>")
-            self._run.log({"macro_batch": macro_batch, "sample": page})
+            self._run.log({"sample": page}, step=self._step)
 
     def close(self, status: str) -> None:
-        """Ends this part of the W&B run, which counts as crashed if `status` is failed."""
+        """Ends this session of the W&B run, which counts as crashed if `status` is failed."""
         self._run.summary["status"] = status
         self._run.finish(exit_code=int(status == "failed"))
 
@@ -77,6 +90,12 @@ class WandbTracker:
         return {"id": self._id}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes the id of the W&B run to go on with; before `open`."""
+        """Takes the id of the W&B run to continue; has no effect once that is open."""
         if "id" in state and self._run is None:
             self._id, self._resumed = state["id"], True
+
+    def _log(self, values: Mapping[str, Value]) -> None:
+        """Logs the finite values unless W&B has this step already; a NaN it would keep as the minimum."""
+        if self._step > self._logged_before:
+            known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+            self._run.log(known, step=self._step)

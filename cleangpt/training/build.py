@@ -34,13 +34,13 @@ from cleangpt.distributed.layout import Layout, choose_layout, state_bytes
 from cleangpt.distributed.parallelize import apply_activation_checkpointing, parallelize, wrap_ddp
 from cleangpt.distributed.processes import Ranks
 from cleangpt.evaluation.tasks import SCORES
-from cleangpt.evaluation.validate import loss_figures, source_figures
+from cleangpt.evaluation.validate import loss_metrics, source_metrics
 from cleangpt.experiment import Experiment
 from cleangpt.inference.text import sample_text
 from cleangpt.models import build_model
 from cleangpt.models.base import LanguageModel, flops_per_token
 from cleangpt.tracking import NullTracker, Trackers, create_trackers
-from cleangpt.tracking.metrics import of_source
+from cleangpt.tracking.metrics import metric_key
 from cleangpt.tracking.progress import ProgressBar
 from cleangpt.training.balancing import ExpertLoadBalancer
 from cleangpt.training.deadline import WRITE_RATE, Deadline
@@ -101,7 +101,7 @@ def build_trainer(
     source = open_source(experiment, dataset, layout, ranks, device)
     optimizer = build_optimizer(experiment, model)
     trackers = NullTracker(run) if not ranks.is_main else create_trackers(
-        experiment, experiment_json(experiment), run, log
+        experiment.tracking, run, experiment.name, experiment_json(experiment), log
     )  # fmt: skip
     checkpoints = Checkpoints(
         run / "checkpoints", experiment.saving, ranks, experiment.model, dataset.tokenizer,
@@ -131,7 +131,7 @@ def build_trainer(
             experiment.init_from, model, optimizer, experiment.model, dataset.tokenizer, ranks, snapshots.group, log,
             with_moments=experiment.fine_tuning.optimizer_state == "kept",
         )  # fmt: skip
-    trackers.open(position.macro_batch if resumed else None, position.step)
+    trackers.open(*(position.macro_batch, position.step) if resumed else (None, None))
     validator = build_validator(experiment, dataset, placed, ranks, micro_batch_size) if validate else None
     recovery = Recovery(
         spikes, Health(model, optimizer, ranks, training.max_skipped_steps), saver, source, trackers, position, length
@@ -235,7 +235,7 @@ def build_recorder(
 
     def validation_metrics(val_loss: float) -> Row:
         losses = validator.losses if validator is not None else {}
-        return {**loss_figures(val_loss, splits.get("")), **source_figures("val_loss", losses, splits)}
+        return {**loss_metrics(val_loss, splits.get("")), **source_metrics("val_loss", losses, splits)}
 
     def scores() -> Row:
         wanted = tasks(experiment.corpus) if tracking.score_samples else {}
@@ -244,7 +244,7 @@ def build_recorder(
         model.eval()
         with uncompiled(experiment.training.compile):
             return {
-                of_source(task, name): SCORES[task](model, splits[name], tracking.score_samples, device)
+                metric_key(task, name): SCORES[task](model, splits[name], tracking.score_samples, device)
                 for name, task in wanted.items()
             }
 

@@ -13,7 +13,7 @@ from cleangpt.distributed.layout import Layout, state_bytes
 from cleangpt.errors import UserError
 from cleangpt.experiment import Experiment, total_samples
 from cleangpt.models.base import LanguageModel, flops_per_token
-from cleangpt.tracking.metrics import of_source
+from cleangpt.tracking.metrics import metric_key
 
 
 def check_row_length(experiment: Experiment) -> None:
@@ -88,7 +88,7 @@ def _data_lines(experiment: Experiment, store: MixedDataset) -> list[str]:
     samples = split_samples(store, "train", experiment.data.seq_len)
     lines = []
     for name, part in ((source.name, source.dataset) for source in store.sources):
-        times = progress[of_source("times_visited", name)]
+        times = progress[metric_key("times_visited", name)]
         share = times * samples[name].num_training / total_samples(experiment)
         words = f"{name}: {100 * share:.2f} % of the samples, " if name else ""
         tokens = part.splits["train"].tokens

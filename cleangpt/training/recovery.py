@@ -146,7 +146,7 @@ class Recovery:
         self.source.skip(first, found)
         state = self.saver.load(path, without=("trackers",))
         position.time_trained, self.spikes.rollbacks = spent, rollbacks + 1
-        self.trackers.rewind(state["trackers"], position.macro_batch)
+        self.trackers.rewind(state["trackers"], position.macro_batch, position.step)
         self.saver.log(f"the loss has spiked; {found - first:,} samples are skipped from now on")
         return True
 

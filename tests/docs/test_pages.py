@@ -4,7 +4,6 @@ import contextlib
 import io
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,7 +13,7 @@ from cleangpt.corpora.conversations import Chat
 from cleangpt.corpora.text import Text
 from cleangpt.experiment_files import experiments, load_experiment
 from cleangpt.models import build_model
-from cleangpt.tracking.metrics import FIGURES
+from cleangpt.tracking.metrics import METRICS, STEP_METRICS
 from cleangpt.training.launch import resolve
 
 PROJECT = Path(__file__).parents[2]
@@ -180,10 +179,14 @@ def test_the_steps_of_the_experiments_are_those_of_the_documents() -> None:
         assert f"| {len(curves(load_experiment(path))[0]):,} |" in row
 
 
-def test_the_figures_of_a_run_are_all_explained_with_their_units() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| ([\w/]*) ?\| (.*) \|$", read(PROJECT / "docs/file_formats.md"), re.MULTILINE)
-    documented: dict[str, Any] = {key: (unit, meaning) for key, unit, meaning in rows}
-    assert documented == {key: (figure.unit, figure.meaning) for key, figure in FIGURES.items()}
+def test_the_metrics_of_a_run_are_all_explained_with_their_units() -> None:
+    text = read(PROJECT / "docs/file_formats.md")
+    for heading, metrics in (("metrics.jsonl", METRICS), ("steps.jsonl", STEP_METRICS)):
+        section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+        rows = re.findall(r"^\| `(\w+)` \| ([\w/]*) ?\| (.*) \| `(.*)` \|$", section, re.MULTILINE)
+        assert {key: tuple(row) for key, *row in rows} == {
+            key: (metric.unit, metric.meaning, metric.tag) for key, metric in metrics.items()
+        }
 
 
 def test_the_tokenizers_of_the_corpus_text_are_all_explained() -> None:

@@ -15,7 +15,7 @@ from cleangpt.data.batch import Batch
 from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.loader import Samples, validation_batches
 from cleangpt.evaluation.exact_match import exact_match
-from cleangpt.evaluation.validate import loss_figures, mean_loss
+from cleangpt.evaluation.validate import loss_metrics, mean_loss
 from cleangpt.experiment import Experiment
 from cleangpt.models.gpt import GPT, GPTConfig
 from cleangpt.objectives import NextToken
@@ -138,11 +138,11 @@ def test_bits_per_byte_follow_from_the_bytes_of_text() -> None:
     class Facts:
         tokens, text_bytes, masked = 250, 1000, False
 
-    figures = loss_figures(2.0, Facts())  # type: ignore[arg-type]
+    figures = loss_metrics(2.0, Facts())  # type: ignore[arg-type]
     assert figures["perplexity"] == pytest.approx(math.e**2)
     assert figures["bits_per_byte"] == pytest.approx(2.0 * 250 / 1000 / math.log(2))
     Facts.masked = True
-    assert loss_figures(2.0, Facts())["bits_per_byte"] is None  # type: ignore[arg-type]
+    assert loss_metrics(2.0, Facts())["bits_per_byte"] is None  # type: ignore[arg-type]
     Facts.text_bytes, Facts.masked = 0, False
-    assert loss_figures(2.0, Facts())["bits_per_byte"] is None  # type: ignore[arg-type]
-    assert loss_figures(1e6, Facts())["perplexity"] == math.inf  # type: ignore[arg-type]
+    assert loss_metrics(2.0, Facts())["bits_per_byte"] is None  # type: ignore[arg-type]
+    assert loss_metrics(1e6, Facts())["perplexity"] == math.inf  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
-"""Trackers that fail: training goes on, one line says so, metrics.jsonl is whole."""
+"""Trackers that fail: training continues, one line says so, metrics.jsonl is complete."""
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from tests.faults import fault
 from tests.faults._runs import TRAIN, check_whole, output, run, start, victim
 from tests.faults._runs import finish as ended
 
-CALLS = ("open", "record", "sample", "state_dict", "load_state_dict", "close")
+CALLS = ("open", "log_steps", "record", "sample", "state_dict", "load_state_dict", "close")
 
 
 class Faulty:
@@ -24,10 +24,13 @@ class Faulty:
         if self.what == what:
             raise ConnectionError(f"cannot {what}")
 
-    def open(self, truncate_after: int | None) -> None:
+    def open(self, truncate_after: int | None, last_step: int | None) -> None:
         self.fail("open")
 
-    def record(self, figures: Mapping[str, Any]) -> None:
+    def log_steps(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.fail("log_steps")
+
+    def record(self, metrics: Mapping[str, Any]) -> None:
         self.fail("record")
 
     def sample(self, macro_batch: int, text: str) -> None:
@@ -55,10 +58,10 @@ def with_faulty(what: str) -> None:
 
 @fault("a tracker that fails at every call of one kind", short=2, long=len(CALLS))
 def faulty(seed: int, folder: Path) -> None:
-    what = CALLS[(3 + seed) % len(CALLS)]
+    what = CALLS[(4 + seed) % len(CALLS)]
     victim(folder)
     assert run(folder, *TRAIN, hook=functools.partial(with_faulty, what)) == 0, output(folder)
-    line = f"faulty is left out from now on, training goes on without it: cannot {what}\n"
+    line = f"faulty failed and is dropped, training continues without it: cannot {what}\n"
     assert output(folder).count(line) == 1, output(folder)
     check_whole(folder, checkpoints=False)
 
@@ -72,5 +75,5 @@ def unreachable(seed: int, folder: Path) -> None:
     victim(folder)
     process = start(folder, *TRAIN, "--tracking.wandb", "online", environment=os.environ | environment)
     assert ended(process, 120) == 0, output(folder)
-    assert output(folder).count("wandb is left out from now on, training goes on without it: ") == 1, output(folder)
+    assert output(folder).count("wandb failed and is dropped, training continues without it: ") == 1, output(folder)
     check_whole(folder, checkpoints=False)

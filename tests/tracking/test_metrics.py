@@ -1,4 +1,4 @@
-"""The files of figures: strict JSON, nothing lost, nothing of an abandoned future kept."""
+"""The metrics files: strict JSON, nothing lost, nothing kept of abandoned steps."""
 
 import contextlib
 import json
@@ -11,15 +11,21 @@ from hypothesis import strategies as st
 
 from cleangpt.errors import UserError
 from cleangpt.tracking.metrics import (
-    FIGURES,
+    METRICS,
+    STEP_METRICS,
     MetricsFiles,
+    is_objective_metric,
+    metric,
     read_metrics,
     read_samples,
+    read_steps,
     scores,
     show,
     show_bytes,
     show_count,
     show_time,
+    step_tag,
+    tag,
 )
 
 try:
@@ -32,9 +38,9 @@ VALUES = st.none() | st.integers(-(2**60), 2**60) | st.floats()
 ROWS = st.lists(st.dictionaries(st.text(min_size=1).filter(lambda name: name != "not_finite"), VALUES), max_size=5)
 
 
-def new(run, truncate_after=None):
+def new(run, truncate_after=None, last_step=None):
     files = MetricsFiles(run)
-    files.open(truncate_after)
+    files.open(truncate_after, last_step)
     return files
 
 
@@ -91,11 +97,15 @@ def test_a_lone_surrogate_does_not_stop_the_run(tmp_path):
 def test_resuming_keeps_exactly_the_lines_up_to_the_snapshot(tmp_path, last, truncate_after, torn):
     files = new(tmp_path)
     for macro_batch in range(1, last + 1):
+        files.log_steps([{"step": 2 * macro_batch - 1}, {"step": 2 * macro_batch}])
         files.record({"macro_batch": macro_batch, "val_loss": 1 / macro_batch})
         files.sample(macro_batch, "text")
-    with (tmp_path / "metrics.jsonl").open("ab") as file:
-        file.write(torn.replace(b"\n", b""))
-    resumed = new(tmp_path, truncate_after)
+    for name in ("metrics.jsonl", "steps.jsonl"):
+        with (tmp_path / name).open("ab") as file:
+            file.write(torn.replace(b"\n", b""))
+    last_step = truncate_after and 2 * truncate_after - 1
+    resumed = new(tmp_path, truncate_after, last_step)
+    assert [row["step"] for row in read_steps(tmp_path)] == list(range(1, min(2 * last, last_step or 0) + 1))
     kept = list(range(1, min(last, truncate_after or 0) + 1))
     assert [row["macro_batch"] for row in read_metrics(tmp_path)] == kept
     assert [entry["macro_batch"] for entry in read_samples(tmp_path)] == kept
@@ -132,9 +142,9 @@ def files_of_at_most(size):
 
 @pytest.mark.skipif(resource is None, reason="limits are POSIX")
 def test_lines_that_find_no_room_wait_and_are_written_whole_and_in_order(tmp_path):
-    said = []
-    files = MetricsFiles(tmp_path, said.append)
-    files.open(None)
+    messages = []
+    files = MetricsFiles(tmp_path, messages.append)
+    files.open(None, None)
     files.record({"macro_batch": 1})
     with files_of_at_most((tmp_path / "metrics.jsonl").stat().st_size + 5):
         files.record({"macro_batch": 2})
@@ -144,10 +154,8 @@ def test_lines_that_find_no_room_wait_and_are_written_whole_and_in_order(tmp_pat
     files.record({"macro_batch": 4})
     assert read_metrics(tmp_path) == [{"macro_batch": number} for number in (1, 2, 3, 4)]
     assert read_samples(tmp_path) == [{"macro_batch": 2, "text": "two"}]
-    assert said == [
-        "metrics.jsonl cannot be written: [Errno 27] File too large; training goes on, and lines wait until it can",
-        "every line that waited is written",
-    ]
+    reason = "[Errno 27] File too large; training continues, lines wait until there is room"
+    assert messages == [f"metrics.jsonl cannot be written: {reason}", "all waiting lines have been written"]
     assert files.state_dict() == {"waiting": []}
 
 
@@ -167,23 +175,131 @@ def test_lines_that_wait_survive_in_the_snapshot(tmp_path, written_after):
         files.record({"macro_batch": 4})
     resumed = MetricsFiles(tmp_path)
     resumed.load_state_dict(state)
-    resumed.open(3)
+    resumed.open(3, None)
     assert [row["macro_batch"] for row in read_metrics(tmp_path)] == [1, 2, 3]
     assert math.isnan(read_metrics(tmp_path)[2]["val_loss"])
 
 
 def test_what_finds_no_room_to_the_end_is_named(tmp_path):
-    said = []
-    files = MetricsFiles(tmp_path / "nowhere", said.append)
+    messages = []
+    files = MetricsFiles(tmp_path / "nowhere", messages.append)
     files.record({"macro_batch": 1})
     files.record({"macro_batch": 2})
+    files.log_steps([{"step": step} for step in range(5, 50)])
     files.close("finished")
-    assert said[1:] == ["metrics.jsonl lacks macro-batch 1, 2; resume writes what the last snapshot has of it"]
+    assert messages[1:] == [
+        "metrics.jsonl lacks macro-batch 1, 2; resume writes those that the last snapshot holds",
+        "steps.jsonl lacks step 5 to 49; resume writes those that the last snapshot holds",
+    ]
 
 
-def test_any_unknown_key_is_a_score():
-    assert scores({"val_loss": 1, "exact_match": 1, "rouge": 0.5}) == ["exact_match", "rouge"]
-    assert all(figure.label and figure.meaning for figure in FIGURES.values())
+def test_steps_are_read_back_with_nan_and_whatever_the_objective_measures(tmp_path):
+    files = new(tmp_path)
+    files.log_steps([{"step": 1, "loss": 2.5, "accuracy": 0.25}, {"step": 2, "loss": math.nan, "skipped": 1}])
+    files.log_steps([])
+    files.log_steps([{"step": 3, "loss": math.inf}])
+    first, second, third = read_steps(tmp_path)
+    assert first == {"step": 1, "loss": 2.5, "accuracy": 0.25}
+    assert math.isnan(second["loss"]) and second["skipped"] == 1
+    assert third == {"step": 3, "loss": math.inf}
+    assert (tmp_path / "steps.jsonl").read_text().splitlines()[1] == (
+        '{"step": 2, "loss": null, "skipped": 1, "not_finite": {"loss": "nan"}}'
+    )
+
+
+@pytest.mark.skipif(resource is None, reason="limits are POSIX")
+def test_steps_that_find_no_room_wait_and_are_written_whole_and_in_order(tmp_path):
+    files = new(tmp_path)
+    files.log_steps([{"step": 1}, {"step": 2}])
+    with files_of_at_most((tmp_path / "steps.jsonl").stat().st_size + 15):
+        files.log_steps([{"step": 3}, {"step": 4}])
+        waiting = files.state_dict()["waiting"]
+        files.log_steps([{"step": 5}])
+    assert (tmp_path / "steps.jsonl").read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+    assert waiting == [["steps.jsonl", {"step": 3}], ["steps.jsonl", {"step": 4}]]
+    files.log_steps([{"step": 6}])
+    assert [row["step"] for row in read_steps(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    resumed = MetricsFiles(tmp_path)
+    resumed.load_state_dict({"waiting": waiting})
+    resumed.open(0, 4)
+    assert [row["step"] for row in read_steps(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_steps_are_on_disk_when_a_snapshot_is(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("cleangpt.tracking.metrics.sync_file", lambda path: synced.append(path.read_bytes()))
+    files = new(tmp_path)
+    files.log_steps([{"step": 1}])
+    assert synced == []
+    files.state_dict()
+    assert synced == [b'{"step": 1}\n']
+
+
+def test_a_disk_that_fails_when_steps_are_synced_does_not_stop_the_run(tmp_path, monkeypatch):
+    def fail(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("cleangpt.tracking.metrics.sync_file", fail)
+    messages = []
+    files = MetricsFiles(tmp_path, messages.append)
+    files.open(None, None)
+    files.log_steps([{"step": 1}])
+    assert files.state_dict() == {"waiting": []}
+    assert messages == ["steps.jsonl could not be flushed to the disk: [Errno 5] Input/output error"]
+
+
+def test_damage_after_the_snapshot_by_a_power_cut_does_not_stop_a_resume(tmp_path):
+    new(tmp_path).log_steps([{"step": 1}, {"step": 2}])
+    with (tmp_path / "steps.jsonl").open("ab") as file:
+        file.write(b"\0\0\0\n" + b'{"step": 4}\n')
+    new(tmp_path, 1, 2)
+    assert (tmp_path / "steps.jsonl").read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_damaged_line_of_metrics_is_refused_on_resume(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"macro_batch": 1}\nnonsense\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2, is not a JSON object"):
+        new(tmp_path, 2, 2)
+
+
+def test_an_unknown_key_is_an_objectives_metric_or_a_score():
+    names = ["val_loss", "exact_match", "rouge", "train_accuracy", "val_accuracy", "val_loss/code", "exact_match/a"]
+    assert scores(names) == ["exact_match", "rouge", "exact_match/a"]
+    assert [name for name in names if is_objective_metric(name)] == ["train_accuracy", "val_accuracy"]
+    assert metric("val_accuracy").label == "validation accuracy"
+    assert metric("val_loss/code").label == "validation loss, code"
+
+
+def test_tags_are_in_groups_and_each_stands_for_one_metric():
+    tags = {name: tag(name) for name in METRICS}
+    step_tags = {name: step_tag(name) for name in STEP_METRICS}
+    axes = {"step", "tokens", "macro_batch"}
+    both = [*tags.values(), *(value for name, value in step_tags.items() if name not in ("step", "samples", "tokens"))]
+    assert len(set(both)) == len(both)
+    groups = {value.split("/")[0] for value in both if value not in axes}
+    assert groups == {"train", "val", "macro_batch", "speed", "data", "system", "tasks"}
+    assert all("/" in value for value in both if value not in axes)
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted"),
+    [
+        (step_tag("loss"), "train/loss"),
+        (step_tag("tokens_per_second"), "speed/tokens_per_second"),
+        (step_tag("accuracy"), "train/accuracy"),
+        (tag("val_loss"), "val/loss"),
+        (tag("val_loss/code"), "val/loss/code"),
+        (tag("val_accuracy"), "val/accuracy"),
+        (tag("train_loss"), "macro_batch/train_loss"),
+        (tag("train_accuracy"), "macro_batch/train_accuracy"),
+        (tag("visited_share"), "data/visited_share"),
+        (tag("peak_memory"), "system/peak_memory"),
+        (tag("exact_match/code"), "tasks/exact_match/code"),
+        (tag("own_score"), "tasks/own_score"),
+    ],
+)
+def test_a_tag_is_the_metric_in_its_group(found, wanted):
+    assert found == wanted
 
 
 @given(st.integers(0, 10**17))
@@ -223,5 +339,5 @@ def test_time_is_shown_in_a_fitting_unit(seconds, words):
         ("own_score", 0.5, "0.5"),
     ],
 )
-def test_a_figure_is_shown_in_its_unit(name, value, words):
+def test_a_metric_is_shown_in_its_unit(name, value, words):
     assert show(name, value) == words

@@ -1,4 +1,4 @@
-"""Plots: what is drawn is what was measured."""
+"""Plots: what is drawn is what was logged."""
 
 import math
 
@@ -9,7 +9,7 @@ from PIL import Image
 from cleangpt.tracking import plots
 
 
-def rows(count=5, base=2.0, **figures):
+def rows(count=5, base=2.0, **metrics):
     return [
         {
             "macro_batch": index,
@@ -22,15 +22,34 @@ def rows(count=5, base=2.0, **figures):
             "training_batch_size": 12 * index,
             "tokens_per_second": 1e4,
             "data_wait_share": 0.001,
-            **figures,
+            **metrics,
         }
         for index in range(1, count + 1)
     ]
 
 
+def steps(count=5, **metrics):
+    return [
+        {
+            "step": step,
+            "samples": 10 * step,
+            "tokens": 640 * step,
+            "loss": 3 - 0.1 * step,
+            "lr": 1e-3 * step,
+            "weight_decay": 0.1,
+            "grad_norm": 1.0,
+            "tokens_per_second": 1e4,
+            "batch_size": 12 * step,
+            "skipped": 0,
+            **metrics,
+        }
+        for step in range(1, count + 1)
+    ]
+
+
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures drawn during a test."""
+    """The matplotlib figures drawn during a test."""
     figures = []
 
     class Recorded(matplotlib.figure.Figure):
@@ -51,11 +70,11 @@ def legend(figure):
 
 
 def test_losses_stand_over_tokens_with_the_best_marked(tmp_path, drawn):
-    path = plots.loss_plot({"one": rows()}, tmp_path / "plots" / "loss.png")
+    path = plots.loss_plot({"one": rows()}, {"one": steps()}, tmp_path / "plots" / "loss.png")
     (axis,) = drawn[0].axes
     tokens = [6400, 12800, 19200, 25600, 32000]
     training, validation, star = lines(axis)
-    assert training == (tokens, pytest.approx([1.9, 1.8, 1.7, 1.6, 1.5]))
+    assert training == ([640, 1280, 1920, 2560, 3200], pytest.approx([2.9, 2.8, 2.7, 2.6, 2.5]))
     assert validation == (tokens, pytest.approx([2.4, 2.1, 2.0, 2.1, 2.4]))
     assert star == ([19200], [2.0])
     assert legend(drawn[0]) == ["training", "validation", "best 2.0000 at macro-batch 3"]
@@ -67,7 +86,7 @@ def test_losses_stand_over_tokens_with_the_best_marked(tmp_path, drawn):
 
 def test_several_runs_have_their_names_and_own_colours(tmp_path, drawn):
     runs = {f"run {index}": rows(base=index + 2) for index in range(9)}
-    plots.loss_plot(runs, tmp_path / "loss.png")
+    plots.loss_plot(runs, {name: steps() for name in runs}, tmp_path / "loss.png")
     assert legend(drawn[0]) == [f"run {index}: best {index + 2:.4f} at macro-batch 3" for index in range(9)]
     thick = [line for line in drawn[0].axes[0].lines if line.get_linewidth() == 2.0]
     assert len({(line.get_color(), str(line._dash_pattern)) for line in thick}) == 9
@@ -76,31 +95,33 @@ def test_several_runs_have_their_names_and_own_colours(tmp_path, drawn):
 def test_nan_infinity_and_unknown_leave_a_gap(tmp_path, drawn):
     damaged = rows()
     damaged[1]["val_loss"], damaged[2]["val_loss"], damaged[3]["val_loss"] = math.nan, math.inf, None
-    plots.loss_plot({"one": damaged}, tmp_path / "loss.png")
+    plots.loss_plot({"one": damaged}, {"one": steps()}, tmp_path / "loss.png")
     values = lines(drawn[0].axes[0])[1][1]
     assert [math.isnan(value) for value in values] == [False, True, True, True, False]
 
 
 def test_a_run_without_any_validation_loss_is_drawn(tmp_path, drawn):
-    plots.loss_plot({"one": rows(val_loss=None)}, tmp_path / "loss.png")
+    plots.loss_plot({"one": rows(val_loss=None)}, {"one": steps()}, tmp_path / "loss.png")
     assert legend(drawn[0]) == ["training"]
 
 
 def test_schedules_stand_over_samples_one_panel_each(tmp_path, drawn):
-    plots.schedule_plot({"one": rows()}, tmp_path / "schedules.png")
+    plots.schedule_plot({"one": steps()}, tmp_path / "schedules.png")
     assert [axis.get_ylabel() for axis in drawn[0].axes] == [
         "learning rate",
         "weight decay",
-        "training batch size (samples)",
+        "batch size (samples)",
     ]
-    assert lines(drawn[0].axes[0]) == [([100, 200, 300, 400, 500], pytest.approx([1e-3, 2e-3, 3e-3, 4e-3, 5e-3]))]
+    assert lines(drawn[0].axes[0]) == [([10, 20, 30, 40, 50], pytest.approx([1e-3, 2e-3, 3e-3, 4e-3, 5e-3]))]
     assert drawn[0].axes[-1].get_xlabel() == "samples seen"
 
 
-def test_figures_that_no_run_knows_have_no_panel(tmp_path, drawn):
-    plots.throughput_plot({"one": rows(mfu=None)}, tmp_path / "throughput.png")
+def test_metrics_that_no_run_has_have_no_panel(tmp_path, drawn):
+    plots.throughput_plot({"one": rows(mfu=None)}, {"one": steps()}, tmp_path / "throughput.png")
     assert [axis.get_ylabel() for axis in drawn[0].axes] == ["tokens per second", "data wait"]
-    plots.throughput_plot({"one": rows(mfu=0.4), "two": rows()}, tmp_path / "throughput.png")
+    plots.throughput_plot(
+        {"one": rows(mfu=0.4), "two": rows()}, {"one": [], "two": steps()}, tmp_path / "throughput.png"
+    )
     assert [axis.get_ylabel() for axis in drawn[1].axes] == ["tokens per second", "MFU", "data wait"]
     assert plots.score_plot({"one": rows()}, tmp_path / "scores.png") is None
     assert not (tmp_path / "scores.png").exists()
@@ -108,13 +129,44 @@ def test_figures_that_no_run_knows_have_no_panel(tmp_path, drawn):
     assert [axis.get_ylabel() for axis in drawn[2].axes] == ["exact match", "own"]
 
 
-@pytest.mark.parametrize("figures", [{}, {"weight_decay": 0, "lr": 0.0, "train_loss": math.nan, "val_loss": 1e30}])
+@pytest.mark.parametrize("metrics", [{}, {"weight_decay": 0, "lr": 0.0, "loss": math.nan, "val_loss": 1e30}])
 @pytest.mark.parametrize("count", [1, 2, 500])
-def test_any_length_and_value_is_drawn_without_a_warning(tmp_path, count, figures):
-    for name in ("loss", "schedule", "throughput"):
-        path = getattr(plots, f"{name}_plot")({"one": rows(count, **figures)}, tmp_path / f"{name}.png")
+def test_any_length_and_value_is_drawn_without_a_warning(tmp_path, count, metrics):
+    one, by_step = {"one": rows(count, **metrics)}, {"one": steps(count, **metrics)}
+    drawn = [
+        plots.loss_plot(one, by_step, tmp_path / "loss.png"),
+        plots.schedule_plot(by_step, tmp_path / "schedules.png"),
+        plots.throughput_plot(one, by_step, tmp_path / "throughput.png"),
+        plots.gradient_plot(by_step, tmp_path / "gradient.png"),
+    ]
+    for path in drawn:
         with Image.open(path) as picture:
             assert len(picture.convert("RGB").getcolors(2**20)) > 10
+
+
+def test_a_long_noisy_curve_is_drawn_as_mean_and_spread(tmp_path, drawn):
+    noise = [(-1) ** index * (index % 10) for index in range(1000)]
+    curve = [{"tokens": index, "grad_norm": 20 + value, "lr": value} for index, value in enumerate(noise)]
+    curve[3]["grad_norm"] = math.nan
+    plots.gradient_plot({"one": curve}, tmp_path / "gradient.png")
+    (axis,) = drawn[0].axes
+    ((xs, ys),) = lines(axis)
+    assert len(xs) == 100
+    assert (xs[1], ys[1]) == (pytest.approx(14.5), pytest.approx(20 + sum(noise[10:20]) / 10))
+    (band,) = axis.collections
+    low, high = (sorted(20 + value for value in noise[10:20])[index] for index in (0, -1))
+    inside = [y for x, y in band.get_paths()[0].vertices if x == pytest.approx(14.5)]
+    assert low <= min(inside) < ys[1] < max(inside) <= high
+    plots.schedule_plot({"one": [{**row, "samples": row["tokens"]} for row in curve]}, tmp_path / "schedules.png")
+    assert [len(xs) for xs, _ in lines(drawn[1].axes[0])] == [1000]
+
+
+def test_metrics_of_the_objective_have_a_panel_each(tmp_path, drawn):
+    assert plots.objective_plot({"one": rows()}, {"one": steps()}, tmp_path / "objective.png") is None
+    by_macro_batch = {"one": rows(val_accuracy=0.5, train_accuracy=0.25, exact_match=1.0)}
+    plots.objective_plot(by_macro_batch, {"one": steps(accuracy=0.75)}, tmp_path / "objective.png")
+    assert [axis.get_ylabel() for axis in drawn[0].axes] == ["accuracy", "validation accuracy"]
+    assert [axis.lines[0].get_ydata()[0] for axis in drawn[0].axes] == [0.75, 0.5]
 
 
 def test_planned_schedules_are_drawn_as_given(tmp_path, drawn):
@@ -126,7 +178,7 @@ def test_planned_schedules_are_drawn_as_given(tmp_path, drawn):
 
 @pytest.mark.parametrize("name", ["_hidden", "a$\\frac$b", "字符模型", "\U0001f9e0", "x" * 100])
 def test_any_name_may_stand_in_the_legend(tmp_path, drawn, name):
-    plots.schedule_plot({name: rows(), "other": rows()}, tmp_path / "schedules.png")
+    plots.schedule_plot({name: steps(), "other": steps()}, tmp_path / "schedules.png")
     assert [text.strip() for text in legend(drawn[0])] == [name, "other"]
 
 

@@ -134,7 +134,7 @@ def test_the_time_left_is_the_work_left_at_the_speed_of_this_session(monkeypatch
     assert bar.time_left() == pytest.approx((50 - 26) * 6 / 4)
 
 
-@pytest.mark.parametrize("first", ["update", "record", "say", "close"])
+@pytest.mark.parametrize("first", ["update", "record", "log", "close"])
 def test_a_terminal_that_is_gone_does_not_end_the_training(tmp_path, first):
     stdout = sys.stdout
     bar = on_terminal(Terminal(), tmp_path)
@@ -144,12 +144,12 @@ def test_a_terminal_that_is_gone_does_not_end_the_training(tmp_path, first):
     actions = {
         "update": lambda: bar.update(2, {"train_loss": 2.0}),
         "record": lambda: bar.record(FIGURES),
-        "say": lambda: bar.log("still here"),
+        "log": lambda: bar.log("still here"),
         "close": bar.close,
     }
     actions[first]()
     assert sys.stdout is stdout
-    actions["say"]()
+    actions["log"]()
     tried = gone.tried
     for action in actions.values():
         action()

@@ -1,4 +1,4 @@
-"""The report: one page that needs nothing else, and says what the run's files say."""
+"""The report: one self-contained page that shows what the run's files say."""
 
 import json
 import math
@@ -7,14 +7,15 @@ from html.parser import HTMLParser
 import pytest
 
 from cleangpt.errors import UserError
+from cleangpt.tracking import report
 from cleangpt.tracking.metrics import MetricsFiles
 from cleangpt.tracking.report import write_report
 
 
-def make(run, count=5, name="tiny", lr=1e-3, samples=2, **figures):
+def make(run, count=5, name="tiny", lr=1e-3, samples=2, **metrics):
     run.mkdir(parents=True)
     files = MetricsFiles(run)
-    files.open(None)
+    files.open(None, None)
     for index in range(1, count + 1):
         row = {
             "macro_batch": index,
@@ -30,13 +31,19 @@ def make(run, count=5, name="tiny", lr=1e-3, samples=2, **figures):
             "visited_share": index / count,
             "time_trained": 3.0 * index,
         }
-        files.record(row | figures)
+        files.record(row | metrics)
     for index in range(samples):
         files.sample(index + 1, f"text {index} <script>alert(1)</script> & \x07 你好")
     experiment = {"name": name, "model": {"kind": "gpt", "dim": 8}, "optimizer": {"lr": lr, "betas": [0.9, 0.95]}}
     (run / "experiment.json").write_text(json.dumps(experiment), encoding="utf-8")
     (run / "environment.json").write_text(json.dumps({"torch": "2.13", "parameters": 804096}), encoding="utf-8")
     return run
+
+
+@pytest.fixture
+def without_plots(monkeypatch):
+    """For what the page says: drawing takes most of a report's time."""
+    monkeypatch.setattr(report, "_draw", lambda runs, folder, prefix: {})
 
 
 class Page(HTMLParser):
@@ -103,19 +110,19 @@ def test_the_page_needs_no_script_and_no_network(tmp_path):
     assert "url(" not in page.source and "@import" not in page.source
 
 
-def test_samples_are_shown_as_they_are_escaped(tmp_path):
+def test_samples_are_shown_as_they_are_escaped(tmp_path, without_plots):
     page = Page(write_report([make(tmp_path / "run")]))
     assert "text 1 <script>alert(1)</script> & \ufffd 你好" in page.text
     assert "\x07" not in page.source
 
 
-def test_a_name_or_value_cannot_break_the_page(tmp_path):
+def test_a_name_or_value_cannot_break_the_page(tmp_path, without_plots):
     page = Page(write_report([make(tmp_path / "run", name='"><b>{x}</b>&amp;')]))
     assert ("b", {}) not in page.tags[: page.tags.index(("p", {"class": "lead"}))]
     assert '"><b>{x}</b>&amp;' in page.text
 
 
-def test_an_evaluation_is_shown_where_there_is_one(tmp_path):
+def test_an_evaluation_is_shown_where_there_is_one(tmp_path, without_plots):
     run = make(tmp_path / "run")
     assert "Evaluation" not in Page(write_report([run])).text
     evaluation = {"checkpoint": "val2.0000_mb000003", "split": "val", "loss": 1.9876, "exact_match": 0.5, "samples": 99}
@@ -126,7 +133,7 @@ def test_an_evaluation_is_shown_where_there_is_one(tmp_path):
     assert page.fact("exact match") == ["50.0 %"]
 
 
-def test_a_number_beyond_all_floats_is_shown_as_it_stands(tmp_path):
+def test_a_number_beyond_all_floats_is_shown_as_it_stands(tmp_path, without_plots):
     run = make(tmp_path / "run")
     (run / "evaluation.json").write_text('{"loss": 1' + 400 * "0" + "}", encoding="utf-8")
     assert "1" + 400 * "0" in write_report([run], None).read_text(encoding="utf-8")
@@ -137,7 +144,7 @@ def test_a_comparison_shows_each_run_and_what_differs(tmp_path):
     page = Page(write_report(runs, tmp_path / "out"))
     assert page.rows[0] == ["", "tiny 1", "tiny 2", "own"]
     assert page.fact("optimizer.lr") == ["0.001", "0.002", "0.001"]
-    differences = page.text[page.text.index("What differs") : page.text.index("Curves")]
+    differences = page.text[page.text.index("Differences") : page.text.index("Curves")]
     assert "optimizer.lr" in differences and "model.dim" not in differences
     assert (tmp_path / "out" / "plots" / "loss.png").exists()
     assert not (runs[0] / "report.html").exists()
@@ -148,7 +155,7 @@ def test_runs_of_one_name_in_folders_of_one_name_are_told_apart(tmp_path):
     assert page.rows[0] == ["", f"tiny 1 {tmp_path / 'a'}", f"tiny 1 {tmp_path / 'b'}"]
 
 
-def test_a_run_named_twice_counts_once(tmp_path):
+def test_a_run_named_twice_counts_once(tmp_path, without_plots):
     run = make(tmp_path / "run")
     assert write_report([run, run]) == run / "report.html"
 
@@ -175,7 +182,7 @@ def test_a_long_run_stays_below_a_megabyte(tmp_path):
     path = write_report([run])
     assert path.stat().st_size < 2**20
     text = Page(path).text
-    assert "sample 2999" in text and "The newest 12 of 3000" in text
+    assert "sample 2999" in text and "The newest 12 of 3000; all are in samples.jsonl" in text
 
 
 def test_a_run_with_nothing_but_metrics_is_reported(tmp_path):
@@ -183,14 +190,25 @@ def test_a_run_with_nothing_but_metrics_is_reported(tmp_path):
     (run / "experiment.json").unlink()
     (run / "environment.json").unlink()
     page = Page(write_report([run]))
-    assert "No validation loss is known" in page.text
+    assert "No validation loss yet" in page.text
     assert page.fact("tokens seen") == ["32k"]
     assert "model" not in [row[0] for row in page.rows]
 
 
 def test_a_folder_that_is_no_run_or_has_no_metrics_is_refused(tmp_path):
-    with pytest.raises(UserError, match="nowhere is not the folder of a run"):
+    with pytest.raises(UserError, match="nowhere is not a run folder"):
         write_report([tmp_path / "nowhere"])
     with pytest.raises(UserError, match=r"has no metrics yet \(metrics\.jsonl\)"):
         write_report([make(tmp_path / "run", count=0)])
     assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_curves_are_by_step_where_the_run_has_steps(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(report.plots, "loss_plot", lambda rows, steps, path: drawn.update(steps) or path)
+    monkeypatch.setattr(report, "_image", lambda title, path: title)
+    by_step, without = make(tmp_path / "a", name="by step"), make(tmp_path / "b", count=2, name="without")
+    MetricsFiles(by_step).log_steps([{"step": step, "tokens": 10 * step, "loss": 1.5} for step in range(1, 30)])
+    write_report([by_step, without])
+    assert [row["tokens"] for row in drawn["by step"]] == list(range(10, 300, 10))
+    assert [(row["tokens"], row["loss"]) for row in drawn["without"]] == [(6400, 1.5), (12800, 1.0)]

@@ -1,4 +1,4 @@
-"""All trackers together: contract with the trainer, and none may stop it."""
+"""All trackers together: their contract with the trainer, and none may stop it."""
 
 import random
 import sys
@@ -7,23 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from cleangpt.config import CorpusConfig, DataConfig, ModelConfig, OptimizerConfig, TrackingConfig, TrainingConfig
+from cleangpt.config import TrackingConfig
 from cleangpt.errors import UserError
-from cleangpt.experiment import Experiment
-from cleangpt.tracking import Trackers, open_trackers
-from cleangpt.tracking.metrics import MetricsFiles, read_metrics, read_samples
+from cleangpt.tracking import NullTracker, Trackers, open_trackers
+from cleangpt.tracking.metrics import MetricsFiles, read_metrics, read_samples, read_steps
 
 
-def experiment(**tracking):
-    return Experiment(
-        name="tiny",
-        corpus=CorpusConfig(),
-        data=DataConfig(seq_len=8, batch_size=2),
-        model=ModelConfig(max_seq_len=8),
-        optimizer=OptimizerConfig(lr=1e-3),
-        training=TrainingConfig(macro_batches=4, batches_per_macro_batch=2),
-        tracking=TrackingConfig(**tracking),
-    )
+def begin(run, log=None, **tracking):
+    return open_trackers(TrackingConfig(**tracking), run, name="tiny", experiment_json={"a": 1}, log=log)
 
 
 class Faulty:
@@ -37,11 +28,14 @@ class Faulty:
         if what == self.what:
             raise ConnectionError(f"cannot {what}:\n no network")
 
-    def open(self, truncate_after):
+    def open(self, truncate_after, last_step):
         self._do("open")
 
-    def record(self, figures):
+    def record(self, metrics):
         self._do("record")
+
+    def log_steps(self, rows):
+        self._do("log_steps")
 
     def sample(self, macro_batch, text):
         self._do("sample")
@@ -60,29 +54,34 @@ class Faulty:
         self.state = state or self.state
 
 
-@pytest.mark.parametrize(("what", "calls"), [("open", 1), ("record", 2), ("sample", 3), ("close", 6), ("", 6)])
-def test_a_tracker_that_fails_is_told_once_and_left_out(tmp_path, what, calls):
-    faulty, good, said = Faulty(what), Faulty(""), []
-    trackers = Trackers(MetricsFiles(tmp_path), {"faulty": faulty, "good": good}, said.append)
-    trackers.open(None)
+CALLS = [("open", 1), ("log_steps", 2), ("record", 3), ("sample", 4), ("close", 8), ("", 8)]
+
+
+@pytest.mark.parametrize(("what", "calls"), CALLS)
+def test_a_tracker_that_fails_is_reported_once_and_dropped(tmp_path, what, calls):
+    faulty, good, messages = Faulty(what), Faulty(""), []
+    trackers = Trackers(MetricsFiles(tmp_path), {"faulty": faulty, "good": good}, messages.append)
+    trackers.open(None, None)
     for macro_batch in (1, 2):
+        trackers.log_steps([{"step": macro_batch}])
         trackers.record({"macro_batch": macro_batch})
         trackers.sample(macro_batch, "text")
     trackers.close("finished")
-    told = f"faulty is left out from now on, training goes on without it: cannot {what}: no network"
-    assert said == ([told] if what else [])
-    assert (faulty.calls, good.calls) == (calls, 6)
+    message = f"faulty failed and is dropped, training continues without it: cannot {what}: no network"
+    assert messages == ([message] if what else [])
+    assert (faulty.calls, good.calls) == (calls, 8)
     assert [row["macro_batch"] for row in read_metrics(tmp_path)] == [1, 2]
+    assert [row["step"] for row in read_steps(tmp_path)] == [1, 2]
     assert len(read_samples(tmp_path)) == 2
 
 
-def test_metrics_that_cannot_be_written_are_told_once_and_do_not_stop_the_training(tmp_path):
-    said = []
-    trackers = open_trackers(experiment(), {}, tmp_path, None, None, said.append)
+def test_metrics_that_cannot_be_written_are_reported_once_and_do_not_stop_the_training(tmp_path):
+    messages = []
+    trackers = begin(tmp_path, messages.append)
     (tmp_path / "metrics.jsonl").mkdir()
     trackers.record({"macro_batch": 1})
     trackers.record({"macro_batch": 2})
-    assert len(said) == 1 and said[0].startswith("metrics.jsonl cannot be written: [Errno")
+    assert len(messages) == 1 and messages[0].startswith("metrics.jsonl cannot be written: [Errno")
     (tmp_path / "metrics.jsonl").rmdir()
     trackers.close("finished")
     assert [row["macro_batch"] for row in read_metrics(tmp_path)] == [1, 2]
@@ -91,7 +90,7 @@ def test_metrics_that_cannot_be_written_are_told_once_and_do_not_stop_the_traini
 def test_state_survives_a_failure_and_a_tracker_switched_off(tmp_path):
     trackers = Trackers(MetricsFiles(tmp_path), {"faulty": Faulty("open")}, lambda _: None)
     trackers.load_state_dict({"faulty": {"id": "old"}, "wandb": {"id": "kept"}})
-    trackers.open(3)
+    trackers.open(3, 6)
     waiting = {"files": {"waiting": []}}
     assert trackers.state_dict() == {"faulty": {"id": "old"}, "wandb": {"id": "kept"}} | waiting
 
@@ -109,49 +108,50 @@ def test_a_missing_package_is_refused_with_its_extra(tmp_path, monkeypatch, opti
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Absent(), *sys.meta_path])
     with pytest.raises(UserError, match=rf"pip install 'cleangpt\[{package}\]'"):
-        open_trackers(experiment(**options), {}, tmp_path, None, None)
+        begin(tmp_path, **options)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failure_is_told_on_the_screen_and_in_the_log(tmp_path, monkeypatch, capsys):
+def test_a_failure_is_reported_on_the_screen_and_in_the_log(tmp_path, monkeypatch, capsys):
     def refuse(*args, **options):
         raise ConnectionError("no network")
 
     monkeypatch.setattr("cleangpt.tracking.wandb.WandbTracker.open", refuse)
-    trackers = open_trackers(experiment(wandb="offline"), {}, tmp_path, None, None)
+    trackers = begin(tmp_path, wandb="offline")
     trackers.record({"macro_batch": 1})
-    told = "wandb is left out from now on, training goes on without it: no network"
-    assert capsys.readouterr().err == told + "\n"
-    assert told in (tmp_path / "log.txt").read_text(encoding="utf-8")
+    message = "wandb failed and is dropped, training continues without it: no network"
+    assert capsys.readouterr().err == message + "\n"
+    assert message in (tmp_path / "log.txt").read_text(encoding="utf-8")
     assert set(trackers.state_dict()["wandb"]) == {"id"}
 
 
 def test_tracking_draws_no_random_number(tmp_path):
     before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
-    trackers = open_trackers(experiment(wandb="offline", tensorboard=True), {"a": 1}, tmp_path, None, None)
-    trackers.record({"macro_batch": 1, "val_loss": 2.0})
+    trackers = begin(tmp_path, wandb="offline", tensorboard=True)
+    trackers.log_steps([{"step": 1, "tokens": 8, "loss": 2.0}])
+    trackers.record({"macro_batch": 1, "step": 1, "tokens": 8, "val_loss": 2.0})
     trackers.sample(1, "text")
     trackers.close("finished")
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
 
 
 @pytest.mark.parametrize("what", ["state_dict", "load_state_dict"])
-def test_a_tracker_that_cannot_tell_or_take_its_state_costs_no_snapshot(tmp_path, what):
-    """What it told last is kept, so that it may come back."""
-    said = []
-    trackers = Trackers(MetricsFiles(tmp_path), {"faulty": Faulty(what)}, said.append)
+def test_a_tracker_that_cannot_give_or_take_its_state_costs_no_snapshot(tmp_path, what):
+    """Its last known state is kept, so that it can come back."""
+    messages = []
+    trackers = Trackers(MetricsFiles(tmp_path), {"faulty": Faulty(what)}, messages.append)
     trackers.load_state_dict({"faulty": {"id": "old"}})
-    trackers.open(None)
+    trackers.open(None, None)
     trackers.record({"macro_batch": 1})
     kept = [trackers.state_dict()["faulty"] for _ in range(2)]
     assert kept == [{"id": "old" if what == "state_dict" else "new"}] * 2
-    told = f"faulty is left out from now on, training goes on without it: cannot {what}: no network"
-    assert said == [told]
+    message = f"faulty failed and is dropped, training continues without it: cannot {what}: no network"
+    assert messages == [message]
     assert [row["macro_batch"] for row in read_metrics(tmp_path)] == [1]
 
 
 @pytest.mark.slow
-def test_a_server_of_wandb_that_cannot_be_reached_costs_its_figures_alone(tmp_path, monkeypatch):
+def test_a_server_of_wandb_that_cannot_be_reached_costs_its_metrics_only(tmp_path, monkeypatch):
     """Really tried, at a port where nobody listens."""
     pytest.importorskip("wandb")
     for name, value in {
@@ -159,10 +159,43 @@ def test_a_server_of_wandb_that_cannot_be_reached_costs_its_figures_alone(tmp_pa
         "CONFIG_DIR": str(tmp_path / "config"), "CACHE_DIR": str(tmp_path / "cache"),
     }.items():  # fmt: skip
         monkeypatch.setenv(f"WANDB_{name}", value)
-    said = []
-    trackers = open_trackers(experiment(wandb="online"), {}, tmp_path, None, None, said.append)
+    messages = []
+    trackers = begin(tmp_path, messages.append, wandb="online")
     trackers.record({"macro_batch": 1})
     trackers.close("finished")
-    assert len(said) == 1 and said[0].startswith("wandb is left out from now on, training goes on without it: ")
+    assert len(messages) == 1 and messages[0].startswith("wandb failed and is dropped, training continues without it: ")
     assert [row["macro_batch"] for row in read_metrics(tmp_path)] == [1]
     assert trackers.state_dict()["wandb"]["id"]
+
+
+def test_a_roll_back_reopens_every_tracker_at_the_snapshot(tmp_path):
+    class Recorder(Faulty):
+        opened = ()
+
+        def open(self, truncate_after, last_step):
+            self.opened += ((truncate_after, last_step, self.state),)
+
+    recorder = Recorder("")
+    trackers = Trackers(MetricsFiles(tmp_path), {"recorder": recorder}, lambda _: None)
+    trackers.open(None, None)
+    for step in (1, 2):
+        trackers.log_steps([{"step": step}])
+    state = trackers.state_dict()
+    recorder.state = {"id": "later"}
+    for step in (3, 4):
+        trackers.log_steps([{"step": step}])
+        trackers.record({"macro_batch": step})
+    trackers.rewind(state, 0, 2)
+    assert [row["step"] for row in read_steps(tmp_path)] == [1, 2]
+    assert read_metrics(tmp_path) == []
+    assert recorder.opened == ((None, None, {"id": "new"}), (0, 2, {"id": "new"}))
+
+
+def test_other_processes_write_nothing(tmp_path):
+    null = NullTracker(tmp_path)
+    null.log_steps([{"step": 1}])
+    null.record({"macro_batch": 1})
+    null.sample(1, "text")
+    null.rewind(null.state_dict(), 0, 0)
+    null.close("finished")
+    assert list(tmp_path.iterdir()) == []

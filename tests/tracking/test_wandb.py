@@ -1,4 +1,4 @@
-"""Weights & Biases, really run offline; its files are read back."""
+"""Weights & Biases, run offline; its own files are read back."""
 
 import json
 import struct
@@ -10,26 +10,10 @@ wandb = pytest.importorskip("wandb")
 
 from wandb.proto import wandb_internal_pb2  # noqa: E402
 
-from cleangpt.config import (  # noqa: E402
-    CorpusConfig,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TrackingConfig,
-    TrainingConfig,
-)
-from cleangpt.experiment import Experiment  # noqa: E402
+from cleangpt.config import TrackingConfig  # noqa: E402
 from cleangpt.tracking import open_trackers  # noqa: E402
 
-EXPERIMENT = Experiment(
-    name="tiny",
-    corpus=CorpusConfig(),
-    data=DataConfig(seq_len=8, batch_size=2),
-    model=ModelConfig(max_seq_len=8),
-    optimizer=OptimizerConfig(lr=1e-3),
-    training=TrainingConfig(macro_batches=4, batches_per_macro_batch=2),
-    tracking=TrackingConfig(wandb="offline", wandb_project="proof"),
-)
+CONFIG = TrackingConfig(wandb="offline", wandb_project="proof")
 EXPERIMENT_JSON = {"name": "tiny", "optimizer": {"lr": 1e-3, "betas": [0.9, 0.95]}}
 
 
@@ -43,18 +27,18 @@ def own_settings(monkeypatch, tmp_path):
 
 def records(path):
     """The records of a .wandb file: a header of 7 bytes, then LevelDB's log format in blocks of 32 KiB."""
-    data, position, whole = path.read_bytes(), 7, b""
+    data, position, content = path.read_bytes(), 7, b""
     while position < len(data):
         rest = 32768 - position % 32768
         if rest < 7:
             position += rest
             continue
         _, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        whole += data[position + 7 : position + 7 + length]
+        content += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):
-            yield wandb_internal_pb2.Record.FromString(whole)
-            whole = b""
+            yield wandb_internal_pb2.Record.FromString(content)
+            content = b""
 
 
 def run_files(run, count=1):
@@ -81,45 +65,82 @@ def the(kind, path):
     return [getattr(record, kind) for record in records(path) if record.WhichOneof("record_type") == kind]
 
 
-def begin(run, state=None, truncate_after=None):
-    return open_trackers(EXPERIMENT, EXPERIMENT_JSON, run, state, truncate_after)
+def begin(run, state=None, truncate_after=None, last_step=None):
+    return open_trackers(
+        CONFIG,
+        run,
+        name="tiny",
+        experiment_json=EXPERIMENT_JSON,
+        state=state,
+        truncate_after=truncate_after,
+        last_step=last_step,
+    )
 
 
-def test_figures_config_and_samples_reach_the_run_file(tmp_path):
+def rows(*steps, **metrics):
+    return [{"step": step, "tokens": 8 * step, "loss": 3 - step / 10, **metrics} for step in steps]
+
+
+def validated(macro_batch, step, val_loss, **metrics):
+    return {"macro_batch": macro_batch, "step": step, "tokens": 8 * step, "val_loss": val_loss, **metrics}
+
+
+def test_metrics_config_and_samples_reach_the_run_file(tmp_path):
     trackers = begin(tmp_path)
-    trackers.record({"macro_batch": 1, "val_loss": 2.5, "mfu": None})
-    trackers.record({"macro_batch": 2, "val_loss": float("nan"), "train_loss": 2.25})
+    trackers.log_steps(rows(1, 2))
+    trackers.record(validated(1, 2, 2.5, mfu=None))
+    trackers.log_steps(rows(3, skipped=1))
+    trackers.record(validated(2, 4, float("nan"), peak_memory=5))
     trackers.sample(2, "<b>to & fro")
     trackers.close("finished")
     (path,) = run_files(tmp_path)
-    rows = history(path)
-    assert rows[:2] == [{"macro_batch": 1, "val_loss": 2.5}, {"macro_batch": 2, "train_loss": 2.25}]
+    logged = history(path)
+    assert logged[:3] == [
+        {"step": 1, "tokens": 8, "train/loss": 2.9},
+        {"step": 2, "tokens": 16, "train/loss": 2.8, "val/loss": 2.5, "macro_batch": 1},
+        {"step": 3, "tokens": 24, "train/loss": 2.7, "train/skipped": 1},
+    ]
     (page,) = path.parent.glob("files/media/html/*.html")
     assert "<pre>&lt;b&gt;to &amp; fro</pre>" in page.read_text(encoding="utf-8")
-    assert (rows[2]["macro_batch"], rows[2]["sample.path"]) == (2, f"media/html/{page.name}")
+    assert logged[3]["sample.path"] == f"media/html/{page.name}"
+    assert (logged[3]["step"], logged[3]["system/peak_memory"], "val/loss" in logged[3]) == (4, 5, False)
     started = the("run", path)[0]
     config = {entry.key: json.loads(entry.value_json) for entry in started.config.update}
     assert started.project == "proof"
     assert started.display_name == f"tiny {tmp_path.name}"
     assert {name: config[name] for name in EXPERIMENT_JSON} == EXPERIMENT_JSON
-    assert {"*", "macro_batch", "val_loss"} == {metric.glob_name or metric.name for metric in the("metric", path)}
-    assert {metric.step_metric for metric in the("metric", path)} == {"", "macro_batch"}
+    assert {"*", "step", "tokens", "val/loss"} == {metric.glob_name or metric.name for metric in the("metric", path)}
+    assert {metric.step_metric for metric in the("metric", path)} == {"", "step"}
 
 
-def test_resume_goes_on_in_the_same_run(tmp_path):
+def test_the_step_of_wandb_is_that_of_the_run(tmp_path):
+    trackers = begin(tmp_path)
+    trackers.log_steps(rows(10, 20))
+    trackers.record(validated(1, 25, 2.0))
+    trackers.close("finished")
+    (path,) = run_files(tmp_path)
+    steps = [record.history.step.num for record in records(path) if record.WhichOneof("record_type") == "history"]
+    assert steps == [10, 20, 25]
+
+
+def test_resume_continues_the_same_run(tmp_path):
     first = begin(tmp_path)
-    first.record({"macro_batch": 1, "val_loss": 2.5})
+    first.log_steps(rows(1, 2))
+    first.record(validated(1, 2, 2.5))
     state = json.loads(json.dumps(first.state_dict()))
     first.close("interrupted")
-    second = begin(tmp_path, state, truncate_after=1)
-    second.record({"macro_batch": 2, "val_loss": 2.0})
+    second = begin(tmp_path, state, truncate_after=1, last_step=2)
+    second.log_steps(rows(3, 4))
+    second.record(validated(2, 4, 2.0))
     second.close("finished")
     assert second.state_dict() == state
     paths = run_files(tmp_path, count=2)
     assert [the("run", path)[0].run_id for path in paths] == 2 * [state["wandb"]["id"]]
-    assert [row for path in paths for row in history(path)] == [
-        {"macro_batch": 1, "val_loss": 2.5},
-        {"macro_batch": 2, "val_loss": 2.0},
+    assert [(row["step"], row.get("val/loss")) for path in paths for row in history(path)] == [
+        (1, None),
+        (2, 2.5),
+        (3, None),
+        (4, 2.0),
     ]
 
 
@@ -133,21 +154,40 @@ def test_two_new_runs_are_two(tmp_path):
     assert len(ids) == 2
 
 
-def test_what_the_service_remembers_is_not_told_twice(tmp_path, monkeypatch):
+class Remembering:
+    """A W&B run whose server has its steps up to 3, as wandb reports it when a run is resumed online."""
+
+    step = 4
+
+    def __init__(self, run):
+        self._run = run
+
+    def __getattr__(self, name):
+        return getattr(self._run, name)
+
+
+def test_what_the_server_has_is_not_logged_again(tmp_path, monkeypatch):
     start = wandb.init
-
-    def remembering(**options):
-        run = start(**options)
-        run.summary["macro_batch"] = 3
-        return run
-
-    monkeypatch.setattr(wandb, "init", remembering)
-    trackers = begin(tmp_path, {"wandb": {"id": "again"}}, truncate_after=2)
-    for macro_batch in (3, 4):
-        trackers.record({"macro_batch": macro_batch})
+    monkeypatch.setattr(wandb, "init", lambda **options: Remembering(start(**options)))
+    trackers = begin(tmp_path, {"wandb": {"id": "again"}}, truncate_after=1, last_step=2)
+    for macro_batch, step in ((2, 3), (3, 4)):
+        trackers.log_steps(rows(step))
+        trackers.record(validated(macro_batch, step, 2.0))
         trackers.sample(macro_batch, "text")
     trackers.close("finished")
-    assert [row["macro_batch"] for row in history(run_files(tmp_path)[0])] == [4, 4]
+    (row,) = history(run_files(tmp_path)[0])
+    assert (row["step"], row["macro_batch"], "sample.path" in row) == (4, 3, True)
+
+
+def test_after_a_roll_back_only_steps_beyond_the_last_are_logged(tmp_path):
+    trackers = begin(tmp_path)
+    trackers.log_steps(rows(1))
+    state = trackers.state_dict()
+    trackers.log_steps(rows(2, 3))
+    trackers.rewind(state, 0, 1)
+    trackers.log_steps(rows(2, 3, 4, 5))
+    trackers.close("finished")
+    assert [row["step"] for row in history(run_files(tmp_path)[0])] == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(("status", "code"), [("finished", 0), ("stopped early", 0), ("interrupted", 0), ("failed", 1)])
@@ -161,8 +201,8 @@ def test_only_a_failed_run_ends_as_crashed(tmp_path, status, code):
     ] == status
 
 
-def test_the_end_of_a_run_waits_for_a_server_for_a_minute_at_most(tmp_path):
-    trackers = open_trackers(EXPERIMENT, EXPERIMENT_JSON, tmp_path, None, None)
+def test_the_end_of_a_run_waits_for_the_server_for_a_minute_at_most(tmp_path):
+    trackers = begin(tmp_path)
     settings = trackers._others["wandb"]._run.settings
     assert (settings.finish_timeout, settings.finish_timeout_raises) == (60, True)
     trackers.close("finished")
