@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cleangpt.errors import UserError
 from cleangpt.inference.sampling import GREEDY, Sampling, SeededSampler, distribution
-from cleangpt.models.base import LanguageModel, gather_positions
+from cleangpt.models.base import LanguageModel
 from cleangpt.models.cache import KVCache
 
 CACHE_STEP = 256
@@ -106,7 +106,7 @@ class Context:
         tokens = torch.tensor([row + [0] * (longest - len(row)) for row in self.rows], device=self.device)
         wanted = torch.tensor([range(length - last, length) for length in lengths], device=self.device)
         if not self.cached:
-            return gather_positions(self.model(tokens), wanted)
+            return self.model(tokens, logit_positions=wanted)  # type: ignore[no-any-return]
         self._cache = cache = cast(KVCache, self.model.new_cache(self.spare + longest - min(lengths)))
         if self.room is not None:
             # In steps, so that a compiled model meets few sizes.

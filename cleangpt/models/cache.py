@@ -66,12 +66,14 @@ class KVCache:
     Args:
         windows: of each block's attention, in tokens; None: it sees all.
         max_len: tokens that a row may have.
-        spare: by how many tokens a row may go back; a ring keeps so many more.
-        ids_wanted: whether to keep the ids of all tokens, for `tokens_before`.
+        rollback_tokens: how many tokens can be taken back; a ring keeps that many more.
+        keep_ids: whether to keep the ids of all tokens, for `tokens_before`.
     """
 
-    def __init__(self, windows: Sequence[int | None], max_len: int, spare: int = 0, keep_ids: bool = False) -> None:
-        self.max_len, self.spare, self.keep_ids = max_len, spare, keep_ids
+    def __init__(
+        self, windows: Sequence[int | None], max_len: int, rollback_tokens: int = 0, keep_ids: bool = False
+    ) -> None:
+        self.max_len, self.rollback_tokens, self.keep_ids = max_len, rollback_tokens, keep_ids
         self.lengths = torch.empty(0, dtype=torch.int64)
         """Tokens that each row has read `(batch,)`."""
         self.end = 0
@@ -96,7 +98,7 @@ class KVCache:
 
     def slots(self, window: int | None) -> int:
         """Tokens that a block with this window keeps."""
-        return self.max_len if window is None else min(self.max_len, window + self.spare)
+        return self.max_len if window is None else min(self.max_len, window + self.rollback_tokens)
 
     def wraps(self, window: int | None) -> bool:
         """Whether several tokens being read do not fit beside all that they see."""
@@ -147,7 +149,7 @@ class KVCache:
         return torch.where(documents == documents[0], found, -1)
 
     def rewind(self, lengths: Tensor | Sequence[int]) -> None:
-        """Takes back the last tokens of rows, at most `spare` of each, so that so many remain `(batch,)`."""
+        """Takes back the last tokens of rows, at most `rollback_tokens` of each, so that so many remain `(batch,)`."""
         self.lengths = torch.as_tensor(lengths, dtype=torch.int64, device=self.lengths.device)
         counts = self.lengths.tolist()
         self.end, self.even = max(counts), min(counts) == max(counts)

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from cleangpt.corpora import prepare
 from cleangpt.corpora.adder_chat import AdderChat
@@ -20,19 +19,19 @@ from cleangpt.evaluation.validate import loss_figures, mean_loss
 from cleangpt.experiment import Experiment
 from cleangpt.models.gpt import GPT, GPTConfig
 from cleangpt.objectives import NextToken
+from tests.scripted import Scripted
 
 CPU = torch.device("cpu")
 
 
-class Calculator(nn.Module):
+class Calculator(Scripted):
     """Answers as a pocket calculator would, wrong for the problems it is told to; logits are one-hot."""
 
     def __init__(self, store: TokenDataset, wrong: float = 0.0) -> None:
-        super().__init__()
+        super().__init__(vocab_size=13)
         self.tokenizer, self.wrong, self.asked = store.tokenizer, wrong, set()
-        self.config = GPTConfig(vocab_size=13, max_seq_len=64, n_layers=1, n_heads=1, dim=1)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         logits = torch.zeros(*tokens.shape, 13)
         for row, ids in enumerate(tokens.tolist()):
             text = self.tokenizer.decode(ids)
@@ -55,15 +54,14 @@ def test_right_answers_score_one_and_wrong_ones_zero(store: TokenDataset) -> Non
     assert exact_match(Calculator(store, wrong=1.0), store.splits["test"], None, CPU) == 0.0
 
 
-class Reciter(nn.Module):
+class Reciter(Scripted):
     """Goes on from every beginning of a text that it knows by heart."""
 
     def __init__(self, texts: list[list[int]]) -> None:
-        super().__init__()
+        super().__init__(vocab_size=257, max_seq_len=200)
         self.known = {tuple(text[:length]): text[length] for text in texts for length in range(1, len(text))}
-        self.config = GPTConfig(vocab_size=257, max_seq_len=200, n_layers=1, n_heads=1, dim=1)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         logits = torch.zeros(*tokens.shape, 257)
         for row, ids in enumerate(tokens.tolist()):
             logits[row, -1, self.known.get(tuple(ids), 0)] = 1
@@ -107,10 +105,10 @@ def test_no_answer_is_given_away(store: TokenDataset) -> None:
     """A model that copies the answer out of its input would see it only if it stood there."""
 
     class Peeking(Calculator):
-        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        def logits(self, tokens: torch.Tensor) -> torch.Tensor:
             assert tokens.shape[1] < store.row_length
             assert all(len(self.tokenizer.decode(ids).split("=")[1]) <= 3 for ids in tokens.tolist())
-            return super().forward(tokens)
+            return super().logits(tokens)
 
     assert exact_match(Peeking(store), store.splits["test"], None, CPU) == 1.0
 

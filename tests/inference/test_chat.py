@@ -7,23 +7,21 @@ from cleangpt.data.chat_template import ChatTemplate, encode_chat, plain_templat
 from cleangpt.data.tokenizers import ByteTokenizer
 from cleangpt.inference.chat import answer
 from cleangpt.inference.sampling import GREEDY
-from cleangpt.models.gpt import GPTConfig
+from tests.scripted import Scripted
 
 pytest.importorskip("jinja2")
 CPU = torch.device("cpu")
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Well?"}]
 
 
-class Replies(torch.nn.Module):
+class Replies(Scripted):
     """Writes one text, once it has read all of another."""
 
-    config = GPTConfig(vocab_size=257, max_seq_len=512, n_layers=1, n_heads=1, dim=8)
-
     def __init__(self, after: list[int], reply: list[int]) -> None:
-        super().__init__()
+        super().__init__(257, max_seq_len=512)
         self.after, self.reply = after, reply
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         logits = torch.zeros(*tokens.shape, 257)
         assert tokens[0, : len(self.after)].tolist() == self.after
         for place, token in enumerate(self.reply, start=len(self.after) - 1):

@@ -23,6 +23,7 @@ from cleangpt.interchange.huggingface import mapping_of
 from cleangpt.models import build_model
 from cleangpt.models.gpt import GPTConfig
 from cleangpt.models.llama import LlamaConfig
+from tests.scripted import Scripted
 
 CPU = torch.device("cpu")
 CONFIG = GPTConfig(vocab_size=50, max_seq_len=24, n_layers=2, n_heads=2, dim=32)
@@ -131,16 +132,14 @@ def test_log_probabilities_are_those_of_the_model_itself() -> None:
         assert token.logprob == pytest.approx(float(expected[place, token.id]), abs=1e-4)
 
 
-class Table(nn.Module):
+class Table(Scripted):
     """Logits that depend on the last token alone; it has no cache."""
 
-    config = GPTConfig(vocab_size=4, max_seq_len=16, n_layers=1, n_heads=1, dim=1)
-
     def __init__(self, seed: int) -> None:
-        super().__init__()
+        super().__init__(4, max_seq_len=16)
         self.table = 1.5 * torch.randn(4, 4, generator=torch.Generator().manual_seed(seed))
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def logits(self, tokens: Tensor) -> Tensor:
         return self.table[tokens]
 
 

@@ -12,21 +12,20 @@ from cleangpt.errors import UserError
 from cleangpt.inference.sampling import GREEDY, Sampling
 from cleangpt.inference.text import Piece, Writer, complete, prompt_tokens, stream
 from cleangpt.models.gpt import GPT, GPTConfig
+from tests.scripted import Scripted
 
 CPU = torch.device("cpu")
 CONFIG = GPTConfig(vocab_size=257, max_seq_len=64, n_layers=1, n_heads=1, dim=8)
 
 
-class Writes(torch.nn.Module):
+class Writes(Scripted):
     """Writes one text after any prompt of two bytes, byte by byte."""
 
-    config = CONFIG
-
     def __init__(self, text: str) -> None:
-        super().__init__()
+        super().__init__(257)
         self.tokens = [*text.encode(), 256]
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         logits = torch.zeros(*tokens.shape, 257)
         for place in range(1, tokens.shape[1]):
             logits[:, place, self.tokens[min(place - 1, len(self.tokens) - 1)]] = 1

@@ -67,7 +67,7 @@ def test_tokens_may_come_in_pieces_of_any_size(kind: str, seed: int, cuts: set[i
     tokens = torch.randint(VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(seed))
     cache = model.new_cache()
     pieces = torch.tensor_split(tokens, sorted(cuts), dim=1)
-    assert_close(torch.cat([model(piece, cache) for piece in pieces], dim=1), model(tokens))
+    assert_close(torch.cat([model(piece, cache=cache) for piece in pieces], dim=1), model(tokens))
 
 
 @every_kind
@@ -82,8 +82,8 @@ def test_rows_of_different_lengths_do_not_meet(kind: str, seed: int, lengths: li
     """Shorter rows are padded and taken back to their own lengths; then all grow alike, several tokens at a time."""
     model = MODELS[kind]
     tokens = torch.randint(VOCABULARY, (3, LENGTH + 8), generator=torch.Generator().manual_seed(seed))
-    longest, cache = max(lengths), model.new_cache(spare=max(lengths) - min(lengths))
-    read = model(tokens[:, :longest], cache)
+    longest, cache = max(lengths), model.new_cache(rollback_tokens=max(lengths) - min(lengths))
+    read = model(tokens[:, :longest], cache=cache)
     cache.rewind(lengths)
     alone = [model(row[None, :LENGTH])[0] for row in tokens]
     for row, length in enumerate(lengths):
@@ -92,7 +92,7 @@ def test_rows_of_different_lengths_do_not_meet(kind: str, seed: int, lengths: li
         if max(lengths) + step > LENGTH:
             break
         new = torch.stack([row[length : length + step] for row, length in zip(tokens, lengths, strict=True)])
-        read = model(new, cache)
+        read = model(new, cache=cache)
         for row, length in enumerate(lengths):
             assert_close(read[row], alone[row][length : length + step])
         lengths = [length + step for length in lengths]
@@ -105,31 +105,31 @@ def test_rows_of_different_lengths_do_not_meet(kind: str, seed: int, lengths: li
 def test_what_is_taken_back_is_as_if_never_read(kind: str, seed: int, back: int, length: int) -> None:
     model = MODELS[kind]
     tokens, others = torch.randint(VOCABULARY, (2, 2, LENGTH), generator=torch.Generator().manual_seed(seed))
-    cache = model.new_cache(spare=5)
-    model(tokens[:, :length], cache)
+    cache = model.new_cache(rollback_tokens=5)
+    model(tokens[:, :length], cache=cache)
     cache.rewind([length - back] * 2)
     whole = torch.cat([tokens[:, : length - back], others[:, : back + 2]], dim=1)
-    assert_close(model(others[:, : back + 2], cache), model(whole)[:, length - back :])
+    assert_close(model(others[:, : back + 2], cache=cache), model(whole)[:, length - back :])
 
 
 @every_kind
 @torch.no_grad()
 def test_logits_may_be_had_after_some_tokens_only(kind: str) -> None:
     model, tokens = MODELS[kind], torch.randint(VOCABULARY, (2, 9))
-    wanted = torch.tensor([[3, 8], [0, 5]])
-    expected = model(tokens)[torch.arange(2)[:, None], wanted]
-    assert_close(model(tokens, wanted=wanted), expected)
+    positions = torch.tensor([[3, 8], [0, 5]])
+    expected = model(tokens)[torch.arange(2)[:, None], positions]
+    assert_close(model(tokens, logit_positions=positions), expected)
 
 
 def test_a_window_bounds_what_is_kept() -> None:
-    cache = MODELS["window in some blocks"].new_cache(spare=2)
-    MODELS["window in some blocks"](torch.zeros(1, 20, dtype=torch.long), cache)
+    cache = MODELS["window in some blocks"].new_cache(rollback_tokens=2)
+    MODELS["window in some blocks"](torch.zeros(1, 20, dtype=torch.long), cache=cache)
     assert [block.keys.shape[2] for block in cache.blocks] == [6, LENGTH, 6]
 
 
 def test_heads_that_share_keys_keep_them_once() -> None:
     cache = MODELS["shared keys"].new_cache()
-    MODELS["shared keys"](torch.zeros(1, 2, dtype=torch.long), cache)
+    MODELS["shared keys"](torch.zeros(1, 2, dtype=torch.long), cache=cache)
     assert [block.keys.shape for block in cache.blocks] == [(1, 2, LENGTH, 8)] * 3
 
 
