@@ -19,7 +19,7 @@ from cleangpt.checkpoints.snapshots import (
     set_aside,
     snapshot_name,
 )
-from cleangpt.corpora.mixture import tasks
+from cleangpt.corpora.mixture import environments
 from cleangpt.data.batch import Batch
 from cleangpt.data.loader import BatchLoader, StreamWithout, add_range, validation_batches
 from cleangpt.data.mixing import Store, mean_shares, split_samples, stores
@@ -45,8 +45,8 @@ from cleangpt.distributed.processes import Ranks
 from cleangpt.distributed.signals import StopRequest
 from cleangpt.distributed.tensors import gather_to_host
 from cleangpt.errors import DivergedError, RunFailedError, UserError, parsing
-from cleangpt.evaluation.tasks import SCORES
-from cleangpt.evaluation.validate import loss_figures, mean_loss, source_figures
+from cleangpt.evaluation.tasks import mean_reward
+from cleangpt.evaluation.validate import loss_metrics, source_metrics, validate
 from cleangpt.experiment import Experiment, samples_per_macro_batch
 from cleangpt.files import find_corruption, recover_folder
 from cleangpt.inference.text import sample_text
@@ -256,10 +256,10 @@ class Trainer:
                 samples, data.val_batch_size or self.micro_batch_size, data.val_samples,
                 rank=self.layout.part(self.ranks.rank), world_size=self.layout.parts,
             )  # fmt: skip
-            self.val_losses[name] = mean_loss(
+            self.val_losses[name] = validate(
                 self.forward_model, self.objective, batches, self.device, self.context,
                 self._agree_to_stop, self.ranks.sum_tensor,
-            )  # fmt: skip
+            )["loss"]  # fmt: skip
         val_loss = sum(share * self.val_losses[name] for name, share in mean_shares(self.store).items())
         if not math.isfinite(val_loss) and not self.stopping:
             self._check_weights()
@@ -432,8 +432,8 @@ class Trainer:
             "tokens": position.samples * experiment.data.seq_len,
             "train_loss": train_loss,
             "val_loss": val_loss,
-            **loss_figures(val_loss, splits.get("")),
-            **source_figures("val_loss", self.val_losses, splits),
+            **loss_metrics(val_loss, splits.get("")),
+            **source_metrics("val_loss", self.val_losses, splits),
             **self._score(),
             "lr": meter.lr,
             "weight_decay": meter.weight_decay,
@@ -455,16 +455,15 @@ class Trainer:
         return {"rollbacks": self.spikes.rollbacks, "samples_left_out": samples} if self.spikes.enabled else {}
 
     def _score(self) -> dict[str, float]:
-        """The corpus's task score (those of a mixture's sources), on the same few validation samples every time."""
-        wanted, count = tasks(self.experiment.corpus), self.experiment.tracking.score_samples
-        if not wanted or not count:
+        """The mean reward in the corpus's environment (or those of a mixture's sources) over the same few tasks."""
+        scored, count = environments(self.experiment.corpus, self.store), self.experiment.tracking.score_samples
+        if not scored or not count:
             return {}
         self.model.eval()
         with uncompiled():
             return {
-                of_source(task, name): SCORES[task](self.model, store.splits["val"], count, self.device)
-                for name, store in stores(self.store).items()
-                if (task := wanted.get(name))
+                of_source(one.metric, name): mean_reward(self.model, one, "val", count, self.device)
+                for name, one in scored.items()
             }
 
     def _update_progress(self, seconds: float) -> None:

@@ -16,7 +16,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from cleangpt.inference.sampling import Sampling, SeededSampler, distribution
+from cleangpt.inference.sampling import Sampling, distribution, sample, seeded
 
 THEIRS = {
     "temperature": TemperatureLogitsWarper,
@@ -51,7 +51,7 @@ def test_temperature_0_leaves_the_likeliest_token_alone() -> None:
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_draws_follow_the_distribution(temperature: float) -> None:
     expected = distribution(torch.tensor([[1.0, 0.0, -1.0]]), Sampling(temperature=temperature))
-    counts = SeededSampler(range(4000)).tokens(expected.expand(4000, -1)).bincount(minlength=3)
+    counts = sample(expected.expand(4000, -1), [seeded(seed) for seed in range(4000)]).bincount(minlength=3)
     assert torch.allclose(counts / 4000, expected[0], atol=3 * math.sqrt(0.25 / 4000))
 
 
@@ -59,7 +59,7 @@ def test_draws_follow_the_distribution(temperature: float) -> None:
 def test_a_token_of_probability_0_is_never_drawn(seed: int, possible: set[int]) -> None:
     probabilities = torch.zeros(1, 10)
     probabilities[0, list(possible)] = 0.1
-    assert int(SeededSampler([seed]).tokens(probabilities)) in possible
+    assert int(sample(probabilities, [seeded(seed)])) in possible
 
 
 def test_rows_draw_what_they_would_alone_and_the_global_generator_stays() -> None:
@@ -67,8 +67,9 @@ def test_rows_draw_what_they_would_alone_and_the_global_generator_stays() -> Non
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    together, alone = SeededSampler(range(5)), [SeededSampler([seed]) for seed in range(5)]
+    together, alone = ([seeded(seed) for seed in range(5)] for _ in range(2))
     for _ in range(3):
-        drawn = together.tokens(probabilities).tolist()
-        assert drawn == [int(one.tokens(row[None])) for one, row in zip(alone, probabilities, strict=True)]
+        sampled = sample(probabilities, together).tolist()
+        rows = zip(alone, probabilities, strict=True)
+        assert sampled == [int(sample(row[None], [generator])) for generator, row in rows]
     assert torch.equal(torch.rand(3), expected)
