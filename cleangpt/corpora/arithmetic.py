@@ -20,6 +20,7 @@ from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.shuffle import permute
 from cleangpt.data.tokenizers import CharTokenizer, Tokenizer
 from cleangpt.data.writer import Chunk, Groups
+from cleangpt.environments.base import Environment
 from cleangpt.environments.exact_answer import ExactAnswer
 from cleangpt.errors import UserError
 
@@ -107,7 +108,7 @@ class Problems(Corpus):
             row_length=self.row_length, chat_template=self.chat_template(),
         )  # fmt: skip
 
-    def environment(self, dataset: TokenDataset) -> ExactAnswer:
+    def environment(self, dataset: TokenDataset) -> Environment:
         """Problems as tasks; the reward of one is 1 where its whole answer is right."""
         return ExactAnswer(dataset)
 
