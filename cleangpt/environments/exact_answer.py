@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
 from cleangpt.data.dataset import TokenDataset
 from cleangpt.environments.base import Environment, Episode, Feedback, Prompt
 
@@ -30,9 +28,9 @@ class ExactAnswer(Environment):
         """The question of a row."""
         rows, length = self.dataset.splits[split], self.dataset.row_length
         assert length is not None
-        tokens, counted = rows.read(task * length, length).tolist(), rows.read_mask(task * length, length).astype(bool)
-        start = int(counted.argmax())
-        answer = tokens[start : start + int(np.logical_and.accumulate(counted[start:]).sum())]
+        tokens, counted = (read(task * length, length).tolist() for read in (rows.read, rows.read_mask))
+        start = counted.index(1)
+        answer = tokens[start : [*counted, 0].index(0, start)]
         return Prompt(tokens[:start], max_new_tokens=len(answer), extras={"answer": answer})
 
     def step(self, episode: Episode, action: list[int]) -> Feedback:

@@ -80,7 +80,7 @@ class DecodingState:
                 self._cache.select(rows)
 
     def join(self, other: "DecodingState") -> None:
-        """Adds the rows of another state of the same model; both have been read up to the same number of tokens."""
+        """Adds the rows of another state of the same model, after `logits` of both."""
         self.rows += other.rows
         if self._cache is not None and other._cache is not None:
             self._cache.join(other._cache)

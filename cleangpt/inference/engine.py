@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -129,9 +129,7 @@ class Engine:
         """
         check_prompt(self.model, prompt)
         generator = seeded(sampling.seed if seed is None else seed)
-        request = _Request(
-            self._submitted, max_new_tokens, replace(sampling, seed=0), generator, self.eos_ids.union(stop_ids)
-        )
+        request = _Request(self._submitted, max_new_tokens, sampling, generator, self.eos_ids.union(stop_ids))
         if max_new_tokens > 0:
             self._waiting.append((request, prompt))
         self._submitted += 1
@@ -186,6 +184,8 @@ class Engine:
         """
         if self.unfinished:
             raise ValueError("other requests of this engine are unfinished")
+        for prompt in prompts:  # all of them before the first is submitted
+            check_prompt(self.model, prompt)
         completions = {
             self.submit(
                 prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=sampling.seed + row, stop_ids=stop_ids

@@ -1,7 +1,7 @@
 """Sampling: from logits to a distribution, and from that to a token."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,8 +23,8 @@ class Sampling:
     repetition_penalty: float = 1.0
     """Divides positive logits of tokens in the context, multiplies negative ones (Keskar et al. 2019, "CTRL", section
     4.1)."""
-    seed: int = 1337
-    """Random seed; the rows of a batch have this seed and those after it."""
+    seed: int = field(default=1337, compare=False)
+    """Random seed; the rows of a batch have this seed and those after it. Settings are equal whatever their seeds."""
 
 
 GREEDY = Sampling(temperature=0)
