@@ -28,9 +28,9 @@ def test_a_draft_does_not_change_greedy_tokens(kind: str, same: bool, draft_toke
     large = model(KINDS[kind][0])
     small = large if same else model(GPTConfig(vocab_size=50, max_seq_len=16, n_layers=1, n_heads=2, dim=16), seed=9)
     (expected,) = Engine(large, CPU).generate([[7, 8]], max_new_tokens=60)
-    drawn = speculated(large, small, [7, 8], max_new_tokens=60, draft_tokens=draft_tokens)
-    assert [token.id for token in drawn] == [token.id for token in expected.tokens]
-    for ours, theirs in zip(drawn, expected.tokens, strict=True):
+    generated = speculated(large, small, [7, 8], max_new_tokens=60, draft_tokens=draft_tokens)
+    assert [token.id for token in generated] == [token.id for token in expected.tokens]
+    for ours, theirs in zip(generated, expected.tokens, strict=True):
         assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
 
 
@@ -63,6 +63,6 @@ def test_drafted_tokens_are_distributed_as_those_of_the_larger_model() -> None:
 
 def test_a_drafted_text_ends_at_its_end() -> None:
     large = model()
-    whole = [token.id for token in speculated(large, large, [1], max_new_tokens=30)]
-    ended = speculated(large, large, [1], max_new_tokens=30, stop_ids={whole[4]})
-    assert [token.id for token in ended] == whole[: whole.index(whole[4])]
+    complete = [token.id for token in speculated(large, large, [1], max_new_tokens=30)]
+    ended = speculated(large, large, [1], max_new_tokens=30, stop_ids={complete[4]})
+    assert [token.id for token in ended] == complete[: complete.index(complete[4])]
