@@ -1,10 +1,10 @@
-"""Generating text: seconds of a token, with a KV cache, against others with the same weights.
+"""Generation: seconds per token, with a KV cache, against others with the same weights.
 
-A GPT-2 of 6 × 384 with a byte vocabulary, 10.8 million parameters in fp32, goes on greedily after 16 tokens. For one
-sequence, all weights come from memory for every token: `products alone` multiplies by each matrix once, by PyTorch, and
-does nothing else. What a token costs besides shows in a model of 6 × 48.
+A GPT-2 of 6 × 384 with a byte vocabulary, 10.8 million parameters in fp32, continues 16 tokens greedily. For one
+sequence, all weights are read from memory for every token: `products alone` multiplies by each matrix once, in PyTorch,
+and does nothing else. The overhead per token shows in a model of 6 × 48.
 Hugging Face's `generate` has a cache, nanoGPT's (`--peer`) has none; llama.cpp runs the exported file, where
-llama-cpp-python is installed, its cache in fp32 too. Compilation is done before.
+llama-cpp-python is installed, its cache in fp32 too. Compilation is not timed.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ from benchmarks.step import nanogpt_module
 from cleangpt.checkpoints.checkpoint import Checkpoint
 from cleangpt.data.tokenizers import ByteTokenizer
 from cleangpt.distributed.device import can_compile
-from cleangpt.inference.engine import generate
+from cleangpt.inference.engine import Engine
 from cleangpt.interchange.export import export
 from cleangpt.interchange.gpt import to_huggingface
 from cleangpt.models.gpt import GPT, GPTConfig
@@ -34,7 +34,7 @@ PROMPT = 16
 HUGGING_FACE_GOAL, LLAMA_CPP_GOAL = 1 / 3, 1.0
 LLAMA_CPP = "llama.cpp, fp32"
 Generate = Callable[[int, int], float]
-"""Generates so many tokens for each of a batch of so many sequences; returns the seconds of one step."""
+"""From a batch size and a number of tokens per sequence: generates them; returns the seconds of one step."""
 
 
 def run(setup: Setup) -> list[Row]:
@@ -63,7 +63,7 @@ def compare(
     model: GPT, batch: int, threads: int, count: int, peers: dict[str, Callable[[], Generate]], setup: Setup,
     what: str = "",
 ) -> list[Row]:  # fmt: skip
-    """Ours, plain and compiled, against `peers`, Hugging Face and the products alone, at so many threads."""
+    """Ours, plain and compiled, against `peers`, Hugging Face and the products alone, with this many threads."""
     measures: dict[str, Generate] = {"ours": _ours(model, compiled=False)}
     if can_compile(CPU) and not setup.quick:
         measures["compiled"] = _ours(model, compiled=True)
@@ -88,6 +88,11 @@ def compare(
     ]
 
 
+def prompts(batch: int) -> list[list[int]]:
+    """Different ones, since the engine reads equal prompts once."""
+    return [[row] * PROMPT for row in range(batch)]
+
+
 def _timed(steps: Callable[[int, int], Any]) -> Generate:
     def measure(batch: int, count: int) -> float:
         start = time.perf_counter()
@@ -98,13 +103,8 @@ def _timed(steps: Callable[[int, int], Any]) -> Generate:
 
 
 def _ours(model: GPT, compiled: bool) -> Generate:
-    model.eval()
-
-    def steps(batch: int, count: int) -> None:
-        for _ in generate(model, [[0] * PROMPT] * batch, CPU, max_new_tokens=count, compiled=compiled):
-            pass
-
-    return _timed(steps)
+    engine = Engine(model.eval(), CPU, compiled=compiled)
+    return _timed(lambda batch, count: engine.generate(prompts(batch), max_new_tokens=count))
 
 
 def _hugging_face(model: GPT) -> Generate:

@@ -8,7 +8,7 @@ its fit with the other fields in `check_experiment`.
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from cleangpt.errors import UserError
 
@@ -54,9 +54,6 @@ class ModelConfig:
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
     """What every corpus's configuration has; `corpora/` holds the corpora."""
-
-    task: ClassVar[str] = ""
-    """The score that evaluation computes on this corpus, a name in SCORES; empty: none."""
 
 
 @dataclass(frozen=True, kw_only=True)

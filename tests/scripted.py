@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cleangpt.config import ModelConfig
@@ -26,3 +27,14 @@ class Scripted(LanguageModel):
 
     def head_parameters(self) -> list[Tensor]:
         return []
+
+
+class Bigrams(Scripted):
+    """Logits that depend on the last token alone, by a random table."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(4, max_seq_len=16)
+        self.table = 1.5 * torch.randn(4, 4, generator=torch.Generator().manual_seed(seed))
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        return self.table[tokens]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from cleangpt.data.tokenizers import Tokenizer
     from cleangpt.distributed.processes import Ranks
     from cleangpt.inference.sampling import Sampling
-    from cleangpt.inference.text import Piece
+    from cleangpt.inference.text import TextChunk
     from cleangpt.models.base import LanguageModel
 
 USAGE = """\
@@ -517,7 +517,7 @@ def sample_command(words: list[str]) -> None:
     given: dict[str, Any] = {
         "max_new_tokens": options.max_new_tokens, "stop": options.stop, "cached": options.cache, "compiled": compiled,
     }  # fmt: skip
-    rows: Iterable[Iterable[Piece]]
+    rows: Iterable[Iterable[TextChunk]]
     if options.draft is None and count > 1:
         rows = complete(model, tokenizer, [options.prompt] * count, device, sampling=sampling, **given)
     else:
@@ -531,7 +531,7 @@ def sample_command(words: list[str]) -> None:
         _show(row, options.prompt, options.logprobs)
 
 
-def _show(row: Iterable["Piece"], prompt: str | None, logprobs: bool) -> None:
+def _show(row: Iterable["TextChunk"], prompt: str | None, logprobs: bool) -> None:
     """Prints a text as it comes, or each of its tokens on a line."""
     if prompt and not logprobs:
         print(prompt, end="", flush=True)

@@ -20,6 +20,8 @@ from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.shuffle import permute
 from cleangpt.data.tokenizers import CharTokenizer, Tokenizer
 from cleangpt.data.writer import Chunk, Groups
+from cleangpt.environments.base import Environment
+from cleangpt.environments.exact_answer import ExactAnswer
 from cleangpt.errors import UserError
 
 ROWS = 2**16
@@ -33,8 +35,6 @@ MOST_TRAINED = 1_000_000
 @dataclass(frozen=True, kw_only=True)
 class Problems(Corpus):
     """Problems on two numbers, one in each row, and in each split others."""
-
-    task: ClassVar[str] = "exact_match"
 
     digits: int = 3
     """Digits of each operand, 1 to 6."""
@@ -107,6 +107,10 @@ class Problems(Corpus):
             self, folder, self.tokenizer(), self._groups, sum(self.sizes().values()), console,
             row_length=self.row_length, chat_template=self.chat_template(),
         )  # fmt: skip
+
+    def environment(self, dataset: TokenDataset) -> Environment:
+        """Problems as tasks; the reward of one is 1 where its whole answer is right."""
+        return ExactAnswer(dataset)
 
     def _groups(self, start: int) -> Groups:
         for number, (split, first, last) in enumerate(self._ranges()):

@@ -25,6 +25,7 @@ from cleangpt.data.chat_template import ChatTemplate
 from cleangpt.data.dataset import DATASET, Column, TokenDataset
 from cleangpt.data.tokenizers import Tokenizer
 from cleangpt.data.writer import DatasetWriter, Groups
+from cleangpt.environments.base import Environment
 from cleangpt.errors import UserError, parsing
 from cleangpt.files import PARTIAL
 from cleangpt.validation import to_json
@@ -43,6 +44,10 @@ class Corpus(CorpusConfig):
     def prepare(self, folder: Path, console: Console) -> TokenDataset:
         """Makes the token store at `folder`, and tells the console how it goes."""
         raise NotImplementedError
+
+    def environment(self, dataset: TokenDataset) -> Environment | None:
+        """What checkpoints trained on the corpus are scored by, given its dataset; None: by the loss alone."""
+        return None
 
 
 CORPORA: dict[str, type[Corpus]] = {}

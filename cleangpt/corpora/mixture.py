@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cleangpt.config import CorpusConfig, Source
+from cleangpt.corpora.base import Corpus
 from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.mixing import MixedDataset, MixtureSource, Weight
+from cleangpt.environments.base import Environment
 from cleangpt.errors import UserError
 
 
@@ -55,10 +57,17 @@ class Mixture(CorpusConfig):
         return MixedDataset(sources, error_on_exhaustion=self.when_source_ends == "refuse")
 
 
-def tasks(corpus: CorpusConfig) -> dict[str, str]:
-    """The task score of each source that has one, by its name, which is empty for a corpus on its own."""
+def environments(corpus: CorpusConfig, dataset: MixedDataset) -> dict[str, Environment]:
+    """The environment of each source of a mixture that has one, by the source's name; of a single corpus: "".
+
+    Args:
+        corpus: what `dataset` was prepared from.
+        dataset: its tokens.
+    """
     sources = {source.name: source.corpus for source in corpus.sources} if isinstance(corpus, Mixture) else {"": corpus}
-    return {name: source.task for name, source in sources.items() if source.task}
+    datasets = {source.name: source.dataset for source in dataset.sources}
+    found = {name: source.environment(datasets[name]) for name, source in sources.items() if isinstance(source, Corpus)}
+    return {name: environment for name, environment in found.items() if environment is not None}
 
 
 def _check_source(source: Source, path: str) -> None:

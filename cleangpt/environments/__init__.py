@@ -1,1 +1,1 @@
-"""What a policy acts in, and what a checkpoint is scored by."""
+"""What a policy acts in, and what a checkpoint is scored by; one file per environment."""

@@ -1,7 +1,11 @@
-"""What a policy acts in, and what a checkpoint is scored by: the same object gives tasks and judges answers."""
+"""The contract of an environment: it sets tasks and rewards what a policy does with them.
 
+The same object scores a checkpoint, by its mean reward over tasks (`evaluation/tasks.py`), and rewards a policy.
+"""
+
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
@@ -11,46 +15,64 @@ class Prompt:
     tokens: list[int]
     """At least one."""
     max_new_tokens: int
-    """The longest action, in tokens."""
+    """The most tokens in an action."""
+    stop_ids: Collection[int] = ()
+    """Tokens that end an action; the one that does is its last token."""
     extras: dict[str, Any] = field(default_factory=dict)
-    """What the environment needs to judge the action, such as the right answer."""
+    """What the environment needs to judge actions, such as the right answer; hidden from the policy."""
 
 
 @dataclass(frozen=True)
 class Feedback:
-    """What an environment answers to an action."""
+    """How an environment responds to an action."""
 
     reward: float
     done: bool = True
+    """Whether the episode ends here."""
     tokens: list[int] = field(default_factory=list)
-    """What the policy reads next, where the episode goes on."""
+    """What the policy reads before its next action, where the episode goes on."""
 
 
 @dataclass
 class Episode:
-    """A prompt and what has happened since."""
+    """A task, from its prompt to the last feedback so far."""
 
     split: str
     task: int
     prompt: Prompt
     actions: list[list[int]] = field(default_factory=list)
-    rewards: list[float] = field(default_factory=list)
+    """The tokens that the policy has generated, action by action."""
+    feedback: list[Feedback] = field(default_factory=list)
+    """One for each action."""
+
+    @property
+    def tokens(self) -> list[int]:
+        """Everything that the policy reads before its next action: prompt, actions, feedback."""
+        tokens = list(self.prompt.tokens)
+        for action, feedback in zip(self.actions, self.feedback, strict=True):
+            tokens += [*action, *feedback.tokens]
+        return tokens
+
+    @property
+    def total_reward(self) -> float:
+        """The sum of all rewards so far: the undiscounted return."""
+        return sum(feedback.reward for feedback in self.feedback)
 
 
 class Environment:
-    """Tasks and their rewards; a task is an integer, so that runs are deterministic and can be resumed."""
+    """Tasks and their rewards. A task is an integer, so an episode depends on nothing but it and the policy."""
 
-    metric = "reward"
-    """What the mean reward over tasks is called among the metrics."""
+    metric: ClassVar[str] = "reward"
+    """What the mean of the episodes' total rewards is called among the metrics."""
 
     def tasks(self, split: str) -> int:
-        """How many tasks a split has."""
+        """How many tasks a split has; they are numbered from 0."""
         raise NotImplementedError
 
     def reset(self, split: str, task: int) -> Prompt:
-        """The beginning of a task."""
+        """Begins a task; the same every time."""
         raise NotImplementedError
 
     def step(self, episode: Episode, action: list[int]) -> Feedback:
-        """What becomes of an action: tokens that the policy has generated after all that the episode has so far."""
+        """Responds to an action: the tokens that the policy generated after `episode.tokens`. Changes nothing."""
         raise NotImplementedError

@@ -1,1 +1,1 @@
-"""Checkpoint to figures: loss, perplexity, bits per byte, task scores."""
+"""Checkpoint to metrics: loss, perplexity, bits per byte, rewards of tasks."""

@@ -1,4 +1,4 @@
-"""`cleangpt evaluate`: the figures of a run's checkpoint over a whole split."""
+"""`cleangpt evaluate`: the metrics of a run's checkpoint over a split."""
 
 from pathlib import Path
 from typing import Any
@@ -10,79 +10,99 @@ from rich.table import Table
 from cleangpt.checkpoints.checkpoint import Checkpoint, best_checkpoint, load_checkpoint
 from cleangpt.checkpoints.run_folder import read_experiment
 from cleangpt.corpora import prepare
-from cleangpt.corpora.mixture import tasks
+from cleangpt.corpora.mixture import environments
 from cleangpt.data.loader import validation_batches
 from cleangpt.data.mixing import MixedDataset, mean_shares, split_samples
 from cleangpt.distributed.device import autocast, compute_dtype
 from cleangpt.errors import UserError, nearest
-from cleangpt.evaluation.tasks import SCORES
-from cleangpt.evaluation.validate import loss_metrics, mean_loss, source_metrics
+from cleangpt.evaluation.tasks import mean_reward
+from cleangpt.evaluation.validate import loss_metrics, source_metrics, validate
 from cleangpt.experiment import Experiment, check_experiment
 from cleangpt.files import write_json
+from cleangpt.models.base import LanguageModel
 from cleangpt.tracking.metrics import metric_key
 
 
 def evaluate_run(run: Path, checkpoint: str | None, split: str | None, device: torch.device) -> dict[str, Any]:
-    """Evaluates a checkpoint (None: the best) on a split (None: test, else val) and keeps RUN/evaluation.json.
+    """Evaluates a checkpoint (None: the best) on a split (None: test, else val) and writes RUN/evaluation.json.
 
     Raises:
-        UserError: there is no such checkpoint or split.
+        UserError: there is no such checkpoint or split, or the checkpoint does not fit the run.
     """
     experiment = read_experiment(run)
     folder = best_checkpoint(run) if checkpoint is None else _named(run, checkpoint)
     loaded = load_checkpoint(folder)
-    store = prepare(experiment.corpus, Path(experiment.data.folder))
-    _check(experiment, loaded, store)
-    name = _split(store, split)
-    model = loaded.model(device)
-    splits = {source.name: source.dataset.splits[name] for source in store.sources}
-    samples = split_samples(store, name, experiment.data.seq_len)
+    dataset = prepare(experiment.corpus, Path(experiment.data.folder))
+    _check(experiment, loaded, dataset)
+    name = _split(dataset, split)
+    metrics: dict[str, Any] = {"run": str(run), "checkpoint": folder.name, "split": name}
+    metrics |= evaluate(loaded.model(device), experiment, dataset, name, device)
+    write_json(run / "evaluation.json", metrics)
+    return metrics
+
+
+def evaluate(
+    model: LanguageModel, experiment: Experiment, dataset: MixedDataset, split: str, device: torch.device
+) -> dict[str, float | None]:
+    """The objective's metrics over a split and the mean rewards over all its tasks.
+
+    Args:
+        model: in evaluation mode, on `device`.
+        experiment: that the model was trained in.
+        dataset: of the experiment's corpus.
+        split: of the dataset.
+        device: of the model.
+
+    Returns:
+        Of a mixture, each metric in the mean by the sources' shares, and the loss of each source.
+    """
+    data, splits = experiment.data, {source.name: source.dataset.splits[split] for source in dataset.sources}
     context = autocast(device, compute_dtype(device, experiment.training.precision))
-    data, losses = experiment.data, {}
     size = data.val_batch_size or experiment.training.micro_batch_size or data.batch_size
+    samples, results = split_samples(dataset, split, data.seq_len), {}
     for source, part in samples.items():
         batches = validation_batches(part, min(size, part.num_validation))
-        losses[source] = mean_loss(model, experiment.objective, batches, device, context)
-    loss = sum(share * losses[source] for source, share in mean_shares(store).items())
-    figures: dict[str, Any] = {
-        "run": str(run),
-        "checkpoint": folder.name,
-        "split": name,
+        results[source] = validate(model, experiment.objective, batches, device, context)
+    shares = mean_shares(dataset)
+    first, *_ = results.values()
+    means = {name: sum(share * results[source][name] for source, share in shares.items()) for name in first}
+    losses = {source: result["loss"] for source, result in results.items()}
+    metrics: dict[str, float | None] = {
         "samples": sum(part.num_validation for part in samples.values()),
-        "loss": loss,
-        **loss_metrics(loss, splits.get("")),
+        "loss": means["loss"],
+        **loss_metrics(means["loss"], splits.get("")),
+        **means,
         **source_metrics("loss", losses, splits),
     }
-    for source, task in tasks(experiment.corpus).items():
-        figures[metric_key(task, source)] = SCORES[task](model, splits[source], None, device)
-    write_json(run / "evaluation.json", figures)
-    return figures
+    for source, environment in environments(experiment.corpus, dataset).items():
+        metrics[metric_key(environment.metric, source)] = mean_reward(model, environment, split, None, device)
+    return metrics
 
 
-def table(figures: dict[str, Any]) -> None:
-    """Prints figures as a table."""
+def table(metrics: dict[str, Any]) -> None:
+    """Prints metrics as a table."""
     rows = Table(show_header=False)
-    for name, value in figures.items():
+    for name, value in metrics.items():
         if value is not None:
             rows.add_row(name.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else str(value))
     Console().print(rows)
 
 
-def _check(experiment: Experiment, checkpoint: Checkpoint, store: MixedDataset) -> None:
-    """Refuses a run whose parts do not belong together."""
+def _check(experiment: Experiment, checkpoint: Checkpoint, dataset: MixedDataset) -> None:
+    """Refuses a run whose experiment and checkpoint do not belong together."""
     check_experiment(experiment)
     model = checkpoint.config
     for name, needed, most in (
-        ("tokens", store.vocab_size, model.vocab_size or 0),
+        ("tokens", dataset.vocab_size, model.vocab_size or 0),
         ("positions", experiment.data.seq_len, model.max_seq_len),
     ):
         if needed > most:
-            raise UserError(f"{checkpoint.folder} knows {most:,} {name}, its run has {needed:,}: it is of another run")
+            raise UserError(f"{checkpoint.folder} has {most:,} {name}, its run {needed:,}: it belongs to another run")
 
 
-def _split(store: MixedDataset, wanted: str | None) -> str:
-    """The split to evaluate: every source must have it."""
-    first, *others = (source.dataset.splits for source in store.sources)
+def _split(dataset: MixedDataset, wanted: str | None) -> str:
+    """The split to evaluate, which every source must have."""
+    first, *others = (source.dataset.splits for source in dataset.sources)
     known = [name for name in first if all(name in splits for splits in others)]
     name = wanted or ("test" if "test" in known else "val")
     if name not in known:

@@ -1,17 +1,60 @@
-"""Task scores of a checkpoint."""
+"""How well a model does the tasks of an environment."""
 
-from collections.abc import Callable
-
+import numpy as np
 import torch
 
-from cleangpt.data.dataset import Split
-from cleangpt.evaluation.exact_match import exact_match
+from cleangpt.data.shuffle import mix, permute
+from cleangpt.environments.base import Environment, Episode
+from cleangpt.inference.engine import Engine
 from cleangpt.models.base import LanguageModel
 
-Score = Callable[[LanguageModel, Split, int | None, torch.device], float]
+MAX_BATCH = 1024
+"""Episodes side by side."""
 
 
-SCORES: dict[str, Score] = {
-    "exact_match": exact_match,
-}
-"""Task scores by the name that a corpus gives in `task`: higher is better, from 0 to 1."""
+def mean_reward(
+    model: LanguageModel, environment: Environment, split: str, limit: int | None, device: torch.device
+) -> float:
+    """The mean over tasks of an episode's total reward, with greedy decoding.
+
+    Args:
+        model: in evaluation mode, on `device`.
+        environment: of the tasks.
+        split: of the environment.
+        limit: tasks to try, always the same ones, spread over the split; None: all.
+        device: of the model.
+    """
+    engine = Engine(model, device, max_batch=MAX_BATCH)
+    tasks = choose_tasks(environment.tasks(split), limit)
+    episodes = [Episode(split, task, environment.reset(split, task)) for task in tasks]
+    acting: dict[int, tuple[Episode, list[int]]] = {}
+
+    def act(episode: Episode) -> None:
+        prompt = episode.prompt
+        request_id = engine.submit(
+            episode.tokens, max_new_tokens=prompt.max_new_tokens, stop_ids=prompt.stop_ids
+        )  # fmt: skip
+        acting[request_id] = (episode, [])
+
+    for episode in episodes:
+        act(episode)
+    for outputs in engine.steps():
+        for request_id, (token, finish_reason) in outputs.items():
+            episode, action = acting[request_id]
+            action.append(token.id)
+            if finish_reason is not None:
+                feedback = environment.step(episode, action)
+                episode.actions.append(action)
+                episode.feedback.append(feedback)
+                del acting[request_id]
+                if not feedback.done:
+                    act(episode)
+    return sum(episode.total_reward for episode in episodes) / len(episodes)
+
+
+def choose_tasks(count: int, limit: int | None) -> list[int]:
+    """All of `count` tasks, or `limit` of them, always the same ones, spread by a fixed permutation."""
+    tasks = np.arange(count)
+    if limit is not None and limit < count:
+        tasks = np.sort(permute(tasks[:limit], count, mix(1)))
+    return [int(task) for task in tasks]

@@ -1,4 +1,4 @@
-"""The mean loss of a model over validation batches, and what follows from it."""
+"""The metrics of an objective over validation batches, and what follows from a loss."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -16,52 +16,65 @@ from cleangpt.tracking.metrics import metric_key
 
 
 @torch.no_grad()
-def mean_loss(
+def validate(
     model: LanguageModel,
     objective: Objective,
     batches: Iterable[Batch],
     device: torch.device,
     context: AbstractContextManager[Any],
-    give_up: Callable[[], bool] = lambda: False,
+    stop: Callable[[], bool] = lambda: False,
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-) -> float:
-    """The loss per target token, in nats, with dropout off; a NaN where `give_up` said yes on the way.
+) -> dict[str, float]:
+    """The mean `loss` and the objective's other metrics, per whatever the objective counts, with dropout off.
 
-    `reduce` sums a tensor over devices, each of which has its own batches.
+    Args:
+        model: on `device`; left in the mode it was in.
+        objective: what is computed of each batch.
+        batches: on the host.
+        device: of the model.
+        context: such as autocast, for the forward passes.
+        stop: asked before each batch; after True, every metric is NaN.
+        reduce: sums a tensor over devices, each of which has its own batches.
     """
     was_training = model.training
     model.eval()
-    # Sums grow long: double where the device has it.
+    # Long sums: in float64 where the device has it.
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    sums = torch.zeros(2, dtype=dtype, device=device)
+    sums = {"loss": torch.zeros((), dtype=dtype, device=device)}
+    count: float = 0
     for batch in batches:
-        if give_up():
-            sums *= math.nan
+        if stop():
+            count = math.nan
             break
         with context:
-            sums[0] += objective(model, batch.to(device)).total
-        sums[1] += objective.count(batch)
+            loss = objective(model, batch.to(device))
+        for name, value in {"loss": loss.total, **loss.metrics}.items():
+            sums[name] = sums.get(name, 0) + value.to(dtype)
+        count += objective.count(batch)
     model.train(was_training)
-    total, targets = reduce(sums).tolist()
-    return total / targets if targets else math.nan
+    *totals, counted = reduce(torch.stack([*sums.values(), torch.tensor(count, dtype=dtype, device=device)])).tolist()
+    return {name: total / counted if counted else math.nan for name, total in zip(sums, totals, strict=True)}
 
 
 def loss_metrics(loss: float, split: Split | None) -> dict[str, float | None]:
-    """Perplexity and, where every token is a target and the bytes of text are known, bits per byte.
+    """Perplexity and, where every token is a target and the text's size in bytes is known, bits per byte.
 
-    The loss of a mixture is of no one split (None).
+    Args:
+        loss: in nats per token.
+        split: that the loss is of; None: of several, as in a mixture.
     """
     perplexity = math.exp(loss) if loss < 700 else math.inf
-    known = split is not None and split.text_bytes and not split.masked
-    bits = loss / math.log(2) * split.tokens / split.text_bytes if split is not None and known else None
+    bits = None
+    if split is not None and split.text_bytes and not split.masked:
+        bits = loss / math.log(2) * split.tokens / split.text_bytes
     return {"perplexity": perplexity, "bits_per_byte": bits}
 
 
 def source_metrics(name: str, losses: Mapping[str, float], splits: Mapping[str, Split]) -> dict[str, float | None]:
     """The loss, under `name`, and bits per byte of each source of a mixture; of a single corpus, nothing."""
-    figures: dict[str, float | None] = {}
+    metrics: dict[str, float | None] = {}
     for source, loss in losses.items():
         if source:
             bits = loss_metrics(loss, splits[source])["bits_per_byte"]
-            figures |= {metric_key(name, source): loss, metric_key("bits_per_byte", source): bits}
-    return figures
+            metrics |= {metric_key(name, source): loss, metric_key("bits_per_byte", source): bits}
+    return metrics

@@ -1,4 +1,4 @@
-"""A conversation with a model that was trained on some: messages in, the assistant's next answer out."""
+"""A conversation with a model that was trained on conversations: messages in, the assistant's next answer out."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,9 +6,9 @@ import torch
 
 from cleangpt.data.chat_template import ChatTemplate, Message, encode_chat, stop_tokens
 from cleangpt.data.tokenizers import Tokenizer
-from cleangpt.inference.engine import generate
+from cleangpt.inference.engine import Engine
 from cleangpt.inference.sampling import Sampling
-from cleangpt.inference.text import Writer
+from cleangpt.inference.text import TextStreamer, stream_tokens
 from cleangpt.models.base import LanguageModel
 
 
@@ -22,19 +22,15 @@ def answer(
     max_new_tokens: int,
     sampling: Sampling,
 ) -> Iterator[str]:
-    """The assistant's answer to a conversation, as it comes, to where the template or the end of text ends it.
+    """The assistant's answer to a conversation, as it comes, up to where the template or the end of text ends it.
 
     Raises:
-        UserError: the template fails, or a message has a character that the tokenizer does not know.
+        UserError: the template fails, or the tokenizer does not know a character of a message.
     """
     text = template.render(messages, add_generation_prompt=True)
     ((ids, _),) = encode_chat(tokenizer, [text])
-    rows = generate(
-        model, [ids.tolist()], device, max_new_tokens=max_new_tokens, sampling=sampling,
-        vocab_size=tokenizer.vocab_size, ends=stop_tokens(template, tokenizer),
-    )  # fmt: skip
-    writer = Writer(tokenizer)
-    for (token,) in rows:
-        assert token is not None
-        yield writer.push(token.id)
-    yield writer.flush()
+    engine = Engine(model, device, vocab_size=tokenizer.vocab_size, eos_ids=stop_tokens(template, tokenizer))
+    streamer = TextStreamer(tokenizer)
+    for token in stream_tokens(engine, ids.tolist(), max_new_tokens, sampling):
+        yield streamer.push(token.id)
+    yield streamer.flush()

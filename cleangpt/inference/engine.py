@@ -1,191 +1,297 @@
-"""Token by token: what follows each of several prompts, with a KV cache where the model has one.
+"""The generation engine: prompts in, tokens out, in one batch that rows join and leave between steps."""
 
-A model reads at most `max_seq_len` tokens. A text that grows longer goes on after its last half, read anew; so the cost
-of a token stays the same on the average, with a cache.
-"""
-
-import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from cleangpt.data.batch import IGNORED
 from cleangpt.errors import UserError
-from cleangpt.inference.sampling import GREEDY, Sampling, SeededSampler, distribution
+from cleangpt.inference.decoding import DecodingState, check_finite, check_prompt
+from cleangpt.inference.sampling import GREEDY, Sampling, distribution, penalize, sample, seeded
 from cleangpt.models.base import LanguageModel
-from cleangpt.models.cache import KVCache
+from cleangpt.models.head import TokenScores
 
-CACHE_STEP = 256
+SCORED_TOKENS = 4096
+"""Tokens whose logits `Engine.logprobs` holds at a time, padding included."""
+
+FinishReason = Literal["stop", "length"]
+"""Why a request ended: by a stop token, or at its `max_new_tokens`."""
 
 
 class Token(NamedTuple):
-    """A token that was drawn."""
+    """A generated token."""
 
     id: int
     logprob: float
-    """Of the model's own distribution, without temperature and restrictions, in nats."""
+    """Under the model's own distribution, before temperature and restrictions, in nats."""
 
 
-def max_seq_len(model: LanguageModel) -> int:
-    """The longest sequence a model can read."""
-    return cast(Any, model).config.max_seq_len  # type: ignore[no-any-return]
+class Output(NamedTuple):
+    """What one step has generated for one request."""
+
+    token: Token
+    """The stop token too, where one has ended the request."""
+    finish_reason: FinishReason | None
+    """None: more tokens follow."""
 
 
-class Context:
-    """What a model reads before it says what comes next: the tokens of each row of a batch.
+class Completion(NamedTuple):
+    """Everything generated for one prompt."""
+
+    tokens: list[Token]
+    """The last one is the stop token, where one has ended the request."""
+    finish_reason: FinishReason
+
+
+@dataclass
+class _Request:
+    """A prompt in the batch, and how to continue it."""
+
+    id: int
+    remaining: int
+    sampling: Sampling
+    generator: torch.Generator
+    stop_ids: frozenset[int]
+    ended: bool = False
+
+    def receive(self, token: Token) -> Output:
+        """Counts a new token."""
+        self.remaining -= 1
+        reason: FinishReason | None = "stop" if token.id in self.stop_ids else None if self.remaining else "length"
+        self.ended = reason is not None
+        return Output(token, reason)
+
+
+class Engine:
+    """Generates tokens for many prompts at once.
+
+    A request gets the same tokens whatever else is in the batch and whenever it joins: rows do not see each other, and
+    each samples with a random generator of its own.
 
     Args:
-        model: in evaluation mode.
-        rows: token ids, at least one in each row.
-        device: where the model is.
-        vocab_size: ids from here on are padding of the embedding.
+        model: in evaluation mode, on `device`.
+        device: of the model.
+        vocab_size: of the tokenizer; token ids from here on pad the embedding and are never sampled.
+        eos_ids: tokens that end every request.
         cached: whether to use a KV cache, where the model has one.
-        compiled: whether to compile the reading of single tokens, with a cache.
-        spare: by how many tokens rows may be taken back.
-        room: tokens that will be added to a row at most, so that a cache takes no memory for more; none: not known.
-
-    Raises:
-        UserError: a row has no tokens, or one that the model does not have.
+        compiled: whether to compile the decoding of new tokens, where there is a cache.
+        max_batch: the most rows in the batch; further requests wait.
     """
 
     def __init__(
         self,
         model: LanguageModel,
-        rows: Sequence[Sequence[int]],
         device: torch.device,
         *,
         vocab_size: int | None = None,
+        eos_ids: Collection[int] = (),
         cached: bool = True,
         compiled: bool = False,
-        spare: int = 0,
-        room: int | None = None,
+        max_batch: int = 256,
     ) -> None:
-        self.model, self.rows, self.device, self.vocab_size = model, [list(row) for row in rows], device, vocab_size
-        self.cached, self.spare, self.room = cached and model.can_cache and model.new_cache() is not None, spare, room
-        if not all(self.rows):
-            raise UserError("the prompt has no tokens")
-        if (largest := max(map(max, self.rows))) >= (known := cast(Any, model).config.vocab_size):
-            raise UserError(f"the prompt has the token {largest}; this model has {known:,} tokens, from 0 on")
-        self.limit = max_seq_len(model)
-        self._cache: KVCache | None = None
-        self._reads_new = cast(LanguageModel, torch.compile(model)) if compiled and self.cached else model
+        self.model, self.device, self.vocab_size = model, device, vocab_size
+        self.eos_ids, self.cached, self.max_batch = frozenset(eos_ids), cached, max_batch
+        self._compiled = cast(LanguageModel, torch.compile(model)) if compiled else None
+        self._waiting: deque[tuple[_Request, Sequence[int]]] = deque()
+        self._running: list[_Request] = []
+        self._state: DecodingState | None = None
+        self._submitted = 0
 
-    def add(self, tokens: Sequence[int]) -> None:
-        """Puts one more token behind each row."""
-        for row, token in zip(self.rows, tokens, strict=True):
-            row.append(token)
+    @property
+    def unfinished(self) -> bool:
+        """Whether any request needs more steps."""
+        return bool(self._waiting) or any(not request.ended for request in self._running)
 
-    def take_back(self, count: int) -> None:
-        """Takes the last tokens of each row away."""
-        if self._cache is not None and (read := count - self._unread(self._cache)) > 0:
-            self._cache.rewind(self._cache.lengths - read)
-        for row in self.rows:
-            del row[len(row) - count :]
+    def submit(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        seed: int | None = None,
+        stop_ids: Collection[int] = (),
+    ) -> int:
+        """Adds a request, which joins the batch at the next step that has room, and returns its id.
 
-    def logits(self, last: int = 1) -> Tensor:
-        """The logits after each of the `last` tokens of each row `(batch, last, vocab)`, float32."""
-        if max(map(len, self.rows)) > self.limit:
-            kept = max(last, self.limit // 2)
-            self.rows = [row[-kept:] if len(row) > self.limit else row for row in self.rows]
-            self._cache = None
-        logits = self._read_all(last) if self._cache is None else self._read_new(self._cache, last)
-        return logits[..., : self.vocab_size].float()
+        Args:
+            prompt: token ids, at least one.
+            max_new_tokens: the most tokens to generate; with 0 the request has ended already.
+            sampling: how to sample.
+            seed: of this request; None: that of `sampling`.
+            stop_ids: tokens that end it, besides `eos_ids`.
 
-    def in_context(self, vocab_size: int, without: int = 0) -> Tensor:
-        """Which tokens are in each row `(batch, vocab_size)`, bool; `without` the last so many."""
-        found = torch.zeros(len(self.rows), vocab_size, dtype=torch.bool)
-        for row, tokens in zip(found, self.rows, strict=True):
-            row[tokens[: len(tokens) - without]] = True
-        return found.to(self.device)
+        Raises:
+            UserError: the prompt has no tokens, or one that the model does not have.
+        """
+        check_prompt(self.model, prompt)
+        generator = seeded(sampling.seed if seed is None else seed)
+        request = _Request(self._submitted, max_new_tokens, sampling, generator, self.eos_ids.union(stop_ids))
+        if max_new_tokens > 0:
+            self._waiting.append((request, prompt))
+        self._submitted += 1
+        return request.id
 
-    def _read_all(self, last: int) -> Tensor:
-        lengths = [len(row) for row in self.rows]
-        longest = max(lengths)
-        # Padding stands behind a row, where no token of the row can see it.
-        tokens = torch.tensor([row + [0] * (longest - len(row)) for row in self.rows], device=self.device)
-        wanted = torch.tensor([range(length - last, length) for length in lengths], device=self.device)
-        if not self.cached:
-            return self.model(tokens, logit_positions=wanted)  # type: ignore[no-any-return]
-        self._cache = cache = cast(KVCache, self.model.new_cache(self.spare + longest - min(lengths)))
-        if self.room is not None:
-            # In steps, so that a compiled model meets few sizes.
-            cache.limit(-(-(longest + self.room + self.spare) // CACHE_STEP) * CACHE_STEP)
-        logits: Tensor = self.model(tokens, cache=cache, logit_positions=wanted)
-        cache.rewind(lengths)
-        return logits
+    def cancel(self, request_id: int) -> None:
+        """Ends a request; it gets no more tokens."""
+        self._waiting = deque(entry for entry in self._waiting if entry[0].id != request_id)
+        for request in self._running:
+            request.ended = request.ended or request.id == request_id
 
-    def _read_new(self, cache: KVCache, last: int) -> Tensor:
-        unread = self._unread(cache)
-        tokens = torch.tensor([row[-unread:] for row in self.rows], device=self.device)
-        places = torch.arange(unread - last, unread, device=self.device).expand(len(tokens), -1)
-        logits: Tensor = self._reads_new(tokens, cache=cache, logit_positions=places if last < unread else None)
-        return logits
+    @torch.no_grad()
+    def step(self) -> dict[int, Output]:
+        """Generates the next token of every request in the batch, by the request's id.
 
-    def _unread(self, cache: KVCache) -> int:
-        """Tokens at the end of each row that are not in the cache."""
-        return max(map(len, self.rows)) - cache.end
+        Raises:
+            UserError: the model's logits are not finite.
+        """
+        self._leave()
+        logits = self._next_logits()
+        if logits is None:
+            return {}
+        sampled = self._sample(logits[:, : self.vocab_size])
+        logprobs = logits.log_softmax(dim=-1).gather(1, sampled[:, None])[:, 0].tolist()
+        check_finite(logprobs)
+        tokens = sampled.tolist()
+        assert self._state is not None
+        self._state.append(tokens)
+        return {
+            request.id: request.receive(Token(token, logprob))
+            for request, token, logprob in zip(self._running, tokens, logprobs, strict=True)
+        }
 
+    def steps(self) -> Iterator[dict[int, Output]]:
+        """Steps until every request has ended."""
+        while self.unfinished:
+            yield self.step()
 
-@torch.no_grad()
-def generate(
-    model: LanguageModel,
-    prompts: Sequence[Sequence[int]],
-    device: torch.device,
-    *,
-    max_new_tokens: int,
-    sampling: Sampling = GREEDY,
-    vocab_size: int | None = None,
-    ends: Collection[int] = (),
-    cached: bool = True,
-    compiled: bool = False,
-) -> Iterator[list[Token | None]]:
-    """The next token of each prompt, again and again; None for a row that has ended, until all have.
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        stop_ids: Collection[int] = (),
+    ) -> list[Completion]:
+        """Continues prompts, and returns the completions in their order; the seed of each is one higher.
 
-    Each row gets what it would get alone, whatever stands beside it.
+        Raises:
+            UserError: a prompt has no tokens, or one that the model does not have; or the logits are not finite.
+            ValueError: other requests are unfinished.
+        """
+        if self.unfinished:
+            raise ValueError("other requests of this engine are unfinished")
+        for prompt in prompts:  # all of them before the first is submitted
+            check_prompt(self.model, prompt)
+        completions = {
+            self.submit(
+                prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=sampling.seed + row, stop_ids=stop_ids
+            ): Completion([], "length")
+            for row, prompt in enumerate(prompts)
+        }
+        for outputs in self.steps():
+            for request_id, (token, reason) in outputs.items():
+                completions[request_id].tokens.append(token)
+                if reason == "stop":
+                    completions[request_id] = completions[request_id]._replace(finish_reason=reason)
+        return list(completions.values())
 
-    Args:
-        model: in evaluation mode, on `device`.
-        prompts: token ids, at least one in each.
-        device: where the model is.
-        max_new_tokens: the most tokens to draw for each row.
-        sampling: how to draw.
-        vocab_size: ids from here on are padding of the embedding, and are never drawn.
-        ends: tokens that end a row; they are not given out.
-        cached: whether to use a KV cache, where the model has one.
-        compiled: whether to compile the reading of single tokens, with a cache.
-    """
-    context = Context(
-        model, prompts, device, vocab_size=vocab_size, cached=cached, compiled=compiled, room=max_new_tokens
-    )
-    draws = SeededSampler(sampling.seed + row for row in range(len(prompts)))
-    ended = [False] * len(prompts)
-    for _ in range(max_new_tokens):
-        logits = context.logits()[:, -1]
-        drawn = draws.tokens(_next(context, logits, sampling))
-        logprobs = logits.log_softmax(dim=-1).gather(1, drawn[:, None])[:, 0].tolist()
-        tokens = drawn.tolist()
-        _check_numbers(logprobs)
-        ended = [before or token in ends for before, token in zip(ended, tokens, strict=True)]
-        if all(ended):
+    @torch.no_grad()
+    def logprobs(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        """The log-probability of each token of a text given those before it, in nats.
+
+        Args:
+            rows: token ids, of any lengths up to `max_seq_len` + 1.
+
+        Returns:
+            For each row a float32 tensor on the host, one shorter than the row: the first token has no probability.
+
+        Raises:
+            UserError: a row is empty or too long, or has a token that the model does not have.
+        """
+        limit = self.model.config.max_seq_len
+        for text in rows:
+            check_prompt(self.model, text)
+            if len(text) > limit + 1:
+                raise UserError(f"a text has {len(text):,} tokens; allowed: up to {limit + 1:,}, which the model reads")
+        found = [torch.zeros(0)] * len(rows)
+        # Longest first, so that the rows of one pass need little padding.
+        order = sorted((row for row in range(len(rows)) if len(rows[row]) > 1), key=lambda row: -len(rows[row]))
+        while order:
+            longest = len(rows[order[0]]) - 1
+            count = max(1, SCORED_TOKENS // longest)
+            batch, order = order[:count], order[count:]
+            tokens = torch.zeros(len(batch), longest, dtype=torch.int64)
+            targets = torch.full((len(batch), longest), IGNORED)
+            for place, row in enumerate(batch):
+                length = len(rows[row]) - 1
+                tokens[place, :length], targets[place, :length] = torch.tensor([rows[row][:-1], rows[row][1:]])
+            scores = cast(TokenScores, self.model(tokens.to(self.device), targets=targets.to(self.device)))
+            for row, logprobs in zip(batch, scores.logprobs.cpu(), strict=True):
+                found[row] = logprobs[: len(rows[row]) - 1]
+        return found
+
+    def _leave(self) -> None:
+        """Takes requests that have ended out of the batch. One that the model can read no further waits again, to
+        continue from its last half."""
+        if self._state is None:
             return
-        yield [None if over else Token(*pair) for over, *pair in zip(ended, tokens, logprobs, strict=True)]
-        context.add(tokens)
+        limit = self.model.config.max_seq_len
+        staying = []
+        for row, request in enumerate(self._running):
+            if not request.ended and len(self._state.rows[row]) > limit:
+                self._waiting.appendleft((request, self._state.rows[row]))
+            elif not request.ended:
+                staying.append(row)
+        self._running = [self._running[row] for row in staying]
+        if staying:
+            self._state.select(staying)
+        else:
+            self._state = None
 
+    def _next_logits(self) -> Tensor | None:
+        """The logits of the next token of every row `(rows, vocab)`, after waiting requests have joined.
 
-def _check_numbers(logprobs: Iterable[float]) -> None:
-    """Raises UserError where the logits were not finite: no token follows from them."""
-    if any(map(math.isnan, logprobs)):
-        raise UserError("the model's logits are not finite: it has diverged, or its weights are damaged")
+        None: there is no row.
+        """
+        logits = [] if self._state is None else [self._state.logits()[:, 0]]
+        count = min(len(self._waiting), self.max_batch - len(self._running))
+        if joining := [self._waiting.popleft() for _ in range(count)]:
+            prompts = [tuple(prompt) for _, prompt in joining]
+            distinct = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+            state = DecodingState(
+                self.model, list(distinct), self.device, cached=self.cached, compiled=self._compiled,
+                max_new_tokens=max(request.remaining for request, _ in joining),
+            )  # fmt: skip
+            # Several samples of one prompt share its prefill.
+            copies = [distinct[prompt] for prompt in prompts]
+            logits.append(state.logits()[copies, 0])
+            state.select(copies)
+            if self._state is None:
+                self._state = state
+            else:
+                self._state.join(state)
+            self._running += [request for request, _ in joining]
+        return torch.cat(logits) if len(logits) > 1 else logits[0] if logits else None
 
-
-def _next(context: Context, logits: Tensor, sampling: Sampling, without: int = 0) -> Tensor:
-    """The probabilities `(batch, vocab)` of what follows a context `without` its last tokens, from its logits."""
-    penalised = sampling.repetition_penalty != 1
-    return distribution(logits, sampling, context.in_context(logits.shape[-1], without) if penalised else None)
-
-
-def greedy(model: LanguageModel, prompts: Tensor, count: int, cached: bool = True) -> Tensor:
-    """The likeliest next tokens, `count` of them `(batch, count)`, after `prompts` `(batch, seq)`."""
-    drawn = generate(model, prompts.tolist(), prompts.device, max_new_tokens=count, cached=cached)
-    return torch.tensor([[cast(Token, token).id for token in row] for row in drawn], device=prompts.device).T
+    def _sample(self, logits: Tensor) -> Tensor:
+        """The next token of every row `(rows,)` from logits `(rows, vocab)`; rows with the same settings together."""
+        groups: dict[Sampling, list[int]] = {}
+        for row, request in enumerate(self._running):
+            groups.setdefault(request.sampling, []).append(row)
+        sampled = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+        for sampling, rows in groups.items():
+            assert self._state is not None
+            penalised = sampling.repetition_penalty != 1
+            seen = self._state.seen_tokens(logits.shape[-1])[rows] if penalised else None
+            part = logits if len(groups) == 1 else logits[rows]
+            if sampling.temperature == 0:
+                tokens = penalize(part, sampling.repetition_penalty, seen).argmax(dim=-1)
+            else:
+                generators = [self._running[row].generator for row in rows]
+                tokens = sample(distribution(part, sampling, seen), generators)
+            sampled[rows] = tokens
+        return sampled

@@ -1,7 +1,7 @@
-"""Which token comes next: from logits to a distribution, and from that to a token."""
+"""Sampling: from logits to a distribution, and from that to a token."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -9,40 +9,36 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn; each restriction applies to what those before it have left."""
+    """How the next token is sampled; the restrictions are applied in this order."""
 
     temperature: float = 1.0
-    """Divides the logits; 0: always the likeliest token."""
+    """Divides the logits; 0: greedy decoding."""
     top_k: int | None = None
-    """Draw among so many likeliest tokens only (Fan et al. 2018)."""
+    """Sample from the k most likely tokens (Fan et al. 2018)."""
     top_p: float | None = None
-    """Draw among the likeliest tokens that together reach this probability only (Holtzman et al. 2020)."""
+    """Sample from the smallest set of most likely tokens whose probabilities reach p (nucleus sampling, Holtzman et
+    al. 2020)."""
     min_p: float | None = None
-    """Draw among tokens that are at least so many times as likely as the likeliest only (Nguyen et al. 2024)."""
+    """Drop tokens below min_p times the highest probability (Nguyen et al. 2024)."""
     repetition_penalty: float = 1.0
-    """Divides positive logits of tokens in the context, and multiplies negative ones (Keskar et al. 2019, "CTRL",
-    section 4.1)."""
-    seed: int = 1337
-    """Of the draws; each row of a batch has the next one."""
+    """Divides positive logits of tokens in the context, multiplies negative ones (Keskar et al. 2019, "CTRL", section
+    4.1)."""
+    seed: int = field(default=1337, compare=False)
+    """Random seed; the rows of a batch have this seed and those after it. Settings are equal whatever their seeds."""
 
 
 GREEDY = Sampling(temperature=0)
 
 
-def distribution(logits: Tensor, sampling: Sampling, context: Tensor | None = None) -> Tensor:
-    """The probabilities `(batch, vocab)`, float32, of the next token, summing to 1.
+def distribution(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
+    """The probabilities `(batch, vocab)`, float32, of the next token.
 
     Args:
         logits: `(batch, vocab)`.
-        sampling: how to draw.
-        context: which tokens are in each row's context `(batch, vocab)`, bool; for a repetition penalty.
+        sampling: how to sample.
+        seen: which tokens are in each row's context `(batch, vocab)`, bool; for a repetition penalty.
     """
-    logits = logits.float()
-    if context is not None:
-        penalised = torch.where(
-            logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty
-        )  # fmt: skip
-        logits = torch.where(context, penalised, logits)
+    logits = penalize(logits.float(), sampling.repetition_penalty, seen)
     if sampling.temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
     logits = logits / sampling.temperature
@@ -58,32 +54,40 @@ def distribution(logits: Tensor, sampling: Sampling, context: Tensor | None = No
     return probabilities / probabilities.sum(dim=-1, keepdim=True)
 
 
+def penalize(logits: Tensor, repetition_penalty: float, seen: Tensor | None) -> Tensor:
+    """Logits `(batch, vocab)` with those of `seen` tokens made smaller; None: nothing changes."""
+    if seen is None:
+        return logits
+    return torch.where(seen, torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
+
+
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """The fewest likeliest tokens that together reach `top_p`; the others have 0."""
+    """The smallest set of most likely tokens that reaches `top_p`; all others get probability 0."""
     ordered, ids = probabilities.sort(dim=-1, descending=True)
-    # A token stays while those before it have not reached top_p, so the likeliest always stays.
+    # A token stays while those before it have not reached top_p, so the most likely one always stays.
     dropped = ordered.cumsum(dim=-1) - ordered >= top_p
     return probabilities.masked_fill(torch.zeros_like(dropped).scatter_(-1, ids, dropped), 0.0)
 
 
-class SeededSampler:
-    """Random numbers for each row of a batch, each from a generator of its own, on the host.
+def seeded(seed: int) -> torch.Generator:
+    """A random generator on the host, independent of the global ones; each row has its own."""
+    return torch.Generator().manual_seed(seed % 2**63)
 
-    So a row of a batch draws what it would draw alone; the global generators are left alone.
+
+def uniform(generators: Sequence[torch.Generator]) -> Tensor:
+    """A random number in [0, 1) from each generator `(batch,)`, float64 on the host."""
+    # float32 has 24 random bits, so that its product with a float64 sum does not round up to that sum.
+    return torch.cat([torch.rand(1, generator=generator) for generator in generators]).double()
+
+
+def sample(probabilities: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """A token for each row `(batch,)`, each with the row's generator.
+
+    Args:
+        probabilities: `(batch, vocab)`; they need not sum to 1.
+        generators: one for each row.
     """
-
-    def __init__(self, seeds: Iterable[int]) -> None:
-        self._generators = [torch.Generator().manual_seed(seed % 2**63) for seed in seeds]
-
-    def uniform(self) -> Tensor:
-        """A number for each row `(batch,)`, float64, from 0 to below 1."""
-        # Of 24 bits, so that its product with a sum does not round up to that sum.
-        return torch.cat([torch.rand(1, generator=generator) for generator in self._generators]).double()
-
-    def tokens(self, probabilities: Tensor) -> Tensor:
-        """One token id for each row `(batch,)`, from probabilities `(batch, vocab)`, which need not sum to 1."""
-        reached = probabilities.double().cumsum(dim=-1)
-        drawn = self.uniform().to(reached.device)[:, None] * reached[:, -1:]
-        # To the right of equal sums, so that a token of probability 0 is never drawn.
-        # Probabilities that are no numbers give a place behind the last.
-        return torch.searchsorted(reached, drawn, right=True)[:, 0].clamp(max=reached.shape[1] - 1)
+    cumulative = probabilities.double().cumsum(dim=-1)
+    threshold = uniform(generators).to(cumulative.device)[:, None] * cumulative[:, -1:]
+    # right=True: a token of probability 0 is never sampled. The clamp is for NaN, which would end up past the last.
+    return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=cumulative.shape[1] - 1)

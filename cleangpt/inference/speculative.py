@@ -1,13 +1,14 @@
-"""Speculative decoding: a small model drafts tokens that a larger one checks several at a time."""
+"""Speculative decoding: a draft model proposes tokens, and a larger model checks several of them in one pass."""
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from cleangpt.inference.engine import Context, Token, _check_numbers, _next
-from cleangpt.inference.sampling import GREEDY, Sampling, SeededSampler
+from cleangpt.inference.decoding import DecodingState, check_finite, check_prompt
+from cleangpt.inference.engine import Token
+from cleangpt.inference.sampling import GREEDY, Sampling, distribution, sample, seeded, uniform
 from cleangpt.models.base import LanguageModel
 
 
@@ -22,74 +23,92 @@ def speculate(
     draft_tokens: int = 4,
     sampling: Sampling = GREEDY,
     vocab_size: int | None = None,
-    ends: Collection[int] = (),
+    stop_ids: Collection[int] = (),
     compiled: bool = False,
 ) -> Iterator[Token]:
-    """`generate` for one prompt, where a smaller model drafts tokens that the larger one checks several at a time.
+    """Continues one prompt with the help of a draft model.
 
-    Tokens are distributed as those of the larger model alone; with temperature 0 they are the same (Leviathan et al.
+    Tokens have the distribution of the larger model alone; with temperature 0 they are the same (Leviathan et al.
     2023, "Fast inference from transformers via speculative decoding", algorithm 1).
 
     Args:
         model: the larger model, in evaluation mode, on `device`.
-        draft: the smaller one, of the same tokenizer, likewise.
+        draft: the smaller one, with the same tokenizer, likewise.
         prompt: token ids, at least one.
-        device: where the models are.
-        max_new_tokens: the most tokens to draw.
-        draft_tokens: how many are drafted at a time.
-        sampling: how to draw.
-        vocab_size: ids from here on are padding of the embeddings, and are never drawn.
-        ends: tokens to stop at; they are not given out.
-        compiled: whether to compile the reading of new tokens.
+        device: of both models.
+        max_new_tokens: the most tokens to generate.
+        draft_tokens: how many the draft model proposes at a time.
+        sampling: how to sample.
+        vocab_size: of the tokenizer; token ids from here on pad the embeddings and are never sampled.
+        stop_ids: tokens to stop at; they are not yielded.
+        compiled: whether to compile the decoding of new tokens.
+
+    Raises:
+        UserError: the prompt has no tokens, or one that a model does not have; or the logits are not finite.
     """
-    given: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "spare": draft_tokens + 1,
-        "compiled": compiled,
-        "room": max_new_tokens,
-    }
-    large, small = (Context(one, [prompt], device, **given) for one in (model, draft))
-    draws, left = SeededSampler([sampling.seed]), max_new_tokens
-    while left > 0:
-        # Guesses must not be what makes the text outgrow the model.
-        count = min(draft_tokens, left - 1, large.limit - len(large.rows[0]))
-        guesses = [_draft(small, draws, sampling) for _ in range(count)]
-        tokens = _check(large, guesses, draws, sampling)
-        small.take_back(max(0, len(guesses) - len(tokens) + 1))
-        small.add([tokens[-1].id])
+    check_prompt(model, prompt)
+    check_prompt(draft, prompt)
+    large, small = (
+        DecodingState(
+            one, [prompt], device, rollback_tokens=draft_tokens + 1, max_new_tokens=max_new_tokens,
+            compiled=cast(LanguageModel, torch.compile(one)) if compiled else None,
+        )
+        for one in (model, draft)
+    )  # fmt: skip
+    generators, remaining = [seeded(sampling.seed)], max_new_tokens
+    while remaining > 0:
+        # The text may outgrow the model by accepted tokens, but not by proposed ones, which may be taken back.
+        count = min(draft_tokens, remaining - 1, model.config.max_seq_len - len(large.rows[0]))
+        proposals = [_propose(small, generators, sampling, vocab_size) for _ in range(count)]
+        tokens = _verify(large, proposals, generators, sampling, vocab_size)
+        small.rollback(max(0, len(proposals) - len(tokens) + 1))
+        small.append([tokens[-1].id])
         for token in tokens:
-            if token.id in ends:
+            if token.id in stop_ids:
                 return
             yield token
-        left -= len(tokens)
+        remaining -= len(tokens)
 
 
-def _draft(context: Context, draws: SeededSampler, sampling: Sampling) -> tuple[int, Tensor]:
-    """A token, which is put behind the context, and the probabilities `(vocab,)` that it was drawn from."""
-    probabilities = _next(context, context.logits()[:, -1], sampling)
-    token = int(draws.tokens(probabilities))
-    context.add([token])
+def _propose(
+    state: DecodingState, generators: Sequence[torch.Generator], sampling: Sampling, vocab_size: int | None
+) -> tuple[int, Tensor]:
+    """A token, which is appended, and the probabilities `(vocab,)` that it was sampled from."""
+    probabilities = _distribution(state, state.logits()[0, :, :vocab_size], sampling)
+    token = int(sample(probabilities, generators))
+    state.append([token])
     return token, probabilities[0]
 
 
-def _check(
-    context: Context, guesses: Sequence[tuple[int, Tensor]], draws: SeededSampler, sampling: Sampling
+def _verify(
+    state: DecodingState,
+    proposals: Sequence[tuple[int, Tensor]],
+    generators: Sequence[torch.Generator],
+    sampling: Sampling,
+    vocab_size: int | None,
 ) -> list[Token]:
-    """The guesses up to the first that is rejected, and one more token; all are put behind the context."""
-    for guess, _ in guesses:
-        context.add([guess])
-    logits = context.logits(len(guesses) + 1)[0]
-    for place, (guess, guessed) in enumerate([*guesses, (-1, torch.zeros_like(logits[0]))]):
-        left = len(guesses) - place
-        wanted = _next(context, logits[place : place + 1], sampling, without=left)[0]
-        if left == 0 or float(draws.uniform()) * float(guessed[guess]) >= float(wanted[guess]):
-            # What the larger model gives each token beyond what the smaller one gave it.
-            beyond = (wanted - guessed).clamp(min=0)
-            context.take_back(left)
-            context.add([int(draws.tokens((beyond if beyond.any() else wanted)[None]))])
-            break
-    chosen = context.rows[0][len(context.rows[0]) - place - 1 :]
+    """The proposals up to the first that is rejected, and one more token; all of them are appended."""
+    for proposal, _ in proposals:
+        state.append([proposal])
+    logits = state.logits(len(proposals) + 1)[0]
     logprobs = logits.log_softmax(dim=-1)
-    tokens = [Token(token, float(logprobs[number, token])) for number, token in enumerate(chosen)]
-    _check_numbers(token.logprob for token in tokens)
+    logits = logits[:, :vocab_size]
+    for place, (proposal, draft) in enumerate([*proposals, (-1, torch.zeros_like(logits[0]))]):
+        left = len(proposals) - place
+        target = _distribution(state, logits[place : place + 1], sampling, skip_last=left)[0]
+        if left == 0 or float(uniform(generators)) * float(draft[proposal]) >= float(target[proposal]):
+            # Rejected: sample from what the larger model gives each token beyond what the draft model gave it.
+            residual = (target - draft).clamp(min=0)
+            state.rollback(left)
+            state.append([int(sample((residual if residual.any() else target)[None], generators))])
+            break
+    accepted = state.rows[0][len(state.rows[0]) - place - 1 :]
+    tokens = [Token(token, float(logprobs[number, token])) for number, token in enumerate(accepted)]
+    check_finite(token.logprob for token in tokens)
     return tokens
+
+
+def _distribution(state: DecodingState, logits: Tensor, sampling: Sampling, skip_last: int = 0) -> Tensor:
+    """The probabilities `(1, vocab)` of the token after all but the last `skip_last`, from its logits."""
+    penalised = sampling.repetition_penalty != 1
+    return distribution(logits, sampling, state.seen_tokens(logits.shape[-1], skip_last) if penalised else None)

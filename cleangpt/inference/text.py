@@ -1,6 +1,6 @@
 """Text from a model: prompts in, text out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.tokenizers import StreamDecoder, Tokenizer, eos_ids
 from cleangpt.errors import UserError
-from cleangpt.inference.engine import Token, generate
+from cleangpt.inference.engine import Engine, Token
 from cleangpt.inference.sampling import Sampling
 from cleangpt.inference.speculative import speculate
 from cleangpt.models.base import LanguageModel
@@ -18,44 +18,53 @@ PROMPT_TOKENS = 16
 
 
 def sample_text(
-    model: LanguageModel, store: TokenDataset, prompt: str | None, count: int, device: torch.device, seed: int
+    model: LanguageModel, dataset: TokenDataset, prompt: str | None, count: int, device: torch.device, seed: int
 ) -> str:
-    """A prompt and up to `count` tokens that the model adds to it at temperature 0.8, to show how far it has come."""
-    tokens = (torch.from_numpy(store.tokenizer.encode(prompt)) if prompt else validation_prompt(store)).tolist()
+    """A prompt (None: the start of the validation split) and up to `count` generated tokens, at temperature 0.8."""
+    tokens = (torch.from_numpy(dataset.tokenizer.encode(prompt)) if prompt else validation_prompt(dataset)).tolist()
     was_training = model.training
     model.eval()
-    drawn = generate(
-        model, [tokens], device, max_new_tokens=count, sampling=Sampling(temperature=0.8, seed=seed),
-        vocab_size=store.vocab_size, ends=eos_ids(store.tokenizer),
-    )  # fmt: skip
-    text = store.tokenizer.decode([*tokens, *(token.id for (token,) in drawn if token is not None)])
+    engine = Engine(model, device, vocab_size=dataset.vocab_size, eos_ids=eos_ids(dataset.tokenizer))
+    generated = stream_tokens(engine, tokens, count, Sampling(temperature=0.8, seed=seed))
+    text = dataset.tokenizer.decode([*tokens, *(token.id for token in generated)])
     model.train(was_training)
     return text
 
 
-def validation_prompt(store: TokenDataset) -> Tensor:
-    """Where the validation split begins: the question of the first row, or the first 16 tokens."""
-    split = store.splits["val"]
+def validation_prompt(dataset: TokenDataset) -> Tensor:
+    """The start of the validation split: the question of its first row, or its first 16 tokens."""
+    split = dataset.splits["val"]
     length = min(PROMPT_TOKENS, split.tokens)
     if split.masked and split.row_length is not None:
         length = int(split.read_mask(0, split.row_length).argmax())
     return torch.from_numpy(split.read(0, length).astype("int64"))
 
 
-class Piece(NamedTuple):
-    """Text that a token made whole; most often its own."""
+def stream_tokens(
+    engine: Engine, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling, stop_ids: Collection[int] = ()
+) -> Iterator[Token]:
+    """The tokens that follow one prompt, as they come; a stop token is not among them."""
+    request_id = engine.submit(prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids)
+    for outputs in engine.steps():
+        token, reason = outputs[request_id]
+        if reason != "stop":
+            yield token
+
+
+class TextChunk(NamedTuple):
+    """The text that a token completes, usually its own."""
 
     text: str
     token: Token | None
-    """None for what was held back until the end."""
+    """None: what was held back until the end."""
 
 
-class Writer:
-    """Text of one row as its tokens come: no character in halves, and nothing from a stop text on.
+class TextStreamer:
+    """The text of one row as its tokens come: never half a character, and nothing from a stop text on.
 
     Args:
         tokenizer: of the tokens.
-        stop: texts before which the row ends; what may be the start of one is held back until that is clear.
+        stop: texts that end the row; what may be the start of one is held back until that is clear.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
@@ -64,14 +73,14 @@ class Writer:
         """Whether a stop text has come."""
 
     def push(self, token: int) -> str:
-        """The text that a token adds to what can be given out."""
-        return self._give_out(self._decoder.push(token), last=False)
+        """The text that can be shown now that this token has come."""
+        return self._release(self._decoder.push(token), last=False)
 
     def flush(self) -> str:
         """The text that is left when no more tokens come."""
-        return self._give_out(self._decoder.flush(), last=True)
+        return self._release(self._decoder.flush(), last=True)
 
-    def _give_out(self, text: str, last: bool) -> str:
+    def _release(self, text: str, last: bool) -> str:
         if self.stopped:
             return ""
         text = self._held + text
@@ -84,7 +93,7 @@ class Writer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of `text` with which `stop` may begin."""
+    """The most characters at the end of `text` that `stop` starts with."""
     longest = min(len(text), len(stop) - 1)
     return next((count for count in range(longest, 0, -1) if text.endswith(stop[:count])), 0)
 
@@ -102,34 +111,31 @@ def stream(
     draft_tokens: int = 4,
     cached: bool = True,
     compiled: bool = False,
-) -> Iterator[Piece]:
-    """The text that a model adds to a prompt (None: to the start of a document), as it comes.
+) -> Iterator[TextChunk]:
+    """The text that a model generates after a prompt (None: at the start of a document), as it comes.
 
-    With a `draft`, a smaller model of the same tokenizer, that one guesses tokens ahead; see `speculate`.
+    With a `draft`, a smaller model of the same tokenizer, decoding is speculative.
 
     Raises:
-        UserError: the prompt has a character that the tokenizer does not know.
+        UserError: the tokenizer does not know a character of the prompt.
     """
-    ids, ends = prompt_tokens(tokenizer, prompt), eos_ids(tokenizer)
-    drawn: Iterator[Token | None]
+    tokens, ends = prompt_tokens(tokenizer, prompt), eos_ids(tokenizer)
     if draft is not None:
-        drawn = speculate(
-            model, draft, ids, device, max_new_tokens=max_new_tokens, draft_tokens=draft_tokens, sampling=sampling,
-            vocab_size=tokenizer.vocab_size, ends=ends, compiled=compiled,
+        generated = speculate(
+            model, draft, tokens, device, max_new_tokens=max_new_tokens, draft_tokens=draft_tokens, sampling=sampling,
+            vocab_size=tokenizer.vocab_size, stop_ids=ends, compiled=compiled,
         )  # fmt: skip
     else:
-        rows = generate(
-            model, [ids], device, max_new_tokens=max_new_tokens, sampling=sampling, vocab_size=tokenizer.vocab_size,
-            ends=ends, cached=cached, compiled=compiled,
+        engine = Engine(
+            model, device, vocab_size=tokenizer.vocab_size, eos_ids=ends, cached=cached, compiled=compiled
         )  # fmt: skip
-        drawn = (token for (token,) in rows)
-    writer = Writer(tokenizer, stop)
-    for token in drawn:
-        assert token is not None
-        yield Piece(writer.push(token.id), token)
-        if writer.stopped:
+        generated = stream_tokens(engine, tokens, max_new_tokens, sampling)
+    streamer = TextStreamer(tokenizer, stop)
+    for token in generated:
+        yield TextChunk(streamer.push(token.id), token)
+        if streamer.stopped:
             return
-    yield Piece(writer.flush(), None)
+    yield TextChunk(streamer.flush(), None)
 
 
 def complete(
@@ -143,34 +149,39 @@ def complete(
     stop: Sequence[str] = (),
     cached: bool = True,
     compiled: bool = False,
-) -> list[list[Piece]]:
-    """What `stream` gives for each of several prompts, all read side by side; the seed of each is one higher.
+) -> list[list[TextChunk]]:
+    """What `stream` yields for each of several prompts, generated in one batch; the seed of each is one higher.
 
     Raises:
-        UserError: a prompt has a character that the tokenizer does not know.
+        UserError: the tokenizer does not know a character of a prompt.
     """
-    writers, pieces = [Writer(tokenizer, stop) for _ in prompts], [list[Piece]() for _ in prompts]
-    drawn = generate(
-        model, [prompt_tokens(tokenizer, prompt) for prompt in prompts], device, max_new_tokens=max_new_tokens,
-        sampling=sampling, vocab_size=tokenizer.vocab_size, ends=eos_ids(tokenizer), cached=cached,
-        compiled=compiled,
+    engine = Engine(
+        model, device, vocab_size=tokenizer.vocab_size, eos_ids=eos_ids(tokenizer), cached=cached, compiled=compiled
     )  # fmt: skip
-    for tokens in drawn:
-        for writer, row, token in zip(writers, pieces, tokens, strict=True):
-            if token is not None and not writer.stopped:
-                row.append(Piece(writer.push(token.id), token))
-        if all(writer.stopped for writer in writers):
-            break
-    for writer, row in zip(writers, pieces, strict=True):
-        if not writer.stopped:
-            row.append(Piece(writer.flush(), None))
-    return pieces
+    streamers, chunks = [TextStreamer(tokenizer, stop) for _ in prompts], [list[TextChunk]() for _ in prompts]
+    rows = {
+        engine.submit(
+            prompt_tokens(tokenizer, prompt), max_new_tokens=max_new_tokens, sampling=sampling, seed=sampling.seed + row
+        ): row
+        for row, prompt in enumerate(prompts)
+    }
+    for outputs in engine.steps():
+        for request_id, (token, reason) in outputs.items():
+            streamer, row = streamers[rows[request_id]], chunks[rows[request_id]]
+            if reason != "stop":
+                row.append(TextChunk(streamer.push(token.id), token))
+            if streamer.stopped:
+                engine.cancel(request_id)
+    for streamer, row in zip(streamers, chunks, strict=True):
+        if not streamer.stopped:
+            row.append(TextChunk(streamer.flush(), None))
+    return chunks
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str | None) -> list[int]:
-    """The tokens of a prompt, at least one: without a text, the one before a document.
+    """The tokens of a prompt, at least one: without a text, the token that precedes a document.
 
-    That is end of text, else a line's end, else the first token.
+    That is the end of text, else a line end, else the first token of the vocabulary.
     """
     if prompt:
         return [int(token) for token in tokenizer.encode(prompt)]

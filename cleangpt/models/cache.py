@@ -1,20 +1,24 @@
 """Keys and values of the tokens that a model has read, so that each new token costs one pass over itself alone.
 
-A block whose attention has a window keeps no more than that many tokens, in a ring. Rows of a batch may have different
-lengths: every row has its own positions, and what stands behind its end is never seen and is written over. So a batch
-gives each row what the row alone would get.
+A block with windowed attention keeps no more than its window, in a ring. Rows of a batch may have different lengths:
+each has its own positions, and what lies behind its end is masked until new tokens overwrite it. So a row gives the
+same result whatever stands beside it, and rows can be taken out of a batch and added to it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Mask = Tensor | None
 
 
 class BlockCache:
-    """What one block keeps `(batch, kv_heads, slots, head_dim)`; made at the first tokens, in their dtype and place."""
+    """Keys and values of one block `(batch, kv_heads, slots, head_dim)`, in the dtype and on the device of the first.
+
+    The token at position p lies in slot p modulo the number of slots.
+    """
 
     def __init__(self, owner: "KVCache", window: int | None) -> None:
         self.owner, self.window = owner, window
@@ -22,31 +26,40 @@ class BlockCache:
         self.keys = self.values = torch.empty(0)
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Mask]:
-        """All keys and values that the new tokens may see, these among them, and which of them each may see.
+        """Adds new tokens; returns all keys and values that they may attend to, themselves included, and the mask.
 
         Args:
             key: of the new tokens `(batch, kv_heads, seq, head_dim)`.
             value: likewise.
 
         Returns:
-            Keys and values `(batch, kv_heads, seen, head_dim)`, and the mask as `attend` takes it.
+            Keys and values `(batch, kv_heads, seen, head_dim)`, and the mask as attention takes it.
         """
         if not len(self.keys):
             shape = (*key.shape[:2], self.slots, key.shape[3])
             self.keys, self.values = key.new_zeros(shape), value.new_zeros(shape)
-        seen = self.owner.seen[self.window]
+        mask = self.owner.masks[self.window]
         if not self.owner.wraps(self.window):
             keys, values = self._write(key, value)
-            return keys, values, seen
-        # A ring may lose in the writing what the first of the new tokens still see.
+            return keys, values, mask
+        # Writing into the ring may overwrite what the first of the new tokens still attend to.
         before = slice(min(self.owner.end - key.shape[2], self.slots))
         keys = torch.cat([self.keys[:, :, before], key], dim=2)
         values = torch.cat([self.values[:, :, before], value], dim=2)
         self._write(key[:, :, -self.slots :], value[:, :, -self.slots :])
-        return keys, values, seen
+        return keys, values, mask
+
+    def resize(self, slots: int) -> None:
+        """Changes the number of slots, keeping the newest tokens of each row."""
+        if len(self.keys) and slots != self.slots:
+            positions = self.owner.positions_in_slots(slots, slots, self.owner.lengths)
+            source = positions.clamp(min=0).remainder(self.slots)[:, None, :, None]
+            source = source.expand(-1, self.keys.shape[1], -1, self.keys.shape[3])
+            self.keys, self.values = self.keys.gather(2, source), self.values.gather(2, source)
+        self.slots = slots
 
     def _write(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Puts the newest tokens into their slots; returns the slots in use."""
+        """Writes the newest tokens into their slots; returns the slots in use."""
         owner, count = self.owner, key.shape[2]
         end = min(owner.end, self.slots)
         first = (owner.end - count) % self.slots
@@ -61,11 +74,11 @@ class BlockCache:
 
 
 class KVCache:
-    """The caches of all blocks, and where each row of the batch stands.
+    """The caches of all blocks, and how many tokens each row of the batch has.
 
     Args:
-        windows: of each block's attention, in tokens; None: it sees all.
-        max_len: tokens that a row may have.
+        windows: of each block's attention, in tokens; None: unlimited.
+        max_len: the most tokens in a row.
         rollback_tokens: how many tokens can be taken back; a ring keeps that many more.
         keep_ids: whether to keep the ids of all tokens, for `tokens_before`.
     """
@@ -75,37 +88,31 @@ class KVCache:
     ) -> None:
         self.max_len, self.rollback_tokens, self.keep_ids = max_len, rollback_tokens, keep_ids
         self.lengths = torch.empty(0, dtype=torch.int64)
-        """Tokens that each row has read `(batch,)`."""
+        """Tokens in each row `(batch,)`."""
         self.end = 0
-        """The most of them."""
+        """The largest of the lengths."""
         self.even = True
-        """Whether all rows have as many."""
+        """Whether all rows have the same length."""
         self.positions = torch.empty(0, dtype=torch.int64)
-        """Of the tokens being read `(batch, seq)`."""
+        """Positions of the tokens being read `(batch, seq)`."""
         self.separators: Tensor | None = None
-        """How many are before each position `(batch, max_len + 1)`, where attention ends with documents."""
+        """Separators before each position `(batch, max_len + 1)`, where attention ends with documents."""
         self.ids = torch.empty(0, dtype=torch.int64)
-        """Of the token at each position `(batch, max_len)`, where they are wanted."""
-        self.seen: dict[int | None, Mask] = {}
-        """What the tokens being read see in a block, by its window: a mask `(batch, 1, seq, seen)`, or none."""
+        """The token at each position `(batch, max_len)`, with `keep_ids`."""
+        self.masks: dict[int | None, Mask] = {}
+        """What the tokens being read attend to, by the block's window: `(batch, 1, seq, seen)`; None: everything."""
         self.blocks = [BlockCache(self, window) for window in windows]
-
-    def limit(self, tokens: int) -> None:
-        """Keeps room for no more than `tokens` in a row; before the first are read."""
-        self.max_len = min(self.max_len, tokens)
-        for block in self.blocks:
-            block.slots = self.slots(block.window)
 
     def slots(self, window: int | None) -> int:
         """Tokens that a block with this window keeps."""
         return self.max_len if window is None else min(self.max_len, window + self.rollback_tokens)
 
     def wraps(self, window: int | None) -> bool:
-        """Whether several tokens being read do not fit beside all that they see."""
+        """Whether several tokens are being read that do not fit into the ring together with all they attend to."""
         return self.positions.shape[1] > 1 and self.slots(window) < self.end
 
     def begin(self, tokens: Tensor, separator: int | None = None) -> Tensor:
-        """Makes room for `tokens` `(batch, seq)`, which the model reads now, and says at which positions they stand.
+        """Makes room for `tokens` `(batch, seq)`, which the model is about to read, and returns their positions.
 
         Args:
             tokens: ids.
@@ -128,17 +135,17 @@ class KVCache:
         self.lengths = self.lengths + seq
         self.end = start + seq
         if separator is not None:
-            self._note_separators(tokens == separator)
+            self._count_separators(tokens == separator)
         if self.keep_ids:
             self.ids = self.ids if len(self.ids) else tokens.new_zeros(batch, self.max_len)
             self.ids.scatter_(1, self.positions, tokens)
-        self.seen = {window: self._mask(window, start) for window in {block.window for block in self.blocks}}
+        self.masks = {window: self._mask(window, start) for window in {block.window for block in self.blocks}}
         return rows
 
     def tokens_before(self, count: int) -> Tensor:
-        """The ids that stand 0, 1, ... `count` - 1 places before each token being read, `(count, batch, seq)`.
+        """The tokens 0, 1, ... `count` - 1 places before each token being read, `(count, batch, seq)`.
 
-        -1 where none does, or where it stands in another document.
+        -1 where there is none, or where it belongs to another document.
         """
         places = self.positions - torch.arange(count, device=self.positions.device)[:, None, None]
         found = torch.stack([self.ids.gather(1, where.clamp(min=0)) for where in places])
@@ -148,43 +155,83 @@ class KVCache:
         documents = torch.stack([self.separators.gather(1, where.clamp(min=0)) for where in places])
         return torch.where(documents == documents[0], found, -1)
 
-    def rewind(self, lengths: Tensor | Sequence[int]) -> None:
-        """Takes back the last tokens of rows, at most `rollback_tokens` of each, so that so many remain `(batch,)`."""
-        self.lengths = torch.as_tensor(lengths, dtype=torch.int64, device=self.lengths.device)
-        counts = self.lengths.tolist()
-        self.end, self.even = max(counts), min(counts) == max(counts)
+    def rewind(self, lengths: Sequence[int]) -> None:
+        """Takes back the last tokens of each row, at most `rollback_tokens`, so that `lengths` tokens remain."""
+        self.lengths = torch.tensor(lengths, device=self.lengths.device)
+        self._measure(lengths)
 
-    def _note_separators(self, ends: Tensor) -> None:
-        """Counts the separators before each position; `ends` `(batch, seq)` says which of the new tokens are some."""
+    def resize(self, max_len: int, rollback_tokens: int) -> None:
+        """Changes the most tokens in a row, at least as many as there are, and how many can be taken back."""
+        self.max_len, self.rollback_tokens = max_len, rollback_tokens
+        for block in self.blocks:
+            block.resize(self.slots(block.window))
+        if self.separators is not None:
+            self.separators = F.pad(self.separators, (0, max_len + 1 - self.separators.shape[1]))
+        if len(self.ids):
+            self.ids = F.pad(self.ids, (0, max_len - self.ids.shape[1]))
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keeps these rows of the batch, in this order; a row named twice is copied."""
+        index = torch.tensor(rows, device=self.lengths.device)
+        self._update(lambda tensor: tensor[index])
+
+    def join(self, other: "KVCache") -> None:
+        """Adds the rows of another cache of the same model behind these; the other one must not be used any more."""
+        max_len, rollback_tokens = (
+            max(self.max_len, other.max_len), min(self.rollback_tokens, other.rollback_tokens),
+        )  # fmt: skip
+        for cache in (self, other):
+            cache.resize(max_len, rollback_tokens)
+        self._update(lambda *tensors: torch.cat(tensors), other)
+
+    def _update(self, function: Callable[..., Tensor], *others: "KVCache") -> None:
+        """Replaces every tensor by a function of it and of those of other caches; the first dimension is the batch."""
+        caches = (self, *others)
+        self.lengths = function(*(cache.lengths for cache in caches))
+        if self.separators is not None:
+            self.separators = function(*(cache.separators for cache in caches))
+        if len(self.ids):
+            self.ids = function(*(cache.ids for cache in caches))
+        for block, *rest in zip(*(cache.blocks for cache in caches), strict=True):
+            block.keys = function(block.keys, *(one.keys for one in rest))
+            block.values = function(block.values, *(one.values for one in rest))
+        self._measure(self.lengths.tolist())
+
+    def _measure(self, lengths: Sequence[int]) -> None:
+        self.end, self.even = max(lengths), min(lengths) == max(lengths)
+
+    def _count_separators(self, ends: Tensor) -> None:
+        """Counts the separators before each position; `ends` `(batch, seq)` says which of the new tokens are one."""
         if self.separators is None:
             self.separators = torch.zeros(len(ends), self.max_len + 1, dtype=torch.int64, device=ends.device)
         before = self.separators.gather(1, self.positions[:, :1])
         self.separators.scatter_(1, self.positions + 1, before + ends.cumsum(1))
 
     def _mask(self, window: int | None, start: int) -> Mask:
-        """Which of the keys that `BlockCache.extend` gives each token sees; none: all up to itself."""
+        """Which of the keys that `BlockCache.extend` returns each token attends to; None: all up to itself."""
         seq, slots = self.positions.shape[1], self.slots(window)
         limited = window is not None and self.end > window and (seq > 1 or slots > window)
         if self.even and self.separators is None and not limited and (seq == 1 or start == 0):
             return None
         if self.wraps(window):
-            before = self._in_slots(slots, min(start, slots), self.lengths - seq)
+            before = self.positions_in_slots(slots, min(start, slots), self.lengths - seq)
             keys = torch.cat([before, self.positions], dim=1)
         else:
-            keys = self._in_slots(slots, min(self.end, slots), self.lengths)
+            keys = self.positions_in_slots(slots, min(self.end, slots), self.lengths)
         distance = self.positions[:, :, None] - keys[:, None, :]
-        seen = (keys[:, None, :] >= 0) & (distance >= 0)
+        mask = (keys[:, None, :] >= 0) & (distance >= 0)
         if window is not None:
-            seen &= distance < window
+            mask &= distance < window
         if self.separators is not None:
             documents = [self.separators.gather(1, where.clamp(min=0)) for where in (self.positions, keys)]
-            seen &= documents[0][:, :, None] == documents[1][:, None, :]
-        return seen[:, None]
+            mask &= documents[0][:, :, None] == documents[1][:, None, :]
+        return mask[:, None]
 
-    def _in_slots(self, slots: int, used: int, lengths: Tensor) -> Tensor:
-        """The position `(batch, used)` that each of the `used` first slots holds in rows of `lengths` tokens.
+    @staticmethod
+    def positions_in_slots(slots: int, used: int, lengths: Tensor) -> Tensor:
+        """The position `(batch, used)` that each of the first `used` slots holds in rows of `lengths` tokens.
 
-        Below 0, or out of every window: none of this row.
+        Negative, or outside of every window: the slot holds no token of this row.
         """
         last = lengths[:, None] - 1
         return last - (last - torch.arange(used, device=lengths.device)).remainder(slots)

@@ -13,7 +13,7 @@ from cleangpt.checkpoints.checkpoint import Checkpoints
 from cleangpt.checkpoints.run_folder import experiment_json
 from cleangpt.checkpoints.snapshots import Snapshots
 from cleangpt.config import FineTuningConfig
-from cleangpt.corpora.mixture import tasks
+from cleangpt.corpora.mixture import environments
 from cleangpt.data.loader import DatasetSource
 from cleangpt.data.mixing import MixedDataset, mean_shares, split_samples
 from cleangpt.distributed.device import (
@@ -33,7 +33,7 @@ from cleangpt.distributed.device import (
 from cleangpt.distributed.layout import Layout, choose_layout, state_bytes
 from cleangpt.distributed.parallelize import apply_activation_checkpointing, parallelize, wrap_ddp
 from cleangpt.distributed.processes import Ranks
-from cleangpt.evaluation.tasks import SCORES
+from cleangpt.evaluation.tasks import mean_reward
 from cleangpt.evaluation.validate import loss_metrics, source_metrics
 from cleangpt.experiment import Experiment
 from cleangpt.inference.text import sample_text
@@ -233,19 +233,25 @@ def build_recorder(
     model, device, tracking = placed.model, placed.device, experiment.tracking
     splits = {source.name: source.dataset.splits["val"] for source in dataset.sources}
 
+    found = environments(experiment.corpus, dataset) if tracking.score_samples else {}
+
     def validation_metrics(val_loss: float) -> Row:
-        losses = validator.losses if validator is not None else {}
-        return {**loss_metrics(val_loss, splits.get("")), **source_metrics("val_loss", losses, splits)}
+        if validator is None:
+            return loss_metrics(val_loss, splits.get(""))
+        others = {f"val_{name}": value for name, value in validator.mean_metrics().items() if name != "loss"}
+        by_source = source_metrics("val_loss", validator.losses(), splits)
+        return {**others, **loss_metrics(val_loss, splits.get("")), **by_source}
 
     def scores() -> Row:
-        wanted = tasks(experiment.corpus) if tracking.score_samples else {}
-        if not wanted:
+        if not found:
             return {}
         model.eval()
         with uncompiled(experiment.training.compile):
             return {
-                metric_key(task, name): SCORES[task](model, splits[name], tracking.score_samples, device)
-                for name, task in wanted.items()
+                metric_key(environment.metric, name): mean_reward(
+                    model, environment, "val", tracking.score_samples, device
+                )
+                for name, environment in found.items()
             }
 
     def sample(macro_batch: int) -> str:

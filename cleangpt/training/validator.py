@@ -9,7 +9,7 @@ import torch
 from cleangpt.data.loader import Samples, validation_batches
 from cleangpt.distributed.layout import Layout
 from cleangpt.distributed.processes import Ranks
-from cleangpt.evaluation.validate import mean_loss
+from cleangpt.evaluation.validate import validate
 from cleangpt.models.base import LanguageModel
 from cleangpt.objectives import Objective
 
@@ -26,8 +26,8 @@ class Validator:
         self.model, self.objective, self.samples, self.shares = model, objective, samples, shares
         self.batch_size, self.limit, self.layout, self.ranks = batch_size, limit, layout, ranks
         self.device, self.autocast = device, autocast
-        self.losses: dict[str, float] = {}
-        """Of the sources, at the last validation."""
+        self.metrics: dict[str, dict[str, float]] = {}
+        """The loss and the objective's metrics of each source, at the last validation."""
 
     def validate(self, give_up: Callable[[], bool]) -> float:
         """The loss per counted thing; NaN where `give_up` cut it short."""
@@ -36,7 +36,17 @@ class Validator:
                 samples, self.batch_size, self.limit, rank=self.layout.dp_rank(self.ranks.rank),
                 world_size=self.layout.dp_size,
             )  # fmt: skip
-            self.losses[name] = mean_loss(
+            self.metrics[name] = validate(
                 self.model, self.objective, batches, self.device, self.autocast, give_up, self.ranks.sum_tensor
             )
-        return sum(share * self.losses[name] for name, share in self.shares.items())
+        return self.mean_metrics()["loss"]
+
+    def losses(self) -> dict[str, float]:
+        """The loss of each source, at the last validation."""
+        return {name: metrics["loss"] for name, metrics in self.metrics.items()}
+
+    def mean_metrics(self) -> dict[str, float]:
+        """Loss and metrics in the mean over the sources, by their shares of the run."""
+        names = next(iter(self.metrics.values()))
+        shares = self.shares.items()
+        return {name: sum(share * self.metrics[source][name] for source, share in shares) for name in names}

@@ -75,9 +75,9 @@ def test_every_field_says_what_it_is(kind: str) -> None:
         assert re.search(rf'^    {field.name}: .*\n    """', source, re.MULTILINE), field.name
 
 
-def test_only_arithmetic_has_a_task() -> None:
-    tasks = {kind: cls.task for kind, cls in CORPORA.items() if cls.task}
-    assert tasks == dict.fromkeys(("adder", "adder_chat", "multiplier"), "exact_match")
+def test_only_arithmetic_has_an_environment() -> None:
+    scored = {kind for kind, corpus in CORPORA.items() if corpus.environment is not Corpus.environment}
+    assert scored == {"adder", "adder_chat", "multiplier"}
 
 
 def test_each_set_of_fields_has_its_own_folder(tmp_path: Path) -> None:

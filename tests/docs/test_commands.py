@@ -22,7 +22,6 @@ from cleangpt import experiment_files
 from cleangpt.commands import main
 from cleangpt.commands.demo import EXPERIMENTS
 from cleangpt.corpora import CORPORA
-from cleangpt.evaluation.tasks import SCORES
 from cleangpt.experiment_files import experiments
 from cleangpt.models import MODELS
 from cleangpt.objectives import OBJECTIVES
@@ -136,7 +135,7 @@ def run(line: str) -> int:
     if words[0] == "python":
         return subprocess.run([sys.executable, *words[1:]], timeout=240, check=False).returncode
     assert words[0] == "cleangpt", f"this line is neither run nor listed in NOT_RUN: {line}"
-    registries: list[dict[str, Any]] = [MODELS, CORPORA, OBJECTIVES, SCORES]
+    registries: list[dict[str, Any]] = [MODELS, CORPORA, OBJECTIVES]
     before = [dict(registry) for registry in registries]
     try:
         return main(shortened(words[1:]))

@@ -23,7 +23,7 @@ STOPS = ("SIGTERM", "SIGINT", "SIGHUP")
 SIGNALS = (*STOPS, "SIGUSR1")
 PLACES: dict[str, tuple[Any, str]] = {
     "a step": (trainer.Trainer, "step"),
-    "validation": (trainer, "mean_loss"),
+    "validation": (trainer, "validate"),
     "saving": (shards, "save_file"),
     "a checkpoint": (Checkpoints, "save"),
     "recording": (MetricsFiles, "record"),

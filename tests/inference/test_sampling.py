@@ -1,4 +1,4 @@
-"""Distributions are those of Hugging Face's processors, and draws follow them."""
+"""Distributions are those of Hugging Face's processors, and samples follow them."""
 
 import math
 from typing import Any
@@ -16,7 +16,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from cleangpt.inference.sampling import Sampling, SeededSampler, distribution
+from cleangpt.inference.sampling import Sampling, distribution, sample, seeded
 
 THEIRS = {
     "temperature": TemperatureLogitsWarper,
@@ -43,32 +43,33 @@ def test_the_distribution_is_that_of_hugging_face(fields: dict[str, Any], penalt
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_temperature_0_leaves_the_likeliest_token_alone() -> None:
+def test_temperature_0_leaves_the_most_likely_token_alone() -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, -1.0, 0.0]])
     assert distribution(logits, Sampling(temperature=0)).tolist() == [[0, 1, 0], [1, 0, 0]]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_draws_follow_the_distribution(temperature: float) -> None:
+def test_samples_follow_the_distribution(temperature: float) -> None:
     expected = distribution(torch.tensor([[1.0, 0.0, -1.0]]), Sampling(temperature=temperature))
-    counts = SeededSampler(range(4000)).tokens(expected.expand(4000, -1)).bincount(minlength=3)
+    counts = sample(expected.expand(4000, -1), [seeded(seed) for seed in range(4000)]).bincount(minlength=3)
     assert torch.allclose(counts / 4000, expected[0], atol=3 * math.sqrt(0.25 / 4000))
 
 
 @given(seed=st.integers(0, 10**6), possible=st.sets(st.integers(0, 9), min_size=1))
-def test_a_token_of_probability_0_is_never_drawn(seed: int, possible: set[int]) -> None:
+def test_a_token_of_probability_0_is_never_sampled(seed: int, possible: set[int]) -> None:
     probabilities = torch.zeros(1, 10)
     probabilities[0, list(possible)] = 0.1
-    assert int(SeededSampler([seed]).tokens(probabilities)) in possible
+    assert int(sample(probabilities, [seeded(seed)])) in possible
 
 
-def test_rows_draw_what_they_would_alone_and_the_global_generator_stays() -> None:
+def test_rows_sample_what_they_would_alone_and_the_global_generator_stays() -> None:
     probabilities = torch.rand(5, 100)
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    together, alone = SeededSampler(range(5)), [SeededSampler([seed]) for seed in range(5)]
+    together, alone = ([seeded(seed) for seed in range(5)] for _ in range(2))
     for _ in range(3):
-        drawn = together.tokens(probabilities).tolist()
-        assert drawn == [int(one.tokens(row[None])) for one, row in zip(alone, probabilities, strict=True)]
+        sampled = sample(probabilities, together).tolist()
+        rows = zip(alone, probabilities, strict=True)
+        assert sampled == [int(sample(row[None], [generator])) for generator, row in rows]
     assert torch.equal(torch.rand(3), expected)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cleangpt.data.tokenizers import ByteTokenizer, CharTokenizer
 from cleangpt.errors import UserError
 from cleangpt.inference.sampling import GREEDY, Sampling
-from cleangpt.inference.text import Piece, Writer, complete, prompt_tokens, stream
+from cleangpt.inference.text import TextChunk, TextStreamer, complete, prompt_tokens, stream
 from cleangpt.models.gpt import GPT, GPTConfig
 from tests.scripted import Scripted
 
@@ -32,32 +32,32 @@ class Writes(Scripted):
         return logits
 
 
-def texts(pieces: Iterator[Piece] | list[Piece]) -> list[str]:
-    return [piece.text for piece in pieces]
+def texts(chunks: Iterator[TextChunk] | list[TextChunk]) -> list[str]:
+    return [chunk.text for chunk in chunks]
 
 
 def test_a_stream_gives_whole_characters() -> None:
-    pieces = texts(stream(Writes("né 日 ok"), ByteTokenizer(), ">>", CPU, max_new_tokens=50, sampling=GREEDY))
-    assert "".join(pieces) == "né 日 ok"
-    assert "�" not in "".join(pieces) and "日" in pieces
+    chunks = texts(stream(Writes("né 日 ok"), ByteTokenizer(), ">>", CPU, max_new_tokens=50, sampling=GREEDY))
+    assert "".join(chunks) == "né 日 ok"
+    assert "�" not in "".join(chunks) and "日" in chunks
 
 
 def test_a_stream_tells_each_token_and_what_it_completed() -> None:
-    pieces = list(stream(Writes("né"), ByteTokenizer(), ">>", CPU, max_new_tokens=50, sampling=GREEDY))
-    assert [piece.text for piece in pieces] == ["n", "", "é", ""]
-    assert [piece.token and piece.token.id for piece in pieces] == [*"né".encode(), None]
+    chunks = list(stream(Writes("né"), ByteTokenizer(), ">>", CPU, max_new_tokens=50, sampling=GREEDY))
+    assert [chunk.text for chunk in chunks] == ["n", "", "é", ""]
+    assert [chunk.token and chunk.token.id for chunk in chunks] == [*"né".encode(), None]
 
 
 @given(text=st.text("ab", max_size=20), stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
 def test_a_text_ends_before_the_first_stop_text(text: str, stops: list[str]) -> None:
     """Wherever that begins and ends among the tokens; and no more is held back than may begin one."""
-    writer, given_out = Writer(ByteTokenizer(), stops), ""
+    streamer, given_out = TextStreamer(ByteTokenizer(), stops), ""
     for number, token in enumerate(text.encode(), start=1):
-        given_out += writer.push(token)
-        if not writer.stopped:
+        given_out += streamer.push(token)
+        if not streamer.stopped:
             held = text[len(given_out) : number]
             assert not held or any(stop.startswith(held) for stop in stops)
-    given_out += writer.flush()
+    given_out += streamer.flush()
     # Of several, the one that is whole first counts; of those whole at once, the one that begins first.
     found = [(place + len(stop), place) for stop in stops if (place := text.find(stop)) >= 0]
     assert given_out == (text[: min(found)[1]] if found else text)

@@ -12,12 +12,12 @@ from cleangpt.checkpoints.checkpoint import Checkpoint
 from cleangpt.config import ModelConfig
 from cleangpt.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, train_bpe
 from cleangpt.errors import UserError
-from cleangpt.inference.engine import greedy
 from cleangpt.interchange.export import export
 from cleangpt.interchange.gguf import vocabulary_of
 from cleangpt.models import build_model
 from cleangpt.models.gpt import GPTConfig
 from cleangpt.models.llama import LlamaConfig
+from tests.generation import greedy
 
 TEXT = "To be, or  not to be:\n\nthat's the question — déjà vu 漢字 🙂 12 + 345 = 357\n"
 BPE = train_bpe([TEXT * 20], 400)

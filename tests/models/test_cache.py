@@ -1,4 +1,4 @@
-"""Reading with a cache gives the logits of reading the whole at once, however the tokens come."""
+"""Reading with a cache gives the logits of reading everything at once, however the tokens come."""
 
 import pytest
 import torch
@@ -96,6 +96,43 @@ def test_rows_of_different_lengths_do_not_meet(kind: str, seed: int, lengths: li
         for row, length in enumerate(lengths):
             assert_close(read[row], alone[row][length : length + step])
         lengths = [length + step for length in lengths]
+
+
+@every_kind
+@settings(max_examples=10)
+@given(
+    seed=st.integers(0, 1000),
+    lengths=st.tuples(*[st.lists(st.integers(1, 14), min_size=1, max_size=3)] * 2),
+    room=st.tuples(st.integers(18, LENGTH), st.integers(18, LENGTH)),
+    data=st.data(),
+)
+@torch.no_grad()
+def test_rows_of_two_caches_go_on_in_one(
+    kind: str, seed: int, lengths: tuple[list[int], list[int]], room: tuple[int, int], data: st.DataObject
+) -> None:
+    """Whatever their lengths and the sizes of the caches; then some rows leave, and others are copied."""
+    model = MODELS[kind]
+    count = len(lengths[0]) + len(lengths[1])
+    tokens = torch.randint(VOCABULARY, (count, LENGTH), generator=torch.Generator().manual_seed(seed))
+    caches = []
+    for part, rows, size in zip(lengths, tokens.split([len(part) for part in lengths]), room, strict=True):
+        cache = model.new_cache(max(part) - min(part))
+        cache.resize(size, cache.rollback_tokens)
+        model(rows[:, : max(part)], cache=cache)
+        cache.rewind(part)
+        caches.append(cache)
+    cache, other = caches
+    cache.join(other)
+    alone, ends = [model(row[None])[0] for row in tokens], [*lengths[0], *lengths[1]]
+    kept = list(range(count))
+    for _ in range(4):
+        read = model(torch.stack([tokens[row, ends[row]] for row in kept])[:, None], cache=cache)
+        for place, row in enumerate(kept):
+            assert_close(read[place, 0], alone[row][ends[row]])
+        ends = [end + (row in kept) for row, end in enumerate(ends)]
+        places = data.draw(st.lists(st.integers(0, len(kept) - 1), min_size=1, max_size=4))
+        kept = [kept[place] for place in places]
+        cache.select(places)
 
 
 @every_kind

@@ -33,7 +33,6 @@ from transformers import (
 )
 
 from cleangpt.errors import UserError
-from cleangpt.inference.engine import greedy
 from cleangpt.interchange.llama import (
     config_from_huggingface,
     config_to_huggingface,
@@ -46,6 +45,7 @@ from cleangpt.models.base import flops_per_token
 from cleangpt.models.layers import apply_rope, rope_cos_sin
 from cleangpt.models.llama import Llama, LlamaConfig
 from cleangpt.validation import check
+from tests.generation import greedy
 from tests.losses import next_token
 
 SMALL = LlamaConfig(vocab_size=97, max_seq_len=64, n_layers=3, n_heads=4, n_kv_heads=2, dim=48, hidden_dim=80)

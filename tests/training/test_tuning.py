@@ -134,7 +134,7 @@ def test_the_validation_split_is_not_looked_at(own: str, monkeypatch: pytest.Mon
     def refuse(*arguments: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("cleangpt.training.trainer.mean_loss", refuse)
+    monkeypatch.setattr("cleangpt.training.trainer.validate", refuse)
     monkeypatch.setattr("cleangpt.training.trainer.validation_batches", refuse)
     tune("--rates", "0.01")
     assert {path.name for path in Path("tuned/lr_0.01").iterdir()}.isdisjoint({"checkpoints", "snapshots"})

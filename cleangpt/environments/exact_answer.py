@@ -1,0 +1,38 @@
+"""Questions with one right answer: the reward is 1 where the policy generates exactly the answer, else 0."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from cleangpt.data.dataset import TokenDataset
+from cleangpt.environments.base import Environment, Episode, Feedback, Prompt
+
+
+@dataclass(frozen=True)
+class ExactAnswer(Environment):
+    """Each row of a dataset is a task, and its loss mask separates question from answer.
+
+    The tokens up to the first that counts in the loss are the question, the run of tokens that count from there on is
+    the answer. The policy generates as many tokens as the answer has.
+    """
+
+    metric: ClassVar[str] = "exact_match"
+
+    dataset: TokenDataset
+    """With a row length and a loss mask."""
+
+    def tasks(self, split: str) -> int:
+        """As many as the split has rows."""
+        return self.dataset.splits[split].documents
+
+    def reset(self, split: str, task: int) -> Prompt:
+        """The question of a row."""
+        rows, length = self.dataset.splits[split], self.dataset.row_length
+        assert length is not None
+        tokens, counted = (read(task * length, length).tolist() for read in (rows.read, rows.read_mask))
+        start = counted.index(1)
+        answer = tokens[start : [*counted, 0].index(0, start)]
+        return Prompt(tokens[:start], max_new_tokens=len(answer), extras={"answer": answer})
+
+    def step(self, episode: Episode, action: list[int]) -> Feedback:
+        """Compares the action with the answer."""
+        return Feedback(reward=float(action == episode.prompt.extras["answer"]))

@@ -1,0 +1,132 @@
+"""The tokens of a batch and the model's KV cache of them: what `Engine` and speculative decoding are built on."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from cleangpt.errors import UserError
+from cleangpt.models.base import LanguageModel
+from cleangpt.models.cache import KVCache
+
+CACHE_STEP = 256
+"""Caches are allocated in multiples of this, so that a compiled model meets few sizes."""
+
+
+class DecodingState:
+    """The tokens of each row of a batch, and what the KV cache holds of them.
+
+    A model reads at most `max_seq_len` tokens. A row that grows longer continues from its last half, which is read
+    again; so the average cost of a token stays the same.
+
+    Args:
+        model: in evaluation mode, on `device`.
+        rows: token ids, at least one in each row.
+        device: of the model.
+        cached: whether to use a KV cache, where the model has one.
+        compiled: the compiled model, for everything after the first pass.
+        rollback_tokens: how many tokens can be taken back at a time.
+        max_new_tokens: the most tokens that will be added to a row, which saves memory; None: unknown.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        rows: Sequence[Sequence[int]],
+        device: torch.device,
+        *,
+        cached: bool = True,
+        compiled: LanguageModel | None = None,
+        rollback_tokens: int = 0,
+        max_new_tokens: int | None = None,
+    ) -> None:
+        self.model, self.device = model, device
+        self.rows = [list(row) for row in rows]
+        self.rollback_tokens, self.max_new_tokens = rollback_tokens, max_new_tokens
+        self._cached, self._decoder = cached and model.can_cache, compiled or model
+        self._cache: KVCache | None = None
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """Adds one token to each row."""
+        for row, token in zip(self.rows, tokens, strict=True):
+            row.append(token)
+
+    def rollback(self, count: int) -> None:
+        """Takes back the last `count` tokens of each row."""
+        if self._cache is not None and (cached := count - self._unread(self._cache)) > 0:
+            self._cache.rewind([length - cached for length in self._cache.lengths.tolist()])
+        for row in self.rows:
+            del row[len(row) - count :]
+
+    def logits(self, last: int = 1) -> Tensor:
+        """The logits after each of the `last` tokens of each row `(batch, last, vocab)`, float32."""
+        if self._cache is None or max(map(len, self.rows)) > self.model.config.max_seq_len:
+            return self._prefill(last).float()
+        return self._decode(self._cache, last).float()
+
+    def seen_tokens(self, vocab_size: int, skip_last: int = 0) -> Tensor:
+        """Which tokens each row has `(batch, vocab_size)`, bool; the last `skip_last` do not count."""
+        seen = torch.zeros(len(self.rows), vocab_size, dtype=torch.bool)
+        for row, tokens in zip(seen, self.rows, strict=True):
+            row[tokens[: len(tokens) - skip_last]] = True
+        return seen.to(self.device)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keeps these rows, in this order; a row named twice is copied."""
+        if list(rows) != list(range(len(self.rows))):
+            self.rows = [list(self.rows[row]) for row in rows]
+            if self._cache is not None:
+                self._cache.select(rows)
+
+    def join(self, other: "DecodingState") -> None:
+        """Adds the rows of another state of the same model, after `logits` of both."""
+        self.rows += other.rows
+        if self._cache is not None and other._cache is not None:
+            self._cache.join(other._cache)
+
+    def _prefill(self, last: int) -> Tensor:
+        """Reads all rows from the beginning, with a new cache."""
+        limit = self.model.config.max_seq_len
+        self.rows = [row[-max(last, limit // 2) :] if len(row) > limit else row for row in self.rows]
+        lengths = [len(row) for row in self.rows]
+        longest = max(lengths)
+        # Padding follows a row, where none of its tokens attends to it.
+        tokens = torch.tensor([row + [0] * (longest - len(row)) for row in self.rows], device=self.device)
+        positions = torch.tensor([range(length - last, length) for length in lengths], device=self.device)
+        rollback_tokens = self.rollback_tokens + longest - min(lengths)
+        self._cache = cache = self.model.new_cache(rollback_tokens) if self._cached else None
+        if cache is not None and self.max_new_tokens is not None:
+            needed = longest + self.max_new_tokens + self.rollback_tokens
+            cache.resize(min(cache.max_len, math.ceil(needed / CACHE_STEP) * CACHE_STEP), rollback_tokens)
+        logits: Tensor = self.model(tokens, cache=cache, logit_positions=positions)
+        if cache is not None:
+            cache.rewind(lengths)
+        return logits
+
+    def _decode(self, cache: KVCache, last: int) -> Tensor:
+        """Reads the tokens that are not in the cache yet."""
+        unread = self._unread(cache)
+        tokens = torch.tensor([row[-unread:] for row in self.rows], device=self.device)
+        positions = torch.arange(unread - last, unread, device=self.device).expand(len(tokens), -1)
+        logits: Tensor = self._decoder(tokens, cache=cache, logit_positions=positions if last < unread else None)
+        return logits
+
+    def _unread(self, cache: KVCache) -> int:
+        """Tokens at the end of each row that are not in the cache."""
+        return max(map(len, self.rows)) - cache.end
+
+
+def check_prompt(model: LanguageModel, tokens: Sequence[int]) -> None:
+    """Raises UserError for a prompt without tokens, or with one that the model does not have."""
+    if not tokens:
+        raise UserError("the prompt has no tokens")
+    vocab_size = model.config.vocab_size or 0
+    if (largest := max(tokens)) >= vocab_size:
+        raise UserError(f"the prompt has the token {largest}; allowed: 0 to {vocab_size - 1}, the model's vocabulary")
+
+
+def check_finite(logprobs: Iterable[float]) -> None:
+    """Raises UserError where the logits were not finite: no token follows from them."""
+    if any(map(math.isnan, logprobs)):
+        raise UserError("the model's logits are not finite: it has diverged, or its weights are damaged")
