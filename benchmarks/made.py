@@ -11,11 +11,12 @@ from cleangpt.config import DataConfig, ScheduleConfig
 from cleangpt.data.dataset import STORE, TokenDataset
 from cleangpt.data.tokenizers import CharTokenizer
 from cleangpt.data.writer import SHARD_TOKENS, DatasetWriter
-from cleangpt.experiment import Experiment, check_experiment
+from cleangpt.experiment import Experiment
 from cleangpt.experiment_files import find_experiment, load_experiment
 from cleangpt.files import read_json, write_json
 from cleangpt.tracking.progress import ProgressBar
-from cleangpt.training.launch import resolve
+from cleangpt.training.launch import check
+from cleangpt.training.resolve import resolve
 from cleangpt.training.trainer import Trainer
 
 CHARACTERS = "".join(map(chr, range(48, 48 + 65)))
@@ -64,7 +65,7 @@ def shipped(name: str, data: DataConfig | None = None, **fields: Any) -> Experim
 
 def make_trainer(experiment: Experiment, store: TokenDataset, run: Path) -> Trainer:
     """A trainer of `experiment` on `store`, whatever corpus it names, with its run in the folder `run`."""
-    check_experiment(experiment)
+    check(experiment)
     experiment = resolve(dataclasses.replace(experiment, run_dir=str(run)), store.vocab_size)
     return Trainer(experiment, open_run(experiment, None, []), store, ProgressBar(run, progress=False))
 

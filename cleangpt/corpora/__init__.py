@@ -24,7 +24,6 @@ from cleangpt.data.dataset import CARD, STORE, TokenDataset
 from cleangpt.data.mixing import Store
 from cleangpt.errors import UserError
 from cleangpt.files import restore
-from cleangpt.validation import check
 
 __all__ = ["CORPORA", "Corpus", "Mixture", "Text", "prepare", "prepare_store", "store_folder"]
 
@@ -60,7 +59,6 @@ def prepare(corpus: CorpusConfig, data_folder: Path, again: bool = False, consol
     """
     console = console or Console(stderr=True)
     if isinstance(corpus, Mixture):
-        check(corpus, "corpus.")
         corpus.check()
         return corpus.store(data_folder, lambda source: prepare_store(source, data_folder, again, console))
     return prepare_store(corpus, data_folder, again, console)
@@ -70,7 +68,6 @@ def prepare_store(corpus: CorpusConfig, data_folder: Path, again: bool, console:
     """`prepare` of a corpus that is no mixture."""
     if not isinstance(corpus, Corpus):
         raise UserError(f"corpus is a {type(corpus).__name__}; allowed: a subclass of cleangpt.corpora.Corpus")
-    check(corpus, "corpus.")
     corpus.check()
     folder = store_folder(corpus, data_folder)
     restore(folder)

@@ -2,28 +2,34 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from cleangpt.validation import Bounds, Checked, Count, CountOrZero, NonNegative, Positive
+
+Probability = Annotated[float, Bounds(above=0, most=1)]
+
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How tokens are drawn; each restriction applies to what those before it have left."""
+class Sampling(Checked):
+    """How tokens are sampled; each restriction applies to what those before it have left."""
 
-    temperature: float = 1.0
-    """Divides the logits; 0: always the likeliest token."""
-    top_k: int | None = None
-    """Draw among so many likeliest tokens only (Fan et al. 2018)."""
-    top_p: float | None = None
-    """Draw among the likeliest tokens that together reach this probability only (Holtzman et al. 2020)."""
-    min_p: float | None = None
-    """Draw among tokens that are at least so many times as likely as the likeliest only (Nguyen et al. 2024)."""
-    repetition_penalty: float = 1.0
-    """Divides positive logits of tokens in the context, and multiplies negative ones (Keskar et al. 2019, "CTRL",
-    section 4.1)."""
-    seed: int = 1337
-    """Of the draws; each row of a batch has the next one."""
+    temperature: NonNegative = 1.0
+    """Sampling temperature; 0: greedy."""
+    top_k: Count | None = None
+    """Sample from the k most likely tokens (Fan et al. 2018)."""
+    top_p: Probability | None = None
+    """Nucleus sampling: sample from the fewest most likely tokens that together reach this probability (Holtzman et
+    al. 2020)."""
+    min_p: Probability | None = None
+    """Drop tokens below min_p times the highest probability (Nguyen et al. 2024)."""
+    repetition_penalty: Positive = 1.0
+    """Divides positive logits of tokens in the context and multiplies negative ones; above 1, they become less likely
+    (Keskar et al. 2019, "CTRL", section 4.1)."""
+    seed: CountOrZero = 1337
+    """Random seed for sampling; each row of a batch uses the next one."""
 
 
 GREEDY = Sampling(temperature=0)

@@ -58,6 +58,7 @@ def _architecture(config: ModelConfig) -> str:
     """llama.cpp's name; refuses what its architecture of that name does not compute."""
     if not isinstance(config, LlamaConfig):
         return "gpt2"
+    assert config.max_seq_len is not None
     windows = [config.window(layer) for layer in range(config.n_layers)]
     if any(window is not None and window < config.max_seq_len for window in windows):
         raise UserError(

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from cleangpt.errors import UserError
 from cleangpt.models.llama import LlamaConfig, rope_frequencies
-from cleangpt.validation import check
 
 
 # Hugging Face --------------------------------------------------------------------------------------------------------
@@ -103,6 +102,7 @@ def config_to_huggingface(config: LlamaConfig) -> dict[str, Any]:
     entries = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()} | {
         "model_type": kind,
         "architectures": [HF_FAMILIES[kind].architecture],
+        "intermediate_size": config.mlp_size,
         "num_key_value_heads": config.kv_heads(),
         "head_dim": config.head_size(),
         "hidden_act": "silu",
@@ -161,7 +161,7 @@ def config_from_huggingface(entries: Mapping[str, Any]) -> LlamaConfig:
             raise UserError(f"{name} is {entries[name]!r}; allowed: {allowed!r}")
     if entries.get("mlp_only_layers"):
         raise UserError(f"mlp_only_layers is {entries['mlp_only_layers']!r}; allowed: an empty list")
-    config = LlamaConfig(
+    return LlamaConfig(
         **{ours: _entry(entries, theirs) for ours, theirs in FIELDS.items()},
         n_kv_heads=entries.get("num_key_value_heads"),
         head_dim=_head_dim(entries),
@@ -173,9 +173,6 @@ def config_from_huggingface(entries: Mapping[str, Any]) -> LlamaConfig:
         **_window_fields(entries),
         **_expert_fields(entries),
     )
-    check(config, "model.")
-    config.check_fit()
-    return config
 
 
 def _entry(entries: Mapping[str, Any], name: str) -> Any:
@@ -315,7 +312,7 @@ def add_gguf_sizes(writer: Any, config: LlamaConfig) -> None:
     """Writes the sizes of a model into a GGUF file."""
     writer.add_embedding_length(config.dim)
     writer.add_block_count(config.n_layers)
-    writer.add_feed_forward_length(config.hidden_dim)
+    writer.add_feed_forward_length(config.mlp_size)
     writer.add_head_count(config.n_heads)
     writer.add_head_count_kv(config.kv_heads())
     writer.add_key_length(config.head_size())

@@ -10,25 +10,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cleangpt.config import ModelConfig
+from cleangpt.config import Layers, ModelConfig, Width
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.cache import BlockCache, KVCache
 from cleangpt.models.layers import attend
+from cleangpt.validation import ShareBelowOne
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig(ModelConfig):
     """The 124M-parameter GPT-2 has max_seq_len 1024, n_layers 12, n_heads 12, dim 768."""
 
-    n_layers: int
+    n_layers: Layers
     """Blocks, each of attention and MLP."""
-    n_heads: int
+    n_heads: Width
     """Attention heads; a divisor of dim."""
-    dim: int
+    dim: Width
     """Width of the residual stream, in features."""
     bias: bool = True
     """Biases in linear layers and LayerNorms; GPT-2 has them."""
-    dropout: float = 0.0
+    dropout: ShareBelowOne = 0.0
     """Share of activations dropped in training: embeddings, attention, and both outputs of a block."""
 
 
@@ -111,7 +112,7 @@ class GPT(LanguageModel):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(config)
-        assert config.vocab_size is not None
+        assert config.vocab_size is not None and config.max_seq_len is not None
         self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
         self.position_embedding = nn.Embedding(config.max_seq_len, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
@@ -142,6 +143,7 @@ class GPT(LanguageModel):
 
     def new_cache(self, rollback_tokens: int = 0) -> KVCache:
         """An empty cache for generation, from which `rollback_tokens` can be taken back."""
+        assert self.config.max_seq_len is not None
         return KVCache([None] * self.config.n_layers, self.config.max_seq_len, rollback_tokens)
 
     def stacked_matrices(self, name: str) -> int:

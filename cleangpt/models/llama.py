@@ -6,14 +6,14 @@ add parts of other models.
 """
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cleangpt.config import ModelConfig
+from cleangpt.config import Layers, ModelConfig, Width
 from cleangpt.errors import UserError
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.cache import BlockCache, KVCache
@@ -28,25 +28,28 @@ from cleangpt.models.layers import (
 )
 from cleangpt.models.moe import MixtureOfExperts, hidden_features
 from cleangpt.models.ngrams import ngram_rows, tokens_before
+from cleangpt.validation import Bounds, Count, ShareBelowOne
+
+Scale = Annotated[float, Bounds(above=0, most=1e30)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig(ModelConfig):
     """Llama 3 8B has n_layers 32, n_heads 32, n_kv_heads 8, dim 4096, hidden_dim 14336, vocab_size 128256."""
 
-    n_layers: int
+    n_layers: Layers
     """Blocks, each of attention and MLP."""
-    n_heads: int
+    n_heads: Width
     """Heads of queries; a divisor of dim."""
-    n_kv_heads: int | None = None
+    n_kv_heads: Width | None = None
     """Heads of keys and values, a divisor of n_heads; none: n_heads."""
-    head_dim: int | None = None
+    head_dim: Annotated[int, Bounds(2, 2**20, even=True)] | None = None
     """Features of a head, an even number; none: dim / n_heads."""
-    dim: int
+    dim: Width
     """Width of the residual stream, in features."""
-    hidden_dim: int
-    """Width within the MLP, in features."""
-    norm_eps: float = 1e-5
+    hidden_dim: Annotated[int, Bounds(1, 2**24)] | None = None
+    """Width within the MLP, in features; None: 8/3 dim rounded up to a multiple of 64, for relu2 4 dim."""
+    norm_eps: Scale = 1e-5
     """Added to the mean square in RMSNorm."""
     tied: bool = False
     """One matrix for embedding and head."""
@@ -54,31 +57,31 @@ class LlamaConfig(ModelConfig):
     """Biases of query, key and value; Qwen 2 has them."""
     qk_norm: bool = False
     """RMSNorm of each query and key over its head (Henry et al. 2020); Qwen 3 has it."""
-    sliding_window: int | None = None
+    sliding_window: Count | None = None
     """Tokens that a position sees, itself among them (Beltagy et al. 2020); none: all before it."""
-    global_every: int | None = None
+    global_every: Count | None = None
     """With a sliding window: every so-many-th block sees all tokens nevertheless; none: no block does."""
-    rope_theta: float = 500_000.0
+    rope_theta: Scale = 500_000.0
     """Base of the rotary wavelengths; the longest is nearly 2 pi rope_theta tokens."""
-    rope_factor: float | None = None
+    rope_factor: Annotated[float, Bounds(1)] | None = None
     """Stretches long wavelengths for a longer context, as Llama 3.1 does (8); none: not at all."""
-    rope_low_freq_factor: float = 1.0
+    rope_low_freq_factor: Scale = 1.0
     """Wavelengths over rope_original_seq_len / rope_low_freq_factor are stretched in full."""
-    rope_high_freq_factor: float = 4.0
+    rope_high_freq_factor: Scale = 4.0
     """Wavelengths under rope_original_seq_len / rope_high_freq_factor stay; those between are stretched in part."""
-    rope_original_seq_len: int = 8192
+    rope_original_seq_len: Count = 8192
     """Tokens in the context before it was made longer."""
-    n_experts: int | None = None
+    n_experts: Layers | None = None
     """Experts in the place of each MLP; none: an MLP."""
-    experts_per_token: int = 2
+    experts_per_token: Count = 2
     """Experts that a token goes through."""
-    expert_hidden_dim: int | None = None
+    expert_hidden_dim: Annotated[int, Bounds(1, 2**24)] | None = None
     """Width within an expert, in features; none: hidden_dim."""
-    n_shared_experts: int = 0
+    n_shared_experts: Annotated[int, Bounds(0, 4096)] = 0
     """Experts that every token goes through besides; they make one MLP so many times as wide."""
     normalize_router_weights: bool = True
     """The shares of a token's chosen experts add up to 1."""
-    bias_update_rate: float | None = None
+    bias_update_rate: Scale | None = None
     """What a step adds to or takes from the bias by which an expert is chosen, so that all get as many tokens (Wang et
     al. 2024, "Auxiliary-loss-free load balancing strategy for mixture-of-experts", algorithm 1, there 0.001); none: no
     biases."""
@@ -87,20 +90,20 @@ class LlamaConfig(ModelConfig):
     value_residual: bool = False
     """Every block but the first attends to the mean of its own values and those of the first (Zhou et al. 2024, "Value
     residual learning", ResFormer with both factors 1/2, not learned)."""
-    logit_soft_cap: float | None = None
+    logit_soft_cap: Scale | None = None
     """Logits become logit_soft_cap x tanh(logits / logit_soft_cap) (Gemma Team 2024, "Gemma 2", section 2, there 30);
     none: they stay."""
-    dropout: float = 0.0
+    dropout: ShareBelowOne = 0.0
     """Share of activations dropped in training, after embedding, attention and MLP (Srivastava et al. 2014)."""
     ngrams: tuple[int, ...] = ()
     """Lengths, such as 2 and 3, of n-grams that have embeddings of their own, added to that of their last token (Huang
     et al. 2025, "Over-tokenized transformer")."""
-    ngram_rows: int = 16384
+    ngram_rows: Count = 16384
     """Rows in the table of each length; n-grams are put into them by a hash, so that some share one."""
-    ngram_dropout: float = 0.0
+    ngram_dropout: ShareBelowOne = 0.0
     """Share of their features dropped in training, before they are added: where a text is seen several times, so that
     they do not learn it by heart."""
-    separator: int | None = None
+    separator: Annotated[int, Bounds(0)] | None = None
     """Id of the token that ends a document, at which attention ends as well (Dubey et al. 2024, section 3.2); none:
     attention goes on. Positions are counted on, for only their distances matter."""
 
@@ -114,7 +117,17 @@ class LlamaConfig(ModelConfig):
 
     def expert_features(self) -> int:
         """Width within an expert, in features."""
-        return self.expert_hidden_dim or self.hidden_dim
+        return self.expert_hidden_dim or self.mlp_size
+
+    def resolved(self, vocab_size: int, seq_len: int) -> "LlamaConfig":
+        """The same model with the fields filled in that are left open."""
+        return replace(super().resolved(vocab_size, seq_len), hidden_dim=self.mlp_size)
+
+    @property
+    def mlp_size(self) -> int:
+        """Width within the MLP, in features; with a gate, 8/3 dim gives as many weights as 4 dim without one."""
+        derived = -(-8 * self.dim // (3 * 64)) * 64 if self.gated else 4 * self.dim
+        return derived if self.hidden_dim is None else self.hidden_dim
 
     @property
     def gated(self) -> bool:
@@ -270,7 +283,7 @@ class MLP(nn.Module):
 def build_mlp(config: LlamaConfig) -> nn.Module:
     """The MLP of a block, or the experts in its place."""
     if config.n_experts is None:
-        return MLP(config.dim, config.hidden_dim, config.gated)
+        return MLP(config.dim, config.mlp_size, config.gated)
     width = config.n_shared_experts * config.expert_features()
     return MixtureOfExperts(
         dim=config.dim,
@@ -358,6 +371,7 @@ class Llama(LanguageModel):
             ValueError: seq is more than `max_seq_len`, or than the cache has room for.
         """
         seq, config = tokens.shape[1], self.config
+        assert config.max_seq_len is not None
         if seq > config.max_seq_len:
             raise ValueError(f"a sequence of {seq} tokens; this model reads at most {config.max_seq_len}")
         positions = torch.arange(seq, device=tokens.device) if cache is None else cache.begin(tokens, config.separator)
@@ -401,6 +415,7 @@ class Llama(LanguageModel):
 
     def new_cache(self, rollback_tokens: int = 0) -> KVCache:
         """An empty cache for generation, from which `rollback_tokens` can be taken back."""
+        assert self.config.max_seq_len is not None
         windows = [self.config.window(layer) for layer in range(self.config.n_layers)]
         return KVCache(windows, self.config.max_seq_len, rollback_tokens, keep_ids=bool(self.config.ngrams))
 
@@ -455,7 +470,7 @@ def _mlp_numbers_kept(config: LlamaConfig) -> int:
     """
     within = 4 if config.gated else 2
     if config.n_experts is None:
-        return within * config.hidden_dim
+        return within * config.mlp_size
     per_expert = 2 * config.dim + within * config.expert_features() + 8
     return (
         config.experts_per_token * per_expert

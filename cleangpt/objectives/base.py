@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cleangpt.data.batch import Batch
 from cleangpt.models.base import LanguageModel
+from cleangpt.validation import Checked
 
 
 class Loss(NamedTuple):
@@ -19,7 +20,7 @@ class Loss(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Objective:
+class Objective(Checked, section="objective"):
     """Configuration and behaviour of an objective; called with a model and a batch on the model's device."""
 
     reads: ClassVar[frozenset[str]] = frozenset()

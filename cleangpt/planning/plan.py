@@ -14,7 +14,7 @@ from cleangpt.corpora.mixture import Mixture
 from cleangpt.data.dataset import STORE, TokenDataset
 from cleangpt.distributed.layout import Layout, choose_degrees
 from cleangpt.errors import UserError
-from cleangpt.experiment import Experiment, check_experiment, total_samples
+from cleangpt.experiment import Experiment, total_samples
 from cleangpt.models import build_model
 from cleangpt.models.base import LanguageModel, flops_per_token, on_meta
 from cleangpt.planning.devices import Device
@@ -22,6 +22,8 @@ from cleangpt.planning.memory import Memory, StepConfig, device_memory, kinds_of
 from cleangpt.planning.timing import Machine, StepTime, exchanged_bytes, step_time
 from cleangpt.planning.workload import Workload, measure
 from cleangpt.training.finetuning import freeze_and_add_lora
+from cleangpt.training.launch import check
+from cleangpt.training.resolve import resolve, resolve_with
 
 TENSOR_PARTS = (2, 4, 8)
 """Among how many devices of a machine it is worth trying to cut each matrix."""
@@ -89,20 +91,25 @@ class Plan:
         return asdict(self)
 
 
-def with_vocabulary(experiment: Experiment) -> Experiment:
-    """The experiment with its model's vocabulary filled in from the token store, where that has been made.
+def resolve_if_prepared(experiment: Experiment) -> Experiment:
+    """The experiment resolved with its dataset where that has been prepared, else from its fields alone.
 
     Raises:
-        UserError: the vocabulary is not known.
+        UserError: the vocabulary, or the length of an epoch, is not known.
     """
-    if experiment.model.vocab_size is not None:
-        return experiment
+    given, epochs = experiment.model.vocab_size, experiment.training.epochs
+    if given is not None and epochs is None:
+        return resolve(experiment, given)
     # The sources of a mixture share one tokenizer.
+    mixture = isinstance(experiment.corpus, Mixture)
     corpus = experiment.corpus.sources[0].corpus if isinstance(experiment.corpus, Mixture) else experiment.corpus
     facts = store_folder(corpus, Path(experiment.data.folder)) / STORE
-    if not facts.is_file():
+    if facts.is_file():
+        dataset = TokenDataset(facts.parent)
+        return resolve(experiment, dataset.vocab_size) if mixture else resolve_with(experiment, dataset)
+    if given is None:
         raise UserError("model.vocab_size is None and the corpus is not prepared; give --model.vocab-size")
-    return replace(experiment, model=replace(experiment.model, vocab_size=TokenDataset(facts.parent).vocab_size))
+    return resolve(experiment, given)
 
 
 def make_plan(
@@ -121,7 +128,7 @@ def make_plan(
         UserError: a field or argument is out of range, or the model cannot be planned.
     """
     _check(experiment, counts, per_node, tokens)
-    experiment = with_vocabulary(experiment)
+    experiment = resolve_if_prepared(experiment)
     planner = _Planner(experiment, device, per_node, tokens)
     estimates: list[Estimate] = []
     refused: list[str] = []
@@ -144,7 +151,7 @@ def make_plan(
 
 
 def _check(experiment: Experiment, counts: Sequence[int], per_node: int, tokens: int | None) -> None:
-    check_experiment(replace(experiment, training=replace(experiment.training, micro_batch_size=None)))
+    check(replace(experiment, training=replace(experiment.training, micro_batch_size=None)))
     if not counts:
         raise UserError("--devices is empty; allowed: one or more whole numbers")
     for name, value in [*(("devices", count) for count in counts), ("devices-per-node", per_node), ("tokens", tokens)]:

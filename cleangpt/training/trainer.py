@@ -29,6 +29,7 @@ from cleangpt.distributed.device import (
     autocast,
     can_compile,
     choose_device,
+    choose_precision,
     compile_blocks,
     compute_dtype,
     keep_freed_memory,
@@ -61,10 +62,10 @@ from cleangpt.training.balancing import ExpertLoadBalancer
 from cleangpt.training.deadline import WRITE_RATE, Deadline
 from cleangpt.training.early_stopping import EarlyStopping
 from cleangpt.training.finetuning import freeze_and_add_lora, frozen_names, load_moments, lr_factors
-from cleangpt.training.launch import open_stream
 from cleangpt.training.mup import mup_scales, scale_init
 from cleangpt.training.optimizer import Optimizer
 from cleangpt.training.recovery import Spikes, first_not_finite
+from cleangpt.training.resolve import open_stream
 from cleangpt.training.state import Meter, Position
 
 PAUSE = 10
@@ -153,7 +154,7 @@ class Trainer:
             if compiled == "blocks":
                 compile_blocks(model)
 
-        set_fp32_precision(training.precision)
+        set_fp32_precision(choose_precision(self.device, training.precision))
         dtype = compute_dtype(self.device, training.precision)
         gathered = self.layout.shards > 1 and dtype == torch.bfloat16
         self.model = parallelize(
@@ -577,7 +578,7 @@ class Trainer:
     def _start(self) -> None:
         training = self.experiment.training
         done = self.position.samples // self.experiment.data.batch_size
-        self.progress.start(training.macro_batches, training.batches_per_macro_batch, done)
+        self.progress.start(training.num_macro_batches, training.batches_per_macro_batch, done)
         self._clock = time.perf_counter()
         self._note(None)
         if self.spikes.enabled and not self.saved:
@@ -587,7 +588,7 @@ class Trainer:
         """Why the run is over; empty while it is not."""
         if self.stopping:
             return "interrupted"
-        if self.position.macro_batch >= self.experiment.training.macro_batches:
+        if self.position.macro_batch >= self.experiment.training.num_macro_batches:
             return "finished"
         return "stopped early" if self.early_stopping.should_stop else ""
 
