@@ -113,7 +113,8 @@ def _check_python(path: Path) -> None:
 
 def _location(path: Path, error: Exception) -> str:
     """The file, and its line that raised the error."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
     return f"{path}, line {lines[-1]}" if lines else str(path)
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import tyro
 
 from cleangpt.errors import UserError, nearest
-from cleangpt.validation import describe, fits, hints_of
+from cleangpt.validation import Rule, describe, fits, hints_of
 
 T = TypeVar("T")
 
@@ -63,7 +63,8 @@ def find_options(kind: Any, value: Any = dataclasses.MISSING, prefix: str = "") 
     cls = kind if value is dataclasses.MISSING else type(value)
     for entry in dataclasses.fields(cls):
         hint, name = hints_of(cls)[entry.name], entry.name.replace("_", "-")
-        hint, *marks = get_args(hint) if FLAT in get_args(hint) or POSITIONAL in get_args(hint) else (hint,)
+        plain, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        hint = hint if any(isinstance(mark, Rule) for mark in marks) else plain
         default = entry.default if value is dataclasses.MISSING else getattr(value, entry.name)
         inside = prefix if FLAT in marks else f"{prefix}{name}."
         if dataclasses.is_dataclass(hint) or dataclasses.is_dataclass(default):

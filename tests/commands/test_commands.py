@@ -384,19 +384,25 @@ def test_an_own_model_is_resumed_and_evaluated_with_its_code(
 from dataclasses import dataclass
 import torch
 from cleangpt.models import MODELS
+from cleangpt.models.base import LanguageModel
 
 @dataclass(frozen=True, kw_only=True)
 class BigramConfig(ModelConfig):
     """The next token from this one alone."""
 
-class Bigram(torch.nn.Module):
+class Bigram(LanguageModel):
     def __init__(self, config):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.table = torch.nn.Embedding(config.vocab_size, config.vocab_size)
 
-    def forward(self, tokens):
+    def features(self, tokens, *, cache=None):
         return self.table(tokens)
+
+    def to_logits(self, features):
+        return features
+
+    def head_parameters(self):
+        return []
 
 MODELS["bigram"] = (BigramConfig, Bigram)
 '''
