@@ -12,12 +12,13 @@ from cleangpt.data.dataset import DATASET, TokenDataset
 from cleangpt.data.mixing import MixedDataset, MixtureSource
 from cleangpt.data.tokenizers import CharTokenizer
 from cleangpt.data.writer import SHARD_TOKENS, DatasetWriter
-from cleangpt.experiment import Experiment, check_experiment
+from cleangpt.experiment import Experiment
 from cleangpt.experiment_files import find_experiment, load_experiment
 from cleangpt.files import read_json, write_json
 from cleangpt.tracking.progress import ProgressBar
 from cleangpt.training.build import build_trainer
-from cleangpt.training.launch import resolve
+from cleangpt.training.launch import check
+from cleangpt.training.resolve import resolve
 from cleangpt.training.trainer import Trainer
 
 CHARACTERS = "".join(map(chr, range(48, 48 + 65)))
@@ -66,7 +67,7 @@ def shipped(name: str, data: DataConfig | None = None, **fields: Any) -> Experim
 
 def make_trainer(experiment: Experiment, store: TokenDataset, run: Path) -> Trainer:
     """A trainer of `experiment` on `store`, whatever corpus it names, with its run in the folder `run`."""
-    check_experiment(experiment)
+    check(experiment)
     experiment = resolve(dataclasses.replace(experiment, run_dir=str(run)), store.vocab_size)
     dataset = MixedDataset([MixtureSource(store)])
     return build_trainer(experiment, open_run(experiment, None, []), dataset, ProgressBar(run, progress=False))

@@ -1,6 +1,7 @@
 """Experiment files: where they are found, and how one becomes an `Experiment`.
 
-An experiment file *is* code and runs as such: in train, resume, plan, report --schedule and --code, and nowhere else.
+An experiment file *is* code and runs as such: in train, resume, plan, tune, report --schedule and --code, and nowhere
+else.
 """
 
 import ast
@@ -8,19 +9,20 @@ import dataclasses
 import importlib.util
 import re
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
-from cleangpt import config
 from cleangpt.errors import UserError, nearest, parsing
 from cleangpt.experiment import Experiment
 from cleangpt.files import read_json, read_text
+from cleangpt.validation import Checked
 
 MODULE = "cleangpt_experiment"
 
 
 def folders() -> list[Path]:
-    """Where experiments are looked for by name: ./experiments, then those that came with CleanGPT."""
+    """Where experiments are looked up by name: ./experiments, then those that came with CleanGPT."""
     package = Path(__file__).parent
     shipped = package / "experiments" if (package / "experiments").is_dir() else package.parent / "experiments"
     return [Path("experiments"), shipped]
@@ -35,7 +37,7 @@ def experiments() -> dict[str, Path]:
 
 
 def find_experiment(text: str) -> Path:
-    """The Python file that a user means, by path or by name.
+    """The Python file that a path or a name stands for.
 
     Raises:
         UserError: there is none; names the nearest.
@@ -55,7 +57,7 @@ def load_experiment(path: Path) -> Experiment:
     """Runs a Python file and returns the `experiment` it builds.
 
     Raises:
-        UserError: the file has no such thing, or builds it with a field that does not exist.
+        UserError: the file builds none, or builds it with a wrong field.
     """
     module = run_file(path)
     experiment = getattr(module, "experiment", None)
@@ -64,11 +66,17 @@ def load_experiment(path: Path) -> Experiment:
     return experiment
 
 
+def run_code(name: str | None) -> None:
+    """Runs the file that `--code` names, for what it registers."""
+    if name is not None:
+        run_file(find_experiment(name))
+
+
 def run_file(path: Path) -> Any:
     """Runs a Python file as a module, so that what it registers is registered; returns the module.
 
     Raises:
-        UserError: the file is not Python, or builds a dataclass of ours with a wrong field.
+        UserError: the file is not Python, or builds a dataclass of ours with a wrong field; names file and line.
     """
     spec = importlib.util.spec_from_file_location(MODULE, path)
     if spec is None or spec.loader is None:
@@ -84,9 +92,11 @@ def run_file(path: Path) -> Any:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     except TypeError as error:
-        if line := _wrong_field(str(error)):
-            raise UserError(f"{path}: {line}") from None
+        if message := _wrong_field(str(error)):
+            raise UserError(f"{_location(path, error)}: {message}") from None
         raise
+    except UserError as error:
+        raise UserError(f"{_location(path, error)}: {error}") from None
     finally:
         sys.path.remove(str(path.parent))
     return module
@@ -101,6 +111,13 @@ def _check_python(path: Path) -> None:
         raise UserError(f"{path} is not Python: {error or 'it is nested too deeply'}") from None
 
 
+def _location(path: Path, error: Exception) -> str:
+    """The file, and its line that raised the error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
+    return f"{path}, line {lines[-1]}" if lines else str(path)
+
+
 def recorded_overrides(path: Path) -> list[str]:
     """The overrides that the run was started with, where `path` is the experiment.py of a run directory."""
     if path.name != "experiment.py" or not (path.parent / "environment.json").is_file():
@@ -111,7 +128,7 @@ def recorded_overrides(path: Path) -> list[str]:
 
 
 def _without_run(words: list[str]) -> list[str]:
-    """Leaves out ``--run-dir FOLDER`` and ``--time-limit TIME``: a repetition is another run and another launch."""
+    """Drops ``--run-dir FOLDER`` and ``--time-limit TIME``: a repetition is another run and another launch."""
     names = ("--run-dir", "--run_dir", "--time-limit", "--time_limit")
     kept, rest = [], iter(words)
     for word in rest:
@@ -122,17 +139,16 @@ def _without_run(words: list[str]) -> list[str]:
     return kept
 
 
-def _config_classes() -> list[type]:
+def _config_classes() -> list[Any]:
     """Every dataclass that an experiment may be built of, the user's own included."""
-    found = [value for value in vars(config).values() if isinstance(value, type) and dataclasses.is_dataclass(value)]
-    for cls in found:
-        # The list grows while it is walked, so that subclasses of subclasses are found too.
+    found: list[Any] = [Checked]
+    for cls in found:  # the list grows while it is iterated, so that subclasses of subclasses are found too
         found += [subclass for subclass in cls.__subclasses__() if subclass not in found]
-    return found
+    return found[1:]
 
 
 def _wrong_field(message: str) -> str:
-    """A TypeError of a dataclass's constructor, said as a line; empty for any other."""
+    """The TypeError of a dataclass's constructor in our words; empty for any other."""
     match = re.match(r"(\w+)\.__init__\(\) (?:got an unexpected keyword argument|missing .*?:) '(\w+)'", message)
     cls = next((cls for cls in _config_classes() if match and cls.__name__ == match.group(1)), None)
     if match is None or cls is None:

@@ -1,162 +1,131 @@
-"""Dataclasses that are checked, and go to JSON and back."""
+"""Dataclasses that check themselves, and go to JSON and back.
+
+What a field may be stands in its annotation: its type, and rules such as ``Annotated[int, Bounds(1, 4096)]``.
+"""
 
 import dataclasses
 import math
 import re
 import types
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from cleangpt.errors import UserError, nearest
 
 T = TypeVar("T")
 
 
+# Rules in annotations -------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Bounds:
+    """Where a number must lie."""
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    even: bool = False
+
+    def allows(self, value: Any) -> bool:
+        """Whether `value` is within."""
+        return (
+            (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+            and not (self.even and value % 2)
+        )
+
+    def describe(self, number: str) -> str:
+        """The rule in words, after those for the type: ``a whole number of 1 or more, at most 4,096``."""
+        parts = [f"of {self.least:,} or more"] if self.least is not None else []
+        parts += [f"above {self.above:,}"] if self.above is not None else []
+        parts += [f"at most {self.most:,}"] if self.most is not None else []
+        parts += [f"below {self.below:,}"] if self.below is not None else []
+        number = number.replace("a whole", "an even") if self.even else number
+        return f"{number} {', '.join(parts)}"
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """The regular expression that a whole text must match, and what it stands for in words."""
+
+    pattern: str
+    words: str
+
+    def allows(self, value: Any) -> bool:
+        """Whether `value` matches."""
+        return re.fullmatch(self.pattern, value) is not None
+
+    def describe(self, text: str) -> str:
+        """The rule in words."""
+        return self.words
+
+
+Rule = Bounds | Pattern
+Count = Annotated[int, Bounds(1, 2**40)]
+"""Numbers end somewhere, so that what is made of several of them still fits into 64 bits."""
+CountOrZero = Annotated[int, Bounds(0, 2**63 - 1)]
+Share = Annotated[float, Bounds(0, 1)]
+ShareBelowOne = Annotated[float, Bounds(0, below=1)]
+NonNegative = Annotated[float, Bounds(0)]
+Positive = Annotated[float, Bounds(above=0)]
+
+
 # Checking ------------------------------------------------------------------------------------------------------------
-LARGEST = 2**40
+class FieldError(UserError):
+    """A field that has a value it must not have; `section` is where its dataclass stands in an experiment."""
+
+    def __init__(self, section: str, field: str, value: Any, allowed: str) -> None:
+        self.rest = f"{field} is {value!r}; allowed: {allowed}"
+        super().__init__(f"{section}.{self.rest}" if section else self.rest)
 
 
-AT_LEAST_ONE = f"a whole number of 1 or more, at most {LARGEST:,}"
+class Checked:
+    """A dataclass that checks itself; `section` is its place in an experiment, such as ``optimizer.muon``."""
+
+    section: ClassVar[str] = ""
+
+    def __init_subclass__(cls, section: str | None = None) -> None:
+        super().__init_subclass__()
+        if section is not None:
+            cls.section = section
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
-MOST = {
-    **dict.fromkeys(["model.n_layers", "model.n_experts"], 4096),
-    **dict.fromkeys(["model.n_heads", "model.n_kv_heads", "model.dim", "data.prefetch", "training.threads"], 2**20),
-    **dict.fromkeys(["model.hidden_dim", "model.expert_hidden_dim"], 2**24),
-    **dict.fromkeys(["model.vocab_size", "model.max_seq_len", "data.seq_len"], 2**31),
-}
-"""Where numbers end that have a meaning, so that what is made of several of them still fits into 64 bits."""
-
-
-def _up_to(most: int, value: int) -> bool:
-    return 1 <= value <= most
-
-
-SHARE = "from 0 to 1"
-
-
-RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(
-        [
-            "data.batch_size",
-            "data.val_samples",
-            "data.val_batch_size",
-            "model.sliding_window",
-            "model.global_every",
-            "model.rope_original_seq_len",
-            "model.experts_per_token",
-            "model.ngram_rows",
-            "training.macro_batches",
-            "training.batches_per_macro_batch",
-            "training.accumulation",
-            "training.micro_batch_size",
-            "training.recompute_every",
-            "training.loss_chunk",
-            "training.max_skipped_steps",
-            "optimizer.muon.iterations",
-            "optimizer.base_dim",
-            "training.spike_window",
-            "training.spike_skip",
-            "training.max_rollbacks",
-            "fine_tuning.lora.rank",
-            "parallel.replicas",
-            "parallel.tensor",
-            "parallel.timeout",
-            "early_stopping.patience",
-            "saving.snapshot_every",
-            "saving.keep_snapshots",
-            "saving.keep_best",
-            "saving.checkpoint_every",
-            "tracking.every",
-        ],
-        (lambda value: 1 <= value <= LARGEST, AT_LEAST_ONE),
-    ),
-    **{name: (partial(_up_to, most), f"a whole number of 1 or more, at most {most:,}") for name, most in MOST.items()},
-    **dict.fromkeys(
-        ["tracking.sample_tokens", "tracking.score_samples", "training.seed", "saving.patience"],
-        (lambda value: 0 <= value < 2**63, "a whole number of 0 or more"),
-    ),
-    **dict.fromkeys(
-        [f"schedule.{name}.{part}" for name in ("lr", "weight_decay", "batch_size") for part in ("warmup", "decay")],
-        (lambda value: 0 <= value <= 1, SHARE),
-    ),
-    **dict.fromkeys(
-        [
-            f"schedule.{name}.{part}"
-            for name in ("lr", "weight_decay", "batch_size")
-            for part in ("initial", "final", "power")
-        ]
-        + ["optimizer.lr", "optimizer.muon.lr", "optimizer.weight_decay", "early_stopping.min_delta"],
-        (lambda value: value >= 0, "0 or more"),
-    ),
-    **dict.fromkeys(
-        ["optimizer.eps", "optimizer.clip_norm", "fine_tuning.lora.alpha", "training.spike_threshold"],
-        (lambda value: value > 0, "more than 0"),
-    ),
-    "optimizer.betas": (lambda value: all(0 <= beta < 1 for beta in value), "two numbers from 0 to below 1"),
-    **dict.fromkeys(
-        [
-            "model.norm_eps",
-            "model.rope_theta",
-            "model.rope_low_freq_factor",
-            "model.rope_high_freq_factor",
-            "model.logit_soft_cap",
-            "model.bias_update_rate",
-        ],
-        (lambda value: 0 < value <= 1e30, "more than 0, at most 1e30"),
-    ),
-    "model.rope_factor": (lambda value: value >= 1, "1 or more"),
-    "model.head_dim": (lambda value: 2 <= value <= 2**20 and value % 2 == 0, "an even number of 2 or more"),
-    "model.n_shared_experts": (lambda value: 0 <= value <= 4096, "a whole number of 0 or more, at most 4,096"),
-    "model.separator": (lambda value: value >= 0, "a whole number of 0 or more"),
-    **dict.fromkeys(
-        ["model.dropout", "model.ngram_dropout", "fine_tuning.lora.dropout", "optimizer.muon.momentum"],
-        (lambda value: 0 <= value < 1, "from 0 to below 1"),
-    ),
-    "optimizer.lr_factors": (
-        lambda value: all(factor >= 0 for _, factor in value), "patterns, each with a number of 0 or more"
-    ),
-    "fine_tuning.layer_decay": (lambda value: 0 < value <= 1, "more than 0, at most 1"),
-    "training.device": (
-        lambda value: re.fullmatch(r"auto|cpu|mps|cuda(:(0|[1-9]\d?))?", value) is not None,
-        "auto, cpu, cuda, cuda:N or mps",
-    ),
-    "name": (
-        lambda value: 0 < len(value) <= 100 and all(letter.isalnum() or letter in "-_." for letter in value)
-        and value.strip(".") == value,
-        "letters, digits, '-', '_' and '.' within",
-    ),
-}  # fmt: skip
-
-
-def check(config: Any, path: str = "") -> None:
-    """Checks type and range of every field of a dataclass, and of the dataclasses in it.
+def check(config: Any) -> None:
+    """Checks the type and the range of every field of a dataclass; those of dataclasses in it check themselves.
 
     Raises:
-        UserError: one line naming the field, its value and what is allowed.
+        FieldError: one line naming the field, its value and what is allowed.
     """
-    hints = get_type_hints(type(config))
-    for entry in dataclasses.fields(config):
-        name, value = f"{path}{entry.name}", getattr(config, entry.name)
-        if not fits(value, hints[entry.name]):
-            raise UserError(f"{name} is {value!r}; allowed: {describe(hints[entry.name])}")
-        if dataclasses.is_dataclass(value):
-            check(value, f"{name}.")
-        for index, part in enumerate(value if isinstance(value, tuple) else ()):
-            if dataclasses.is_dataclass(part):
-                check(part, f"{name}.{index}.")
-        numbers = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
-            raise UserError(f"{name} is {value!r}; allowed: a finite number")
-        allowed, words = RULES.get(name, (lambda _: True, ""))
-        if value is not None and not allowed(value):
-            raise UserError(f"{name} is {value!r}; allowed: {words}")
+    for name, hint in hints_of(type(config)).items():
+        value = getattr(config, name)
+        if not fits(value, hint):
+            infinite = isinstance(value, float) and not math.isfinite(value)
+            raise FieldError(config.section, name, value, "a finite number" if infinite else describe(hint))
+
+
+def hints_of(cls: Any) -> dict[str, Any]:
+    """The annotation of every field of a dataclass, with its rules."""
+    if cls not in _HINTS:
+        hints = get_type_hints(cls, include_extras=True)
+        _HINTS[cls] = {entry.name: hints[entry.name] for entry in dataclasses.fields(cls)}
+    return _HINTS[cls]
+
+
+_HINTS: dict[type, dict[str, Any]] = {}
+"""Read once for each class; evaluating annotations takes longer than checking values."""
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value has the type that an annotation names; a whole number serves as a float."""
+    """Whether a value is what an annotation says; a whole number serves as a float, and a float must be finite."""
     origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return fits(value, arguments[0]) and all(rule.allows(value) for rule in arguments[1:] if isinstance(rule, Rule))
     if origin in (Union, types.UnionType):
         return any(fits(value, argument) for argument in arguments)
     if origin is Literal:
@@ -164,27 +133,31 @@ def fits(value: Any, hint: Any) -> bool:
     if origin is tuple:
         if not isinstance(value, tuple):
             return False
-        if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return all(fits(part, arguments[0]) for part in value)
-        return len(value) == len(arguments) and all(map(fits, value, arguments))
+        expected = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        return len(value) == len(expected) and all(map(fits, value, expected))
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return fits(value, int) or (isinstance(value, float) and math.isfinite(value))
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)
 
 
 def describe(hint: Any) -> str:
-    """An annotation in words for a message: ``a whole number or None``."""
+    """An annotation in words for a message: ``a whole number of 1 or more, or None``."""
     origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        words = describe(arguments[0])
+        for rule in arguments[1:]:
+            words = rule.describe(words) if isinstance(rule, Rule) else words
+        return words
     if origin in (Union, types.UnionType):
         return " or ".join(describe(argument) for argument in arguments)
     if origin is Literal:
         return ", ".join(map(str, arguments))
     if origin is tuple:
         return "a tuple of " + ", ".join("…" if argument is Ellipsis else describe(argument) for argument in arguments)
-    words = {int: "a whole number", float: "a number", str: "text", bool: "True or False", type(None): "None"}
-    return words.get(hint, f"a {getattr(hint, '__name__', hint)}")
+    words_of = {int: "a whole number", float: "a number", str: "text", bool: "True or False", type(None): "None"}
+    return words_of.get(hint, f"a {getattr(hint, '__name__', hint)}")
 
 
 # To and from JSON ----------------------------------------------------------------------------------------------------
@@ -205,7 +178,7 @@ def from_json(cls: type[T], value: Any, kinds: Mapping[str, type], path: str = "
     """The dataclass that `to_json` wrote; nothing in the file is executed.
 
     Raises:
-        UserError: a field, kind or type that this version does not know.
+        UserError: a field, kind, type or range that this version does not know.
     """
     if isinstance(value, str) and value in kinds:
         value = {"kind": value}
@@ -221,19 +194,19 @@ def from_json(cls: type[T], value: Any, kinds: Mapping[str, type], path: str = "
                 "where the kind is your own, give the file that defines it with --code"
             )
         cls = kinds[kind]
-    hints, known = get_type_hints(cls), {entry.name for entry in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = hints_of(cls)
     for name in entries:
-        if name not in known:
-            raise UserError(f"{path}{name} is not a field of {cls.__name__}{nearest(name, known)}")
+        if name not in hints:
+            raise UserError(f"{path}{name} is not a field of {cls.__name__}{nearest(name, hints)}")
     missing = {entry.name for entry in dataclasses.fields(cls)  # type: ignore[arg-type]
                if entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING}  # fmt: skip
     if lacking := sorted(missing - set(entries)):
         raise UserError(f"{path}{lacking[0]} is missing; allowed: {describe(hints[lacking[0]])}")
-    for name, entry in entries.items():
-        entries[name] = _from_json(hints[name], entry, kinds, f"{path}{name}.")
-    config = cls(**entries)
-    check(config, path)
-    return config
+    parts = {name: _from_json(hints[name], entry, kinds, f"{path}{name}.") for name, entry in entries.items()}
+    try:
+        return cls(**parts)
+    except FieldError as error:
+        raise UserError(f"{path}{error.rest}") from None
 
 
 def _from_json(hint: Any, value: Any, kinds: Mapping[str, type], path: str) -> Any:

@@ -227,8 +227,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         if content.get("format") != FORMAT:
             raise UserError(f"{folder} has checkpoint format {content.get('format')}; this version reads {FORMAT}")
         config, facts = from_json(ModelConfig, content["model"], model_kinds(), "model."), dict(content["facts"])
-        if config.vocab_size is None:
-            raise UserError(f"{folder / CONFIG}: model.vocab_size is None; allowed: a whole number of 1 or more")
+        for name in ("vocab_size", "max_seq_len"):
+            if getattr(config, name) is None:
+                raise UserError(f"{folder / CONFIG}: model.{name} is None; allowed: a whole number of 1 or more")
     try:
         weights = load_file(folder / WEIGHTS)
     except SafetensorError as error:

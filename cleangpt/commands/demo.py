@@ -1,36 +1,46 @@
-"""`cleangpt demo`: from nothing to two trained, scored, sampled and reported models, without a network."""
+"""demo: train two small models from scratch and show the results (a few minutes, no network)"""
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
-from cleangpt import commands as cli
 from cleangpt.checkpoints.run_folder import find_run
+from cleangpt.commands import evaluate, report, sample, train
+from cleangpt.commands.options import parse
 from cleangpt.files import read_json
 
 EXPERIMENTS = {
     "adder": ["123+456=", "999+999=", "504+077="],
     "stdlib_demo": ["def ", "class "],
 }
-"""The experiments shown, each with the prompts that its model is asked to go on from."""
+"""The experiments shown, each with prompts for its model."""
 
 
-def demo() -> None:
+@dataclasses.dataclass
+class Options:
+    """There are none."""
+
+
+def command(words: Sequence[str]) -> None:
     """Trains, evaluates, samples and reports every experiment of `EXPERIMENTS`, one after the other."""
+    about = "Trains, scores, samples and reports two small models: an adder and a character model of Python code."
+    parse(Options, words, program="cleangpt demo", about=about)
     runs = []
     for name, prompts in EXPERIMENTS.items():
         _title(f"{name}: train")
-        cli.train_command([name])
+        train.command([name])
         runs.append(find_run(name))
         _title(f"{name}: evaluate")
-        cli.evaluate_command([str(runs[-1])])
+        evaluate.command([str(runs[-1])])
         _title(f"{name}: sample")
         for prompt in prompts:
-            cli.sample_command([str(runs[-1]), "--prompt", prompt, "--max-new-tokens", "120"])
-        cli.report_command([str(runs[-1])])
-    _title("what there is now")
+            sample.command([str(runs[-1]), "--prompt", prompt, "--max-new-tokens", "120"])
+        report.command([str(runs[-1])])
+    _title("results")
     for run in runs:
-        figures = read_json(run / "evaluation.json")
-        score = f", {figures['exact_match']:.2%} of held-out problems right" if "exact_match" in figures else ""
-        print(f"{run}: loss {figures['loss']:.4f}{score}; open {Path(run) / 'report.html'}")
+        metrics = read_json(run / "evaluation.json")
+        score = f", {metrics['exact_match']:.2%} of held-out problems right" if "exact_match" in metrics else ""
+        print(f"{run}: loss {metrics['loss']:.4f}{score}; open {Path(run) / 'report.html'}")
     print(
         f"\nTry next:\n"
         f"  cleangpt sample {runs[0]} --prompt 271+828=      ask the adder\n"

@@ -24,7 +24,6 @@ from cleangpt.data.dataset import CARD, TokenDataset, is_dataset
 from cleangpt.data.mixing import MixedDataset, MixtureSource
 from cleangpt.errors import UserError
 from cleangpt.files import restore
-from cleangpt.validation import check
 
 __all__ = ["CORPORA", "Corpus", "Mixture", "Text", "dataset_folder", "prepare", "prepare_dataset"]
 
@@ -61,7 +60,6 @@ def prepare(
         UserError: a field is out of range, or a file is missing or not text; nothing half-written is left.
     """
     if isinstance(corpus, Mixture):
-        check(corpus, "corpus.")
         corpus.check()
         return corpus.open(lambda source: prepare_dataset(source, data_folder, again, console))
     return MixedDataset([MixtureSource(prepare_dataset(corpus, data_folder, again, console))])
@@ -74,7 +72,6 @@ def prepare_dataset(
     console = console or Console(stderr=True)
     if not isinstance(corpus, Corpus):
         raise UserError(f"corpus is a {type(corpus).__name__}; allowed: a subclass of cleangpt.corpora.Corpus")
-    check(corpus, "corpus.")
     corpus.check()
     folder = dataset_folder(corpus, data_folder)
     restore(folder)

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from cleangpt.config import Device
 from cleangpt.distributed.datasheets import identify_device
 from cleangpt.distributed.processes import Ranks
 from cleangpt.errors import UserError, require
 from cleangpt.models.base import LanguageModel
-from cleangpt.validation import RULES
+from cleangpt.validation import describe, fits
 
 MALLOC_SETTINGS = {-4: 0, -1: 2**31 - 1}
 """From `malloc.h`: M_MMAP_MAX, mappings outside the heap; M_TRIM_THRESHOLD, free bytes kept at the top of the heap."""
@@ -30,9 +31,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     Raises:
         UserError: the name is no device, or this machine does not have it.
     """
-    known, names = RULES["training.device"]
-    if not known(name):
-        raise UserError(f"device is {name!r}; allowed: {names}")
+    if not fits(name, Device):
+        raise UserError(f"device is {name!r}; allowed: {describe(Device)}")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = torch.device("cuda", local_rank) if name == "cuda" and local_rank else torch.device(name)
@@ -44,10 +44,17 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
+def choose_precision(device: torch.device, precision: str) -> str:
+    """`training.precision`, where auto becomes bf16 on a CUDA device that computes in it, else fp32."""
+    if precision != "auto":
+        return precision
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has_bf16 else "fp32"
+
+
 def compute_dtype(device: torch.device, precision: str) -> torch.dtype:
     """The autocast dtype of `training.precision`: bf16 for fp8; fp32 for tf32, which only changes its products."""
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    precision = choose_precision(device, precision)
     return {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
 
 

@@ -61,7 +61,7 @@ class DecodingState:
 
     def logits(self, last: int = 1) -> Tensor:
         """The logits after each of the `last` tokens of each row `(batch, last, vocab)`, float32."""
-        if self._cache is None or max(map(len, self.rows)) > self.model.config.max_seq_len:
+        if self._cache is None or max(map(len, self.rows)) > self.model.max_seq_len:
             return self._prefill(last).float()
         return self._decode(self._cache, last).float()
 
@@ -87,7 +87,7 @@ class DecodingState:
 
     def _prefill(self, last: int) -> Tensor:
         """Reads all rows from the beginning, with a new cache."""
-        limit = self.model.config.max_seq_len
+        limit = self.model.max_seq_len
         self.rows = [row[-max(last, limit // 2) :] if len(row) > limit else row for row in self.rows]
         lengths = [len(row) for row in self.rows]
         longest = max(lengths)

@@ -212,7 +212,7 @@ class Engine:
         Raises:
             UserError: a row is empty or too long, or has a token that the model does not have.
         """
-        limit = self.model.config.max_seq_len
+        limit = self.model.max_seq_len
         for text in rows:
             check_prompt(self.model, text)
             if len(text) > limit + 1:
@@ -239,7 +239,7 @@ class Engine:
         continue from its last half."""
         if self._state is None:
             return
-        limit = self.model.config.max_seq_len
+        limit = self.model.max_seq_len
         staying = []
         for row, request in enumerate(self._running):
             if not request.ended and len(self._state.rows[row]) > limit:

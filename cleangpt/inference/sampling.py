@@ -2,28 +2,33 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from cleangpt.validation import Bounds, Checked, Count, CountOrZero, NonNegative, Positive
+
+Probability = Annotated[float, Bounds(above=0, most=1)]
+
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class Sampling(Checked):
     """How the next token is sampled; the restrictions are applied in this order."""
 
-    temperature: float = 1.0
+    temperature: NonNegative = 1.0
     """Divides the logits; 0: greedy decoding."""
-    top_k: int | None = None
+    top_k: Count | None = None
     """Sample from the k most likely tokens (Fan et al. 2018)."""
-    top_p: float | None = None
+    top_p: Probability | None = None
     """Sample from the smallest set of most likely tokens whose probabilities reach p (nucleus sampling, Holtzman et
     al. 2020)."""
-    min_p: float | None = None
+    min_p: Probability | None = None
     """Drop tokens below min_p times the highest probability (Nguyen et al. 2024)."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: Positive = 1.0
     """Divides positive logits of tokens in the context, multiplies negative ones (Keskar et al. 2019, "CTRL", section
     4.1)."""
-    seed: int = field(default=1337, compare=False)
+    seed: CountOrZero = field(default=1337, compare=False)
     """Random seed; the rows of a batch have this seed and those after it. Settings are equal whatever their seeds."""
 
 

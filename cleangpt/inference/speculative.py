@@ -58,7 +58,7 @@ def speculate(
     generators, remaining = [seeded(sampling.seed)], max_new_tokens
     while remaining > 0:
         # The text may outgrow the model by accepted tokens, but not by proposed ones, which may be taken back.
-        count = min(draft_tokens, remaining - 1, model.config.max_seq_len - len(large.rows[0]))
+        count = min(draft_tokens, remaining - 1, model.max_seq_len - len(large.rows[0]))
         proposals = [_propose(small, generators, sampling, vocab_size) for _ in range(count)]
         tokens = _verify(large, proposals, generators, sampling, vocab_size)
         small.rollback(max(0, len(proposals) - len(tokens) + 1))

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from cleangpt.errors import UserError
 from cleangpt.models.gpt import GPTConfig
-from cleangpt.validation import check
 
 # Hugging Face ---------------------------------------------------------------------------------------------------------
 
@@ -57,9 +56,7 @@ def config_from_huggingface(entries: Mapping[str, Any]) -> GPTConfig:
     if entries.get("n_inner") not in (None, 4 * entries["n_embd"]):
         raise UserError(f"n_inner is {entries['n_inner']!r}; allowed: 4 x n_embd, which is {4 * entries['n_embd']}")
     fields = {name: entries[hf_name] for name, hf_name in FIELDS.items()}
-    config = GPTConfig(**fields, dropout=entries.get("resid_pdrop", 0.1))
-    check(config, "model.")
-    return config
+    return GPTConfig(**fields, dropout=entries.get("resid_pdrop", 0.1))
 
 
 def names_in_huggingface(config: GPTConfig) -> dict[str, str]:

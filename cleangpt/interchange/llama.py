@@ -9,7 +9,6 @@ from torch import Tensor
 
 from cleangpt.errors import UserError
 from cleangpt.models.llama import LlamaConfig
-from cleangpt.validation import check
 
 # Hugging Face ---------------------------------------------------------------------------------------------------------
 
@@ -102,6 +101,7 @@ def config_to_huggingface(config: LlamaConfig) -> dict[str, Any]:
     entries = {hf_name: values[name] for name, hf_name in FIELDS.items()} | {
         "model_type": kind,
         "architectures": [HF_FAMILIES[kind].architecture],
+        "intermediate_size": config.mlp_size,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_size,
         "hidden_act": "silu",
@@ -159,7 +159,7 @@ def config_from_huggingface(entries: Mapping[str, Any]) -> LlamaConfig:
             raise UserError(f"{name} is {entries[name]!r}; allowed: {allowed!r}")
     if entries.get("mlp_only_layers"):
         raise UserError(f"mlp_only_layers is {entries['mlp_only_layers']!r}; allowed: an empty list")
-    config = LlamaConfig(
+    return LlamaConfig(
         **{name: _entry(entries, hf_name) for name, hf_name in FIELDS.items()},
         n_kv_heads=entries.get("num_key_value_heads"),
         head_dim=_head_dim(entries),
@@ -171,9 +171,6 @@ def config_from_huggingface(entries: Mapping[str, Any]) -> LlamaConfig:
         **_window_fields(entries),
         **_expert_fields(entries),
     )
-    check(config, "model.")
-    config.check_fit()
-    return config
 
 
 def _entry(entries: Mapping[str, Any], name: str) -> Any:
@@ -315,6 +312,7 @@ def gguf_architecture(config: LlamaConfig) -> str:
     Raises:
         UserError: llama.cpp's architecture does not compute the same.
     """
+    assert config.max_seq_len is not None
     if any(window is not None and window < config.max_seq_len for window in config.windows()):
         raise UserError(
             f"model.sliding_window is {config.sliding_window}; allowed in GGUF: None, or model.max_seq_len or more, "
@@ -329,7 +327,7 @@ def add_gguf_sizes(writer: Any, config: LlamaConfig) -> None:
     """Writes the sizes of a model into a GGUF file."""
     writer.add_embedding_length(config.dim)
     writer.add_block_count(config.n_layers)
-    writer.add_feed_forward_length(config.hidden_dim)
+    writer.add_feed_forward_length(config.mlp_size)
     writer.add_head_count(config.n_heads)
     writer.add_head_count_kv(config.num_kv_heads)
     writer.add_key_length(config.head_size)

@@ -67,6 +67,12 @@ class LanguageModel(nn.Module):
 
     # What is optional -------------------------------------------------------------------------------------------------
 
+    @property
+    def max_seq_len(self) -> int:
+        """The longest sequence the model reads, in tokens."""
+        assert self.config.max_seq_len is not None
+        return self.config.max_seq_len
+
     def layers(self) -> nn.ModuleList:
         """The blocks, which FSDP gathers, `torch.compile` compiles and activation checkpointing recomputes one by one;
         by default none."""

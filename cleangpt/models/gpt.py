@@ -10,25 +10,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cleangpt.config import ModelConfig
+from cleangpt.config import Layers, ModelConfig, Width
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.cache import BlockCache, KVCache
 from cleangpt.models.layers import attention
+from cleangpt.validation import ShareBelowOne
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig(ModelConfig):
     """GPT-2 with 124M parameters has max_seq_len 1024, n_layers 12, n_heads 12, dim 768."""
 
-    n_layers: int
+    n_layers: Layers
     """Blocks, each of attention and MLP."""
-    n_heads: int
+    n_heads: Width
     """Attention heads; a divisor of dim."""
-    dim: int
+    dim: Width
     """Width of the residual stream."""
     bias: bool = True
     """Biases in linear layers and LayerNorms; GPT-2 has them."""
-    dropout: float = 0.0
+    dropout: ShareBelowOne = 0.0
     """Dropout probability in training: of embeddings, attention weights, and the outputs of attention and MLP."""
 
 
@@ -109,7 +110,7 @@ class GPT(LanguageModel):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(config)
-        assert config.vocab_size is not None
+        assert config.vocab_size is not None and config.max_seq_len is not None
         self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
         self.position_embedding = nn.Embedding(config.max_seq_len, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
@@ -140,6 +141,7 @@ class GPT(LanguageModel):
 
     def new_cache(self, rollback_tokens: int = 0) -> KVCache:
         """An empty cache for generation that can forget its last `rollback_tokens` tokens."""
+        assert self.config.max_seq_len is not None
         return KVCache([None] * self.config.n_layers, self.config.max_seq_len, rollback_tokens)
 
     def attention_heads(self) -> dict[str, int]:

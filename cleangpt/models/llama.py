@@ -5,14 +5,14 @@ attention (Ainslie et al. 2023). Fields that are off by default make it Mistral,
 of other models.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cleangpt.config import ModelConfig
+from cleangpt.config import Layers, ModelConfig, Width
 from cleangpt.errors import UserError
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.cache import BlockCache, KVCache
@@ -29,25 +29,28 @@ from cleangpt.models.layers import (
 )
 from cleangpt.models.moe import MixtureOfExperts
 from cleangpt.models.ngrams import ngram_rows, tokens_before
+from cleangpt.validation import Bounds, Count, ShareBelowOne
+
+Scale = Annotated[float, Bounds(above=0, most=1e30)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig(ModelConfig):
     """Llama 3 8B has n_layers 32, n_heads 32, n_kv_heads 8, dim 4096, hidden_dim 14336, vocab_size 128256."""
 
-    n_layers: int
+    n_layers: Layers
     """Blocks, each of attention and MLP."""
-    n_heads: int
+    n_heads: Width
     """Query heads."""
-    n_kv_heads: int | None = None
+    n_kv_heads: Width | None = None
     """Key and value heads, a divisor of n_heads; None: n_heads."""
     head_dim: int | None = None
     """Size of a head, an even number; None: dim / n_heads."""
-    dim: int
+    dim: Width
     """Width of the residual stream."""
-    hidden_dim: int
-    """Hidden width of the MLP."""
-    norm_eps: float = 1e-5
+    hidden_dim: Annotated[int, Bounds(1, 2**24)] | None = None
+    """Hidden width of the MLP; None: 8/3 dim rounded up to a multiple of 64, for relu2 4 dim."""
+    norm_eps: Scale = 1e-5
     """Epsilon of RMSNorm, added to the mean square."""
     tied: bool = False
     """Tie embedding and head: one matrix for both."""
@@ -55,31 +58,31 @@ class LlamaConfig(ModelConfig):
     """Biases in the query, key and value projections; Qwen 2 has them."""
     qk_norm: bool = False
     """RMSNorm of queries and keys over each head (Henry et al. 2020); Qwen 3 has it."""
-    sliding_window: int | None = None
+    sliding_window: Count | None = None
     """Tokens that a token attends to, itself included (Beltagy et al. 2020); None: all before it."""
-    global_every: int | None = None
+    global_every: Count | None = None
     """With a sliding window, every n-th block attends globally; None: no block does."""
-    rope_theta: float = 500_000.0
+    rope_theta: Scale = 500_000.0
     """Base of the rotary wavelengths; the longest is nearly 2 pi rope_theta tokens."""
-    rope_factor: float | None = None
+    rope_factor: Annotated[float, Bounds(1)] | None = None
     """Stretches long wavelengths for a longer context, as Llama 3.1 does by 8; None: not."""
-    rope_low_freq_factor: float = 1.0
+    rope_low_freq_factor: Scale = 1.0
     """Wavelengths above rope_original_seq_len / rope_low_freq_factor are stretched in full."""
-    rope_high_freq_factor: float = 4.0
+    rope_high_freq_factor: Scale = 4.0
     """Wavelengths below rope_original_seq_len / rope_high_freq_factor stay; those between are stretched in part."""
-    rope_original_seq_len: int = 8192
+    rope_original_seq_len: Count = 8192
     """Context length before it was extended, in tokens."""
-    n_experts: int | None = None
+    n_experts: Layers | None = None
     """Experts that replace each MLP; None: an MLP."""
-    experts_per_token: int = 2
+    experts_per_token: Count = 2
     """Experts that each token is routed to."""
-    expert_hidden_dim: int | None = None
+    expert_hidden_dim: Annotated[int, Bounds(1, 2**24)] | None = None
     """Hidden width of an expert; None: hidden_dim."""
-    n_shared_experts: int = 0
+    n_shared_experts: Annotated[int, Bounds(0, 4096)] = 0
     """Experts that every token goes through as well, computed as one MLP of their total width."""
     normalize_router_weights: bool = True
     """Normalize the router weights of a token's experts to a sum of 1."""
-    bias_update_rate: float | None = None
+    bias_update_rate: Scale | None = None
     """How much a step changes the router bias of an expert that got too many or too few tokens (Wang et al. 2024,
     "Auxiliary-loss-free load balancing strategy for mixture-of-experts", algorithm 1, which uses 0.001); None: no
     biases."""
@@ -88,20 +91,20 @@ class LlamaConfig(ModelConfig):
     value_residual: bool = False
     """Every block but the first averages its values with those of the first (Zhou et al. 2024, "Value residual
     learning", ResFormer with both factors fixed at 1/2)."""
-    logit_soft_cap: float | None = None
+    logit_soft_cap: Scale | None = None
     """Logits become logit_soft_cap x tanh(logits / logit_soft_cap) (Gemma Team 2024, "Gemma 2", section 2, which uses
     30); None: no cap."""
-    dropout: float = 0.0
+    dropout: ShareBelowOne = 0.0
     """Dropout probability in training, after embedding, attention and MLP (Srivastava et al. 2014)."""
     ngrams: tuple[int, ...] = ()
     """Lengths, such as 2 and 3, of n-grams whose embeddings are added to that of their last token (Huang et al. 2025,
     "Over-tokenized transformer")."""
-    ngram_rows: int = 16384
+    ngram_rows: Count = 16384
     """Rows of the embedding table of each length; n-grams are hashed to rows, so that some share one."""
-    ngram_dropout: float = 0.0
+    ngram_dropout: ShareBelowOne = 0.0
     """Dropout probability of n-gram embeddings in training, which keeps them from memorizing a text that is visited
     several times."""
-    separator: int | None = None
+    separator: Annotated[int, Bounds(0)] | None = None
     """Id of the token that ends a document; attention does not cross it (Dubey et al. 2024, section 3.2). None: no
     limit. Positions do not restart, since only their differences matter."""
 
@@ -118,7 +121,17 @@ class LlamaConfig(ModelConfig):
     @property
     def expert_size(self) -> int:
         """Hidden width of an expert."""
-        return self.expert_hidden_dim or self.hidden_dim
+        return self.expert_hidden_dim or self.mlp_size
+
+    @property
+    def mlp_size(self) -> int:
+        """Hidden width of the MLP; with a gate, 8/3 dim gives as many weights as 4 dim without one."""
+        derived = -(-8 * self.dim // (3 * 64)) * 64 if self.gated else 4 * self.dim
+        return derived if self.hidden_dim is None else self.hidden_dim
+
+    def resolved(self, vocab_size: int, seq_len: int) -> "LlamaConfig":
+        """The same configuration with the fields filled in that are left open."""
+        return replace(super().resolved(vocab_size, seq_len), hidden_dim=self.mlp_size)
 
     @property
     def gated(self) -> bool:
@@ -221,7 +234,7 @@ class Attention(nn.Module):
 def build_mlp(config: LlamaConfig) -> nn.Module:
     """The MLP of a block, or the experts that replace it."""
     if config.n_experts is None:
-        return MLP(config.dim, config.hidden_dim, config.gated)
+        return MLP(config.dim, config.mlp_size, config.gated)
     width = config.n_shared_experts * config.expert_size
     return MixtureOfExperts(
         dim=config.dim,
@@ -308,6 +321,7 @@ class Llama(LanguageModel):
             ValueError: seq exceeds `max_seq_len` or what fits into the cache.
         """
         seq, config = tokens.shape[1], self.config
+        assert config.max_seq_len is not None
         if seq > config.max_seq_len:
             raise ValueError(f"a sequence of {seq} tokens; this model reads at most {config.max_seq_len}")
         positions = torch.arange(seq, device=tokens.device) if cache is None else cache.begin(tokens, config.separator)
@@ -351,9 +365,7 @@ class Llama(LanguageModel):
 
     def new_cache(self, rollback_tokens: int = 0) -> KVCache:
         """An empty cache for generation that can forget its last `rollback_tokens` tokens."""
-        return KVCache(
-            self.config.windows(), self.config.max_seq_len, rollback_tokens, keep_ids=bool(self.config.ngrams)
-        )
+        return KVCache(self.config.windows(), self.max_seq_len, rollback_tokens, keep_ids=bool(self.config.ngrams))
 
     def attention_heads(self) -> dict[str, int]:
         """The numbers of query heads and of key and value heads."""
@@ -409,7 +421,7 @@ def _saved_by_mlp(config: LlamaConfig) -> int:
     """
     within = 4 if config.gated else 2
     if config.n_experts is None:
-        return within * config.hidden_dim
+        return within * config.mlp_size
     per_expert = 2 * config.dim + within * config.expert_size + 8
     return (
         config.experts_per_token * per_expert + config.n_experts + within * config.n_shared_experts * config.expert_size

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cleangpt.data.batch import Batch
 from cleangpt.models.base import LanguageModel
+from cleangpt.validation import Checked
 
 
 class Loss(NamedTuple):
@@ -19,7 +20,7 @@ class Loss(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Objective:
+class Objective(Checked, section="objective"):
     """Configuration and computation of a loss.
 
     What needs no gradient, such as rewards or the log-probabilities of a reference model, comes with the batch.

@@ -12,16 +12,19 @@ from cleangpt.config import FineTuningConfig, TrainingConfig
 from cleangpt.corpora import dataset_folder
 from cleangpt.corpora.mixture import Mixture
 from cleangpt.data.dataset import TokenDataset, is_dataset
+from cleangpt.data.mixing import MixedDataset, MixtureSource
 from cleangpt.distributed.datasheets import Device
 from cleangpt.distributed.layout import Layout, layout_for
 from cleangpt.errors import UserError
-from cleangpt.experiment import Experiment, check_experiment, total_samples
+from cleangpt.experiment import Experiment, total_samples
 from cleangpt.models import build_model
 from cleangpt.models.base import LanguageModel, flops_per_token, on_meta
 from cleangpt.planning.memory import Memory, StepConfig, device_memory, kinds_of_blocks
 from cleangpt.planning.timing import Machine, StepTime, sent_bytes, step_time
 from cleangpt.planning.workload import Workload, measure
 from cleangpt.training.finetuning import freeze_and_add_lora
+from cleangpt.training.launch import check
+from cleangpt.training.resolve import resolve, resolve_with
 
 TENSOR_DEGREES = (2, 4, 8)
 """Degrees of tensor parallelism worth trying."""
@@ -96,20 +99,26 @@ class Plan:
         return asdict(self)
 
 
-def with_vocabulary(experiment: Experiment) -> Experiment:
-    """The experiment with its model's vocabulary size, from the prepared dataset where the experiment has none.
+def resolve_if_prepared(experiment: Experiment) -> Experiment:
+    """The experiment resolved with its dataset where that has been prepared, else from its fields alone.
 
     Raises:
-        UserError: the vocabulary size is unknown.
+        UserError: the vocabulary, or the length of an epoch, is not known.
     """
-    if experiment.model.vocab_size is not None:
-        return experiment
-    # All sources of a mixture have the same tokenizer.
+    given, epochs = experiment.model.vocab_size, experiment.training.epochs
+    if given is not None and epochs is None:
+        return resolve(experiment, given)
+    # The sources of a mixture share one tokenizer.
+    mixture = isinstance(experiment.corpus, Mixture)
     corpus = experiment.corpus.sources[0].corpus if isinstance(experiment.corpus, Mixture) else experiment.corpus
     folder = dataset_folder(corpus, Path(experiment.data.folder))
-    if not is_dataset(folder):
+    if is_dataset(folder):
+        dataset = TokenDataset(folder)
+        alone = MixedDataset([MixtureSource(dataset)])
+        return resolve(experiment, dataset.vocab_size) if mixture else resolve_with(experiment, alone)
+    if given is None:
         raise UserError("model.vocab_size is None and the corpus is not prepared; give --model.vocab-size")
-    return replace(experiment, model=replace(experiment.model, vocab_size=TokenDataset(folder).vocab_size))
+    return resolve(experiment, given)
 
 
 def make_plan(
@@ -128,7 +137,7 @@ def make_plan(
         UserError: a field or argument is out of range, or the model cannot be planned.
     """
     _check(experiment, counts, per_node, tokens)
-    experiment = with_vocabulary(experiment)
+    experiment = resolve_if_prepared(experiment)
     planner = _Planner(experiment, device, per_node, tokens)
     estimates: list[Estimate] = []
     refused: list[str] = []
@@ -151,7 +160,7 @@ def make_plan(
 
 
 def _check(experiment: Experiment, counts: Sequence[int], per_node: int, tokens: int | None) -> None:
-    check_experiment(replace(experiment, training=replace(experiment.training, micro_batch_size=None)))
+    check(replace(experiment, training=replace(experiment.training, micro_batch_size=None)))
     if not counts:
         raise UserError("--devices is empty; allowed: one or more whole numbers")
     for name, value in [*(("devices", count) for count in counts), ("devices-per-node", per_node), ("tokens", tokens)]:

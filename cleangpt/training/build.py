@@ -46,11 +46,11 @@ from cleangpt.training.balancing import ExpertLoadBalancer
 from cleangpt.training.deadline import WRITE_RATE, Deadline
 from cleangpt.training.early_stopping import EarlyStopping
 from cleangpt.training.finetuning import freeze_and_add_lora, frozen_names, lr_factors, start_from
-from cleangpt.training.launch import open_stream
 from cleangpt.training.metrics import Recorder, Row, StepLog, Throughput
 from cleangpt.training.mup import mup_scales, scale_init
 from cleangpt.training.optimizer import Optimizer
 from cleangpt.training.recovery import Health, Recovery, SpikeDetector
+from cleangpt.training.resolve import open_stream
 from cleangpt.training.saving import Saver
 from cleangpt.training.schedules import planned_steps, step_plan
 from cleangpt.training.state import Length, Meter, Position, TrainState
@@ -96,7 +96,7 @@ def build_trainer(
     training, log = experiment.training, progress.log
     placed = place_model(experiment, ranks, log)
     model, layout, device = placed.model, placed.layout, placed.device
-    length = Length(experiment.data.batch_size, training.batches_per_macro_batch, training.macro_batches)
+    length = Length(experiment.data.batch_size, training.batches_per_macro_batch, training.num_macro_batches)
     micro_batch_size = training.micro_batch_size or experiment.data.batch_size // layout.dp_size
     source = open_source(experiment, dataset, layout, ranks, device)
     optimizer = build_optimizer(experiment, model)

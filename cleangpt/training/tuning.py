@@ -72,7 +72,8 @@ def short_run(experiment: Experiment, steps: int, width: int | None) -> Experime
     return replace(
         experiment,
         training=replace(
-            training, macro_batches=PARTS, batches_per_macro_batch=batches * math.ceil(steps / PARTS),
+            training, macro_batches=PARTS, steps=None, tokens=None, epochs=None,
+            batches_per_macro_batch=batches * math.ceil(steps / PARTS),
             max_skipped_steps=skipped,
         ),
         early_stopping=EarlyStoppingConfig(),

@@ -19,6 +19,7 @@ from cleangpt.tracking.metrics import read_metrics
 EXPERIMENT = '''"""A small experiment of the user's own."""
 from cleangpt.config import *
 from cleangpt.corpora.adder import Adder
+from cleangpt.experiment import Experiment
 from cleangpt.models.gpt import GPTConfig
 
 experiment = Experiment(
@@ -71,25 +72,25 @@ def error_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (["train", "own.py", "--data.batch-size", "1.5"], "--data.batch-size is '1.5'; allowed: a whole number"),
         (["train", "own.py", "--data.val-samples", "x"], "--data.val-samples is 'x'; allowed: a whole number"),
         (["train", "own.py", "--training.precision", "bf61"], "tf32, bf16, fp16, fp8; did you mean 'bf16'?"),
-        (["train", "own.py", "--optimizer.lr"], "Missing value for argument '--optimizer.lr'"),
-        (["train", "own.py", "surplus"], "surplus is one word too many"),
+        (["train", "own.py", "--optimizer.lr"], "--optimizer.lr needs a value; allowed: a number of 0 or more"),
+        (["train", "own.py", "surplus"], "unexpected argument 'surplus'"),
         (["train", "own.py", "--model.n-heads", "3"], "model.n_heads is 3; allowed: a divisor of model.dim"),
         (["train", "own.py", "--data.seq-len", "10"], "data.seq_len is 10; allowed: at most model.max_seq_len"),
         (["train", "own.py", "--data.seq-len", "8"], "data.seq_len is 8; allowed: 9"),
         (["train", "own.py", "--training.accumulation", "5"], "training.accumulation reaches 5"),
         (["train", "own.py", "--training.device", "cuda:99"], "this machine has"),
         (["train", "own.py", "--corpus.digits", "7"], "corpus.digits is 7"),
-        (["train", "own.py", "--objective", "next_tokens"], "did you mean 'next_token'?"),
+        (["train", "own.py", "--objective.z-los", "1"], "did you mean '--objective.z-loss'?"),
         (["train", "own.py", "--init-from", "nowhere"], "nowhere is not a run"),
         (["train", "own.py", "--model.vocab-size", "5"], "model.vocab_size is 5; allowed: at least the tokenizer's 13"),
         (["tune"], "cleangpt tune needs EXPERIMENT"),
         (["tune", "own.py", "--optimizer.base-dim", "12"], "a width of 12 does not fit a model of dim 16, n_heads 2"),
         (["prepare"], "cleangpt prepare needs CORPUS"),
         (["prepare", "shakespear_char"], "did you mean 'shakespeare_char'?"),
-        (["prepare", "text"], "--files is missing: Paths, globs or folders"),
+        (["prepare", "text"], "--files is missing"),
         (["resume", "nowhere"], "nowhere is not a run"),
         (["evaluate", "nowhere"], "nowhere is not a run"),
-        (["evaluate"], "an argument is missing: Folder of a run"),
+        (["evaluate"], "RUN is missing"),
         (["sample", "nowhere"], "nowhere is not a run"),
         (["report"], "needs either runs or --schedule EXPERIMENT"),
         (["report", "nowhere"], "nowhere is not a run"),
@@ -109,14 +110,15 @@ def test_mistakes_are_one_line_and_create_no_run(
         ("experiment = Experiment(nam='x')", "Experiment has no field 'nam'; did you mean 'name'?"),
         ("DataConfig(seq_len=1)", "DataConfig needs the field 'batch_size'"),
         ("GPTConfig(n_layer=2)", "GPTConfig has no field 'n_layer'; did you mean 'n_layers'?"),
-        ("experiment = (", "line 5: '(' was never closed"),
+        ("experiment = (", "line 6: '(' was never closed"),
         ("experiment = 3", "does not build an Experiment"),
+        ("OptimizerConfig(lr=-1)", "wrong.py, line 6: optimizer.lr is -1; allowed: a number of 0 or more"),
     ],
 )
 def test_mistakes_in_an_experiment_file_are_one_line(
     workplace: Path, capsys: pytest.CaptureFixture[str], line: str, message: str
 ) -> None:
-    lines = EXPERIMENT.splitlines()[:4]
+    lines = EXPERIMENT.splitlines()[:5]
     Path("wrong.py").write_text("\n".join([*lines, line]))
     assert message in error_of(capsys, "train", "wrong.py")
     assert [path.name for path in workplace.iterdir() if path.name != "__pycache__"] == ["wrong.py"]
@@ -274,6 +276,7 @@ def test_tokens_are_shown_with_their_log_probabilities(run: str, capsys: pytest.
 CHAT = """
 from cleangpt.config import *
 from cleangpt.corpora.adder_chat import AdderChat
+from cleangpt.experiment import Experiment
 from cleangpt.models.gpt import GPTConfig
 
 corpus = AdderChat(digits=1)
@@ -300,7 +303,7 @@ def test_a_conversation_goes_on_line_by_line(
     assert main(words) == 0
     assert capsys.readouterr().out.count("\n") >= 2
     assert main([*words, "--message", "What is 1 + 2?"]) == 0
-    assert "--top-p is 2.0; allowed: more than 0, at most 1" in error_of(capsys, *words, "--top-p", "2")
+    assert "--top-p is 2.0; allowed: a number above 0, at most 1" in error_of(capsys, *words, "--top-p", "2")
     assert "run/checkpoints" in error_of(capsys, "chat", "run") and "has no chat template" in error_of(
         capsys, "chat", "run"
     )
@@ -309,16 +312,16 @@ def test_a_conversation_goes_on_line_by_line(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--min-p", "2"], "--min-p is 2.0; allowed: more than 0, at most 1"),
-        (["--repetition-penalty", "0"], "--repetition-penalty is 0.0; allowed: more than 0"),
-        (["--stop", ""], "--stop is ('',); allowed: texts of one character or more"),
+        (["--min-p", "2"], "--min-p is 2.0; allowed: a number above 0, at most 1"),
+        (["--repetition-penalty", "0"], "--repetition-penalty is 0.0; allowed: a number above 0"),
+        (["--stop", ""], "--stop is ('',); allowed: a tuple of text of one character or more"),
         (["--draft", "nowhere"], "nowhere is not a run"),
-        (["--draft-tokens", "0"], "--draft-tokens is 0; allowed: 1 or more"),
+        (["--draft-tokens", "0"], "--draft-tokens is 0; allowed: a whole number of 1 or more"),
         (["--prompt", "12*3"], "does not know the character '*'"),
-        (["--temperature", "-1"], "--temperature is -1.0; allowed: 0 or more"),
-        (["--top-k", "0"], "--top-k is 0; allowed: 1 or more"),
-        (["--top-p", "1.5"], "--top-p is 1.5; allowed: more than 0, at most 1"),
-        (["--num-samples", "0"], "--num-samples is 0; allowed: 1 or more"),
+        (["--temperature", "-1"], "--temperature is -1.0; allowed: a number of 0 or more"),
+        (["--top-k", "0"], "--top-k is 0; allowed: a whole number of 1 or more"),
+        (["--top-p", "1.5"], "--top-p is 1.5; allowed: a number above 0, at most 1"),
+        (["--num-samples", "0"], "--num-samples is 0; allowed: a whole number of 1 or more"),
     ],
 )
 def test_sample_refuses_what_cannot_be(
@@ -365,7 +368,7 @@ def test_prepare_makes_a_store_once(workplace: Path, capsys: pytest.CaptureFixtu
     Path("book.txt").write_text("one two three\n" * 400)
     assert main(["prepare", "text", "--files", "book.txt"]) == 0
     first = capsys.readouterr()
-    assert "sha256" in first.err and "token store: data" in first.out
+    assert "sha256" in first.err and "dataset: data" in first.out
     assert main(["prepare", "text", "--files", "book.txt"]) == 0
     assert "sha256" not in capsys.readouterr().err
     assert main(["prepare", "text", "--files", "book.txt", "--again"]) == 0
@@ -381,19 +384,25 @@ def test_an_own_model_is_resumed_and_evaluated_with_its_code(
 from dataclasses import dataclass
 import torch
 from cleangpt.models import MODELS
+from cleangpt.models.base import LanguageModel
 
 @dataclass(frozen=True, kw_only=True)
 class BigramConfig(ModelConfig):
     """The next token from this one alone."""
 
-class Bigram(torch.nn.Module):
+class Bigram(LanguageModel):
     def __init__(self, config):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.table = torch.nn.Embedding(config.vocab_size, config.vocab_size)
 
-    def forward(self, tokens):
+    def features(self, tokens, *, cache=None):
         return self.table(tokens)
+
+    def to_logits(self, features):
+        return features
+
+    def head_parameters(self):
+        return []
 
 MODELS["bigram"] = (BigramConfig, Bigram)
 '''

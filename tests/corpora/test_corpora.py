@@ -588,7 +588,6 @@ def test_an_older_store_survives_a_failure(tmp_path: Path) -> None:
         (Text(files=()), "give at least one"),
         (Text(files=("x",), val_fraction=0.0), r"corpus\.val_fraction is 0\.0"),
         (Text(files=("x",), vocab_size=5), r"corpus\.vocab_size is 5"),
-        (Text(files=("x",), tokenizer="words"), r"corpus\.tokenizer is 'words'; allowed: char, byte, bpe"),  # type: ignore[arg-type]
         (Stdlib(val_fraction=0.9), r"corpus\.val_fraction is 0\.9"),
         (Stdlib(max_bytes=1), r"corpus\.max_bytes is 1"),
         (Stdlib(vocab_size=1), r"corpus\.vocab_size is 1"),

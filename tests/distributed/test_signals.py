@@ -213,7 +213,7 @@ def test_a_terminal_that_has_gone_is_no_loss(workplace: Path) -> None:
     os.close(terminal)
     _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == 0
-    assert "go on with: cleangpt resume run" in Path("run/log.txt").read_text()
+    assert "to continue: cleangpt resume run" in Path("run/log.txt").read_text()
     assert load_snapshot(list_snapshots(Path("run/snapshots"))[0])["position"]["samples"] > 0
 
 

@@ -30,10 +30,11 @@ from cleangpt.config import Source
 from cleangpt.corpora.adder import Adder
 from cleangpt.corpora.mixture import Mixture
 from cleangpt.errors import UserError
-from cleangpt.experiment import Experiment, check_experiment
+from cleangpt.experiment import Experiment
 from cleangpt.experiment_files import load_experiment
 from cleangpt.files import read_json, write_json
 from cleangpt.hub import fetch
+from cleangpt.training.launch import check
 from cleangpt.validation import from_json, to_json
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="fork and links are POSIX")
@@ -168,7 +169,7 @@ def test_a_run_s_name_is_no_path(place: Path, name: str) -> None:
     )
     assert code == 2 and "name is" in line
     with pytest.raises(UserError, match=r"^name is "):
-        check_experiment(dataclasses.replace(load_experiment(Path("sums.py")), name=name))
+        check(dataclasses.replace(load_experiment(Path("sums.py")), name=name))
     assert not Path("runs").exists()
 
 
@@ -420,7 +421,7 @@ def test_any_value_of_any_field_is_taken_or_refused_in_one_line(data: st.DataObj
         part[path[-1]] = data.draw(st.sampled_from(VALUES) | st.integers() | st.floats() | st.text(max_size=5))
     try:
         experiment = from_json(Experiment, json.loads(json.dumps(content)), kinds())
-        check_experiment(experiment)
+        check(experiment)
         experiment.corpus.check()  # type: ignore[attr-defined]
     except UserError as error:
         assert "\n" not in str(error) or any("\n" in str(value) for value in VALUES)

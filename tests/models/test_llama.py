@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from cleangpt.errors import UserError
+from cleangpt.inference.engine import greedy
 from cleangpt.interchange.llama import (
     config_from_huggingface,
     config_to_huggingface,
@@ -42,10 +43,7 @@ from cleangpt.interchange.llama import (
 )
 from cleangpt.models import build_model
 from cleangpt.models.base import flops_per_token
-from cleangpt.models.layers import apply_rope, rope_cos_sin
 from cleangpt.models.llama import Llama, LlamaConfig
-from cleangpt.validation import check
-from tests.generation import greedy
 from tests.losses import next_token
 
 SMALL = LlamaConfig(vocab_size=97, max_seq_len=64, n_layers=3, n_heads=4, n_kv_heads=2, dim=48, hidden_dim=80)
@@ -245,7 +243,7 @@ def test_the_published_configuration_of_llama_3_1_is_read() -> None:
                 "model_type": "qwen2", "num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 8,
                 "max_window_layers": 2,
             },
-            "layers [1, 2] have full attention; allowed: none, or every n-th",
+            "layers [1, 2] have full attention; allowed: none, or every so-many-th",
         ),
     ],
 )  # fmt: skip
@@ -386,12 +384,13 @@ def test_a_window_ends_what_a_position_sees(global_every: int | None, far: int, 
 
 def test_only_distances_matter() -> None:
     """Rotary positions: a sequence gives the same attention wherever it stands (Su et al. 2021, equation 16)."""
+    from cleangpt.models.llama import rope_cos_sin, rotate
+
     query, key = torch.randn(2, 1, 8, 1, 12).unbind()
-    frequencies = SMALL.rope_frequencies(query.device)
     scores = []
     for start in (0, 31):
-        cos_sin = rope_cos_sin(torch.arange(start, start + 8), frequencies)
-        scores.append(apply_rope(query, cos_sin)[:, :, 0] @ apply_rope(key, cos_sin)[:, :, 0].mT)
+        rotation = rope_cos_sin(SMALL, torch.arange(start, start + 8))
+        scores.append(rotate(query, rotation)[:, :, 0] @ rotate(key, rotation)[:, :, 0].mT)
     torch.testing.assert_close(scores[0], scores[1], atol=1e-5, rtol=1e-5)
 
 
@@ -478,7 +477,7 @@ def test_fields_that_do_not_fit_are_refused_in_one_line(changes: dict[str, Any],
 def test_a_field_out_of_range_is_refused(changes: dict[str, Any]) -> None:
     (name,) = changes
     with pytest.raises(UserError, match=rf"model\.{name} is .*; allowed: "):
-        check(replace(SMALL, **changes), "model.")
+        replace(SMALL, **changes)
 
 
 @pytest.mark.slow

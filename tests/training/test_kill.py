@@ -123,7 +123,7 @@ def test_a_polite_signal_saves_exits_0_and_says_how_to_go_on(workplace: Path, nu
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "finishing the step and saving" in output.decode()
-    assert "go on with: cleangpt resume run" in output.decode()
+    assert "to continue: cleangpt resume run" in output.decode()
     done = len(read_metrics(Path("run")))
     finish("resume", "run", "--training.macro-batches", str(done + 1))
     assert [line["macro_batch"] for line in read_metrics(Path("run"))] == list(range(1, done + 2))

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from cleangpt.config import FineTuningConfig, LoRAConfig, ModelConfig, MuonConfig, OptimizerConfig
 from cleangpt.errors import UserError
-from cleangpt.experiment import Experiment, check_experiment
+from cleangpt.experiment import Experiment
 from cleangpt.models import MODELS, build_model
 from cleangpt.models.gpt import GPT, GPTConfig
 from cleangpt.models.llama import LlamaConfig
+from cleangpt.training.launch import check
 from cleangpt.training.mup import MuPScale, mup_scales, scale_init
 from cleangpt.training.optimizer import Optimizer
 from cleangpt.training.trainer import Trainer
@@ -189,7 +190,7 @@ def test_a_width_at_which_something_would_not_be_whole_is_refused(dim: int) -> N
 def test_adapters_are_refused(tiny: Callable[..., Experiment]) -> None:
     tuning = FineTuningConfig(lora=LoRAConfig(rank=2))
     with pytest.raises(UserError, match=r"optimizer\.base_dim"):
-        check_experiment(tiny(optimizer__base_dim=8, init_from="runs/other", fine_tuning=tuning))
+        check(tiny(optimizer__base_dim=8, init_from="runs/other", fine_tuning=tuning))
 
 
 def test_a_model_with_convolutions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,7 +194,7 @@ def test_the_folder_of_another_tuning_is_refused(own: str, capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--steps", "0"], "--steps is 0; allowed: 1 or more"),
+        (["--steps", "0"], "--steps is 0; allowed: a whole number of 1 or more"),
         (["--factor", "1"], "--factor is 1.0; allowed: a finite number above 1"),
         (["--rates", "0.1", "-1"], "finite numbers above 0"),
         (["--width", "12"], "a width of 12 does not fit a model of dim 16, n_heads 2; allowed: multiples of 8"),

@@ -1,0 +1,36 @@
+"""export RUN: a run's best checkpoint for Hugging Face or llama.cpp"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from cleangpt.commands.options import parse
+from cleangpt.interchange.export import export
+from cleangpt.interchange.huggingface import open_checkpoint
+
+
+@dataclasses.dataclass
+class Options:
+    """What to export."""
+
+    run: tyro.conf.Positional[str]
+    """Folder of a run or of a checkpoint, an experiment's name for its newest run, or hf:NAME_OR_FOLDER."""
+    format: Literal["hf", "gguf"] = "hf"
+    """hf: a folder for Hugging Face's transformers; gguf: a file for llama.cpp (needs cleangpt[gguf])."""
+    out: str | None = None
+    """Folder or file to write; None: RUN-hf or RUN.gguf in the current folder."""
+    force: bool = False
+    """Replace an earlier export."""
+
+
+def command(words: Sequence[str]) -> None:
+    """Writes the folder or the file."""
+    about = "A run's best checkpoint in the format of another program."
+    options = parse(Options, words, program="cleangpt export", about=about)
+    name = Path(options.run.removeprefix("hf:")).resolve().name
+    out = Path(options.out or (f"{name}-hf" if options.format == "hf" else f"{name}.gguf"))
+    export(open_checkpoint(options.run), options.format, out, options.force)
+    print(f"export: {out}")

@@ -1,0 +1,31 @@
+"""prepare CORPUS: tokenize a corpus into a dataset, which training maps into memory"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from cleangpt.commands import subject
+from cleangpt.commands.options import FLAT, parse
+from cleangpt.corpora import CORPORA, prepare
+from cleangpt.errors import UserError, nearest
+
+
+def command(words: Sequence[str]) -> None:
+    """Prepares a corpus, whose fields are the options."""
+    name = subject(words, "prepare", "CORPUS", lambda: list(CORPORA))
+    if name not in CORPORA:
+        raise UserError(f"corpus {name!r} is not known{nearest(name, CORPORA)}; allowed: {', '.join(CORPORA)}")
+    fields: list[tuple[str, Any] | tuple[str, Any, Any]] = [
+        ("corpus", Annotated[CORPORA[name], FLAT]),
+        ("folder", Annotated[str, tyro.conf.arg(help="Folder of the prepared datasets.")], "data"),
+        ("again", Annotated[bool, tyro.conf.arg(help="Prepare it again, even if it exists.")], False),
+    ]
+    about = (CORPORA[name].__doc__ or "").splitlines()[0]
+    options: Any = dataclasses.make_dataclass("Options", fields)
+    chosen = parse(options, words[1:], program=f"cleangpt prepare {name}", about=about)
+    dataset = prepare(chosen.corpus, Path(chosen.folder), again=chosen.again)
+    for source in dataset.sources:
+        print(f"dataset: {source.dataset.folder}")

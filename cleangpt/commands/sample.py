@@ -1,0 +1,104 @@
+"""sample RUN: text from a run's best checkpoint"""
+
+import dataclasses
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any
+
+import torch
+import tyro
+
+from cleangpt.commands.options import FLAT, parse
+from cleangpt.config import Device
+from cleangpt.data.tokenizers import Tokenizer, same_tokens
+from cleangpt.distributed.device import can_compile, choose_device
+from cleangpt.errors import UserError
+from cleangpt.experiment_files import run_code
+from cleangpt.inference.sampling import Sampling
+from cleangpt.inference.text import TextChunk, complete, stream
+from cleangpt.interchange.huggingface import open_checkpoint
+from cleangpt.models.base import LanguageModel
+from cleangpt.validation import Count, CountOrZero, Pattern
+
+
+@dataclasses.dataclass
+class Options:
+    """What to sample, and how."""
+
+    run: tyro.conf.Positional[str]
+    """Folder of a run or of a checkpoint, an experiment's name for its newest run, or hf:NAME_OR_FOLDER."""
+    prompt: str | None = None
+    """Text to continue; None: the start of a document."""
+    max_new_tokens: CountOrZero = 200
+    """Maximum number of tokens to generate."""
+    sampling: Annotated[Sampling, FLAT] = Sampling(temperature=0.8)  # noqa: RUF009 - frozen
+    stop: tuple[Annotated[str, Pattern(r"(?s).+", "text of one character or more")], ...] = ()
+    """Generation stops before any of these texts."""
+    num_samples: Count = 1
+    """Number of texts; several are generated as one batch, with consecutive seeds, and shown at the end."""
+    logprobs: bool = False
+    """Show each token on a line, with its log-probability in nats."""
+    draft: str | None = None
+    """Speculative decoding: a smaller model with the same tokenizer, named as the run is, that proposes tokens."""
+    draft_tokens: Count = 4
+    """Tokens it proposes at a time."""
+    cache: bool = True
+    """Keep keys and values of earlier tokens."""
+    compile: bool = False
+    """Compile the model first: slow to start, then faster per token."""
+    device: Device = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    code: str | None = None
+    """A Python file of yours to run first, which registers your own model."""
+
+
+def command(words: Sequence[str]) -> None:
+    """Prints texts as they are generated."""
+    options = parse(Options, words, program="cleangpt sample", about="Text from a run's best checkpoint.")
+    run_code(options.code)
+    device = choose_device(options.device)
+    checkpoint = open_checkpoint(options.run)
+    model, tokenizer = checkpoint.model(device), checkpoint.tokenizer
+    compiled = options.compile and can_compile(device)
+    if compiled != options.compile:
+        print("--compile: no compiler was found; continuing without", file=sys.stderr)
+    for number, text in enumerate(_generate(options, model, tokenizer, device, compiled)):
+        if number:
+            print("---")
+        _show(text, options.prompt, options.logprobs)
+
+
+def _generate(
+    options: Options, model: LanguageModel, tokenizer: Tokenizer, device: torch.device, compiled: bool
+) -> Iterable[Iterable[TextChunk]]:
+    """The texts, each in the pieces in which it is generated."""
+    sampling, prompt, count = options.sampling, options.prompt, options.num_samples
+    given: dict[str, Any] = {
+        "max_new_tokens": options.max_new_tokens, "stop": options.stop, "cached": options.cache, "compiled": compiled,
+    }  # fmt: skip
+    if options.draft is None and count > 1:
+        return complete(model, tokenizer, [prompt] * count, device, sampling=sampling, **given)
+    draft = None if options.draft is None else _draft_model(options.draft, tokenizer, device)
+    given |= {"draft": draft, "draft_tokens": options.draft_tokens}
+    each = [dataclasses.replace(sampling, seed=sampling.seed + number) for number in range(count)]
+    return (stream(model, tokenizer, prompt, device, sampling=one, **given) for one in each)
+
+
+def _draft_model(text: str, tokenizer: Tokenizer, device: torch.device) -> LanguageModel:
+    draft = open_checkpoint(text)
+    if not same_tokens(draft.tokenizer, tokenizer):
+        raise UserError(f"--draft is {text!r}, whose tokenizer differs; allowed: a model with the same tokenizer")
+    return draft.model(device)
+
+
+def _show(text: Iterable[TextChunk], prompt: str | None, logprobs: bool) -> None:
+    """Prints a text as it comes, or each of its tokens on a line."""
+    if prompt and not logprobs:
+        print(prompt, end="", flush=True)
+    for piece, token in text:
+        if not logprobs:
+            print(piece, end="", flush=True)
+        elif token is not None or piece:
+            print(f"{'' if token is None else f'{token.logprob:.4f}':>9}  {piece!r}")
+    if not logprobs:
+        print()

@@ -1,0 +1,38 @@
+"""train EXPERIMENT: train an experiment, given by its name or by the path of your own Python file"""
+
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import tyro
+
+from cleangpt.commands import subject
+from cleangpt.commands.overrides import parse_over
+from cleangpt.experiment import Experiment
+from cleangpt.experiment_files import experiments, find_experiment, load_experiment, recorded_overrides
+from cleangpt.training.deadline import read_time_limit
+from cleangpt.training.launch import train
+
+TIME_LIMIT = "Save and exit within this time, written as for SLURM (1:30:00), or slurm: within the limit of its job."
+
+
+def command(words: Sequence[str]) -> None:
+    """Trains; given the file of an earlier run, with the options of that run."""
+    path = find_experiment(subject(words, "train", "EXPERIMENT", lambda: list(experiments())))
+    recorded = recorded_overrides(path)
+    if recorded:
+        print(f"with the overrides of this run: {' '.join(recorded)}")
+    overrides = [*recorded, *words[1:]]
+    about = f"Fields of {path}, with their values there."
+    experiment, deadline = parse_launch(load_experiment(path), overrides, f"cleangpt train {words[0]}", about)
+    train(experiment, source=path, overrides=overrides, deadline=deadline)
+
+
+def parse_launch(
+    experiment: Experiment, words: Sequence[str], program: str, about: str
+) -> tuple[Experiment, float | None]:
+    """The experiment with its overrides, and when this launch must have ended, which is no part of the experiment."""
+    began = time.time()
+    fields = [("time_limit", Annotated[str | None, tyro.conf.arg(help=TIME_LIMIT)], None)]
+    chosen: Any = parse_over(experiment, fields, words, program, about)
+    return chosen.experiment, None if chosen.time_limit is None else read_time_limit(chosen.time_limit, began)

@@ -1,0 +1,50 @@
+"""tune EXPERIMENT: find its learning rate by short runs, of a narrower model where asked"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from cleangpt.checkpoints.run_folder import lock_run
+from cleangpt.commands.overrides import parse_experiment
+from cleangpt.distributed.processes import join
+from cleangpt.errors import UserError
+from cleangpt.training.launch import check_here, prepare_dataset
+from cleangpt.training.tuning import RunInterruptedError, Tuning, advice, short_run
+from cleangpt.validation import Bounds, Count, Positive
+
+Factor = Annotated[float, Bounds(above=1)]
+Rates = tuple[Positive, ...]
+FIELDS: list[tuple[str, Any, Any]] = [
+    ("steps", Annotated[Count, tyro.conf.arg(help="Length of a short run, in steps of the full batch size.")], 200),
+    ("width", Annotated[int | None, tyro.conf.arg(help="model.dim to try; None: the experiment's.")], None),
+    ("rates", Annotated[Rates, tyro.conf.arg(help="Try only these learning rates; empty: search.")], ()),
+    ("factor", Annotated[Factor, tyro.conf.arg(help="Ratio of neighbouring rates of the search.")], 2.0),
+    ("out", Annotated[str | None, tyro.conf.arg(help="Folder of the results; None: runs/NAME_tune.")], None),
+]
+
+
+def command(words: Sequence[str]) -> None:
+    """Tries learning rates and prints the best; after an interruption, the same command continues."""
+    chosen: Any = parse_experiment(words, "tune", "The learning rate at which short runs of {} learn most", FIELDS)
+    if chosen.experiment.optimizer.lr == 0:
+        raise UserError("optimizer.lr is 0; allowed: more than 0, where the search begins")
+    experiment = short_run(chosen.experiment, chosen.steps, chosen.width)
+    folder = Path(chosen.out or f"runs/{experiment.name}_tune")
+    check_here(experiment)
+    with join(experiment.parallel.timeout) as ranks:
+        experiment, dataset = prepare_dataset(experiment, ranks)
+        folder.mkdir(parents=True, exist_ok=True)
+        log: Callable[[str], None] = partial(print, flush=True) if ranks.is_main else lambda line: None
+        try:
+            with lock_run(folder) if ranks.is_main else nullcontext():
+                tuning = Tuning(experiment, folder, dataset, ranks, log)
+                losses = {lr: tuning.loss(lr) for lr in chosen.rates} if chosen.rates else tuning.grid(chosen.factor)
+        except RunInterruptedError:
+            log("interrupted and saved; the same command continues")
+            return
+    for line in ["", *advice(experiment, losses)]:
+        log(line)
