@@ -26,6 +26,7 @@ from tests.faults._runs import (
     victim,
 )
 from tests.faults.kill import check_codes, impatient
+from tests.losses import scaled
 
 VALUES = (math.nan, math.inf, -math.inf)
 
@@ -50,7 +51,7 @@ def spoil(what: str, step: int, value: float, dies_at: int | None = None) -> Non
     def spoilt(self: Trainer) -> None:
         here, objective = self.position.step == step, self.objective
         if here and what == "loss":
-            self.objective = lambda *given: objective(*given) * value
+            self.objective = scaled(objective, lambda: value)
         Optimizer.step = spoilt_update if here and what == "gradient" else update  # type: ignore[method-assign]
         plain(self)
         self.objective = objective
@@ -133,7 +134,7 @@ def spiked(strategy: str = "") -> Path:
         assert run_two(folder, *TRAIN, *by(strategy), hooks=[bad_data, bad_data]) == [0, 0], output(folder)
     else:
         assert run(folder, *TRAIN, hook=bad_data) == 0, output(folder)
-    assert newest_state(folder / "run")["position"]["skipped_ranges"], output(folder)
+    assert newest_state(folder / "run")["source"]["skipped_ranges"], output(folder)
     return folder
 
 

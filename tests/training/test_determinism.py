@@ -66,13 +66,13 @@ def test_a_batch_that_comes_late_changes_no_bit(tiny: Build, trainer: Open) -> N
     """The thread that loads ahead is slowed down now and then, so that training waits for it."""
     trainer(tiny(run_dir="one")).train()
     late = trainer(tiny(run_dir="two", data__prefetch=2))
-    read = late.stream.batch
+    read = late.source.stream.batch
 
     def batch(start: int, count: int) -> Batch:
         time.sleep(0.01 * (start % 3 == 0))
         return read(start, count)
 
-    late.stream.batch = batch  # type: ignore[method-assign]
+    late.source.stream.batch = batch  # type: ignore[method-assign]
     late.train()
     assert differing(final("one"), final("two")) == ""
 
@@ -117,6 +117,7 @@ def test_a_compiled_model_gives_the_same_bits_again_and_when_resumed(tiny: Build
 
 EXPERIMENT = """
 from cleangpt.config import *
+from cleangpt.experiment import Experiment
 from cleangpt.corpora.adder import Adder
 from cleangpt.models.gpt import GPTConfig
 
