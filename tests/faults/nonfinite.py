@@ -102,7 +102,7 @@ def poisoned_part(seed: int, folder: Path) -> None:
 # Spikes --------------------------------------------------------------------------------------------------------------
 
 WATCHED = EXPERIMENT.replace(
-    "(macro_batches=3,", "(macro_batches=6, spike_threshold=0.7, spike_window=4, spike_skip=2,"
+    "(macro_batches=3,", "(macro_batches=6, spike_threshold=0.15, spike_window=4, spike_skip=2,"
 ).replace("SavingConfig(", "SavingConfig(keep_snapshots=3, ")
 BAD = range(64, 72)
 """Samples of the data whose targets are wrong."""

@@ -368,6 +368,16 @@ def test_a_run_that_is_broken_off_anywhere_around_a_spike_ends_the_same(
         assert [line["macro_batch"] for line in read_metrics(Path(name))] == [1, 2, 3, 4, 5, 6]
 
 
+def test_the_costs_of_spikes_are_shown_where_they_are_watched_for(tiny: Build, trainer: Open) -> None:
+    run, other = trainer(tiny(run_dir="run", **SPIKES)), trainer(tiny(run_dir="other"))
+    for each in (run, other):
+        each.source.skip(8, 24)
+        each.source.skip(40, 48)  # of what is left: 56 to 64 of the data
+        each.spikes.rollbacks = 2
+    assert run.recovery.metrics() == {"rollbacks": 2, "samples_left_out": 24}
+    assert other.recovery.metrics() == {}
+
+
 def test_skipped_steps_and_poisoned_weights_are_gone_back_from_too(tiny: Build, trainer: Open) -> None:
     fields = SPIKES | {"training__max_skipped_steps": 2}
     run = trainer(tiny(run_dir="run", **fields))
