@@ -1,6 +1,7 @@
 """The best n checkpoints by validation loss are kept, whole, with what is needed to use them."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from cleangpt.checkpoints import checkpoint as module
 from cleangpt.checkpoints.checkpoint import Checkpoints, best_checkpoint, load_checkpoint, load_matching_weights
 from cleangpt.config import SavingConfig
 from cleangpt.data.tokenizers import CharTokenizer
+from cleangpt.distributed.processes import Ranks
 from cleangpt.errors import UserError
 from cleangpt.files import fsync_files, read_json, write_json
 from cleangpt.models.gpt import GPT, GPTConfig
@@ -22,9 +24,10 @@ MODEL = GPT(CONFIG)
 TOKENIZER = CharTokenizer("abcd\n", "\n")
 
 
-def offer(checkpoints: Checkpoints, macro_batch: int, loss: float) -> None:
-    if checkpoints.wanted(macro_batch, loss):
-        checkpoints.save(macro_batch, loss, MODEL.state_dict(), CONFIG, TOKENIZER)
+def open_checkpoints(
+    folder: Path, config: SavingConfig | None = None, log: Callable[[str], None] = lambda text: None
+) -> Checkpoints:
+    return Checkpoints(folder, config or SavingConfig(), Ranks(), CONFIG, TOKENIZER, log=log)
 
 
 def kept(folder: Path) -> set[str]:
@@ -36,22 +39,22 @@ def test_those_kept_are_the_best_n_the_older_first_on_a_tie(
     tmp_path_factory: pytest.TempPathFactory, losses: list[float], keep: int
 ) -> None:
     folder = tmp_path_factory.mktemp("checkpoints")
-    checkpoints = Checkpoints(folder, SavingConfig(keep_best=keep))
+    checkpoints = open_checkpoints(folder, SavingConfig(keep_best=keep))
     for number, loss in enumerate(losses, start=1):
-        offer(checkpoints, number, loss)
+        checkpoints.offer(number, loss, MODEL)
     numbered = [(loss, number) for number, loss in enumerate(losses, start=1) if not math.isnan(loss)]
     assert kept(folder) == {f"val{loss:.4f}_mb{number:06d}" for loss, number in sorted(numbered)[:keep]}
 
 
 def test_one_in_every_k_is_kept_for_good(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, SavingConfig(keep_best=1, checkpoint_every=2))
+    checkpoints = open_checkpoints(tmp_path, SavingConfig(keep_best=1, checkpoint_every=2))
     for number, loss in enumerate([3.0, 2.0, 1.0, math.nan, 0.5], start=1):
-        offer(checkpoints, number, loss)
+        checkpoints.offer(number, loss, MODEL)
     assert kept(tmp_path) == {"val2.0000_mb000002", "valnan_mb000004", "val0.5000_mb000005"}
 
 
 def test_a_checkpoint_gives_back_model_and_tokenizer(tmp_path: Path) -> None:
-    offer(Checkpoints(tmp_path / "checkpoints", SavingConfig()), 7, 1.25)
+    open_checkpoints(tmp_path / "checkpoints").offer(7, 1.25, MODEL)
     path = best_checkpoint(tmp_path)
     assert path.name == "val1.2500_mb000007"
     checkpoint = load_checkpoint(path)
@@ -63,14 +66,14 @@ def test_a_checkpoint_gives_back_model_and_tokenizer(tmp_path: Path) -> None:
 
 
 def test_the_index_survives_a_resume_from_before_a_checkpoint(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, SavingConfig(keep_best=2))
-    offer(checkpoints, 1, 2.0)
+    checkpoints = open_checkpoints(tmp_path, SavingConfig(keep_best=2))
+    checkpoints.offer(1, 2.0, MODEL)
     state = checkpoints.state_dict()
-    offer(checkpoints, 2, 1.0)
-    resumed = Checkpoints(tmp_path, SavingConfig(keep_best=2))
+    checkpoints.offer(2, 1.0, MODEL)
+    resumed = open_checkpoints(tmp_path, SavingConfig(keep_best=2))
     resumed.load_state_dict(state)
     assert kept(tmp_path) == {"val2.0000_mb000001", "val1.0000_mb000002"}
-    offer(resumed, 2, 1.0)
+    resumed.offer(2, 1.0, MODEL)
     assert kept(tmp_path) == {"val2.0000_mb000001", "val1.0000_mb000002"}
     assert [entry["macro_batch"] for entry in read_json(tmp_path / "index.json")["checkpoints"]] == [2, 1]
 
@@ -79,27 +82,29 @@ def test_the_index_survives_a_resume_from_before_a_checkpoint(tmp_path: Path) ->
 def test_a_full_disk_is_told_and_leaves_the_checkpoints_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
-    run = Checkpoints(tmp_path / "checkpoints", SavingConfig(keep_best=1))
-    offer(run, 1, 2.0)
+    lines: list[str] = []
+    run = open_checkpoints(tmp_path / "checkpoints", SavingConfig(keep_best=1), lines.append)
+    run.offer(1, 2.0, MODEL)
 
     def full(*given: object, **named: object) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
         patch.setattr(module, broken, full)
-        reason = run.save(2, 1.0, MODEL.state_dict(), CONFIG, TOKENIZER)
-    assert reason == "I/O error: No space left on device (os error 28)"
+        assert run.offer(2, 1.0, MODEL), "it was due"
+    reason = "I/O error: No space left on device (os error 28)"
+    assert lines == [f"the checkpoint of macro-batch 2 could not be saved: {reason}"]
     assert best_checkpoint(tmp_path).name == "val2.0000_mb000001"
     assert load_checkpoint(best_checkpoint(tmp_path)).facts["macro_batch"] == 1
     assert not list(run.folder.glob("*.partial"))  # half of one would take room
-    offer(run, 3, 1.5)
+    run.offer(3, 1.5, MODEL)
     assert kept(run.folder) == {"val1.5000_mb000003"}
 
 
 def test_an_entry_whose_folder_is_gone_is_forgotten(tmp_path: Path) -> None:
-    resumed = Checkpoints(tmp_path, SavingConfig(keep_best=1))
+    resumed = open_checkpoints(tmp_path, SavingConfig(keep_best=1))
     resumed.load_state_dict({"entries": [{"name": "val1", "macro_batch": 1, "val_loss": 1.0, "permanent": False}]})
-    assert resumed.wanted(2, 5.0)
+    assert resumed.offer(2, 5.0, MODEL)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +115,7 @@ def test_an_entry_whose_folder_is_gone_is_forgotten(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path: Path, harm: object, line: str) -> None:
-    offer(Checkpoints(tmp_path / "checkpoints", SavingConfig()), 7, 1.25)
+    open_checkpoints(tmp_path / "checkpoints").offer(7, 1.25, MODEL)
     path = best_checkpoint(tmp_path)
     harm(path)  # type: ignore[operator]
     with pytest.raises(UserError, match=line) as caught:
@@ -119,7 +124,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path: Path, harm: objec
 
 
 def test_an_unknown_architecture_is_refused_in_one_line(tmp_path: Path) -> None:
-    offer(Checkpoints(tmp_path / "checkpoints", SavingConfig()), 7, 1.25)
+    open_checkpoints(tmp_path / "checkpoints").offer(7, 1.25, MODEL)
     path = best_checkpoint(tmp_path)
     content = read_json(path / "config.json")
     content["model"]["kind"] = "gpd"

@@ -1,6 +1,7 @@
 """A snapshot gives back exactly what was put in, and a damaged one is passed over."""
 
 import json
+import random
 import subprocess
 import sys
 import threading
@@ -15,6 +16,8 @@ from safetensors.torch import load_file
 from cleangpt.checkpoints import tensor_files as shards
 from cleangpt.checkpoints.snapshots import Snapshots, list_snapshots, load_snapshot, newest_snapshot, quarantine
 from cleangpt.config import SavingConfig
+from cleangpt.distributed.device import RandomState
+from cleangpt.distributed.processes import Ranks
 from cleangpt.errors import UserError
 from cleangpt.files import find_corruption, read_json, recover_folder, write_json
 
@@ -313,7 +316,7 @@ def test_a_newer_format_is_refused_in_one_line(tmp_path: Path) -> None:
     save(tmp_path, "mb000001")
     path = tmp_path / "mb000001" / "state.json"
     write_json(path, read_json(path) | {"format": 99})
-    with pytest.raises(UserError, match="snapshot format 99; this version reads 2"):
+    with pytest.raises(UserError, match="snapshot format 99; this version reads 3"):
         load_snapshot(tmp_path / "mb000001")
 
 
@@ -334,10 +337,6 @@ def test_a_new_run_does_not_write_where_a_process_of_a_dead_one_may_still_write(
 
 
 def test_generators_come_back_where_they_stood() -> None:
-    import random
-
-    from cleangpt.distributed.device import RandomState
-
     state = RandomState(torch.device("cpu"), Ranks())
     before = state.state_dict()
     first = (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random())

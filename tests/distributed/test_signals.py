@@ -21,6 +21,7 @@ from cleangpt.distributed.signals import SAVE_SIGNAL, StopRequest, ignore_signal
 from cleangpt.experiment import Experiment
 from cleangpt.tracking.metrics import read_metrics
 from cleangpt.training.trainer import Trainer
+from tests.losses import scaled
 
 Build = Callable[..., Experiment]
 Open = Callable[[Experiment], Trainer]
@@ -105,16 +106,16 @@ def test_a_signal_during_validation(tiny: Build, trainer: Open, unbroken: Path, 
     """One to stop cuts the validation short, which is done later; one to save lets it go on."""
     experiment = tiny(run_dir="broken", training__micro_batch_size=8)
     broken = trainer(experiment)
-    objective = broken.objective
     raised = []
 
-    def loud(*given: object) -> torch.Tensor:
-        if not broken.model.training and broken.position.macro_batch == 2 and not raised:
+    def loud() -> float:
+        if broken.position.macro_batch == 2 and not raised:
             raised.append(number)
             signal.raise_signal(number)
-        return objective(*given)  # type: ignore[arg-type]
+        return 1.0
 
-    broken.objective = loud  # type: ignore[assignment]
+    assert broken.validator is not None
+    broken.validator.objective = scaled(broken.objective, loud)
     save, names = broken.saver.snapshots.save, []
     broken.saver.snapshots.save = lambda name, state: (names.append(name), save(name, state))[1]  # type: ignore[method-assign]
     assert broken.train() == ("finished" if number == signal.SIGUSR1 else "interrupted")

@@ -26,6 +26,7 @@ from tests.faults._runs import (
     victim,
 )
 from tests.faults.kill import check_codes, impatient
+from tests.losses import scaled
 
 VALUES = (math.nan, math.inf, -math.inf)
 
@@ -50,7 +51,7 @@ def spoil(what: str, step: int, value: float, dies_at: int | None = None) -> Non
     def spoilt(self: Trainer) -> None:
         here, objective = self.position.step == step, self.objective
         if here and what == "loss":
-            self.objective = lambda *given: objective(*given) * value
+            self.objective = scaled(objective, lambda: value)
         Optimizer.step = spoilt_update if here and what == "gradient" else update  # type: ignore[method-assign]
         plain(self)
         self.objective = objective
@@ -101,7 +102,7 @@ def poisoned_part(seed: int, folder: Path) -> None:
 # Spikes --------------------------------------------------------------------------------------------------------------
 
 WATCHED = EXPERIMENT.replace(
-    "(macro_batches=3,", "(macro_batches=6, spike_threshold=0.7, spike_window=4, spike_skip=2,"
+    "(macro_batches=3,", "(macro_batches=6, spike_threshold=0.15, spike_window=4, spike_skip=2,"
 ).replace("SavingConfig(", "SavingConfig(keep_snapshots=3, ")
 BAD = range(64, 72)
 """Samples of the data whose targets are wrong."""
@@ -133,7 +134,7 @@ def spiked(strategy: str = "") -> Path:
         assert run_two(folder, *TRAIN, *by(strategy), hooks=[bad_data, bad_data]) == [0, 0], output(folder)
     else:
         assert run(folder, *TRAIN, hook=bad_data) == 0, output(folder)
-    assert newest_state(folder / "run")["position"]["skipped_ranges"], output(folder)
+    assert newest_state(folder / "run")["source"]["skipped_ranges"], output(folder)
     return folder
 
 

@@ -236,10 +236,12 @@ def test_a_run_with_adapters_goes_on_bit_for_bit(
     whole.train()
     first = trainer(tiny(run_dir="parts", **lora(dropout=0.2), **fields))
     step = first.step
-    first.step = lambda: (
-        step(),
-        setattr(first.stopping.signals, "requested", 15 if first.position.step == 9 else None),
-    )  # type: ignore[method-assign, assignment, func-returns-value]
+
+    def then() -> None:
+        step()
+        first.stopping.signals.requested = "SIGTERM" if first.position.step == 9 else None
+
+    first.step = then  # type: ignore[method-assign]
     assert first.train() == "interrupted"
     second = trainer(tiny(run_dir="parts", **lora(dropout=0.2), **fields))
     assert second.position.step == 9

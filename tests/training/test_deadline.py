@@ -23,6 +23,7 @@ from cleangpt.training import deadline
 from cleangpt.training.build import build_trainer
 from cleangpt.training.deadline import SPARE, Deadline, read_time_limit
 from cleangpt.training.launch import resolve
+from cleangpt.training.trainer import Trainer
 
 Build = Callable[..., Experiment]
 Open = Callable[[Experiment], Trainer]
@@ -122,7 +123,7 @@ def test_a_run_out_of_time_saves_and_goes_on_later_bit_for_bit(tiny: Build, trai
     def until_the_tenth() -> None:
         step()
         if broken.position.step == 10:
-            broken.deadline.end = time.time() + 1
+            broken.stopping.deadline.end = time.time() + 1
 
     broken.step = until_the_tenth  # type: ignore[method-assign]
     assert broken.train() == "interrupted"

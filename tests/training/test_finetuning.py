@@ -12,17 +12,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 from cleangpt.checkpoints.run_folder import check_resumable, read_experiment
 from cleangpt.checkpoints.snapshots import list_snapshots, load_snapshot
 from cleangpt.commands import main
 from cleangpt.config import FineTuningConfig, LoRAConfig, OptimizerConfig, ParallelConfig
+from cleangpt.corpora import prepare
 from cleangpt.distributed.layout import Layout, state_bytes
 from cleangpt.errors import UserError
 from cleangpt.experiment import Experiment
 from cleangpt.models import build_model
-from cleangpt.models.base import flops_per_token
+from cleangpt.models.base import LanguageModel, flops_per_token
 from cleangpt.models.gpt import GPTConfig
 from cleangpt.models.llama import LlamaConfig
 from cleangpt.tracking.metrics import read_metrics
@@ -108,10 +108,12 @@ def test_a_run_with_frozen_layers_goes_on_bit_for_bit(tiny: Build, trainer: Open
     trainer(tiny(run_dir="parts", fine_tuning=freeze(*FROZEN), training__macro_batches=6)).train_macro_batch()
     first = trainer(tiny(run_dir="parts", fine_tuning=freeze(*FROZEN)))
     step = first.step
-    first.step = lambda: (
-        step(),
-        setattr(first.stopping.signals, "requested", 15 if first.position.step == 10 else None),
-    )  # type: ignore[method-assign, assignment, func-returns-value]
+
+    def then() -> None:
+        step()
+        first.stopping.signals.requested = "SIGTERM" if first.position.step == 10 else None
+
+    first.step = then  # type: ignore[method-assign]
     assert first.train() == "interrupted"
     second = trainer(tiny(run_dir="parts", fine_tuning=freeze(*FROZEN)))
     assert second.position.step == 10
@@ -211,8 +213,10 @@ def test_what_is_frozen_cannot_change_on_the_way(tiny: Build) -> None:
 
 
 def test_the_summary_says_how_many_parameters_train_and_what_they_take(tiny: Build, trainer: Open) -> None:
-    tuned = trainer(tiny(run_dir="run", fine_tuning=freeze("blocks.*")))
-    lines = summary(tuned.experiment, tuned.run, tuned.store, tuned.model, tuned.device, tuned.layout)
+    experiment = tiny(run_dir="run", fine_tuning=freeze("blocks.*"))
+    tuned = trainer(experiment)
+    store = prepare(experiment.corpus, Path(experiment.data.folder))
+    lines = summary(experiment, tuned.run, store, tuned.model, tuned.device, tuned.layout)
     sizes = {name: parameter.numel() for name, parameter in tuned.model.named_parameters()}
     trained = sum(size for name, size in sizes.items() if not name.startswith("blocks."))
     assert f"{sum(sizes.values()):,} parameters ({trained:,} of them train)" in lines[1]
@@ -308,8 +312,8 @@ def test_the_first_pattern_that_fits_multiplies_the_layers_factor() -> None:
 
 
 def test_a_model_without_blocks_has_no_layers_to_decay_over() -> None:
-    with pytest.raises(UserError, match=r"layer_decay is 0\.9; allowed for Linear, which has no ModuleList"):
-        layer_factors(nn.Linear(2, 2), 0.9)
+    with pytest.raises(UserError, match=r"layer_decay is 0\.9; allowed for LanguageModel, which has no ModuleList"):
+        layer_factors(LanguageModel(GPT_SMALL), 0.9)
 
 
 # The optimizer's state -----------------------------------------------------------------------------------------------
@@ -389,6 +393,7 @@ def test_a_run_goes_on_when_what_it_started_from_is_gone(tiny: Build, trainer: O
 SEVERAL = """
 import os
 from cleangpt.config import *
+from cleangpt.experiment import Experiment
 from cleangpt.corpora import CORPORA
 from cleangpt.models.gpt import GPTConfig
 from cleangpt.models.llama import LlamaConfig
@@ -491,16 +496,16 @@ def test_two_processes_with_copies_train_what_is_not_frozen(workplace: Path) -> 
 
 def test_the_strategy_follows_what_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model too large to train whole on a device, and small enough where only adapters do."""
-    from cleangpt.distributed import parallelize as parallel
+    from cleangpt.distributed import layout
     from cleangpt.distributed.processes import Ranks
 
     size = sum(parameter.numel() for parameter in build_model(GPT_SMALL).parameters())
-    monkeypatch.setattr(parallel, "device_memory", lambda device: 16 * size)
+    monkeypatch.setattr(layout, "device_memory", lambda device: 16 * size)
     monkeypatch.setattr(Ranks, "broadcast", lambda self, value: value)
 
     def choose(tuning: FineTuningConfig) -> Layout:
         ranks, cpu = Ranks(0, 0, 2), torch.device("cpu")
-        return parallel.choose_layout(
+        return layout.choose_layout(
             ParallelConfig(), GPT_SMALL, ranks, cpu, lambda model: freeze_and_add_lora(model, tuning)
         )
 

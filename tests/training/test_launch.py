@@ -22,12 +22,21 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
 EXPERIMENT = '''
 import math, os, signal, time
 from cleangpt.config import *
+from cleangpt.experiment import Experiment
 from cleangpt.corpora import CORPORA
 from cleangpt.models.gpt import GPTConfig
+from cleangpt.objectives import NextToken
 from cleangpt.training.trainer import Trainer
 
 RANK, RESTART = os.environ.get("RANK", "0"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 plain_step = Trainer.step
+
+class Poisoned(NextToken):
+    """A loss that is not a number."""
+
+    def __call__(self, model, batch):
+        loss = super().__call__(model, batch)
+        return loss._replace(total=loss.total * math.nan)
 
 def step(self):
     """Logs what it trains on and, where told to, breaks."""
@@ -52,7 +61,7 @@ def step(self):
         self.optimizer.step = spoilt
     if fault == "nan" and rank == RANK and self.position.step >= int(at) and self.position.step % 100 != 5:
         objective = self.objective
-        self.objective = lambda *given: objective(*given) * math.nan
+        self.objective = Poisoned()
         plain_step(self)
         self.objective = objective
     else:

@@ -18,6 +18,7 @@ from cleangpt.checkpoints.run_folder import check_resumable
 from cleangpt.checkpoints.snapshots import list_snapshots
 from cleangpt.commands import main
 from cleangpt.config import Source
+from cleangpt.corpora import prepare
 from cleangpt.corpora.adder import Adder
 from cleangpt.corpora.mixture import Mixture
 from cleangpt.errors import UserError
@@ -102,8 +103,10 @@ def test_the_figures_of_each_source_are_told(tiny: Build, trainer: Open) -> None
 
 
 def test_the_summary_says_each_source_s_share_of_the_run(tiny: Build, trainer: Open) -> None:
-    run = trainer(three(tiny, (2.0, 1.0, 1.0)))
-    lines = summary(run.experiment, run.run, run.store, run.model, run.device, run.layout)
+    experiment = three(tiny, (2.0, 1.0, 1.0))
+    run = trainer(experiment)
+    store = prepare(experiment.corpus, Path(experiment.data.folder))
+    lines = summary(experiment, run.run, store, run.model, run.device, run.layout)
     run.source.close()
     assert [line.split(",")[0] for line in lines if "digits" in line] == [
         f"data     digits{digits}: {share} % of the samples"
@@ -136,6 +139,7 @@ def test_the_weights_of_a_run_cannot_change(tiny: Build) -> None:
 KILLED = """
 import hashlib
 from cleangpt.config import *
+from cleangpt.experiment import Experiment
 from cleangpt.corpora.adder import Adder
 from cleangpt.corpora.mixture import Mixture
 from cleangpt.data.loader import DatasetSource

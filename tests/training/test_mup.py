@@ -14,11 +14,13 @@ from cleangpt.config import FineTuningConfig, LoRAConfig, ModelConfig, MuonConfi
 from cleangpt.errors import UserError
 from cleangpt.experiment import Experiment
 from cleangpt.models import MODELS, build_model
+from cleangpt.models.base import LanguageModel
 from cleangpt.models.gpt import GPT, GPTConfig
 from cleangpt.models.llama import LlamaConfig
 from cleangpt.training.launch import check
 from cleangpt.training.mup import MuPScale, mup_scales, scale_init
 from cleangpt.training.optimizer import Optimizer
+from cleangpt.training.resolve import resolve
 from cleangpt.training.trainer import Trainer
 
 SMALL: dict[str, Any] = {"vocab_size": 50, "max_seq_len": 32, "n_layers": 2}
@@ -151,19 +153,21 @@ def test_the_last_norm_stands_for_a_multiplier_of_a_tied_heads_logits() -> None:
 
 
 def test_a_step_decays_the_same_share_of_a_matrix_at_any_width() -> None:
-    model = nn.Linear(4, 4)
-    optimizer = Optimizer(model, OptimizerConfig(lr=0.1), mup_scales={"weight": 1 / 8})
-    before = model.weight.detach().clone()
-    model.weight.grad, model.bias.grad = torch.zeros(4, 4), torch.zeros(4)
+    model = LanguageModel(ModelConfig(max_seq_len=8))
+    model.linear = nn.Linear(4, 4)
+    optimizer = Optimizer(model, OptimizerConfig(lr=0.1), mup_scales={"linear.weight": 1 / 8})
+    before = model.linear.weight.detach().clone()
+    model.linear.weight.grad, model.linear.bias.grad = torch.zeros(4, 4), torch.zeros(4)
     optimizer.step(0.1, 0.5)
-    torch.testing.assert_close(model.weight.detach(), before * (1 - 0.1 * 0.5))
+    torch.testing.assert_close(model.linear.weight.detach(), before * (1 - 0.1 * 0.5))
 
 
 def test_a_run_begins_and_moves_by_the_factors(
     tiny: Callable[..., Experiment], trainer: Callable[..., Trainer]
 ) -> None:
-    plain, other = trainer(tiny(run_dir="plain")), trainer(tiny(run_dir="other", optimizer__base_dim=8))
-    factors = mup_scales(other.experiment.model, other.experiment.optimizer)
+    experiment = resolve(tiny(run_dir="other", optimizer__base_dim=8), 13)
+    plain, other = trainer(tiny(run_dir="plain")), trainer(experiment)
+    factors = mup_scales(experiment.model, experiment.optimizer)
     for name, weight in plain.model.named_parameters():
         torch.testing.assert_close(other.model.get_parameter(name), weight * factors[name].initial)
     assert {group["factor"] for group in other.optimizer.adamw.param_groups} == {1.0, 0.5}

@@ -5,13 +5,22 @@ import copy
 import torch
 from torch import nn
 
-from cleangpt.config import OptimizerConfig
+from cleangpt.config import ModelConfig, OptimizerConfig
+from cleangpt.models.base import LanguageModel
 from cleangpt.training.optimizer import Optimizer
 
 
-def model() -> nn.Module:
+class Small(LanguageModel):
+    """A matrix and three vectors, of no architecture."""
+
+    def __init__(self) -> None:
+        super().__init__(ModelConfig(max_seq_len=8))
+        self.linear, self.norm = nn.Linear(4, 3), nn.LayerNorm(3)
+
+
+def model() -> Small:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
+    return Small()
 
 
 def set_gradients(module: nn.Module, seed: int, scale: float = 1.0) -> None:
@@ -48,7 +57,7 @@ def test_the_norm_is_that_before_clipping_and_the_clipped_step_is_smaller() -> N
     set_gradients(ours, 1, scale=10)
     expected = torch.cat([parameter.grad.flatten() for parameter in ours.parameters()]).norm()
     torch.testing.assert_close(optimizer.step(0.1, 0.0), expected)
-    moment = optimizer.state_dict()["moments"]["0.weight"]["exp_avg"]
+    moment = optimizer.state_dict()["moments"]["linear.weight"]["exp_avg"]
     whole = torch.cat([entry["exp_avg"].flatten() for entry in optimizer.state_dict()["moments"].values()])
     assert moment.shape == (3, 4)
     torch.testing.assert_close(whole.norm() / (1 - 0.9), torch.tensor(0.5), atol=1e-4, rtol=1e-4)
@@ -63,7 +72,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted() -> None:
     moments = {name: {k: v.clone() for k, v in e.items()} for name, e in optimizer.state_dict()["moments"].items()}
     for bad in (float("nan"), float("inf")):
         set_gradients(ours, 2)
-        ours[0].weight.grad[1, 1] = bad
+        ours.linear.weight.grad[1, 1] = bad
         assert optimizer.step(0.1, 0.1) == 0
     assert all(torch.equal(one, two) for one, two in zip(weights, ours.parameters(), strict=True))
     for name, entry in optimizer.state_dict()["moments"].items():
@@ -72,7 +81,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted() -> None:
     set_gradients(ours, 3)
     optimizer.step(0.1, 0.1)
     assert optimizer.skipped.tolist() == [2, 0, 2]
-    assert not torch.equal(weights[0], ours[0].weight)
+    assert not torch.equal(weights[0], ours.linear.weight)
 
 
 def test_a_reloaded_optimizer_makes_the_same_steps() -> None:

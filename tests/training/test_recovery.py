@@ -16,8 +16,10 @@ from cleangpt.distributed.processes import Ranks
 from cleangpt.errors import RunFailedError
 from cleangpt.experiment import Experiment
 from cleangpt.tracking.metrics import read_metrics
-from cleangpt.training.recovery import Spikes, first_not_finite
+from cleangpt.training.recovery import SpikeDetector, first_not_finite
+from cleangpt.training.state import StepResult
 from cleangpt.training.trainer import Trainer
+from tests.losses import scaled
 
 Build = Callable[..., Experiment]
 Open = Callable[[Experiment], Trainer]
@@ -26,17 +28,26 @@ Open = Callable[[Experiment], Trainer]
 # Finding a spike -------------------------------------------------------------------------------------------------
 
 
-def watch(**fields: Any) -> Spikes:
+def watch(**fields: Any) -> SpikeDetector:
     fields = {"spike_threshold": 1.0, "spike_window": 3, "max_skipped_steps": 2} | fields
-    return Spikes(TrainingConfig(macro_batches=1, batches_per_macro_batch=1, **fields))
+    return SpikeDetector(TrainingConfig(macro_batches=1, batches_per_macro_batch=1, **fields), Ranks())
 
 
-def found(spikes: Spikes, losses: list[float], read_every: int = 1) -> int | None:
+def result(loss: float) -> StepResult:
+    """A step over four targets of this loss each; one that is not finite was skipped, and is kept out of the sum."""
+    finite = math.isfinite(loss)
+    return StepResult(
+        torch.tensor(4 * loss if finite else 0.0), {}, 4.0, torch.zeros(()), torch.tensor(0.0 if finite else 1.0),
+        samples=8, lr=0.1, weight_decay=0.0,
+    )  # fmt: skip
+
+
+def found(spikes: SpikeDetector, losses: list[float], read_every: int = 1) -> int | None:
     for step, loss in enumerate(losses, start=1):
-        spikes.note(step, torch.tensor(loss), torch.tensor(0.0 if math.isfinite(loss) else 1.0))
+        spikes.observe(step, result(loss))
         if step % read_every == 0:
-            spikes.judge(Ranks())
-    return spikes.judge(Ranks())
+            spikes.detect()
+    return spikes.detect()
 
 
 @pytest.mark.parametrize("read_every", [1, 2, 100])
@@ -170,7 +181,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_alone(
 # Going back ------------------------------------------------------------------------------------------------------
 
 SPIKES = {
-    "training__spike_threshold": 1.0, "training__spike_window": 4, "training__spike_skip": 3,
+    "training__spike_threshold": 0.5, "training__spike_window": 4, "training__spike_skip": 3,
     "saving__keep_snapshots": 4,
 }  # fmt: skip
 BAD = range(112, 128)
@@ -179,7 +190,8 @@ BAD = range(112, 128)
 
 def with_bad_data(trainer: Trainer) -> Trainer:
     """Makes the targets of some samples a token that never follows."""
-    read = trainer.source.stream.batch
+    stream: Any = trainer.source.stream  # type: ignore[attr-defined]
+    read = stream.batch
 
     def batch(start: int, count: int) -> Batch:
         read_batch = read(start, count)
@@ -188,8 +200,7 @@ def with_bad_data(trainer: Trainer) -> Trainer:
                 read_batch.targets[row].fill_(12)
         return read_batch
 
-    trainer.source.stream.batch = batch  # type: ignore[method-assign]
-    trainer.source.close()
+    stream.batch = batch
     return trainer
 
 
@@ -225,11 +236,12 @@ def test_a_run_goes_back_from_a_spike_and_ends_like_one_that_never_saw_its_sampl
     tiny: Build, trainer: Open, reference: dict[str, Any]
 ) -> None:
     """Goes back to macro-batch 3 and leaves out 3 batches; meets the second bad one; goes back to macro-batch 2."""
-    assert reference["position"]["skipped_ranges"] == [[80, 128]]
+    assert reference["source"]["skipped_ranges"] == [[80, 128]]
     assert reference["position"]["samples"] == 192 and reference["spikes"]["rollbacks"] == 2
     log = Path("reference/log.txt").read_text()
-    assert "the loss has spiked; samples 96 to 119 of the data are left out" in log
-    assert "the loss has spiked; samples 80 to 127 of the data are left out" in log
+    lines = [line for line in log.splitlines() if "the loss has spiked" in line]
+    skipped = ["24 samples are skipped from now on", "24 samples are skipped from now on"]
+    assert [line.partition("spiked; ")[2] for line in lines] == skipped
     lines = read_metrics(Path("reference"))
     assert [line["macro_batch"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["samples_left_out"] for line in lines] == [0, 0, 48, 48, 48, 48]
@@ -237,11 +249,9 @@ def test_a_run_goes_back_from_a_spike_and_ends_like_one_that_never_saw_its_sampl
     assert lines[-1]["rollbacks"] == 2
     never = trainer(tiny(run_dir="never", **SPIKES))
     never.source.skip(80, 128)
-    never.position.skipped_ranges = [[80, 128]]
-    never.source.close()
     never.train()
     theirs = state_of("never")
-    for part in ("model", "optimizer", "random", "position"):
+    for part in ("model", "optimizer", "random", "position", "source"):
         assert_same(reference[part], theirs[part])
     untimed = ("val_loss", "train_loss", "visited_share", "times_visited", "lr", "grad_norm")
     for one, two in zip(lines[2:], read_metrics(Path("never"))[2:], strict=True):
@@ -275,22 +285,23 @@ def test_a_run_that_is_broken_off_anywhere_around_a_spike_ends_the_same(
         assert [line["macro_batch"] for line in read_metrics(Path(name))] == [1, 2, 3, 4, 5, 6]
 
 
+def test_the_costs_of_spikes_are_shown_where_they_are_watched_for(tiny: Build, trainer: Open) -> None:
+    run, other = trainer(tiny(run_dir="run", **SPIKES)), trainer(tiny(run_dir="other"))
+    for each in (run, other):
+        each.source.skip(8, 24)
+        each.source.skip(40, 48)  # of what is left: 56 to 64 of the data
+        each.spikes.rollbacks = 2
+    assert run.recovery.metrics() == {"rollbacks": 2, "samples_left_out": 24}
+    assert other.recovery.metrics() == {}
+
+
 def test_skipped_steps_and_poisoned_weights_are_gone_back_from_too(tiny: Build, trainer: Open) -> None:
     fields = SPIKES | {"training__max_skipped_steps": 2}
     run = trainer(tiny(run_dir="run", **fields))
-    objective = run.objective
-    run.objective = lambda *given: objective(*given) * (math.nan if run.position.step in (17, 18) and not again else 1)
-    again: list[int] = []
-    back = run.roll_back_at_spike
-
-    def noted() -> bool:
-        went = back()
-        again.extend([1] * went)
-        return went
-
-    run.roll_back_at_spike = noted  # type: ignore[method-assign]
+    bad, first_time = (17, 18), lambda: run.spikes.rollbacks == 0
+    run.objective = scaled(run.objective, lambda: math.nan if run.position.step in bad and first_time() else 1.0)
     assert run.train() == "finished"
-    assert again == [1] and run.position.skipped_ranges == [[128, 152]]
+    assert run.spikes.rollbacks == 1 and run.source.state_dict()["skipped_ranges"] == [[128, 152]]
     other = trainer(tiny(run_dir="other", **SPIKES))
     spoil_after(other, 17, "weight")
     step = other.step
@@ -308,4 +319,4 @@ def test_a_run_that_spikes_again_and_again_ends_and_says_so(tiny: Build, trainer
 def test_a_spike_is_let_pass_where_no_threshold_is_given(tiny: Build, trainer: Open) -> None:
     run = with_bad_data(trainer(tiny(run_dir="run")))
     assert run.train() == "finished"
-    assert run.position.skipped_ranges == [] and "rollbacks" not in read_metrics(Path("run"))[-1]
+    assert run.source.state_dict()["skipped_ranges"] == [] and "rollbacks" not in read_metrics(Path("run"))[-1]

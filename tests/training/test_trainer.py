@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounter
 
 from cleangpt.checkpoints.snapshots import list_snapshots, load_snapshot
 from cleangpt.config import Schedule, ScheduleConfig
+from cleangpt.corpora import prepare
 from cleangpt.data.batch import IGNORED, Batch
 from cleangpt.errors import RunFailedError
 from cleangpt.experiment import Experiment
@@ -22,6 +23,7 @@ from cleangpt.objectives import Loss, NextToken
 from cleangpt.tracking.metrics import read_metrics
 from cleangpt.training.state import LossSums
 from cleangpt.training.trainer import Trainer
+from tests.losses import scaled
 
 Build = Callable[..., Experiment]
 Open = Callable[[Experiment], Trainer]
@@ -288,8 +290,7 @@ def test_a_finished_run_started_again_changes_nothing(tiny: Build, trainer: Open
 
 
 def poison(trainer: Trainer, steps: set[int]) -> None:
-    objective = trainer.objective
-    trainer.objective = lambda *given: objective(*given) * (math.nan if trainer.position.step in steps else 1)
+    trainer.objective = scaled(trainer.objective, lambda: math.nan if trainer.position.step in steps else 1.0)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny: Build, trainer: Open) -> None:
@@ -313,9 +314,7 @@ def test_too_many_skipped_steps_in_a_row_end_the_run_and_name_the_last_good_snap
 ) -> None:
     run = trainer(tiny(run_dir="run", training__max_skipped_steps=3))
     poison(run, {9, 10, 11})
-    with pytest.raises(
-        RunFailedError, match=r"3 steps in a row .* the last good snapshot is run.saver.snapshots.mb000002;"
-    ):
+    with pytest.raises(RunFailedError, match=r"3 steps in a row .* the last good snapshot is run.snapshots.mb000002;"):
         run.train()
     assert list_snapshots(Path("run/snapshots"))[0].name == "mb000002"
 
@@ -324,17 +323,18 @@ def test_too_many_skipped_steps_in_a_row_end_the_run_and_name_the_last_good_snap
 
 
 def test_the_figures_of_a_macro_batch_are_right(tiny: Build, trainer: Open) -> None:
-    run = trainer(tiny(run_dir="run", training__macro_batches=3, model__dropout=0.0, optimizer__lr=0.0))
+    experiment = tiny(run_dir="run", training__macro_batches=3, model__dropout=0.0, optimizer__lr=0.0)
+    run = trainer(experiment)
     run.train()
     lines = read_metrics(Path("run"))
     last = lines[-1]
     assert [line["samples"] for line in lines] == [32, 64, 96]
-    assert last["tokens"] == 96 * run.experiment.data.seq_len
+    assert last["tokens"] == 96 * experiment.data.seq_len
     assert last["step"] == 12 and last["training_batch_size"] == 8
     assert last["times_visited"] == pytest.approx(96 / 90) and last["visited_share"] == 1.0
     assert lines[0]["visited_share"] == pytest.approx(32 / 90)
     assert last["perplexity"] == pytest.approx(math.exp(last["val_loss"]))
-    split = run.store.splits["val"]
+    split = prepare(experiment.corpus, Path(experiment.data.folder)).splits["val"]
     rows = split.read(0, split.tokens).astype(np.int64).reshape(-1, split.row_length)
     counts = split.read_mask(0, split.tokens).reshape(-1, split.row_length)[:, 1:]
     with torch.no_grad():
@@ -486,4 +486,4 @@ def test_without_a_compiler_a_line_says_so_and_training_goes_on(
     run = trainer(tiny(run_dir="run", training__compile="blocks"))
     assert run.train() == "finished"
     log = Path("run/log.txt").read_text()
-    assert log.count("training.compile is blocks, but no compiler was found; going on without") == 1
+    assert log.count("training.compile is blocks, but no compiler was found; training without") == 1

@@ -18,7 +18,7 @@ from cleangpt.config import MuonConfig, Schedule, ScheduleConfig
 from cleangpt.experiment import Experiment
 from cleangpt.tracking.metrics import read_metrics
 from cleangpt.training.trainer import Trainer
-from cleangpt.training.tuning import MOST_RATES, Probe, search, short_run, with_lr
+from cleangpt.training.tuning import MOST_RATES, search, short_run, with_lr
 from tests.commands.test_commands import EXPERIMENT, error_of
 
 # The search ----------------------------------------------------------------------------------------------------------
@@ -131,11 +131,11 @@ def test_a_search_brackets_the_lowest_loss_and_is_the_same_again(own: str) -> No
 
 
 def test_the_validation_split_is_not_looked_at(own: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: Any) -> None:
+    def refuse(*arguments: Any, **named: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("cleangpt.training.trainer.validate", refuse)
-    monkeypatch.setattr("cleangpt.training.trainer.validation_batches", refuse)
+    monkeypatch.setattr("cleangpt.training.validator.validate", refuse)
+    monkeypatch.setattr("cleangpt.training.validator.validation_batches", refuse)
     tune("--rates", "0.01")
     assert {path.name for path in Path("tuned/lr_0.01").iterdir()}.isdisjoint({"checkpoints", "snapshots"})
 
@@ -154,15 +154,15 @@ def test_interrupted_it_goes_on_where_it_was(
 ) -> None:
     rates = ("--rates", "0.01", "0.02", "0.04")
     expected = tune(*rates, out="whole")
-    steps = []
+    steps, plain = [], Trainer.step
 
     def step(self: Trainer) -> None:
-        Trainer.step(self)
-        steps.append(self.experiment.optimizer.lr)
+        plain(self)
+        steps.append(float(self.run.name.removeprefix("lr_")))
         if len(steps) == 8 + 3:
             self.stopping.signals.requested = "SIGTERM"
 
-    monkeypatch.setattr(Probe, "step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     capsys.readouterr()
     assert list(tune(*rates)) == [0.01]
     assert capsys.readouterr().out.splitlines()[-1] == "interrupted and saved; the same command goes on"
