@@ -94,9 +94,8 @@ def at_random(seed: int, folder: Path) -> None:
     victim(folder)
     process = start(folder, *TRAIN)
     time.sleep(random.Random(seed).uniform(0.05, 0.6))
-    if process.is_alive():
-        assert process.pid is not None
-        os.kill(process.pid, getattr(signal, name))
+    if process.poll() is None:
+        process.send_signal(getattr(signal, name))
     assert finish(process) in (0, 130, -getattr(signal, name)), output(folder)
     assert run(folder, *TRAIN) == 0, output(folder)
     check_whole(folder)
