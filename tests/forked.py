@@ -7,12 +7,14 @@ environment, output, exit code and signals, like any other. Where a system canno
 import functools
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from multiprocessing import forkserver
 from pathlib import Path
@@ -50,9 +52,13 @@ class Command:
             folder: where the process works.
             append_to: a file in `folder` to which all that is printed is appended, instead of files of its own.
         """
-        self._printed = tempfile.TemporaryDirectory(prefix="printed_", ignore_cleanup_errors=True)
-        place, printed = Path(folder).absolute(), Path(self._printed.name)
-        self._paths = (place / append_to,) * 2 if append_to else (printed / "stdout", printed / "stderr")
+        place = Path(folder).absolute()
+        if append_to:
+            self._paths = (place / append_to, place / append_to)
+        else:
+            printed = Path(tempfile.mkdtemp(prefix="printed_"))
+            self._paths = (printed / "stdout", printed / "stderr")
+            weakref.finalize(self, shutil.rmtree, printed, ignore_errors=True)
         arguments = (work, {**os.environ, **(environment or {})}, place, self._paths)
         self._process = _context().Process(target=_run, args=arguments, daemon=True)
         self._process.start()

@@ -29,6 +29,7 @@ import os
 from dataclasses import dataclass
 import numpy as np
 from cleangpt.config import *
+from cleangpt.experiment import Experiment
 from cleangpt.corpora import CORPORA
 from cleangpt.corpora.base import Corpus
 from cleangpt.data.writer import DatasetWriter

@@ -22,6 +22,7 @@ TRAIN = ("train", "victim.py", "--run-dir", "run")
 """What a scheduler starts again after a crash."""
 EXPERIMENT = """
 from cleangpt.config import *
+from cleangpt.experiment import Experiment
 from cleangpt.corpora.adder import Adder
 from cleangpt.models.gpt import GPTConfig
 

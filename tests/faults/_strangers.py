@@ -22,6 +22,7 @@ from tests.faults._runs import finish, output, run, start
 
 EXPERIMENT = """
 from cleangpt.config import *
+from cleangpt.experiment import Experiment
 from cleangpt.corpora.{module} import {corpus}
 from cleangpt.models.{architecture} import {model}
 

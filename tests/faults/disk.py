@@ -14,7 +14,8 @@ import pytest
 from cleangpt.checkpoints.snapshots import list_snapshots
 from cleangpt.files import find_corruption, fsync_files, read_json, write_json
 from cleangpt.tracking.metrics import read_metrics
-from cleangpt.training import trainer
+from cleangpt.tracking.progress import ProgressBar
+from cleangpt.training import saving
 from tests.faults import _disk, fault
 from tests.faults._disk import FOR_GOOD, operations, place
 from tests.faults._runs import EXPERIMENT, TRAIN, check_whole, output, run, unbroken, victim
@@ -76,16 +77,16 @@ PATIENT = EXPERIMENT.replace("patience=0", "patience=60")
 
 def full_until_told(at: int) -> None:
     """A disk that is full until the trainer has said that it waits."""
-    trainer.PAUSE = 1
-    said = trainer.ProgressBar.log
+    saving.PAUSE = 1
+    said = ProgressBar.log
     disk = _disk.install("full", at, FOR_GOOD)
 
-    def log(self: trainer.ProgressBar, text: str) -> None:
+    def log(self: ProgressBar, text: str) -> None:
         said(self, text)
         if text.startswith("trying again"):
             disk.length = 0
 
-    trainer.ProgressBar.log = log  # type: ignore[method-assign]
+    ProgressBar.log = log  # type: ignore[method-assign]
 
 
 @fault("disk read-only, closed or broken from an operation on", short=2, long=120)
@@ -176,7 +177,7 @@ def newest_damaged(seed: int, folder: Path) -> None:
     check_goes_on(folder)
     said = output(folder)
     assert f"snapshot run/snapshots/{newest.name} is corrupt (" in said and "; using the one before it" in said
-    assert "going on from run/snapshots/mb000002" in said
+    assert "resuming from run/snapshots/mb000002" in said
 
 
 @fault("all snapshots damaged", short=1, long=16)

@@ -3,11 +3,13 @@
 import functools
 import math
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from cleangpt.checkpoints.snapshots import list_snapshots
 from cleangpt.data import loader as batches
+from cleangpt.objectives import Loss
 from cleangpt.tracking.metrics import read_metrics
 from cleangpt.training.optimizer import Optimizer
 from cleangpt.training.trainer import Trainer
@@ -35,6 +37,11 @@ def steps() -> int:
     return int(newest_state(unbroken() / "run")["position"]["step"])
 
 
+def spoilt_loss(objective: Callable[..., Loss], value: float, *given: Any) -> Loss:
+    loss = objective(*given)
+    return loss._replace(total=loss.total * value)
+
+
 def spoil(what: str, step: int, value: float, dies_at: int | None = None) -> None:
     """Puts a value into the loss, a gradient or a weight of a step; perhaps kills the process at an operation."""
     if dies_at is not None:
@@ -50,7 +57,7 @@ def spoil(what: str, step: int, value: float, dies_at: int | None = None) -> Non
     def spoilt(self: Trainer) -> None:
         here, objective = self.position.step == step, self.objective
         if here and what == "loss":
-            self.objective = lambda *given: objective(*given) * value
+            self.objective = functools.partial(spoilt_loss, objective, value)
         Optimizer.step = spoilt_update if here and what == "gradient" else update  # type: ignore[method-assign]
         plain(self)
         self.objective = objective
@@ -133,7 +140,7 @@ def spiked(strategy: str = "") -> Path:
         assert run_two(folder, *TRAIN, *by(strategy), hooks=[bad_data, bad_data]) == [0, 0], output(folder)
     else:
         assert run(folder, *TRAIN, hook=bad_data) == 0, output(folder)
-    assert newest_state(folder / "run")["position"]["skipped_ranges"], output(folder)
+    assert newest_state(folder / "run")["source"]["skipped_ranges"], output(folder)
     return folder
 
 

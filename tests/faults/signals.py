@@ -14,21 +14,23 @@ from cleangpt.checkpoints import tensor_files as shards
 from cleangpt.checkpoints.checkpoint import Checkpoints
 from cleangpt.files import read_json
 from cleangpt.tracking.metrics import MetricsFiles
-from cleangpt.training import trainer
+from cleangpt.training import build, validator
 from cleangpt.training.deadline import Deadline
+from cleangpt.training.saving import Saver
+from cleangpt.training.trainer import Trainer
 from tests.faults import fault
 from tests.faults._runs import TRAIN, check_whole, finish, output, run, run_two, start, unbroken, victim
 
 STOPS = ("SIGTERM", "SIGINT", "SIGHUP")
 SIGNALS = (*STOPS, "SIGUSR1")
 PLACES: dict[str, tuple[Any, str]] = {
-    "a step": (trainer.Trainer, "step"),
-    "validation": (trainer, "validate"),
+    "a step": (Trainer, "step"),
+    "validation": (validator, "mean_loss"),
     "saving": (shards, "save_file"),
     "a checkpoint": (Checkpoints, "save"),
     "recording": (MetricsFiles, "record"),
-    "sampling": (trainer, "sample_text"),
-    "the end": (saving.Saver, "save_last"),
+    "sampling": (build, "sample_text"),
+    "the end": (Saver, "save_last"),
 }
 
 

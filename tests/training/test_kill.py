@@ -15,6 +15,7 @@ from cleangpt.tracking.metrics import read_metrics
 
 EXPERIMENT = """
 from cleangpt.config import *
+from cleangpt.experiment import Experiment
 from cleangpt.corpora.adder import Adder
 from cleangpt.models.gpt import GPTConfig
 

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
 EXPERIMENT = '''
 import math, os, signal, time
 from cleangpt.config import *
+from cleangpt.experiment import Experiment
 from cleangpt.corpora import CORPORA
 from cleangpt.models.gpt import GPTConfig
 from cleangpt.training.trainer import Trainer
