@@ -3,13 +3,12 @@
 import functools
 import math
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from cleangpt.checkpoints.snapshots import list_snapshots
 from cleangpt.data import loader as batches
-from cleangpt.objectives import Loss
+from cleangpt.objectives import Loss, Objective
 from cleangpt.tracking.metrics import read_metrics
 from cleangpt.training.optimizer import Optimizer
 from cleangpt.training.trainer import Trainer
@@ -37,9 +36,15 @@ def steps() -> int:
     return int(newest_state(unbroken() / "run")["position"]["step"])
 
 
-def spoilt_loss(objective: Callable[..., Loss], value: float, *given: Any) -> Loss:
-    loss = objective(*given)
-    return loss._replace(total=loss.total * value)
+class Spoilt:
+    """An objective whose loss is multiplied by a value."""
+
+    def __init__(self, objective: Objective, value: float) -> None:
+        self.objective, self.value, self.count = objective, value, objective.count
+
+    def __call__(self, *given: Any) -> Loss:
+        loss = self.objective(*given)
+        return loss._replace(total=loss.total * self.value)
 
 
 def spoil(what: str, step: int, value: float, dies_at: int | None = None) -> None:
@@ -57,7 +62,7 @@ def spoil(what: str, step: int, value: float, dies_at: int | None = None) -> Non
     def spoilt(self: Trainer) -> None:
         here, objective = self.position.step == step, self.objective
         if here and what == "loss":
-            self.objective = functools.partial(spoilt_loss, objective, value)
+            self.objective = Spoilt(objective, value)  # type: ignore[assignment]
         Optimizer.step = spoilt_update if here and what == "gradient" else update  # type: ignore[method-assign]
         plain(self)
         self.objective = objective

@@ -21,6 +21,7 @@ from cleangpt.data.batch import Batch
 from cleangpt.experiment import Experiment
 from cleangpt.training.trainer import Trainer
 from tests.faults._runs import differing
+from tests.forked import run_together
 
 Build = Callable[..., Experiment]
 Open = Callable[[Experiment], Trainer]
@@ -133,22 +134,19 @@ experiment = Experiment(
 """
 
 
-def launch(processes: int, *words: str, **environment: str) -> None:
-    """Trains own.py, which is written here, in so many processes of their own."""
+def launch(processes: int, *words: str) -> None:
+    """Trains own.py, which is written here, in processes of their own."""
     Path("own.py").write_text(EXPERIMENT)
-    program = ["-m", "cleangpt"]
-    if processes > 1:
-        program = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *program]
-    outcome = subprocess.run(
-        [sys.executable, *program, *words], capture_output=True, text=True, timeout=240, env=os.environ | environment
-    )
+    outcome = run_together(processes, *words)
     assert outcome.returncode == 0, outcome.stderr[-3000:]
 
 
 @pytest.mark.slow
 def test_the_order_of_sets_which_differs_between_processes_changes_no_bit(workplace: Path) -> None:
+    Path("own.py").write_text(EXPERIMENT)
     for seed in ("1", "2"):
-        launch(1, "train", "own.py", "--run-dir", seed, PYTHONHASHSEED=seed)
+        command = [sys.executable, "-m", "cleangpt", "train", "own.py", "--run-dir", seed]
+        subprocess.run(command, check=True, timeout=240, env=os.environ | {"PYTHONHASHSEED": seed})
     assert differing(final("1"), final("2")) == ""
 
 
