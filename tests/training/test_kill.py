@@ -102,7 +102,7 @@ def test_a_process_killed_while_it_writes_its_shard_leaves_the_snapshot_before(w
     newest, complaints = newest_snapshot(Path("run/snapshots"))
     assert newest is not None and newest.name == "mb000003" and not complaints
     finish("resume", "run", "--training.macro-batches", "6")
-    assert "going on from run/snapshots/mb000003" in Path("run/log.txt").read_text()
+    assert "resuming from run/snapshots/mb000003" in Path("run/log.txt").read_text()
     assert [line["macro_batch"] for line in read_metrics(Path("run"))] == list(range(1, 7))
     assert not list(Path("run").rglob("*.partial"))
 
