@@ -73,7 +73,7 @@ def at_once(seed: int, folder: Path) -> None:
     check_whole(folder)
 
 
-@fault("a second launch of two processes on a run of two", short=1, long=5)
+@fault("a second launch of two processes on a run of two", short=1, long=5, slow=True)
 def second_launch(seed: int, folder: Path) -> None:
     """Each of its processes ends in one line; the first goes on."""
     victim(folder)

@@ -99,7 +99,7 @@ def poisoned(seed: int, folder: Path) -> None:
     check_whole(folder)
 
 
-@fault("a weight of one of two processes that is NaN", short=1, long=4)
+@fault("a weight of one of two processes that is NaN", short=1, long=4, slow=True)
 def poisoned_part(seed: int, folder: Path) -> None:
     victim(folder)
     hooks: list[Any] = [None, None]
@@ -170,7 +170,7 @@ def spike(seed: int, folder: Path) -> None:
     check_went_back(folder, reference)
 
 
-@fault("a spike of the loss in two processes, of which one is killed", short=1, long=45)
+@fault("a spike of the loss in two processes, of which one is killed", short=1, long=45, slow=True)
 def spike_of_two(seed: int, folder: Path) -> None:
     """The weights whole on each (ddp), in shards (fsdp), and cut with the sequence (tp)."""
     strategy, rank = ("fsdp", "tp", "ddp")[seed % 3], seed // 3 % 2

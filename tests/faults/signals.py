@@ -139,7 +139,7 @@ def check_two(folder: Path, hooks: list[Any], *words: str) -> None:
     check_whole(folder, unbroken(processes=2))
 
 
-@fault("a signal to one of two processes", short=1, long=2 * 4 * 4)
+@fault("a signal to one of two processes", short=1, long=2 * 4 * 4, slow=True)
 def one_of_two(seed: int, folder: Path) -> None:
     rank, name, place = of_seed(seed, (1, 0), SIGNALS, ("a step", "validation", "saving", "a checkpoint"))
     victim(folder)
@@ -148,7 +148,7 @@ def one_of_two(seed: int, folder: Path) -> None:
     check_two(folder, hooks)
 
 
-@fault("one of two processes out of time", short=1, long=10)
+@fault("one of two processes out of time", short=1, long=10, slow=True)
 def one_of_two_out_of_time(seed: int, folder: Path) -> None:
     victim(folder)
     hooks: list[Any] = [None, None]
