@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 endif
 INSTALLED := $(VENV)/installed
 # Processes that run tests: as many as there are cores, or make test WORKERS=4
-WORKERS ?= auto
+WORKERS ?= logical
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 .PHONY: demo test slow all-tests slowest torture llama lint types benchmarks clean
