@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from cleangpt.checkpoints import tensor_files as shards
 from cleangpt.checkpoints.snapshots import Snapshots, list_snapshots, load_snapshot, newest_snapshot, quarantine
 from cleangpt.config import SavingConfig
+from cleangpt.distributed.processes import Ranks
 from cleangpt.errors import UserError
 from cleangpt.files import find_corruption, read_json, recover_folder, write_json
 from tests.distributed import sharded_process

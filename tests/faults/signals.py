@@ -25,7 +25,7 @@ STOPS = ("SIGTERM", "SIGINT", "SIGHUP")
 SIGNALS = (*STOPS, "SIGUSR1")
 PLACES: dict[str, tuple[Any, str]] = {
     "a step": (Trainer, "step"),
-    "validation": (validator, "mean_loss"),
+    "validation": (validator, "validate"),
     "saving": (shards, "save_file"),
     "a checkpoint": (Checkpoints, "save"),
     "recording": (MetricsFiles, "record"),

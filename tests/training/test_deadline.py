@@ -23,6 +23,7 @@ from cleangpt.training import deadline
 from cleangpt.training.build import build_trainer
 from cleangpt.training.deadline import SPARE, Deadline, read_time_limit
 from cleangpt.training.launch import resolve
+from cleangpt.training.trainer import Trainer
 
 Build = Callable[..., Experiment]
 Open = Callable[[Experiment], Trainer]
