@@ -1,5 +1,5 @@
 # make demo: install, then train, score, sample and report two small models (no network needed after installation)
-# make test: install, then run the default test suite
+# make test: install, then run the default tests, over all cores
 PYTHON ?= python3
 VENV   := .venv
 ifeq ($(OS),Windows_NT)
@@ -8,25 +8,39 @@ else
 BIN := $(VENV)/bin
 endif
 INSTALLED := $(VENV)/installed
+# Processes that run tests: as many as there are cores, or make test WORKERS=4
+WORKERS ?= logical
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: demo test slow torture llama lint types benchmarks clean
+.PHONY: demo test slow all-tests slowest torture llama lint types benchmarks clean
 
 demo: $(INSTALLED)
 	$(BIN)/cleangpt demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m 'slow and not torture'
 
-# every fault at every place where it may happen, and a table of what was lost: docs/reliability.md
+# the default tests and the slow ones, each once, from one pool of processes; what .ci/run runs
+all-tests: $(INSTALLED)
+	$(PYTEST) -m 'not torture'
+
+# the same, and writes the table of the slowest tests into CONTRIBUTING.md
+slowest: $(INSTALLED)
+	$(PYTEST) -m 'not torture' --slowest CONTRIBUTING.md
+
+# every fault at every place where it can happen, with a table of what was lost (docs/reliability.md), and the
+# repetitions of tests that .ci/run leaves out
 torture: $(INSTALLED)
 	$(BIN)/python -m tests.faults
+	$(PYTEST) -m torture
 
-# llama.cpp, compiled here in some minutes: exported files are tested with it where it is installed
+# compiles llama.cpp, for some minutes, and compares what it computes from exported files with what we compute
 llama: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt llama-cpp-python
+	$(PYTEST) -m torture tests/interchange/test_gguf.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -38,9 +52,10 @@ types: $(INSTALLED)
 benchmarks: $(INSTALLED)
 	$(BIN)/python -m benchmarks
 
+# --no-compile saves a minute: Python compiles the few modules that are imported, when they are imported
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --no-compile --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -c "open('$(INSTALLED)', 'w').close()"
 
 clean:

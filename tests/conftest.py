@@ -1,9 +1,11 @@
-"""A tiny experiment that every room can train in a second or two."""
+"""A tiny experiment that trains in a second or two, and the table of the slowest tests."""
 
 import dataclasses
 import os
+import re
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,31 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the tests of it would do nothing
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slowest", metavar="FILE", help="write the twenty slowest tests into a table of this document")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first, so that no process is left alone with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Replaces the rows of the table of the slowest tests in a document, where `--slowest` names one."""
+    if not (name := config.getoption("slowest")):
+        return
+    seconds: Counter[str] = Counter()
+    suites: dict[str, str] = {}
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        if isinstance(report, pytest.TestReport):
+            seconds[report.nodeid] += report.duration
+            suites[report.nodeid] = "slow" if "slow" in report.keywords else "default"
+    rows = (f"| `{test.replace('|', '/')}` | {took:.0f} | {suites[test]} |\n" for test, took in seconds.most_common(20))
+    document, head = Path(name), "| test | seconds | suite |\n|---|---:|---|\n"
+    before, rest = document.read_text(encoding="utf-8").split(head)
+    document.write_text(before + head + "".join(rows) + re.sub(r"\A(\|.*\n)*", "", rest), encoding="utf-8")
 
 
 def change(experiment: Experiment, **fields: Any) -> Experiment:

@@ -46,7 +46,7 @@ def counted(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.slow if name == "vs_nanogpt" else []) for name in command.BENCHMARKS],
+    [pytest.param(name, marks=[] if name in ("step", "snapshot") else pytest.mark.slow) for name in command.BENCHMARKS],
 )
 def test_a_benchmark_gives_a_table_of_positive_figures_and_leaves_nothing_behind(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -1,10 +1,9 @@
-"""One process of tests/checkpoints/test_snapshots.py: `python sharded_process.py LAYOUT RANK PROCESSES FOLDER`.
+"""One of the processes of tests/checkpoints/test_snapshots.py, each of which calls `main`.
 
-It saves a state whose tensors are cut as LAYOUT says as FOLDER/LAYOUT/mb000001, and loads every snapshot that other
-layouts have left in FOLDER into tensors that are cut like this, which must then be the saved ones, bit for bit.
+It saves a state whose tensors are sharded by a layout as FOLDER/LAYOUT/mb000001, and loads every snapshot that other
+layouts have left in FOLDER into tensors sharded alike, which must then be the saved ones, bit for bit.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +82,16 @@ def assert_same(one: Any, two: Any) -> None:
         assert one == two
 
 
-def main(layout: str, ranks: Ranks, folder: Path) -> None:
+def main(layout: str, rank: int, processes: int, folder: Path) -> None:
+    """Joins the others, and does what the head of this file says."""
+    rendezvous = f"file://{folder.resolve()}/rendezvous_{layout}"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=processes)
+    save_and_load(layout, Ranks(rank, rank, processes), folder)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def save_and_load(layout: str, ranks: Ranks, folder: Path) -> None:
     state = state_of(cut(layout))
     snapshots = Snapshots(folder / layout, SavingConfig(), ranks)
     saved = blank(state)
@@ -105,12 +113,3 @@ def tensors_of(tree: Any, path: str = "") -> dict[str, Tensor]:
         return {path: tree.detach()}
     children = tree.items() if isinstance(tree, dict) else ()
     return {name: tensor for key, child in children for name, tensor in tensors_of(child, f"{path}/{key}").items()}
-
-
-if __name__ == "__main__":
-    layout, rank, processes, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
-    rendezvous = f"file://{folder.resolve()}/rendezvous_{layout}"
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=processes)
-    main(layout, Ranks(rank, rank, processes), folder)
-    dist.barrier()
-    dist.destroy_process_group()

@@ -2,9 +2,8 @@
 
 import json
 import random
-import subprocess
-import sys
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ from cleangpt.distributed.device import RandomState
 from cleangpt.distributed.processes import Ranks
 from cleangpt.errors import UserError
 from cleangpt.files import find_corruption, read_json, recover_folder, write_json
+from tests.distributed import sharded_process
+from tests.forked import Command
 
 STATE = {
     "position": {"samples": 12, "time": 0.1 + 0.2},
@@ -201,12 +202,9 @@ def test_a_run_that_has_failed_is_not_told_of_a_second_failure(tmp_path: Path, m
 
 def launch(layout: str, processes: int, folder: Path) -> None:
     """Saves the state of `sharded_process.py` under a layout, and loads there what others have saved."""
-    script = Path(__file__).with_name("sharded_process.py")
-    words = [sys.executable, "-W", "ignore", str(script), layout]
-    running = [subprocess.Popen([*words, str(rank), str(processes), str(folder)], stderr=subprocess.PIPE, text=True)
-               for rank in range(processes)]  # fmt: skip
-    errors = [process.communicate(timeout=120)[1] for process in running]
-    assert all(process.returncode == 0 for process in running), errors
+    running = [Command(partial(sharded_process.main, layout, rank, processes, folder)) for rank in range(processes)]
+    codes = [process.wait() for process in running]
+    assert not any(codes), [process.stderr for process in running]
 
 
 def weights_alone(path: Path) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ import pytest
 from cleangpt import __version__
 from cleangpt.commands import COMMANDS, main
 from cleangpt.tracking.metrics import read_metrics
+from tests import forked
 
 EXPERIMENT = '''"""A small experiment of the user's own."""
 from cleangpt.config import *
@@ -413,15 +414,12 @@ MODELS["bigram"] = (BigramConfig, Bigram)
     )
     assert main(["train", "bigram.py", "--run-dir", "run"]) == 0
     for words in (["resume", "run"], ["evaluate", "run"], ["sample", "run"]):
-        code = "import sys; from cleangpt.commands import main; sys.exit(main(sys.argv[1:]))"
-        outcome = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=120)
+        outcome = forked.run(*words)
         if words[0] == "resume":
             assert outcome.returncode == 0, outcome.stderr
         else:
             assert outcome.returncode == 2 and "kind 'bigram', which is not registered here" in outcome.stderr
-            again = subprocess.run(
-                [sys.executable, "-m", "cleangpt", *words, "--code", "bigram.py"], capture_output=True, timeout=120
-            )
+            again = forked.run(*words, "--code", "bigram.py")
             assert again.returncode == 0, again.stderr
 
 

@@ -348,6 +348,7 @@ def test_a_document_in_many_groups_is_one_document(tmp_path: Path, monkeypatch: 
     assert parts.description["splits"] == whole.description["splits"]
 
 
+@pytest.mark.slow
 def test_the_result_does_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
     corpus = Text(files=(write(tmp_path / "a.txt", ROMAN),), tokenizer="bpe", vocab_size=400)
     code = (
@@ -362,6 +363,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads(tmp_path: Path) -> 
     assert one.description == three.description
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
     """Peak memory of a process that prepares four times the text is the same but for a few megabytes."""
     code = (
@@ -421,7 +423,7 @@ def test_stories_come_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    "network", [{"HF_HUB_OFFLINE": "1"}, pytest.param({"HF_ENDPOINT": "http://127.0.0.1:9"}, marks=pytest.mark.slow)]
+    "network", [{"HF_HUB_OFFLINE": "1"}, pytest.param({"HF_ENDPOINT": "http://127.0.0.1:9"}, marks=pytest.mark.torture)]
 )
 def test_without_the_hub_it_says_which_files_to_fetch(network: dict[str, str], tmp_path: Path) -> None:
     code = (
@@ -470,7 +472,9 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "utf-8"}
 
 
-@pytest.mark.parametrize("tokenizer", ["byte", "bpe", "arithmetic"])
+@pytest.mark.parametrize(
+    "tokenizer", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("byte", "bpe")), "arithmetic"]
+)
 def test_a_killed_preparation_goes_on_and_ends_the_same(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

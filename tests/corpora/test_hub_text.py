@@ -191,7 +191,8 @@ print(*hub.fetched)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX")
-@pytest.mark.parametrize("tokenizer", ["byte", pytest.param("bpe", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tokenizer", ["byte", pytest.param("bpe", marks=pytest.mark.torture)])
 def test_a_killed_stream_goes_on_without_the_shards_that_are_done(
     tokenizer: Any, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +213,7 @@ def test_a_killed_stream_goes_on_without_the_shards_that_are_done(
     assert TokenDataset(dataset_folder(corpus, workplace / "data")).description == whole.description
 
 
+@pytest.mark.slow
 def test_without_a_network_one_line_says_which_files_to_fetch(workplace: Path) -> None:
     code = (
         "from cleangpt.corpora import *\n"

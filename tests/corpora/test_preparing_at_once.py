@@ -2,63 +2,57 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cleangpt.corpora import prepare_dataset
 from cleangpt.corpora.adder import Adder
 from cleangpt.data.dataset import TokenDataset
+from tests.forked import Command
 
 CORPUS = Adder(digits=2, train_samples=300, val_samples=20, test_samples=20)
-SLOW = """
-import os, sys, time
-from pathlib import Path
-from cleangpt.corpora import prepare_dataset
-from cleangpt.corpora.adder import Adder
-
-plain = Adder.prepare
-
-def slowly(self, folder, console):
-    Path(f"began_{os.getpid()}").touch()
-    while not Path("go").exists():
-        time.sleep(0.01)
-    return plain(self, folder, console)
-
-Adder.prepare = slowly
-store = prepare_dataset(Adder(digits=2, train_samples=300, val_samples=20, test_samples=20), Path("data"))
-store.verify()
-"""
 
 
-def start() -> "subprocess.Popen[str]":
-    return subprocess.Popen([sys.executable, "-c", SLOW], stderr=subprocess.PIPE, text=True)
+def prepare_slowly() -> None:
+    """Prepares it once there is a file `go`."""
+    plain = Adder.prepare
+
+    def slowly(self: Adder, *given: Any) -> Any:
+        Path(f"began_{os.getpid()}").touch()
+        while not Path("go").exists():
+            time.sleep(0.01)
+        return plain(self, *given)
+
+    Adder.prepare = slowly  # type: ignore[method-assign]
+    store = prepare_dataset(CORPUS, Path("data"))
+    assert isinstance(store, TokenDataset)
+    store.verify()
 
 
 def began() -> int:
     return len(list(Path().glob("began_*")))
 
 
-def wait_until(number: int) -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
-    while began() < number:
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
 def test_one_prepares_and_the_other_takes_what_it_made(workplace: Path) -> None:
-    first = start()
-    wait_until(1)
-    other = start()
-    assert other.stderr is not None
-    assert "another process prepares data/adder-" in other.stderr.readline()
+    first = Command(prepare_slowly)
+    wait_until(lambda: began() == 1)
+    other = Command(prepare_slowly)
+    wait_until(lambda: "\n" in other.stderr)
+    assert "another process prepares data/adder-" in other.stderr
     Path("go").touch()
-    for process in (first, other):
-        process.communicate(timeout=60)
-        assert process.returncode == 0
+    assert (first.wait(), other.wait()) == (0, 0)
     assert began() == 1
     assert isinstance(prepare_dataset(CORPUS, Path("data")), TokenDataset)
     assert [path.name for path in Path("data").iterdir() if path.name.startswith(".")] == []
@@ -66,12 +60,11 @@ def test_one_prepares_and_the_other_takes_what_it_made(workplace: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX")
 def test_one_that_is_killed_holds_nothing(workplace: Path) -> None:
-    first = start()
-    wait_until(1)
-    second = start()
-    os.kill(first.pid, signal.SIGKILL)
-    first.communicate()
-    wait_until(2)
+    first = Command(prepare_slowly)
+    wait_until(lambda: began() == 1)
+    second = Command(prepare_slowly)
+    first.kill()
+    assert first.wait() == -signal.SIGKILL
+    wait_until(lambda: began() == 2)
     Path("go").touch()
-    _, said = second.communicate(timeout=60)
-    assert second.returncode == 0, said
+    assert second.wait() == 0, second.stderr

@@ -23,6 +23,8 @@ from cleangpt.errors import UserError
 from cleangpt.files import find_corruption
 from cleangpt.models.gpt import GPT, GPTConfig
 from cleangpt.tracking.metrics import read_metrics
+from tests import forked
+from tests.forked import run_together
 
 EXPERIMENT = '''
 import os
@@ -36,10 +38,10 @@ from cleangpt.data.writer import DatasetWriter
 from cleangpt.data.tokenizers import ByteTokenizer
 from cleangpt.models.gpt import GPTConfig
 from cleangpt.models.llama import LlamaConfig
-from cleangpt.training import trainer
+from cleangpt.training import build
 from cleangpt.training.trainer import Trainer
 
-trainer.peak_flops = lambda device: 1e9  # of a CPU it is not known, and MFU would not be told
+build.peak_flops = lambda device: 1e9  # of a CPU it is not known, and MFU would not be told
 
 @dataclass(frozen=True, kw_only=True)
 class Uneven(Corpus):
@@ -99,20 +101,16 @@ experiment = Experiment(
 '''
 
 
-def launch(processes: int, *words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "cleangpt", *words]
-    if processes > 1 or "torchrun" in environment:
-        environment.pop("torchrun", None)
-        restarts = environment.pop("restarts", "0")
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-            f"--max-restarts={restarts}", *command[1:],
-        ]  # fmt: skip
+def torchrun(processes: int, *words: str, restarts: int, **environment: str) -> "subprocess.CompletedProcess[str]":
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+        f"--max-restarts={restarts}", "-m", "cleangpt", *words,
+    ]  # fmt: skip
     return subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ | environment)
 
 
 def train(run: str, processes: int, *words: str, **environment: str) -> None:
-    outcome = launch(processes, "train", "uneven.py", "--run-dir", run, *words, **environment)
+    outcome = run_together(processes, "train", "uneven.py", "--run-dir", run, *words, **environment)
     assert outcome.returncode == 0, outcome.stderr[-3000:]
 
 
@@ -180,7 +178,7 @@ STRATEGIES = [
 def test_several_processes_learn_what_one_does(single: str, processes: int, strategy: list[str]) -> None:
     """With uneven loss masks, clipping, an accumulation ramp, micro-batches and a validation set of an odd size."""
     words = [] if processes < 4 else ["--training.micro-batch-size", "1"]
-    train("several", processes, "--parallel.strategy", *strategy, *words, torchrun="also for one")
+    train("several", processes, "--parallel.strategy", *strategy, *words)
     assert_same_run(single, "several")
     one, several = (json.loads(Path(run, "checkpoints/index.json").read_text()) for run in (single, "several"))
     assert [entry["macro_batch"] for entry in one["checkpoints"]] == [
@@ -257,11 +255,11 @@ def test_a_run_goes_on_under_another_strategy_and_number_of_processes(single: st
     """Under ddp x 2 until a process is killed, under fsdp x 4 until one is, then alone; the log of samples proves
     that what was done again was done with the same samples, and that each was seen once an epoch."""
     words = ["--run-dir", "hops", "--training.micro-batch-size", "1"]
-    first = launch(2, "train", "uneven.py", *words, "--parallel.strategy", "ddp", DIE_AT="11", LOG_SAMPLES="seen")
+    first = run_together(2, "train", "uneven.py", *words, "--parallel.strategy", "ddp", DIE_AT="11", LOG_SAMPLES="seen")
     assert first.returncode != 0 and 1 <= len(read_metrics(Path("hops"))) <= 3
-    second = launch(4, "resume", "hops", "--parallel.strategy", "fsdp", DIE_AT="13", LOG_SAMPLES="seen")
+    second = run_together(4, "resume", "hops", "--parallel.strategy", "fsdp", DIE_AT="13", LOG_SAMPLES="seen")
     assert second.returncode != 0
-    third = launch(1, "resume", "hops", "--parallel.strategy", "auto", LOG_SAMPLES="seen")
+    third = run_together(1, "resume", "hops", "--parallel.strategy", "auto", LOG_SAMPLES="seen")
     assert third.returncode == 0, third.stderr
     assert_same_run(single, "hops")
     seen = samples_logged()
@@ -274,11 +272,11 @@ def test_a_run_goes_on_under_another_strategy_and_number_of_processes(single: st
 @pytest.mark.slow
 def test_a_killed_process_ends_all_and_torchrun_starts_them_again_from_the_newest_snapshot(single: str) -> None:
     began = time.monotonic()
-    outcome = launch(2, "train", "uneven.py", LOG_SAMPLES="seen", DIE_AT="9", restarts="1")
+    outcome = torchrun(2, "train", "uneven.py", restarts=1, LOG_SAMPLES="seen", DIE_AT="9")
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     assert time.monotonic() - began < 120
     (run,) = Path("runs/uneven").iterdir()
-    assert "going on from" in (run / "log.txt").read_text()
+    assert "resuming from" in (run / "log.txt").read_text()
     assert_same_run(single, str(run))
 
 
@@ -296,7 +294,7 @@ if os.environ.get("RANK") == "1":
     )
     Path("uneven.py").write_text(failing)
     began = time.monotonic()
-    outcome = launch(2, "train", "uneven.py", "--run-dir", "broken")
+    outcome = run_together(2, "train", "uneven.py", "--run-dir", "broken")
     assert outcome.returncode != 0 and "the disk of rank 1 is on fire" in outcome.stderr
     assert time.monotonic() - began < 60
 
@@ -318,11 +316,11 @@ if os.environ.get("RANK") == "1" and "RESUMED" not in os.environ:
 """
     )
     Path("uneven.py").write_text(text)
-    outcome = launch(2, "train", "uneven.py", "--run-dir", "stopped")
+    outcome = run_together(2, "train", "uneven.py", "--run-dir", "stopped")
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     assert "interrupted and saved" in Path("stopped/log.txt").read_text()
     assert len(read_metrics(Path("stopped"))) < 4
-    outcome = launch(2, "resume", "stopped", RESUMED="1")
+    outcome = run_together(2, "resume", "stopped", RESUMED="1")
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     assert_same_run(single, "stopped")
 
@@ -379,8 +377,7 @@ def test_the_processes_that_share_a_matrix_are_neighbours_and_see_the_same_part_
 
 def test_a_batch_that_the_processes_do_not_divide_is_refused_before_anything_is_made(workplace: Path) -> None:
     (workplace / "uneven.py").write_text(EXPERIMENT)
-    environment = {"WORLD_SIZE": "3", "RANK": "0", "LOCAL_RANK": "0"}
-    outcome = launch(1, "train", "uneven.py", **environment)
+    outcome = forked.run("train", "uneven.py", WORLD_SIZE="3", RANK="0", LOCAL_RANK="0")
     assert outcome.returncode == 2
     assert outcome.stderr == "rank 0: error: data.batch_size is 8; allowed: a multiple of the 3 devices\n"
     assert not Path("runs").exists() and not Path("data").exists()

@@ -1,12 +1,13 @@
 """What a signal does, whenever it comes: once, twice, while validating, while saving, without a terminal."""
 
 import os
+import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,20 +18,28 @@ if sys.platform == "win32":
 import pty
 
 from cleangpt.checkpoints.snapshots import list_snapshots, load_snapshot
+from cleangpt.corpora.adder import Adder
 from cleangpt.distributed.signals import SAVE_SIGNAL, StopRequest, ignore_signal
 from cleangpt.experiment import Experiment
 from cleangpt.tracking.metrics import read_metrics
 from cleangpt.training.trainer import Trainer
+from tests.forked import start
 from tests.losses import scaled
 
 Build = Callable[..., Experiment]
 Open = Callable[[Experiment], Trainer]
 
 
+TRAINED: list[Path] = []
+
+
 @pytest.fixture
-def unbroken(tiny: Build, trainer: Open) -> Path:
-    trainer(tiny(run_dir="unbroken")).train()
-    return Path("unbroken")
+def unbroken(tiny: Build, trainer: Open, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny run, which nothing has interrupted; trained once."""
+    if not TRAINED:
+        trainer(tiny(run_dir="unbroken")).train()
+        TRAINED.append(Path(shutil.move("unbroken", tmp_path_factory.mktemp("trained"))))
+    return TRAINED[0]
 
 
 def assert_ends_like(run: Path, other: Path) -> None:
@@ -124,7 +133,7 @@ def test_a_signal_during_validation(tiny: Build, trainer: Open, unbroken: Path, 
     assert_ends_like(Path("broken"), unbroken)
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_during_saving(
     tiny: Build, trainer: Open, unbroken: Path, monkeypatch: pytest.MonkeyPatch, number: int, asynchronous: bool
@@ -181,17 +190,21 @@ def test_handlers_are_as_before_afterwards() -> None:
     assert [signal.getsignal(number) for number in numbers] == before
 
 
+def ask_while_preparing() -> None:
+    """Has the process ask itself to save while it prepares its corpus."""
+    plain = Adder.prepare
+
+    def asked(self: Adder, *given: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return plain(self, *given)
+
+    Adder.prepare = asked  # type: ignore[method-assign]
+
+
 def test_a_request_to_save_before_training_begins_ends_nothing(workplace: Path) -> None:
     """Its default is to end the process."""
-    code = (
-        "import os, signal\nfrom cleangpt.commands import main\nfrom cleangpt.corpora.adder import Adder\n"
-        "prepare = Adder.prepare\n"
-        "def asked(self, *given):\n    os.kill(os.getpid(), signal.SIGUSR1)\n    return prepare(self, *given)\n"
-        "Adder.prepare = asked\n"
-    )
     words = ["train", "adder", *SMALL, "--training.macro-batches", "1", "--run-dir", "run"]
-    process = subprocess.run([sys.executable, "-c", f"{code}raise SystemExit(main({words!r}))"], timeout=120)
-    assert process.returncode == 0
+    assert start(*words, hook=ask_while_preparing).wait() == 0
     assert len(read_metrics(Path("run"))) == 1
 
 

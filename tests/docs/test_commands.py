@@ -1,12 +1,11 @@
-"""Every command in the documents works as it stands there, in a folder that begins with only what its reader has.
+"""Every command in the documents works as it is written, in a folder that begins with only what its reader has.
 
-Commands run in the order of the document, in this process, in one temporary folder per document. `train` gets overrides
-that make it short; commands that would download a text get a local one. README_zh.md has the blocks of README.md
-(`test_pages.py`), so they run once.
+Commands run in the order of the document, in this process, in one temporary folder per document; those that torchrun
+starts run in forked processes. `train` gets overrides that make it short; commands that would download a text get a
+local one. README_zh.md has the blocks of README.md (`test_pages.py`), so they run once.
 """
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from cleangpt import experiment_files
 from cleangpt.commands import main
@@ -25,6 +25,7 @@ from cleangpt.corpora import CORPORA
 from cleangpt.experiment_files import experiments
 from cleangpt.models import MODELS
 from cleangpt.objectives import OBJECTIVES
+from tests.forked import run_together
 
 PROJECT = Path(__file__).parents[2]
 DOCUMENTS = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("*.md"))]
@@ -35,43 +36,46 @@ SHORT = shlex.split(
     " --tracking.sample-tokens 2"
 )
 SHORT_RESUMED = ["--training.macro-batches", "2"]
-LOCAL_TEXT = {
+SMALLER = {
+    "adder": ["train-samples", "500", "val-samples", "50", "test-samples", "50"],
     "mixture_code_shakespeare": ["sources.1.corpus.file", "input.txt"],
     "shakespeare_char": ["file", "input.txt"],
     "shakespeare_char_cpu": ["file", "input.txt"],
     "shakespeare_char_fast": ["file", "input.txt"],
     "shakespeare_char_minute": ["file", "input.txt"],
-    "stdlib_fast": ["max-bytes", "200000"],
+    "stdlib": ["max-bytes", "200000"],
     "stdlib_code": ["max-bytes", "200000"],
     "stdlib_demo": ["max-bytes", "200000"],
+    "stdlib_fast": ["max-bytes", "200000"],
     "tinystories": ["files", "stories.txt"],
 }
-"""By experiment or corpus: the field that spares a download, or the reading of a large text."""
+"""By experiment or corpus: fields that spare a download, the reading of a large text, or an evaluation of minutes."""
 
 NOT_RUN = {
-    "cleangpt demo": "takes minutes; its parts are the commands that do run, on the experiments that it names",
+    "cleangpt demo": "takes minutes; it is made of commands that are run, on experiments whose names are checked",
     "python -m venv .venv": "makes an environment; `make` does it too",
     ". .venv/bin/activate": "changes the reader's shell",
-    "pip install -e .": "installs; what it installs is what runs here",
+    "pip install -e .": "installs what runs here",
     "pip install -e '.[all]'": "installs from the network",
     "pip install -e '.[dev]' -c constraints.txt": "installs from the network",
     "pip install torch --index-url https://download.pytorch.org/whl/cpu": "installs from the network",
     "make demo": "installs, and takes minutes",
     "make test": "would run this test",
-    "make lint": "installs; run by .ci/run",
-    "make types": "installs; run by .ci/run",
-    "make llama": "compiles for minutes; run by .ci/run",
-    "make slow": "installs; run by .ci/run",
+    "make lint": "installs; .ci/run runs it",
+    "make types": "installs; .ci/run runs it",
+    "make llama": "compiles for minutes",
+    "make slow": "installs; .ci/run runs the same tests",
+    "make slowest": "takes minutes; .ci/run runs the same tests",
     "make torture": "takes minutes; tests/faults tries a few of each",
     "make benchmarks": "takes minutes",
     "python -m pytest": "would run this test",
     "python -m tests.faults killed --tries 2": "tests/faults tries the same",
-    "ruff check .": "run by .ci/run",
-    "ruff format --check .": "run by .ci/run",
-    "mypy": "run by .ci/run",
-    "tensorboard --logdir runs": "serves until it is stopped; tests/tracking reads the event files back",
+    "ruff check .": ".ci/run runs it",
+    "ruff format --check .": ".ci/run runs it",
+    "mypy": ".ci/run runs it",
+    "tensorboard --logdir runs": "serves until it is stopped; tests/tracking reads its files",
 }
-"""Lines that no test can run, and why; `test_a_line_that_is_not_run_…` checks of them what can be checked."""
+"""Lines that no test can run, and why; `test_a_line_that_is_not_run_…` checks what can be checked of them."""
 
 
 @dataclass
@@ -109,16 +113,13 @@ def lines(document: Path) -> list[str]:
 
 
 def shortened(words: list[str]) -> list[str]:
-    """A cleangpt command line that is done in seconds, by overrides at its end, where they win."""
+    """A cleangpt command line that takes a second, by overrides at its end, where they win."""
     if "--help" in words or words[0] not in ("prepare", "tune", "train", "resume"):
         return words
     if words[0] == "resume":
         return words + SHORT_RESUMED
-    extra = list(LOCAL_TEXT.get(words[1], []))
-    if extra:
-        extra[0] = f"--{'corpus.' * (words[0] != 'prepare')}{extra[0]}"
-    if words[0] == "prepare" and words[1] == "stdlib":
-        extra = ["--max-bytes", "200000"]
+    extra = list(SMALLER.get(words[1], []))
+    extra[::2] = [f"--{'corpus.' * (words[0] != 'prepare')}{field}" for field in extra[::2]]
     if words[0] == "tune":
         return words + extra + SHORT + ["--steps", "8"]
     scored = ["--tracking.score-samples", "4"]
@@ -130,8 +131,10 @@ def run(line: str) -> int:
     words = shlex.split(line)
     if words[0] == "torchrun":
         at = words.index("cleangpt")
-        words = [sys.executable, "-m", "torch.distributed.run", *words[1 : at + 1], *shortened(words[at + 1 :])]
-        return subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240, check=False).returncode
+        processes = get_args_parser().parse_args(words[1 : at + 1]).nproc_per_node
+        done = run_together(int(processes), *shortened(words[at + 1 :]))
+        print(done.stdout, done.stderr)
+        return done.returncode
     if words[0] == "python":
         return subprocess.run([sys.executable, *words[1:]], timeout=240, check=False).returncode
     assert words[0] == "cleangpt", f"this line is neither run nor listed in NOT_RUN: {line}"

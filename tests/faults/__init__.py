@@ -1,6 +1,6 @@
-"""Faults, and what a run makes of them: each is one trial that injects it once and compares what is left.
+"""Faults, and what becomes of a run: each is a trial that injects one once and compares what is left.
 
-`test_faults.py` tries a few of each in the default suite; `python -m tests.faults` tries them all and prints a table.
+`test_faults.py` tries a few of each; `python -m tests.faults` tries them at every place and prints a table.
 """
 
 import importlib
@@ -15,12 +15,14 @@ Trial = Callable[[int, Path], None]
 
 @dataclass(frozen=True)
 class Fault:
-    """One row of the table: seeds 0 to `short` - 1 are tried in the default suite, 0 to `long` - 1 in the long form."""
+    """One row of the table: the tests try seeds 0 to `short` - 1, and the long form 0 to `long` - 1."""
 
     name: str
     trial: Trial
     short: int
     long: int | Callable[[], int]
+    slow: bool = False
+    """Whether even the first seed is left out of the default tests; the others are."""
 
     def tries(self) -> int:
         """How many seeds the long form tries."""
@@ -30,12 +32,14 @@ class Fault:
 FAULTS: dict[str, Fault] = {}
 
 
-def fault(name: str, *, short: int = 1, long: int | Callable[[], int] = 10) -> Callable[[Trial], Trial]:
+def fault(
+    name: str, *, short: int = 1, long: int | Callable[[], int] = 10, slow: bool = False
+) -> Callable[[Trial], Trial]:
     """Registers a trial under `name`, which says what happens, such as "killed at a random moment"."""
 
     def register(trial: Trial) -> Trial:
         assert name not in FAULTS
-        FAULTS[name] = Fault(name, trial, short, long)
+        FAULTS[name] = Fault(name, trial, short, long, slow)
         return trial
 
     return register

@@ -1,38 +1,21 @@
-"""Runs of the command line in processes of their own, forked from one that has imported PyTorch already.
-
-A start takes some hundredths of a second instead of seconds, so hundreds of runs can be killed in a minute or two.
-"""
+"""Runs of the command line in forked processes, so that hundreds can be killed in a minute or two."""
 
 import atexit
 import functools
-import multiprocessing
-import os
 import shutil
-import signal
-import socket
-import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from multiprocessing.process import BaseProcess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import cleangpt.checkpoints.tensor_files
-import cleangpt.corpora
-import cleangpt.experiment_files
-import cleangpt.training.trainer  # noqa: F401
 from cleangpt.checkpoints.snapshots import list_snapshots, load_snapshot, newest_snapshot
-from cleangpt.commands import main
 from cleangpt.files import find_corruption, read_json
 from cleangpt.tracking.metrics import read_metrics
-
-# What is forked has one thread; the server, and all that it forks, inherits this.
-os.environ["OMP_NUM_THREADS"] = "1"
-Hook = Callable[[], Any]
-"""Called in the child before the command; it must be a function of a module, or a `functools.partial` of one."""
+from tests import forked
+from tests.forked import Command, Hook, together
 
 OUTPUT = "output.txt"
 TRAIN = ("train", "victim.py", "--run-dir", "run")
@@ -57,44 +40,14 @@ experiment = Experiment(
 """
 
 
-@functools.cache
-def _server() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
-
-
-def start(
-    folder: Path, *words: str, hook: Hook | None = None, environment: Mapping[str, str] | None = None
-) -> BaseProcess:
+def start(folder: Path, *words: str, hook: Hook | None = None, environment: Mapping[str, str] | None = None) -> Command:
     """Starts `cleangpt words` in `folder`; what it prints is appended to output.txt there."""
-    process = _server().Process(target=_run, args=(folder, words, hook, dict(environment or {})), daemon=True)
-    process.start()
-    return process
+    return forked.start(*words, folder=folder, hook=hook, environment=environment, append_to=OUTPUT)
 
 
-def _run(folder: Path, words: Sequence[str], hook: Hook | None, environment: Mapping[str, str]) -> None:
-    os.chdir(folder)
-    os.environ.update(environment)
-    output = os.open(OUTPUT, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where the suite runs under nohup, it would do nothing
-    if hook is not None:
-        hook()
-    sys.exit(main(words))
-
-
-def finish(process: BaseProcess, seconds: float = 60) -> int:
+def finish(process: Command, seconds: float = 60) -> int:
     """The exit code of a process, negative for a signal; one that does not end is killed, and that is an error."""
-    process.join(seconds)
-    if process.is_alive():
-        process.kill()
-        process.join()
-        raise AssertionError(f"a process still ran after {seconds:.0f} s")
-    code = process.exitcode
-    assert code is not None
-    return code
+    return process.wait(seconds)
 
 
 def run(folder: Path, *words: str, hook: Hook | None = None) -> int:
@@ -122,19 +75,11 @@ def unbroken(text: str = EXPERIMENT, processes: int = 1) -> Path:
     return folder
 
 
-def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def start_two(folder: Path, *words: str, hooks: Sequence[Hook | None] = (None, None)) -> list[BaseProcess]:
-    """Starts two processes that train together, each with a hook of its own, as torchrun would."""
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+def start_two(folder: Path, *words: str, hooks: Sequence[Hook | None] = (None, None)) -> list[Command]:
+    """Starts two processes that train together, each with a hook of its own."""
     return [
-        start(folder, *words, hook=hook, environment=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank, hook in enumerate(hooks)
+        start(folder, *words, hook=hook, environment=environment)
+        for hook, environment in zip(hooks, together(2), strict=True)
     ]
 
 

@@ -44,7 +44,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "architecture": "gpt", "model": "GPTConfig", "model_fields": "",
     },
     "talk": {
-        "module": "chat", "corpus": "Chat", "seq_len": 32, "architecture": "llama", "model": "LlamaConfig",
+        "module": "conversations", "corpus": "Chat", "seq_len": 32, "architecture": "llama", "model": "LlamaConfig",
         "corpus_fields": "files=('chat.jsonl',), pack=32, val_fraction=0.3, chat_template='chat.jinja'",
         "model_fields": ", hidden_dim=32",
     },

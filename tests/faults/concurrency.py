@@ -6,21 +6,21 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from cleangpt.corpora.adder import Adder
 from tests.faults import fault
 from tests.faults._runs import TRAIN, check_whole, finish, output, run, run_two, start, start_two, unbroken, victim
+from tests.forked import Command
 
 REFUSED = "run is being trained by another process; wait for it, or stop it first"
 
 
-def wait_until(condition: Callable[[], bool], process: BaseProcess) -> None:
+def wait_until(condition: Callable[[], bool], process: Command) -> None:
     """Waits as long as the process is alive."""
     deadline = time.monotonic() + 60
-    while not condition() and process.is_alive():
+    while not condition() and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.002)
 
@@ -55,8 +55,7 @@ def second(seed: int, folder: Path) -> None:
     for words in (TRAIN, ("resume", "run", "--optimizer.lr", "0.5")):
         assert run(folder, *words) == 2 and REFUSED in output(folder), output(folder)
     assert {path: path.read_bytes() for path in (folder / "run").glob("*.json")} == before
-    assert first.pid is not None
-    os.kill(first.pid, (signal.SIGKILL, signal.SIGTERM)[seed % 2])
+    first.send_signal((signal.SIGKILL, signal.SIGTERM)[seed % 2])
     (folder / "go").touch()
     finish(first)
     assert run(folder, *TRAIN) == 0, output(folder)
@@ -74,7 +73,7 @@ def at_once(seed: int, folder: Path) -> None:
     check_whole(folder)
 
 
-@fault("a second launch of two processes on a run of two", short=1, long=5)
+@fault("a second launch of two processes on a run of two", short=1, long=5, slow=True)
 def second_launch(seed: int, folder: Path) -> None:
     """Each of its processes ends in one line; the first goes on."""
     victim(folder)

@@ -184,7 +184,7 @@ def newest_damaged(seed: int, folder: Path) -> None:
 def all_damaged(seed: int, folder: Path) -> None:
     for number, path in enumerate(list_snapshots(finished(folder))):
         harm(path / FILES[(seed + number) % 4], HARMS[seed // 4 % 4], 104_729 * seed)
-    refused(folder, "every snapshot in run/snapshots is corrupt, and restarting would overwrite the run; ")
+    refused(folder, "every snapshot in run/snapshots is corrupt, ")
 
 
 @fault("snapshot of a newer version", short=1, long=2)

@@ -83,7 +83,7 @@ def endure(macro_batches: int, folder: Path) -> None:
 LONG = EXPERIMENT.replace("tracking=TrackingConfig(", "tracking=TrackingConfig(progress=False, ")
 
 
-@fault("trained for 120 macro-batches: memory, files and reads stay flat", short=1, long=1)
+@fault("trained for 120 macro-batches: memory, files and reads stay flat", short=1, long=1, slow=True)
 def short_run(seed: int, folder: Path) -> None:
     endure(120, folder)
 

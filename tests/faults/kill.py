@@ -112,7 +112,7 @@ def check_codes(folder: Path, codes: list[int]) -> None:
     assert codes in fine, f"{codes}: {output(folder)}"
 
 
-@fault("both of two processes killed at a random moment", short=1, long=20)
+@fault("both of two processes killed at a random moment", short=1, long=20, slow=True)
 def both_killed(seed: int, folder: Path) -> None:
     victim(folder)
     processes = start_two(folder, *TRAIN)

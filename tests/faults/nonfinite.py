@@ -8,6 +8,7 @@ from typing import Any
 
 from cleangpt.checkpoints.snapshots import list_snapshots
 from cleangpt.data import loader as batches
+from cleangpt.objectives import Loss, Objective
 from cleangpt.tracking.metrics import read_metrics
 from cleangpt.training.optimizer import Optimizer
 from cleangpt.training.trainer import Trainer
@@ -34,6 +35,17 @@ VALUES = (math.nan, math.inf, -math.inf)
 def steps() -> int:
     """How many the unbroken run has made."""
     return int(newest_state(unbroken() / "run")["position"]["step"])
+
+
+class Spoilt:
+    """An objective whose loss is multiplied by a value."""
+
+    def __init__(self, objective: Objective, value: float) -> None:
+        self.objective, self.value, self.count = objective, value, objective.count
+
+    def __call__(self, *given: Any) -> Loss:
+        loss = self.objective(*given)
+        return loss._replace(total=loss.total * self.value)
 
 
 def spoil(what: str, step: int, value: float, dies_at: int | None = None) -> None:
@@ -88,7 +100,7 @@ def poisoned(seed: int, folder: Path) -> None:
     check_whole(folder)
 
 
-@fault("a weight of one of two processes that is NaN", short=1, long=4)
+@fault("a weight of one of two processes that is NaN", short=1, long=4, slow=True)
 def poisoned_part(seed: int, folder: Path) -> None:
     victim(folder)
     hooks: list[Any] = [None, None]
@@ -159,7 +171,7 @@ def spike(seed: int, folder: Path) -> None:
     check_went_back(folder, reference)
 
 
-@fault("a spike of the loss in two processes, of which one is killed", short=1, long=45)
+@fault("a spike of the loss in two processes, of which one is killed", short=1, long=45, slow=True)
 def spike_of_two(seed: int, folder: Path) -> None:
     """The weights whole on each (ddp), in shards (fsdp), and cut with the sequence (tp)."""
     strategy, rank = ("fsdp", "tp", "ddp")[seed % 3], seed // 3 % 2

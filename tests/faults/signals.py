@@ -96,9 +96,8 @@ def at_random(seed: int, folder: Path) -> None:
     victim(folder)
     process = start(folder, *TRAIN)
     time.sleep(random.Random(seed).uniform(0.05, 0.6))
-    if process.is_alive():
-        assert process.pid is not None
-        os.kill(process.pid, getattr(signal, name))
+    if process.poll() is None:
+        process.send_signal(getattr(signal, name))
     assert finish(process) in (0, 130, -getattr(signal, name)), output(folder)
     assert run(folder, *TRAIN) == 0, output(folder)
     check_whole(folder)
@@ -140,7 +139,7 @@ def check_two(folder: Path, hooks: list[Any], *words: str) -> None:
     check_whole(folder, unbroken(processes=2))
 
 
-@fault("a signal to one of two processes", short=1, long=2 * 4 * 4)
+@fault("a signal to one of two processes", short=1, long=2 * 4 * 4, slow=True)
 def one_of_two(seed: int, folder: Path) -> None:
     rank, name, place = of_seed(seed, (1, 0), SIGNALS, ("a step", "validation", "saving", "a checkpoint"))
     victim(folder)
@@ -149,7 +148,7 @@ def one_of_two(seed: int, folder: Path) -> None:
     check_two(folder, hooks)
 
 
-@fault("one of two processes out of time", short=1, long=10)
+@fault("one of two processes out of time", short=1, long=10, slow=True)
 def one_of_two_out_of_time(seed: int, folder: Path) -> None:
     victim(folder)
     hooks: list[Any] = [None, None]

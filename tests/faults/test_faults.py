@@ -1,4 +1,4 @@
-"""Each fault, a few times: `make torture` tries them at every place that they may happen."""
+"""Each fault, a few times: `make torture` tries them at every place where they can happen."""
 
 import sys
 from pathlib import Path
@@ -11,10 +11,14 @@ from tests.faults import __main__ as command
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="fork and SIGKILL are POSIX")
 
 FAULTS = find_faults()
-CASES = [(name, seed) for name, fault in FAULTS.items() for seed in range(fault.short)]
+CASES = [
+    pytest.param(name, seed, id=f"{name}, {seed}", marks=pytest.mark.slow if fault.slow or seed else [])
+    for name, fault in FAULTS.items()
+    for seed in range(fault.short)
+]
 
 
-@pytest.mark.parametrize(("name", "seed"), CASES, ids=[f"{name}, {seed}" for name, seed in CASES])
+@pytest.mark.parametrize(("name", "seed"), CASES)
 def test_nothing_is_lost_when_a_run_is(name: str, seed: int, tmp_path: Path) -> None:
     FAULTS[name].trial(seed, tmp_path)
 

@@ -117,9 +117,12 @@ class Payload:
     "patterns",
     [
         ("hf-sums/*", "sums/checkpoints/val*/*.safetensors"),
-        pytest.param(("sums/**/*", "talk/**/*", "hf-*/*", "data/**/*"), marks=pytest.mark.slow),
+        *(
+            pytest.param((pattern,), marks=pytest.mark.slow)
+            for pattern in ("sums/**/*", "talk/**/*", "hf-*/*", "data/**/*")
+        ),
     ],
-    ids=["a few", "all"],
+    ids=["a few", "a run", "a run of a chat", "exports", "datasets"],
 )
 def test_a_pickle_in_the_place_of_any_file_is_never_unpickled(place: Path, patterns: tuple[str, ...]) -> None:
     pickled = pickle.dumps(Payload())

@@ -49,7 +49,7 @@ def checkpoint_of(config: ModelConfig, tokenizer: Tokenizer) -> Checkpoint:
     return Checkpoint(Path("somewhere"), config, tokenizer, dict(model.state_dict()), {})
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 @pytest.mark.parametrize(
     ("kind", "tokenizer"), CASES, ids=lambda value: value if isinstance(value, str) else type(value).__name__
 )

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +36,7 @@ from cleangpt.models.gpt import GPTConfig
 from cleangpt.models.llama import LlamaConfig
 from cleangpt.tracking.metrics import read_metrics
 from cleangpt.training.trainer import Trainer
+from tests.forked import run_together
 
 TEXT = "To be, or not to be: that is the question. 12 + 34 = 46\n"
 BPE = train_bpe([TEXT * 20], 300)
@@ -275,9 +274,8 @@ def test_a_model_that_is_cut_over_processes_starts_as_a_whole_one_does(
     Path("padded.py").write_text(PADDED, encoding="utf-8")
     Path("text.txt").write_text(TEXT * 100, encoding="utf-8")
     assert main(["train", "padded.py", "--run-dir", "single"]) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "cleangpt",
-               "train", "padded.py", "--run-dir", "cut", "--parallel.strategy", strategy]  # fmt: skip
-    subprocess.run(command, check=True, timeout=240, capture_output=True)
+    outcome = run_together(2, "train", "padded.py", "--run-dir", "cut", "--parallel.strategy", strategy)
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
     (single,), (cut,) = read_metrics(Path("single")), read_metrics(Path("cut"))
     for name in ("train_loss", "val_loss", "grad_norm"):
         assert cut[name] == pytest.approx(single[name], rel=1e-4), name

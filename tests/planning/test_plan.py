@@ -104,7 +104,9 @@ def test_cutting_the_matrices_of_a_small_model_is_not_worth_it(tiny: Callable[..
     assert speed["ddp"] > speed["fsdp, tensor 2"] and plan.best(8).layout.tensor == 1
 
 
-@pytest.mark.parametrize("name", sorted(experiments()))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "adder" else pytest.mark.slow) for name in sorted(experiments())]
+)
 def test_every_experiment_of_the_project_is_planned(name: str) -> None:
     experiment = load_experiment(experiments()[name])
     experiment = replace(experiment, model=replace(experiment.model, vocab_size=512))

@@ -1,8 +1,5 @@
 """Experts that too many tokens go to are chosen less, whatever the number of processes."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +13,7 @@ from cleangpt.distributed.parallelize import apply_activation_checkpointing
 from cleangpt.models.llama import Llama, LlamaConfig
 from cleangpt.models.moe import MixtureOfExperts
 from cleangpt.training.balancing import ExpertLoadBalancer
+from tests.forked import run_together
 from tests.losses import next_token
 
 MIXED = LlamaConfig(
@@ -141,11 +139,7 @@ experiment = Experiment(
 
 def train(run: str, processes: int, *words: str) -> dict[str, Tensor]:
     """The weights at the end."""
-    program = [sys.executable, "-m"]
-    if processes > 1:
-        program += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
-    command = [*program, "cleangpt", "train", "balanced.py", "--run-dir", run, *words]
-    outcome = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ)
+    outcome = run_together(processes, "train", "balanced.py", "--run-dir", run, *words)
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     weights: dict[str, Tensor] = load_snapshot(list_snapshots(Path(run) / "snapshots")[0])["model"]
     return weights

@@ -21,6 +21,7 @@ from cleangpt.data.batch import Batch
 from cleangpt.experiment import Experiment
 from cleangpt.training.trainer import Trainer
 from tests.faults._runs import differing
+from tests.forked import run_together
 
 Build = Callable[..., Experiment]
 Open = Callable[[Experiment], Trainer]
@@ -33,6 +34,18 @@ def final(run: str) -> dict[str, Any]:
     state = load_snapshot(list_snapshots(Path(run) / "snapshots")[0])
     del state["meter"], state["position"]["time_trained"], state["checkpoints"], state["trackers"]
     return state
+
+
+ENDS: list[dict[str, Any]] = []
+
+
+@pytest.fixture
+def undisturbed(tiny: Build, trainer: Open) -> dict[str, Any]:
+    """What the tiny run makes, trained once."""
+    if not ENDS:
+        trainer(tiny(run_dir="one")).train()
+        ENDS.append(final("one"))
+    return ENDS[0]
 
 
 def disturb() -> None:
@@ -55,16 +68,16 @@ def disturb() -> None:
     ],
     ids=["again", "one batch ahead", "many ahead", "saved seldom", "saved often", "unobserved", "observed"],
 )
-def test_what_is_not_training_changes_no_bit_of_it(tiny: Build, trainer: Open, fields: dict[str, Any]) -> None:
-    trainer(tiny(run_dir="one")).train()
+def test_what_is_not_training_changes_no_bit_of_it(
+    tiny: Build, trainer: Open, undisturbed: dict[str, Any], fields: dict[str, Any]
+) -> None:
     disturb()
     trainer(tiny(run_dir="two", **fields)).train()
-    assert differing(final("one"), final("two")) == ""
+    assert differing(undisturbed, final("two")) == ""
 
 
-def test_a_batch_that_comes_late_changes_no_bit(tiny: Build, trainer: Open) -> None:
+def test_a_batch_that_comes_late_changes_no_bit(tiny: Build, trainer: Open, undisturbed: dict[str, Any]) -> None:
     """The thread that loads ahead is slowed down now and then, so that training waits for it."""
-    trainer(tiny(run_dir="one")).train()
     late = trainer(tiny(run_dir="two", data__prefetch=2))
     read = late.source.stream.batch
 
@@ -74,7 +87,7 @@ def test_a_batch_that_comes_late_changes_no_bit(tiny: Build, trainer: Open) -> N
 
     late.source.stream.batch = batch  # type: ignore[method-assign]
     late.train()
-    assert differing(final("one"), final("two")) == ""
+    assert differing(undisturbed, final("two")) == ""
 
 
 def stop_after(trainer: Trainer, steps: int) -> None:
@@ -89,16 +102,17 @@ def stop_after(trainer: Trainer, steps: int) -> None:
     trainer.step = counted  # type: ignore[method-assign]
 
 
-def test_a_run_stopped_after_every_step_ends_with_the_same_bits(tiny: Build, trainer: Open) -> None:
+def test_a_run_stopped_after_every_step_ends_with_the_same_bits(
+    tiny: Build, trainer: Open, undisturbed: dict[str, Any]
+) -> None:
     """In the middle of macro-batches and at their ends; every step but the first follows a resume."""
-    trainer(tiny(run_dir="one")).train()
     status, times = "interrupted", 0
     while status == "interrupted":
         broken = trainer(tiny(run_dir="two"))
         stop_after(broken, 1)
         status, times = broken.train(), times + 1
     assert (status, times) == ("finished", STEPS + 1)  # the last one validates
-    assert differing(final("one"), final("two")) == ""
+    assert differing(undisturbed, final("two")) == ""
 
 
 @pytest.mark.slow
@@ -134,22 +148,19 @@ experiment = Experiment(
 """
 
 
-def launch(processes: int, *words: str, **environment: str) -> None:
-    """Trains own.py, which is written here, in so many processes of their own."""
+def launch(processes: int, *words: str) -> None:
+    """Trains own.py, which is written here, in processes of their own."""
     Path("own.py").write_text(EXPERIMENT)
-    program = ["-m", "cleangpt"]
-    if processes > 1:
-        program = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *program]
-    outcome = subprocess.run(
-        [sys.executable, *program, *words], capture_output=True, text=True, timeout=240, env=os.environ | environment
-    )
+    outcome = run_together(processes, *words)
     assert outcome.returncode == 0, outcome.stderr[-3000:]
 
 
 @pytest.mark.slow
 def test_the_order_of_sets_which_differs_between_processes_changes_no_bit(workplace: Path) -> None:
+    Path("own.py").write_text(EXPERIMENT)
     for seed in ("1", "2"):
-        launch(1, "train", "own.py", "--run-dir", seed, PYTHONHASHSEED=seed)
+        command = [sys.executable, "-m", "cleangpt", "train", "own.py", "--run-dir", seed]
+        subprocess.run(command, check=True, timeout=240, env=os.environ | {"PYTHONHASHSEED": seed})
     assert differing(final("1"), final("2")) == ""
 
 

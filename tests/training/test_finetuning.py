@@ -1,8 +1,5 @@
 """What is frozen stays bit for bit, layers have rates of their own, moments are taken over or not."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +35,7 @@ from cleangpt.training.finetuning import (
 from cleangpt.training.launch import check, summary
 from cleangpt.training.optimizer import Optimizer
 from cleangpt.training.trainer import Trainer
+from tests.forked import run_together
 from tests.losses import next_token
 
 Build = Callable[..., Experiment]
@@ -425,9 +423,7 @@ experiment = Experiment(
 
 
 def train(processes: int, run: str, *words: str, **environment: str) -> None:
-    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    command = [sys.executable, *start, "-m", "cleangpt", "train", "several.py", "--run-dir", run, *words]
-    outcome = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ | environment)
+    outcome = run_together(processes, "train", "several.py", "--run-dir", run, *words, **environment)
     assert outcome.returncode == 0, outcome.stderr[-3000:]
 
 

@@ -1,10 +1,9 @@
 """A process killed at any moment loses nothing: the resumed run ends with the same bits."""
 
-import os
 import signal
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from safetensors.torch import load_file
 
 from cleangpt.checkpoints.snapshots import list_snapshots, newest_snapshot
 from cleangpt.tracking.metrics import read_metrics
+from tests.forked import Command, run, run_together, start
 
 EXPERIMENT = """
 from cleangpt.config import *
@@ -33,24 +33,21 @@ experiment = Experiment(
 """
 
 
-def start(*words: str) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "cleangpt", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+def finish(*words: str) -> None:
+    done = run(*words)
+    assert done.returncode == 0, done.stderr
 
 
-def finish(*words: str) -> str:
-    process = start(*words)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output.decode()
-    return output.decode()
-
-
-def wait_for(condition: "object", process: "subprocess.Popen[bytes]") -> None:
+def wait_for(condition: Callable[[], bool], process: Command) -> None:
     deadline = time.monotonic() + 60
-    while not condition() and process.poll() is None:  # type: ignore[operator]
+    while not condition() and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.002)
+
+
+def metrics_lines() -> int:
+    """How many macro-batches of the run `run` are recorded."""
+    return len(read_metrics(Path("run"))) if Path("run/metrics.jsonl").exists() else 0
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX")
@@ -67,9 +64,8 @@ def test_a_run_killed_at_several_points_ends_with_the_same_bits(workplace: Path)
     for condition in kills:
         process = start("train", "killed.py", "--run-dir", "broken")
         wait_for(condition, process)
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
     finish("resume", "broken")
     assert [line["macro_batch"] for line in read_metrics(Path("broken"))] == list(range(1, 31))
     one, two = (load_file(list_snapshots(Path(run) / "snapshots")[0] / "shard_00000.safetensors")
@@ -101,10 +97,7 @@ shards.save_file = write_half
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_process_killed_while_it_writes_its_shard_leaves_the_snapshot_before(workplace: Path, rank: str) -> None:
     (workplace / "killed.py").write_text(EXPERIMENT + KILLED_WHILE_WRITING)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, "-m", "cleangpt", "train", "killed.py", "--run-dir", "run"]
-    process = subprocess.run(command, capture_output=True, timeout=120, env=os.environ | {"DYING": rank})
-    assert process.returncode != 0
+    assert run_together(2, "train", "killed.py", "--run-dir", "run", DYING=rank).returncode != 0
     assert list(Path("run/snapshots").glob("mb000004.*.partial"))
     newest, complaints = newest_snapshot(Path("run/snapshots"))
     assert newest is not None and newest.name == "mb000003" and not complaints
@@ -119,12 +112,12 @@ def test_a_process_killed_while_it_writes_its_shard_leaves_the_snapshot_before(w
 def test_a_polite_signal_saves_exits_0_and_says_how_to_go_on(workplace: Path, number: signal.Signals) -> None:
     (workplace / "killed.py").write_text(EXPERIMENT)
     process = start("train", "killed.py", "--run-dir", "run", "--training.macro-batches", "1000")
-    wait_for(lambda: Path("run/metrics.jsonl").exists() and len(read_metrics(Path("run"))) >= 2, process)
+    wait_for(lambda: metrics_lines() >= 2, process)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert "finishing the step and saving" in output.decode()
-    assert "to continue: cleangpt resume run" in output.decode()
+    assert process.wait() == 0
+    output = process.stdout + process.stderr
+    assert "finishing the step and saving" in output
+    assert "to continue: cleangpt resume run" in output
     done = len(read_metrics(Path("run")))
     finish("resume", "run", "--training.macro-batches", str(done + 1))
     assert [line["macro_batch"] for line in read_metrics(Path("run"))] == list(range(1, done + 2))
@@ -134,16 +127,15 @@ def test_a_polite_signal_saves_exits_0_and_says_how_to_go_on(workplace: Path, nu
 def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(workplace: Path) -> None:
     (workplace / "killed.py").write_text(EXPERIMENT)
     first = start("train", "killed.py", "--run-dir", "run", "--training.macro-batches", "1000")
-    wait_for(lambda: Path("run/metrics.jsonl").exists() and len(read_metrics(Path("run"))) >= 1, first)
+    wait_for(lambda: metrics_lines() >= 1, first)
     before, experiment = Path("run/metrics.jsonl").read_bytes(), Path("run/experiment.json").read_bytes()
-    second = start("resume", "run", "--optimizer.lr", "0.5")
-    output, _ = second.communicate(timeout=60)
-    assert second.returncode == 2
-    assert output.decode() == "error: run is being trained by another process; wait for it, or stop it first\n"
+    second = run("resume", "run", "--optimizer.lr", "0.5")
+    assert second.returncode == 2 and second.stdout == ""
+    assert second.stderr == "error: run is being trained by another process; wait for it, or stop it first\n"
     assert Path("run/metrics.jsonl").read_bytes().startswith(before)
     assert Path("run/experiment.json").read_bytes() == experiment
-    os.kill(first.pid, signal.SIGKILL)
-    first.communicate()
+    first.kill()
+    first.wait()
     done = len(read_metrics(Path("run")))
     finish("resume", "run", "--training.macro-batches", str(done + 1))
     assert [line["macro_batch"] for line in read_metrics(Path("run"))] == list(range(1, done + 2))

@@ -16,6 +16,7 @@ from cleangpt.checkpoints.checkpoint import WEIGHTS, best_checkpoint
 from cleangpt.checkpoints.snapshots import newest_snapshot
 from cleangpt.files import read_json
 from cleangpt.tracking.metrics import read_metrics
+from tests.forked import Command, free_port, run, run_together, start, together
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
 
@@ -92,7 +93,7 @@ experiment = Experiment(
     tracking=TrackingConfig(progress=False, sample_tokens=0, score_samples=0),
 )
 '''
-TRAIN = ["-m", "cleangpt", "train", "launched.py", "--run-dir", "run"]
+TRAIN = ["train", "launched.py", "--run-dir", "run"]
 
 
 @pytest.fixture(autouse=True)
@@ -101,16 +102,15 @@ def experiment(workplace: Path) -> None:
 
 
 def torchrun(*options: str, words: tuple[str, ...] = (), **environment: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "torch.distributed.run", *options, *TRAIN, *words]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "cleangpt", *TRAIN, *words]
     return subprocess.Popen(command, text=True, stderr=subprocess.PIPE, env=os.environ | environment)
 
 
 def one_machine(processes: int, *words: str, **environment: str) -> tuple[int, str, float]:
     """Runs it to its end; returns exit code, errors and seconds."""
     began = time.monotonic()
-    process = torchrun("--standalone", f"--nproc_per_node={processes}", words=words, **environment)
-    _, errors = process.communicate(timeout=120)
-    return process.returncode, errors, time.monotonic() - began
+    done = run_together(processes, *TRAIN, *words, **environment)
+    return done.returncode, done.stderr, time.monotonic() - began
 
 
 def stopped_lines(errors: str) -> dict[int, str]:
@@ -134,12 +134,9 @@ def children() -> str:
 # One machine ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("processes", "strategy"), [(2, "ddp"), (2, "fsdp"), (4, "ddp")])
-def test_a_process_that_hangs_is_named_with_its_machine_and_its_step(processes: int, strategy: str) -> None:
-    words = ("--parallel.timeout", "4", "--parallel.strategy", strategy)
-    code, errors, seconds = one_machine(processes, *words, FAULT=f"stop 5 {processes - 1}")
-    assert code == 1 and seconds < 90
+def assert_silent_one_is_named(code: int, errors: str, processes: int) -> None:
+    """The last of the processes has stopped before step 5."""
+    assert code == 1
     said = stopped_lines(errors)
     line = (
         f"no answer within 4 s at step 5 from process {processes - 1} (machine {socket.gethostname()}), "
@@ -147,6 +144,22 @@ def test_a_process_that_hangs_is_named_with_its_machine_and_its_step(processes: 
     )
     assert line in said.values(), errors[-3000:]
     assert processes - 1 not in said and "commands/" not in errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "strategy"), [(2, "fsdp"), (4, "ddp")])
+def test_a_process_that_hangs_is_named_with_its_machine_and_its_step(processes: int, strategy: str) -> None:
+    words = ("--parallel.timeout", "4", "--parallel.strategy", strategy)
+    code, errors, seconds = one_machine(processes, *words, FAULT=f"stop 5 {processes - 1}")
+    assert_silent_one_is_named(code, errors, processes)
+    assert seconds < 90
+
+
+@pytest.mark.slow
+def test_torchrun_ends_all_when_one_hangs() -> None:
+    process = torchrun("--standalone", "--nproc_per_node=2", words=("--parallel.timeout", "4"), FAULT="stop 5 1")
+    _, errors = process.communicate(timeout=90)
+    assert_silent_one_is_named(process.returncode, errors, 2)
     assert children() == "" or not Path("/proc").exists()
 
 
@@ -180,7 +193,7 @@ def test_an_error_of_one_process_is_told_by_all() -> None:
 def test_a_disk_that_is_full_for_one_process_is_told_by_all_and_the_older_snapshot_stays() -> None:
     """They train to the end, for there may be room by then, and fail together where there is none."""
     full = EXPERIMENT + (
-        "\nfrom cleangpt.training import shards\nsave_file = shards.save_file\n"
+        "\nfrom cleangpt.checkpoints import tensor_files as shards\nsave_file = shards.save_file\n"
         "def full(tensors, path):\n    if RANK == '1' and 'mb000001' not in str(path):\n"
         "        raise OSError(28, 'No space left on device')\n    save_file(tensors, path)\n"
         "shards.save_file = full\n"
@@ -188,7 +201,7 @@ def test_a_disk_that_is_full_for_one_process_is_told_by_all_and_the_older_snapsh
     Path("launched.py").write_text(full)
     code, errors, _ = one_machine(2, "--saving.patience", "0")
     reason = "could not be saved: [Errno 28] No space left on device (process 1)"
-    line = f"stopped: the last snapshot {reason}; resume goes on from run/snapshots/mb000001"
+    line = f"stopped: the last snapshot {reason}; resume continues from run/snapshots/mb000001"
     said = [words for words in errors.splitlines() if words.startswith("rank ")]
     assert code == 1 and said and {words.partition(": ")[2] for words in said} == {line}, errors[-3000:]
     assert f"snapshot mb000002 {reason}; earlier snapshots are intact" in Path("run/log.txt").read_text()
@@ -256,13 +269,6 @@ def test_all_stop_after_the_same_step_when_one_sees_that_too_many_were_skipped()
 # Two machines --------------------------------------------------------------------------------------------------------
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def machine(port: int, nodes: str = "2", **environment: str) -> "subprocess.Popen[str]":
     """The agent of one machine, with two processes."""
     return torchrun(
@@ -273,8 +279,7 @@ def machine(port: int, nodes: str = "2", **environment: str) -> "subprocess.Pope
 
 def assert_like_one_process() -> None:
     """The run in `run` has the losses and weights of the same experiment on one process."""
-    command = [sys.executable, *TRAIN[:-1], "single"]
-    subprocess.run(command, check=True, timeout=120, capture_output=True, env=os.environ | {"RANK": "9"})
+    assert run(*TRAIN[:-1], "single", RANK="9").returncode == 0
     ours, theirs = read_metrics(Path("run")), read_metrics(Path("single"))
     assert [line["samples"] for line in ours] == [line["samples"] for line in theirs] == [32, 64, 96]
     for one, other in zip(ours, theirs, strict=True):
@@ -300,25 +305,12 @@ def test_two_machines_share_the_data_by_rank_and_learn_what_one_process_does() -
 # Signals and time limits ---------------------------------------------------------------------------------------------
 
 
-def wait_for_steps(rank: int, steps: int, process: "subprocess.Popen[str]") -> None:
-    """Waits until a process has made so many steps."""
+def wait_for_steps(rank: int, steps: int, process: "subprocess.Popen[str] | Command") -> None:
+    """Waits until a process has made some steps."""
     path, deadline = Path(f"weights_{rank}.txt"), time.monotonic() + 60
     while not path.exists() or len(path.read_text().splitlines()) < steps:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
-
-
-def workers() -> list[int]:
-    """The processes that train in this folder, without torchrun."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (entry / "cmdline").read_bytes().split(b"\0")
-            if (entry / "cwd").resolve() == Path.cwd() and b"cleangpt" in words and b"-u" in words:
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return found
 
 
 @pytest.mark.slow
@@ -334,12 +326,11 @@ def test_a_hangup_of_torchrun_saves_all_after_the_same_step() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc").exists(), reason="finds the processes in /proc")
 def test_a_request_to_save_to_any_process_makes_all_save_and_go_on() -> None:
-    process = torchrun("--standalone", "--nproc_per_node=2", words=("--training.macro-batches", "12"), PAUSE="0.05")
-    wait_for_steps(1, 6, process)
-    os.kill(workers()[-1], signal.SIGUSR1)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors[-3000:]
+    words = [*TRAIN, "--training.macro-batches", "12"]
+    first, second = (start(*words, environment={**rank, "PAUSE": "0.05"}) for rank in together(2))
+    wait_for_steps(1, 6, second)
+    second.send_signal(signal.SIGUSR1)
+    assert (first.wait(), second.wait()) == (0, 0), first.stderr[-3000:] + second.stderr[-3000:]
     assert Path("run/log.txt").read_text().count("saving run/snapshots/mb") == 1
     assert len(read_metrics(Path("run"))) == 12

@@ -1,9 +1,7 @@
 """A run on a mixture: resumes exactly, tells the figures of each source, refuses what would lose the position."""
 
 import math
-import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +25,8 @@ from cleangpt.experiment import Experiment
 from cleangpt.tracking.metrics import read_metrics
 from cleangpt.training.launch import summary
 from cleangpt.training.trainer import Trainer
+from tests import forked
+from tests.forked import Command
 
 Build = Callable[..., Experiment]
 Open = Callable[[Experiment], Trainer]
@@ -190,14 +190,12 @@ def test_a_mixture_of_three_stores_killed_at_any_moment_sees_the_same_samples_an
 ) -> None:
     """With weights that change, and a source that ends on the way."""
 
-    def start(run: str, *words: str) -> "subprocess.Popen[bytes]":
+    def start(run: str) -> Command:
         (workplace / "killed.py").write_text(KILLED.replace("LOG", repr(run)))
-        command = [sys.executable, "-m", "cleangpt", "train", "killed.py", "--run-dir", run, *words]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return forked.start("train", "killed.py", "--run-dir", run)
 
-    def finish(process: "subprocess.Popen[bytes]") -> None:
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, output.decode()
+    def finish(process: Command) -> None:
+        assert process.wait() == 0, process.stderr
 
     finish(start("whole"))
     for steps in (7, 50, 90):
@@ -206,9 +204,8 @@ def test_a_mixture_of_three_stores_killed_at_any_moment_sees_the_same_samples_an
         while not Path("samples_broken").exists() or len(sample_log("broken")) < steps:
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
     finish(start("broken"))
     assert sample_log("broken") == sample_log("whole") and len(sample_log("whole")) == 120
     assert [

@@ -130,7 +130,7 @@ GROWING = {
 }
 
 
-@pytest.mark.parametrize("steps", [1, 3, 4, 9])
+@pytest.mark.parametrize("steps", [3, *(pytest.param(steps, marks=pytest.mark.slow) for steps in (1, 4, 9))])
 @pytest.mark.parametrize("fields", [{}, GROWING], ids=["plain", "growing batch"])
 def test_a_run_stopped_by_a_signal_ends_bit_for_bit_like_an_unbroken_one(
     tiny: Build, trainer: Open, steps: int, fields: dict[str, Any]

@@ -3,8 +3,6 @@
 import itertools
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from cleangpt.tracking.metrics import read_metrics
 from cleangpt.training.trainer import Trainer
 from cleangpt.training.tuning import MOST_RATES, search, short_run, with_lr
 from tests.commands.test_commands import EXPERIMENT, error_of
+from tests.forked import run_together
 
 # The search ----------------------------------------------------------------------------------------------------------
 
@@ -177,8 +176,8 @@ def test_two_processes_find_what_one_does(own: str, strategy: str) -> None:
     words = ["--rates", "0.01", "1e30", "0.02", "--optimizer.base-dim", "8"]
     expected = tune(*words)
     several = [*words, "--steps", "8", "--out", "several", "--parallel.strategy", strategy]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "cleangpt", "tune", own]
-    ended = subprocess.run([sys.executable, *launch, *several], timeout=240, check=True, capture_output=True, text=True)
+    ended = run_together(2, "tune", own, *several)
+    assert ended.returncode == 0, ended.stderr[-3000:]
     assert ended.stdout.count("train with:") == 1
     found = {row["lr"]: row["loss"] for row in json.loads(Path("several", "tune.json").read_text())["rates"]}
     assert found.pop(1e30) is expected.pop(1e30) is None
