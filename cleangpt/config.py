@@ -111,7 +111,7 @@ class DataConfig:
     prefetch: int = 4
     """Batches loaded ahead of the one in use."""
     folder: str = "data"
-    """Where token stores are kept."""
+    """Where datasets are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)

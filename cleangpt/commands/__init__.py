@@ -37,7 +37,7 @@ usage: cleangpt COMMAND [ARGUMENTS] [--help]
 
   demo                  train two small models from nothing and show what came out (a few minutes, no network)
   list                  name the experiments, corpora and models there are
-  prepare CORPUS        turn a corpus into a token store, memory-mapped in training
+  prepare CORPUS        turn a corpus into a dataset, memory-mapped in training
   plan EXPERIMENT       memory, time and cost on devices that you do not have yet
   tune EXPERIMENT       find its learning rate, perhaps on a narrower model, by short runs
   train EXPERIMENT      start a run of an experiment, by name or by path to your own Python file
@@ -173,7 +173,7 @@ def prepare_command(words: list[str]) -> None:
         "Options",
         [
             ("corpus", Annotated[CORPORA[name], tyro.conf.arg(name="")]),
-            ("folder", Annotated[str, tyro.conf.arg(help="Where token stores are kept.")], "data"),
+            ("folder", Annotated[str, tyro.conf.arg(help="Where datasets are kept.")], "data"),
             ("again", Annotated[bool, tyro.conf.arg(help="Prepare it anew, even if it is there.")], False),
         ],
     )

@@ -90,7 +90,7 @@ class Plan:
 
 
 def with_vocabulary(experiment: Experiment) -> Experiment:
-    """The experiment with its model's vocabulary filled in from the token store, where that has been made.
+    """The experiment with its model's vocabulary filled in from the corpus's dataset, if it is prepared.
 
     Raises:
         UserError: the vocabulary is not known.

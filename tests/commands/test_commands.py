@@ -365,7 +365,7 @@ def test_prepare_makes_a_store_once(workplace: Path, capsys: pytest.CaptureFixtu
     Path("book.txt").write_text("one two three\n" * 400)
     assert main(["prepare", "text", "--files", "book.txt"]) == 0
     first = capsys.readouterr()
-    assert "sha256" in first.err and "token store: data" in first.out
+    assert "sha256" in first.err and "dataset: data" in first.out
     assert main(["prepare", "text", "--files", "book.txt"]) == 0
     assert "sha256" not in capsys.readouterr().err
     assert main(["prepare", "text", "--files", "book.txt", "--again"]) == 0
