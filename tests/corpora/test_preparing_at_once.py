@@ -54,7 +54,7 @@ def test_one_prepares_and_the_other_takes_what_it_made(workplace: Path) -> None:
     wait_until(1)
     other = start()
     assert other.stderr is not None
-    assert "another process prepares data/adder-" in other.stderr.readline()
+    assert "another process is preparing data/adder-" in other.stderr.readline()
     Path("go").touch()
     for process in (first, other):
         process.communicate(timeout=60)
