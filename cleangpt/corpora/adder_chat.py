@@ -23,10 +23,10 @@ from cleangpt.data.tokenizers import ByteTokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class AdderChat(Problems):
-    """Addition by byte, one question with its answer in each row, the rest of it padding. Needs cleangpt[chat]."""
+    """Addition, one byte per token: a question and its answer in each row, padded. Needs cleangpt[chat]."""
 
     questions: ClassVar[tuple[str, ...]] = ("What is {} + {}?", "Add {} and {}.", "How much do {} and {} make?")
-    """Each problem has one of them, always the same."""
+    """Each problem is asked in one of these ways, always the same."""
 
     @property
     def row_length(self) -> int:

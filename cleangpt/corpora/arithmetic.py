@@ -1,8 +1,8 @@
-"""Problems of arithmetic on two numbers of n digits: what `adder`, `multiplier` and `adder_chat` share.
+"""Arithmetic problems on two n-digit numbers: what `adder`, `multiplier` and `adder_chat` share.
 
 Problem i of the 10**(2n) there are is `i // 10**n` and `i % 10**n`. A keyed permutation, computed and never stored
-(`data/shuffle.py`), says which problem stands at each position; the first positions are validation, the next test, the
-rest training. So the splits cannot overlap, and 6 digits, 10**12 problems, need no more memory than 1.
+(`data/shuffle.py`), says which problem is at each position; the first positions are for validation, the next for test,
+the rest for training. So the splits cannot overlap, and 6 digits, 10**12 problems, need no more memory than 1.
 """
 
 from collections.abc import Iterator
@@ -25,27 +25,27 @@ from cleangpt.environments.exact_answer import ExactAnswer
 from cleangpt.errors import UserError
 
 ROWS = 2**16
-"""Problems written at once."""
+"""Problems written at a time."""
 HELD_OUT = 10_000
-"""Problems of the validation and of the test split, by default."""
+"""Default size of the validation and of the test split."""
 MOST_TRAINED = 1_000_000
-"""Problems of the training split at most, by default."""
+"""Default limit on the size of the training split."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problems(Corpus):
-    """Problems on two numbers, one in each row, and in each split others."""
+    """Problems on two numbers, one per row; the splits are disjoint."""
 
     digits: int = 3
     """Digits of each operand, 1 to 6."""
     train_samples: int | None = None
-    """Problems to train on; none: all that are left, at most 1,000,000."""
+    """Problems to train on. None: all the others, at most 1,000,000."""
     val_samples: int | None = None
-    """Problems to validate with; none: 10,000, or a tenth of all problems where that is less."""
+    """Problems to validate with. None: 10,000, or a tenth of all problems if that is less."""
     test_samples: int | None = None
-    """Problems to test with; none: as val_samples."""
+    """Problems to test with. None: the default of val_samples."""
     seed: int = 1337
-    """Chooses which problems fall into which split."""
+    """Random seed of the splits."""
 
     @property
     def row_length(self) -> int:
@@ -58,11 +58,11 @@ class Problems(Corpus):
         raise NotImplementedError
 
     def tokenizer(self) -> Tokenizer:
-        """What makes tokens of the text."""
+        """The tokenizer of the text."""
         raise NotImplementedError
 
     def chat_template(self) -> ChatTemplate | None:
-        """How problems are written as conversations; None: they are not."""
+        """How problems are written as conversations. None: they are not."""
         return None
 
     @property
@@ -75,7 +75,7 @@ class Problems(Corpus):
         return np.divmod(permute(positions, self.problems, self.seed), 10**self.digits)
 
     def sizes(self) -> dict[str, int]:
-        """Problems in each split, in the order in which they lie in the permutation."""
+        """Problems in each split, in the order of the permutation."""
         share = min(HELD_OUT, self.problems // 10)
         val = share if self.val_samples is None else self.val_samples
         test = share if self.test_samples is None else self.test_samples

@@ -1,9 +1,9 @@
 """From a corpus to a dataset: encode, write, commit, show progress, and end with the card.
 
-Everything streams: what is in memory is one group of pieces of text, `GROUP` characters, whatever the size of the
-corpus. Byte-pair encoding, the one costly step, runs on all cores in the threads of `tokenizers`, which need no other
-process; characters and bytes are encoded faster than a disk reads. The groups are cut by the text alone, so the result
-does not depend on the machine, and a preparation that was interrupted goes on at the last group it committed.
+Everything streams: memory holds one group of pieces of text, `GROUP` characters, whatever the size of the corpus.
+Byte-pair encoding, the one costly step, runs on all cores in the threads of `tokenizers`; characters and bytes are
+encoded faster than a disk reads. Groups depend on the text alone, so the result does not depend on the machine, and an
+interrupted preparation resumes after the last group it committed.
 """
 
 import contextlib
@@ -31,18 +31,18 @@ from cleangpt.files import PARTIAL
 from cleangpt.validation import to_json
 
 COMMIT_SECONDS = 2.0
-"""Work that an interruption may cost."""
+"""Time between commits: the work that an interruption may cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus(CorpusConfig):
-    """What every corpus can do."""
+    """A recipe for a dataset; its fields decide what is in it."""
 
     def check(self) -> None:
-        """Raises UserError for a field out of range; the types have been checked."""
+        """Raises UserError for a field out of range; their types are checked before."""
 
     def prepare(self, folder: Path, console: Console) -> TokenDataset:
-        """Makes the token store at `folder`, and tells the console how it goes."""
+        """Writes the dataset at `folder`, and shows progress on the console."""
         raise NotImplementedError
 
     def environment(self, dataset: TokenDataset) -> Environment | None:
@@ -51,7 +51,7 @@ class Corpus(CorpusConfig):
 
 
 CORPORA: dict[str, type[Corpus]] = {}
-"""Every corpus by its name; `corpora/__init__.py` fills it, a line each."""
+"""Every corpus by its name; `corpora/__init__.py` fills it, one line each."""
 
 
 def as_json(corpus: CorpusConfig) -> dict[str, Any]:
@@ -80,9 +80,9 @@ def write_dataset(
     chat_template: ChatTemplate | None = None,
     max_tokens: int | None = None,
 ) -> TokenDataset:
-    """Writes the chunks of all groups; `groups(n)` gives those after the first n.
+    """Writes the chunks of all groups; `groups(n)` yields those after the first n.
 
-    With `max_tokens` it ends after the group with which there are so many tokens to train on.
+    With `max_tokens` it stops after the group that reaches this number of training tokens.
 
     Raises:
         UserError: there is nothing to train on or to validate with.
@@ -114,14 +114,14 @@ def write_dataset(
         for split in ("train", "val"):
             if split not in writer.splits or not writer.splits[split].tokens:
                 fraction = getattr(corpus, "val_fraction", None)
-                raise UserError(f"no text for the split {split}; change corpus.val_fraction, which is {fraction}")
+                raise UserError(f"the split {split} is empty; change corpus.val_fraction, which is {fraction}")
         return writer.finish(lambda facts: card(folder.name, facts, tokenizer))
     finally:
         writer.close()
 
 
 def _enough(writer: DatasetWriter, max_tokens: int | None) -> bool:
-    """Whether there are so many tokens to train on, and no document has still to end."""
+    """Whether there are `max_tokens` training tokens, and every document has ended."""
     unfinished = any(split.unfinished for split in writer.splits.values())
     return max_tokens is not None and _training_tokens(writer) >= max_tokens and not unfinished
 
@@ -132,14 +132,14 @@ def _training_tokens(writer: DatasetWriter) -> int:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path, console: Console) -> Iterator[None]:
-    """Waits until no other process makes the same store; the system frees the lock of a process that dies."""
+    """Waits while another process prepares the same dataset; the system frees the lock of a process that dies."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.with_name(f".{folder.name}.lock"))
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            console.print(f"another process prepares {folder}; waiting for it", markup=False, soft_wrap=True)
+            console.print(f"another process is preparing {folder}; waiting for it", markup=False, soft_wrap=True)
             lock.acquire()
     except OSError as error:
         raise UserError(f"{error.filename or folder}: {error.strerror or error}") from None
@@ -147,15 +147,15 @@ def lock_folder(folder: Path, console: Console) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):  # Windows keeps a file that is open
-            Path(lock.lock_file).unlink()  # still held: one who waits sees that it is gone, and makes another
+            Path(lock.lock_file).unlink()  # still locked: a waiting process finds it gone, and makes its own
         lock.release()
 
 
 @contextlib.contextmanager
 def user_errors(folder: Path) -> Iterator[None]:
-    """Tells failures of the system in one line, and leaves nothing half-written after any error.
+    """Reports failures of the system in one line, and leaves nothing half-written after an error.
 
-    An interruption is no error: what was committed stays, to be gone on with.
+    An interruption is not an error: what was committed stays, to be resumed.
     """
     try:
         yield

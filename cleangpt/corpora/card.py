@@ -1,4 +1,4 @@
-"""The card of a dataset: its facts in Markdown, for a reader."""
+"""The card of a dataset: its description in Markdown, for a reader."""
 
 import hashlib
 from typing import Any
@@ -7,18 +7,21 @@ from cleangpt.data.tokenizers import Tokenizer
 
 
 def card(name: str, facts: dict[str, Any], tokenizer: Tokenizer) -> str:
-    """The facts of a token store in Markdown, for a reader."""
+    """What dataset.json says, in Markdown; `facts` is its content."""
     rows = "\n".join(_card_row(split, counts) for split, counts in facts["splits"].items())
     end = "none" if tokenizer.eos_id is None else str(tokenizer.eos_id)
     digests = "".join(f"{file} {digest}\n" for file, digest in sorted(facts["sha256"].items()))
     python = f"Python {facts['source']['python']}\n" if "python" in (facts["source"] or {}) else ""
+    columns = "".join(
+        f"column      {name}: {column['dtype']}, {column['role']}\n" for name, column in facts["columns"].items()
+    )
     settings = ", ".join(f"{key}={value!r}" for key, value in facts["corpus"].items() if key != "kind")
     return (
         f"# {name}\n\n{facts['corpus'].get('kind', '')}: {settings}\n{python}\n"
         "| split | documents | tokens | bytes of text | bytes per token | longest document |\n"
         f"|---|---:|---:|---:|---:|---:|\n{rows}\n\n"
         f"vocabulary  {facts['vocab_size']:,} tokens ({type(tokenizer).__name__}), end of text: {end}\n"
-        f"stored as   {facts['dtype']}\n"
+        f"stored as   {facts['dtype']}\n{columns}"
         f"sha256      {hashlib.sha256(digests.encode()).hexdigest()}\n\n{_counts(facts)}"
         f"Documents by length in tokens\n\n{_histogram(facts)}\n"
     )
@@ -32,7 +35,7 @@ def _card_row(split: str, counts: dict[str, Any]) -> str:
 
 
 def _counts(facts: dict[str, Any]) -> str:
-    """What a corpus has counted besides, over all splits; empty: nothing."""
+    """Whatever else the corpus has counted, over all splits; empty: nothing."""
     total: dict[str, int] = {}
     for split in facts["splits"].values():
         for name, count in split["counts"].items():

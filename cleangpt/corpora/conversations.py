@@ -1,6 +1,6 @@
-"""Conversations of your own, to teach a model to answer: JSON lines or Parquet, rendered by a chat template.
+"""Your own conversations, to fine-tune a model to answer: JSON lines or Parquet, rendered by a chat template.
 
-Only what the assistant says is learned, with the token that ends it (`data/chat_template.py`).
+Only the assistant's answers are targets, with the token that ends each (`data/chat_template.py`).
 """
 
 import itertools
@@ -46,24 +46,24 @@ from cleangpt.errors import UserError, nearest
 from cleangpt.hub import local_path
 
 ROLES = {"human": "user", "gpt": ASSISTANT, "bot": ASSISTANT, "model": ASSISTANT}
-"""Other names for roles that data sets use."""
+"""Other names that datasets use for roles."""
 
 
 NO_ANSWER, SPECIAL, CUT = (
-    "conversations left out without an answer in the row",
-    "conversations left out that spell a special token",
-    "conversations cut at the end of a row",
+    "conversations skipped, no answer in the row",
+    "conversations skipped, a special token in the text",
+    "conversations truncated to a row",
 )
-"""What the card counts, beside all conversations."""
+"""Counted on the card, beside all conversations."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chat(TextCorpus):
     """Conversations; each line of JSON or row of Parquet is one. Needs cleangpt[chat].
 
-    They fall into either split whole, by a hash of their place. The loss counts what the assistant says, with the token
-    that ends it. A conversation longer than a sample is cut at the sample's end; one that then has no answer is left
-    out, and so is one in which someone spells a special token, for it would be taken for one. The card counts them.
+    Each goes to one of the splits by a hash of its position. The targets are the assistant's answers, with the token
+    that ends each. A conversation longer than a sample is truncated; one that then has no answer is skipped, and so is
+    one whose text spells a special token, which would be encoded as that token. The card counts both.
     """
 
     files: tuple[str, ...]
@@ -71,21 +71,21 @@ class Chat(TextCorpus):
     messages_field: str = "messages"
     """Field or column with the list of messages."""
     role_field: str = "role"
-    """Field of a message that says who speaks: system, user, assistant; human and gpt are understood."""
+    """Field of a message that names the speaker: system, user or assistant; human and gpt are understood."""
     content_field: str = "content"
     """Field of a message that holds its text."""
     prompt_fields: tuple[str, ...] = ()
-    """Instead of a list of messages: the fields whose texts, those that are not empty, make the user's only message,
-    such as instruction and input."""
+    """Instead of a list of messages: fields whose texts, where not empty, make up the only message of the user, such as
+    instruction and input."""
     response_field: str = "response"
-    """With prompt_fields: the field that holds the answer."""
+    """With prompt_fields: the field of the answer."""
     system: str | None = None
-    """Begins every conversation that has no system message of its own; none: nothing does."""
+    """System message of conversations that have none. None: they get none."""
     chat_template: str | None = None
-    """A file in Jinja, or a folder with one (hf:NAME is one too); none: the one beside tokenizer_file, or where there
-    is none a plain one: each message below its role."""
+    """A file in Jinja, a folder with one, or hf:NAME. None: the one beside tokenizer_file, or else a plain one, which
+    writes each message below its role."""
     pack: int = 512
-    """Pack whole conversations into samples of so many tokens, which data.seq_len must then be."""
+    """Pack conversations into samples of this many tokens, which data.seq_len must then be."""
 
     @property
     def row_length(self) -> int:
@@ -102,9 +102,9 @@ class Chat(TextCorpus):
         """Writes both splits."""
         paths = find_files(self.files)
         if plain := next(filter(is_plain, paths), None):
-            raise UserError(f"{plain} is no list of conversations; allowed: .jsonl, .jsonl.gz, .jsonl.zst, .parquet")
+            raise UserError(f"{plain} has no conversations; allowed: .jsonl, .jsonl.gz, .jsonl.zst, .parquet")
         given = None if self.tokenizer_file is None else load_tokenizer(self.tokenizer_file)
-        # Its special tokens are those of the tokenizer that is learned from what the template writes.
+        # A tokenizer learned from the rendered text has the same special tokens as these stand-ins.
         known = given or (CharTokenizer(END_CHARACTER, END_CHARACTER) if self.tokenizer == "char" else ByteTokenizer())
         template = self._template(known)
         files = text_files(paths, partial(self._pieces, template=template, tokenizer=known))
@@ -127,8 +127,8 @@ class Chat(TextCorpus):
     def _pieces(self, path: Path, name: str, template: ChatTemplate, tokenizer: Tokenizer) -> Iterator[Piece]:
         special = special_tokens(tokenizer)
         spelled = re.compile("|".join(map(re.escape, special)) or "(?!)")
-        rendered = (_piece(self._messages(entry, place), place, read, template, spelled, special)
-                    for entry, place, read in self._entries(path))  # fmt: skip
+        rendered = (_piece(self._messages(entry, location), location, read, template, spelled, special)
+                    for entry, location, read in self._entries(path))  # fmt: skip
         return split_documents(rendered, name, self.val_fraction)
 
     def _entries(self, path: Path) -> Iterator[tuple[Any, str, int]]:
@@ -137,31 +137,31 @@ class Chat(TextCorpus):
             return parquet_rows(path, columns)
         return json_lines(path)
 
-    def _messages(self, entry: Any, place: str) -> list[dict[str, Any]]:
+    def _messages(self, entry: Any, location: str) -> list[dict[str, Any]]:
         """The conversation of one line or row.
 
         Raises:
             UserError: a field is missing, or holds something else.
         """
         if self.prompt_fields:
-            prompts = [_field(entry, name, place, "prompt_fields") for name in self.prompt_fields]
-            response = _field(entry, self.response_field, place, "response_field")
+            prompts = [_field(entry, name, location, "prompt_fields") for name in self.prompt_fields]
+            response = _field(entry, self.response_field, location, "response_field")
             messages = [
                 {"role": "user", "content": "\n\n".join(filter(None, prompts))},
                 {"role": ASSISTANT, "content": response},
             ]
         else:
-            messages = self._listed(entry, place)
+            messages = self._listed(entry, location)
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
         return messages
 
-    def _listed(self, entry: Any, place: str) -> list[dict[str, Any]]:
+    def _listed(self, entry: Any, location: str) -> list[dict[str, Any]]:
         listed = entry.get(self.messages_field) if isinstance(entry, dict) else None
         if not isinstance(listed, list):
             hint = nearest(self.messages_field, entry) if isinstance(entry, dict) else ""
             raise UserError(
-                f"{place}: no list of messages in a field {self.messages_field!r}; set corpus.messages_field{hint}"
+                f"{location}: no list of messages in a field {self.messages_field!r}; set corpus.messages_field{hint}"
             )
         messages = [
             {**message, "role": message.get(self.role_field), "content": message.get(self.content_field)}
@@ -169,14 +169,14 @@ class Chat(TextCorpus):
             else message
             for message in listed
         ]
-        for message in check_messages(messages, place):
+        for message in check_messages(messages, location):
             message["role"] = ROLES.get(message["role"], message["role"])
-            checked(message["content"], place, "corpus.content_field")
+            checked(message["content"], location, "corpus.content_field")
         return messages
 
 
 def encode_conversations(files: list[TextFile], tokenizer: Tokenizer, start: int, row_length: int) -> Groups:
-    """The groups of files of conversations, packed into rows, without the first `start`."""
+    """The groups of files of conversations, packed into rows, after the first `start`."""
     for read, pieces in itertools.islice(grouped(files), start, None):
         splits = sorted({piece.split for piece in pieces})
         yield (
@@ -191,8 +191,8 @@ def encode_conversations(files: list[TextFile], tokenizer: Tokenizer, start: int
 def _chunk(split: str, pieces: list[Piece], tokenizer: Tokenizer, row_length: int) -> Chunk:
     """The conversations of one split in rows; each ends with the end-of-text token, where the tokenizer has one."""
     counts = Counter({"conversations": len(pieces), SPECIAL: 0, NO_ANSWER: 0, CUT: 0})
-    counts.update(piece.skipped_ranges for piece in pieces if piece.skipped_ranges)
-    pieces = [piece for piece in pieces if not piece.skipped_ranges]
+    counts.update(piece.skip_reason for piece in pieces if piece.skip_reason)
+    pieces = [piece for piece in pieces if not piece.skip_reason]
     documents, masks, text_bytes = [], [], 0
     for piece, (ids, places) in zip(pieces, encode_chat(tokenizer, [piece.text for piece in pieces]), strict=True):
         mask = answer_mask(places, list(piece.answers))
@@ -212,7 +212,7 @@ def _chunk(split: str, pieces: list[Piece], tokenizer: Tokenizer, row_length: in
 
 def _piece(
     messages: list[dict[str, Any]],
-    place: str,
+    location: str,
     read: int,
     template: ChatTemplate,
     spelled: re.Pattern[str],
@@ -220,18 +220,18 @@ def _piece(
 ) -> Piece:
     """A conversation as text."""
     if any(spelled.search(message["content"]) for message in messages):
-        return Piece("", True, read, skipped_ranges=SPECIAL)
+        return Piece("", True, read, skip_reason=SPECIAL)
     if all(message["role"] != ASSISTANT for message in messages):
-        return Piece("", True, read, skipped_ranges=NO_ANSWER)
+        return Piece("", True, read, skip_reason=NO_ANSWER)
     try:
         text, answers = template.render_answers(messages, special)
     except UserError as error:
-        raise UserError(f"{place}: {error}") from None
+        raise UserError(f"{location}: {error}") from None
     return Piece(text, True, read, answers=tuple(answers))
 
 
 def _plain(files: list[TextFile], tokenizer: Tokenizer) -> list[TextFile]:
-    """The files without the names of special tokens, to learn a tokenizer from."""
+    """The files without the names of special tokens in their text, to learn a tokenizer from."""
 
     def without(file: TextFile) -> Iterator[Piece]:
         for piece in file.pieces():
@@ -243,11 +243,11 @@ def _plain(files: list[TextFile], tokenizer: Tokenizer) -> list[TextFile]:
     return [TextFile(file.path, file.bytes, partial(without, file)) for file in files]
 
 
-def _field(entry: Any, name: str, place: str, field: str) -> str:
+def _field(entry: Any, name: str, location: str, field: str) -> str:
     """The text in a field of a line or row; empty where it is null."""
     if not isinstance(entry, dict) or name not in entry:
         hint = nearest(name, entry) if isinstance(entry, dict) else ""
-        raise UserError(f"{place}: no field {name!r}; set corpus.{field}{hint}")
-    text = checked(entry[name] or "", place, f"corpus.{field}")
-    check_messages([{"role": "user", "content": text}], place)
+        raise UserError(f"{location}: no field {name!r}; set corpus.{field}{hint}")
+    text = checked(entry[name] or "", location, f"corpus.{field}")
+    check_messages([{"role": "user", "content": text}], location)
     return text

@@ -1,7 +1,7 @@
-"""Little stories written by a grammar, on every machine and without a network: enough to see a model learn to tell one.
+"""Little stories from a grammar, on every machine and without a network: enough to see a model learn to write one.
 
 Story i takes its words from the digits of i, one digit for each kind of word. A keyed permutation says which story
-stands at each position, as in `corpora/arithmetic.py`, so no two stories are the same and the splits cannot overlap.
+is at each position, as in `corpora/arithmetic.py`, so no two stories are the same and the splits cannot overlap.
 What returns within a story (who it is about, what they wish for, what they give, he or she, the moral for one so proud
 or so shy) is what there is to learn besides the words. It is no substitute for the stories of `corpora/tinystories.py`.
 """
@@ -21,7 +21,7 @@ from cleangpt.data.writer import Chunk, Groups
 from cleangpt.errors import UserError
 
 GROUP = 1000
-"""Stories written at once."""
+"""Stories written at a time."""
 
 WORDS: dict[str, tuple[str, ...]] = {
     "once": (
@@ -91,14 +91,14 @@ STORY = (
 
 @dataclass(frozen=True, kw_only=True)
 class Fables(Corpus):
-    """Stories of a grammar, one document each, one token per byte."""
+    """Stories from a grammar, each a document; one token per byte."""
 
     train_stories: int = 4000
-    """Stories to train on, of some 680 bytes each."""
+    """Stories to train on, about 680 bytes each."""
     val_stories: int = 400
     """Stories to validate with."""
     seed: int = 1337
-    """Chooses the stories."""
+    """Random seed of the choice of stories."""
 
     def check(self) -> None:
         """Raises UserError for a field out of range."""
@@ -109,7 +109,7 @@ class Fables(Corpus):
             raise UserError(f"corpus.seed is {self.seed}; allowed: a whole number of 0 or more")
 
     def story(self, position: int) -> str:
-        """The story at a position; those to validate with come first."""
+        """The story at a position; the validation stories come first."""
         sizes = [len(words) for words in WORDS.values()]
         (number,) = permute(np.array([position], dtype=np.int64), math.prod(sizes), self.seed)
         digits = np.unravel_index(number, sizes)

@@ -1,6 +1,6 @@
-"""Datasets of the Hugging Face hub, streamed: one Parquet shard is fetched, tokenised and removed, then the next.
+"""Datasets of the Hugging Face hub, streamed: one Parquet shard is downloaded, tokenised and removed, then the next.
 
-What a corpus of a terabyte takes on the disk is one shard and its tokens. A budget of tokens ends it early.
+Even a corpus of a terabyte needs disk space for one shard and its tokens only. A token budget ends it early.
 """
 
 import errno
@@ -30,8 +30,8 @@ GROUPS = "groups.json"
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """Where the Parquet files of a dataset lie on the hub."""
+class HubDataset:
+    """Where the Parquet files of a dataset are on the hub."""
 
     repository: str
     folder: str
@@ -43,27 +43,27 @@ class Dataset:
 
     @property
     def otherwise(self) -> str:
-        """What to do where the hub cannot be reached."""
+        """What to do if the hub cannot be reached."""
         revision = "" if self.revision == "main" else f" (revision {self.revision})"
         return f"fetch the .parquet files of {self.folder}{revision} elsewhere and give --files with their folder"
 
 
 class Shards:
-    """The Parquet files of a dataset, each fetched when it is read; those to validate with come first.
+    """The Parquet files of a dataset, each downloaded when it is read; those for validation come first.
 
     Args:
-        dataset: where they lie on the hub.
-        store: the folder of the token store that is made of them; they are put into `downloads` beside it.
-        keep: whether they stay, for other stores as well.
+        dataset: where they are on the hub.
+        folder: of the dataset that is made from them; they are put into `downloads` beside it.
+        keep: whether they are kept, for other datasets too.
 
     Raises:
         UserError: the hub cannot be reached, or has no such files; says which to fetch elsewhere.
     """
 
-    def __init__(self, dataset: Dataset, store: Path, keep: bool) -> None:
+    def __init__(self, dataset: HubDataset, folder: Path, keep: bool) -> None:
         self.dataset, self.keep = dataset, keep
-        name = dataset.repository.replace("/", "--") if keep else store.name + PARTIAL
-        self.folder = store.parent / "downloads" / name
+        name = dataset.repository.replace("/", "--") if keep else folder.name + PARTIAL
+        self.folder = folder.parent / "downloads" / name
         hub = require("huggingface_hub", "hub")
         self.commit: str = dataset.ask(
             lambda: hub.HfApi().dataset_info(dataset.repository, revision=dataset.revision).sha
@@ -84,10 +84,10 @@ class Shards:
         ]
 
     def groups(self, files: list[TextFile], tokenizer: Tokenizer, start: int) -> Groups:
-        """The groups of all files, without the first `start`; no group is of two shards.
+        """The groups of all files after the first `start`; no group spans two shards.
 
-        How many groups a shard has is noted when it has been read, so that a preparation that goes on fetches none
-        again that it is done with, but for one whose last groups were not committed.
+        The number of groups in a shard is recorded once it has been read, so that a resumed preparation downloads no
+        finished shard again, except one whose last groups were not committed.
         """
         read = 0
         for name, file in zip(self.sizes, files, strict=True):
@@ -104,7 +104,7 @@ class Shards:
             read += file.bytes
 
     def source(self) -> dict[str, Any]:
-        """What the store is made of."""
+        """What the dataset is made from, for dataset.json."""
         return {"repository": self.dataset.repository, "commit": self.commit, "shards": list(self.sizes)}
 
     def _pieces(self, name: str, pieces: Callable[[Path, str], Iterator[Piece]]) -> Iterator[Piece]:
@@ -127,7 +127,7 @@ class Shards:
         write_json(self.folder / GROUPS, {"of": self._identity(), "shards": self._counts() | {name: count}})
 
     def _identity(self) -> list[Any]:
-        """What the number of groups in a shard depends on."""
+        """Everything that the number of groups in a shard depends on."""
         return [self.commit, text_corpus.GROUP]
 
 
@@ -136,12 +136,12 @@ class HubText(TextCorpus):
     """Web pages, each a document. Needs cleangpt[bpe], and [hub,parquet] to download."""
 
     files: tuple[str, ...] = ()
-    """Local files, globs or folders: .parquet, .jsonl, .jsonl.gz, .jsonl.zst; none: download, shard by shard."""
+    """Local files, globs or folders: .parquet, .jsonl, .jsonl.gz, .jsonl.zst. None given: download, shard by shard."""
     max_tokens: int | None = 1_000_000_000
-    """Stop with the group of documents, about two million characters, that brings the training tokens to so many; none:
-    take all."""
+    """Stop once there are this many training tokens, at the end of a group of about two million characters. None: take
+    all documents."""
     keep_shards: bool = False
-    """Keep what has been downloaded, in data/downloads; no: remove each shard once it is tokenised."""
+    """Keep downloaded shards in data/downloads, rather than remove each once it is tokenised."""
     tokenizer: Literal["char", "byte", "bpe"] = "bpe"
     """Byte-pair encoding learned from the text, of the first shard where shards are downloaded; or one token per
     character or byte."""
@@ -155,8 +155,8 @@ class HubText(TextCorpus):
         super().check()
         check_budget(self.max_tokens)
 
-    def place(self) -> Dataset:
-        """Where the corpus lies on the hub."""
+    def hub_dataset(self) -> HubDataset:
+        """Where the corpus is on the hub."""
         raise NotImplementedError
 
     def prepare(self, folder: Path, console: Console) -> TokenDataset:
@@ -164,7 +164,7 @@ class HubText(TextCorpus):
         if self.files:
             files = text_files(find_files(self.files), self._local)
             return self.write(folder, files, console, max_tokens=self.max_tokens)
-        shards = Shards(self.place(), folder, self.keep_shards)
+        shards = Shards(self.hub_dataset(), folder, self.keep_shards)
         return write_shards(self, folder, shards, self._remote, console, self.max_tokens)
 
     def _local(self, path: Path, name: str) -> Iterator[Piece]:
@@ -182,7 +182,7 @@ def write_shards(
     console: Console,
     max_tokens: int | None,
 ) -> TokenDataset:
-    """`write_dataset` of shards; a tokenizer is learned from the first that trains, so that no other need be there."""
+    """`write_dataset` for shards; a tokenizer is learned from the first training shard alone."""
     files = shards.files(pieces)
     first = [file for file in files if not _validates(file.path.name)][:1]
     tokenizer = _begun(folder, shards) or corpus.choose_tokenizer(first, console)
@@ -196,33 +196,33 @@ def write_shards(
 
 
 def _begun(folder: Path, shards: Shards) -> Tokenizer | None:
-    """The tokenizer of an interrupted preparation from the same shards, so that none is fetched to learn it again."""
+    """The tokenizer of an interrupted preparation of the same shards, so that it is not learned again."""
     partial = folder.with_name(folder.name + PARTIAL)
     same = (partial / JOURNAL).is_file() and read_json(partial / JOURNAL).get("source") == shards.source()
     return load_tokenizer(partial / TOKENIZER) if same else None
 
 
 def check_budget(max_tokens: int | None) -> None:
-    """Raises UserError for a budget of no token."""
+    """Raises UserError for a budget below one token."""
     if max_tokens is not None and max_tokens < 1:
         raise UserError(f"corpus.max_tokens is {max_tokens}; allowed: a whole number of 1 or more")
 
 
 def _is_shard(name: str) -> bool:
-    """Whether a path on the hub is a Parquet file, and one that stays within its folder here."""
+    """Whether a path on the hub is a Parquet file, and does not lead out of the local folder."""
     return name.endswith(".parquet") and ".." not in name.split("/") and not name.startswith("/")
 
 
 def _validates(name: str) -> bool:
-    """Whether a shard is made to validate with, by its name."""
+    """Whether a shard is for validation, by its name."""
     return "valid" in name.rsplit("/", 1)[-1]
 
 
 def ask_hub(repository: str, otherwise: str, ask: Callable[[], T]) -> T:
-    """What the hub answers; its failures in one line, which ends with what to do `otherwise`."""
+    """The answer of the hub; reports failures in one line, which ends with what to do `otherwise`."""
     try:
         return ask()
-    except Exception as error:  # the hub's client lets through what its HTTP library raises
+    except Exception as error:  # the client passes on whatever its HTTP library raises
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
         raise UserError(

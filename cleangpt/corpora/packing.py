@@ -1,7 +1,7 @@
-"""Documents packed whole into rows of one length, so that no sample begins or ends within a document that fits.
+"""Documents packed into rows of one length, so that a document that fits is never split.
 
 First-fit decreasing (Johnson 1973, "Near-optimal bin packing algorithms"): the longest document first, each into the
-first row with room for it. It needs at most 11/9 of the fewest rows that would do, and 6/9 of a row.
+first row with room for it. It needs at most 11/9 of the minimum number of rows, plus 6/9 of a row.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from cleangpt.data.writer import Chunk, Groups
 
 
 def packed(groups: Groups, row_length: int) -> Groups:
-    """The same groups with their documents in rows; each group is packed by itself, so that it can be resumed at."""
+    """The groups with their documents in rows; each is packed on its own, so that a preparation can resume at it."""
     for read, chunks in groups:
         yield read, [_packed(chunk, row_length) for chunk in chunks]
 
@@ -25,9 +25,9 @@ def pack(
 ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
     """Rows of tokens and their loss mask, both `(rows, row_length)`, int64 and uint8.
 
-    A longer document is cut into rows. What follows the last document of a row is padding, token 0, and no target; nor
-    is the first token of a row, which nothing stands before. Of the others, those are targets whose mask is 1 in
-    `masks`, which has one for each document; None: all.
+    A longer document is split over several rows. After the last document of a row comes padding, token 0, which is no
+    target; nor is the first token of a row, which has no context. Of the others, those are targets whose mask is 1 in
+    `masks`, one array per document; None: all.
     """
     masks = [np.ones(len(document), np.int64) for document in documents] if masks is None else masks
     cut = [_cut(np.stack(pair), row_length) for pair in zip(documents, masks, strict=True)]
@@ -56,5 +56,5 @@ def _packed(chunk: Chunk, row_length: int) -> Chunk:
 
 
 def _cut(document: NDArray[Any], length: int) -> Iterator[NDArray[Any]]:
-    """A document `(2, tokens)`, its mask below its tokens, in parts of at most `length` tokens."""
+    """A document `(2, tokens)`, tokens and mask, in parts of at most `length` tokens."""
     return (document[:, start : start + length] for start in range(0, document.shape[1], length))

@@ -1,8 +1,8 @@
 """Files of text, read as a stream of pieces in bounded memory.
 
-A plain text file comes in pieces of at most two blocks, cut at line ends where there are some, so that a tokenizer
-that looks at words sees whole ones; a document of JSON or Parquet comes whole, so the longest must fit. Whatever is
-wrong with a file is told in one line with the place.
+A plain text file comes in pieces of at most two blocks, split at line ends where possible, so that a tokenizer never
+sees half a word; a document of JSON or Parquet comes in one piece, so the longest must fit into memory. Whatever is
+wrong with a file is reported in one line with its location.
 """
 
 import gzip
@@ -21,14 +21,14 @@ from cleangpt.errors import UserError, nearest, require
 BLOCK = 2**16
 """Bytes of plain text read at once."""
 LONGEST = 2**26
-"""Characters that a document between separators may have."""
+"""Maximum length of a document between separators, in characters."""
 LONGEST_LINE = 2**28
-"""Bytes that a line of JSON may have: a small file that was compressed may hold a very long one."""
+"""Maximum length of a line of JSON in bytes: a small compressed file may hold a very long one."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some text of one document; pieces of one document follow one another."""
+    """A part of a document; the pieces of a document are consecutive."""
 
     text: str
     ends: bool
@@ -37,14 +37,14 @@ class Piece:
     """Bytes of the file read so far."""
     split: str = "train"
     answers: tuple[tuple[int, int], ...] = ()
-    """Of a conversation: first character of each answer, and the one after its last."""
-    skipped_ranges: str = ""
-    """Why a conversation is left out; empty: it is not."""
+    """Of a conversation: the character span of each answer."""
+    skip_reason: str = ""
+    """Why a conversation is skipped; empty: it is not."""
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """One file of a corpus: how large it is, and how its pieces are read (each call begins anew)."""
+    """One file of a corpus: its size, and how its pieces are read; each call of `pieces` reads from the start."""
 
     path: Path
     bytes: int
@@ -90,7 +90,7 @@ def is_plain(path: Path) -> bool:
 
 
 def read_text(path: Path) -> Iterator[Piece]:
-    """A plain text file, which is one document; an empty one gives nothing."""
+    """A plain text file, which is one document; an empty file has none."""
     with path.open("rb") as file:
         at, carried, block = 0, b"", file.read(BLOCK)
         while block:
@@ -102,7 +102,7 @@ def read_text(path: Path) -> Iterator[Piece]:
 
 
 def read_separated(path: Path, separator: str) -> Iterator[Piece]:
-    """A plain text file of documents with `separator` between them; blanks around a document are left out."""
+    """A plain text file of documents with `separator` between them; white space around a document is stripped."""
     carried = ""
     for piece in read_text(path):
         *whole, carried = (carried + piece.text).split(separator)
@@ -115,35 +115,35 @@ def read_separated(path: Path, separator: str) -> Iterator[Piece]:
 
 
 def read_jsonl(path: Path, text_field: str) -> Iterator[Piece]:
-    """A file of one JSON object per line, plain or compressed; each `text_field` is a document, empty ones left out."""
-    for entry, place, read in json_lines(path):
-        if text := _field(entry, text_field, place):
+    """A file of one JSON object per line, plain or compressed; each `text_field` is a document, if not empty."""
+    for entry, location, read in json_lines(path):
+        if text := _field(entry, text_field, location):
             yield Piece(text, True, read)
 
 
 def read_parquet(path: Path, text_field: str) -> Iterator[Piece]:
-    """A Parquet file; each `text_field` is a document, empty and missing ones left out. Needs cleangpt[parquet]."""
-    for entry, place, read in parquet_rows(path, [text_field]):
+    """A Parquet file; each `text_field` is a document, empty and missing ones are skipped. Needs cleangpt[parquet]."""
+    for entry, location, read in parquet_rows(path, [text_field]):
         if entry[text_field]:
-            yield Piece(checked(entry[text_field], place, "corpus.text_field"), True, read)
+            yield Piece(checked(entry[text_field], location, "corpus.text_field"), True, read)
 
 
 def json_lines(path: Path) -> Iterator[tuple[Any, str, int]]:
-    """The value in each line of JSON, plain or compressed, its place for messages, and the bytes read so far."""
+    """The value in each line of JSON, plain or compressed, its location for messages, and the bytes read so far."""
     with path.open("rb") as raw:
         try:
             for number, line in enumerate(_decompressed(path, raw), start=1):
-                place = f"{path}, line {number:,}"
+                location = f"{path}, line {number:,}"
                 if len(line) > LONGEST_LINE:
-                    raise UserError(f"{place} has more than {LONGEST_LINE:,} bytes; allowed: at most so many")
+                    raise UserError(f"{location} has more than {LONGEST_LINE:,} bytes; shorten it")
                 if line.strip():
-                    yield _parsed(line, place), place, raw.tell()
+                    yield _parsed(line, location), location, raw.tell()
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise UserError(f"{path} is damaged: {error}") from None
 
 
 def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[dict[str, Any], str, int]]:
-    """The columns of each row of a Parquet file, its place, and its share of the file in bytes."""
+    """The columns of each row of a Parquet file, its location, and its share of the file in bytes."""
     arrow, parquet = require("pyarrow", "parquet"), require("pyarrow.parquet", "parquet")
     row, size = 0, path.stat().st_size
     try:
@@ -158,13 +158,13 @@ def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[dict[str,
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, after row {row:,}: not valid UTF-8: {error.reason}") from None
     except (arrow.ArrowInvalid, arrow.ArrowNotImplementedError) as error:
-        raise UserError(f"{path} is not a whole Parquet file: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path} is not an intact Parquet file: {str(error).splitlines()[0]}") from None
 
 
 def split_tail(pieces: Iterable[Piece], start: int) -> Iterator[Piece]:
     """One document as two: train up to the first line that begins at byte `start` or later, val from there.
 
-    Where no line begins there within the piece, the cut falls between two characters. The piece that ends the training
+    If no line begins there within the piece, the split is between two characters. The piece that ends the training
     part may be empty.
     """
     at, split = 0, "train"
@@ -183,7 +183,7 @@ def split_tail(pieces: Iterable[Piece], start: int) -> Iterator[Piece]:
 
 
 def split_documents(pieces: Iterable[Piece], name: str, val_fraction: float) -> Iterator[Piece]:
-    """Whole documents to val or train, by a hash of `name` and the document's place."""
+    """Assigns each document to val or train as a whole, by a hash of `name` and the document's number."""
     document = 0
     for piece in pieces:
         share = unit_hash(f"{name}:{document}")
@@ -201,23 +201,23 @@ def _hidden(path: Path) -> bool:
 
 
 def _cut(data: bytes) -> int:
-    """Where to cut: after the last line end, else before the last character."""
+    """Where to split a block: after the last line end, else before the last character."""
     if end := data.rfind(b"\n") + 1:
         return end
-    places = range(len(data) - 1, max(len(data) - 5, 0), -1)
-    return next((place for place in places if data[place] & 0xC0 != 0x80), len(data))
+    starts = range(len(data) - 1, max(len(data) - 5, 0), -1)
+    return next((at for at in starts if data[at] & 0xC0 != 0x80), len(data))
 
 
 def _next_line(data: bytes, at: int, last: bool) -> int:
-    """The start of the first line from `at` on, else of a character near; the `last` piece is not taken whole."""
+    """The start of the first line from `at` on, else of a nearby character; never the end of the `last` piece."""
     if at in (0, len(data)):
         return at
     line = data.find(b"\n", at - 1) + 1
     if 0 < line < len(data) + (not last):
         return line
-    ahead = next((place for place in range(at, len(data)) if data[place] & 0xC0 != 0x80), len(data))
+    ahead = next((start for start in range(at, len(data)) if data[start] & 0xC0 != 0x80), len(data))
     if ahead == len(data) and last:
-        return next(place for place in range(at, -1, -1) if data[place] & 0xC0 != 0x80)
+        return next(start for start in range(at, -1, -1) if data[start] & 0xC0 != 0x80)
     return ahead
 
 
@@ -234,7 +234,7 @@ def _decode(data: bytes, path: Path, at: int) -> str:
 
 
 def _decompressed(path: Path, raw: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file that may be compressed, each up to one byte more than a line may have."""
+    """The lines of a file, decompressed if need be; a line that is too long comes truncated to the limit + 1."""
     if path.suffix.lower() == ".gz":
         with gzip.open(raw) as file:
             yield from _lines(file)
@@ -254,32 +254,34 @@ def _lines(file: Any) -> Iterator[bytes]:
         yield line
 
 
-def _parsed(line: bytes, place: str) -> Any:
+def _parsed(line: bytes, location: str) -> Any:
     """The value in one line of JSON."""
     try:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise UserError(f"{place}: not valid UTF-8 at byte {error.start:,} of the line; convert it to UTF-8") from None
+        raise UserError(
+            f"{location}: not valid UTF-8 at byte {error.start:,} of the line; convert it to UTF-8"
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not valid JSON: {error}") from None
+        raise UserError(f"{location}: not valid JSON: {error}") from None
 
 
-def _field(entry: Any, text_field: str, place: str) -> str:
+def _field(entry: Any, text_field: str, location: str) -> str:
     """The text in a field of a line of JSON."""
     if not isinstance(entry, dict) or not isinstance(entry.get(text_field), str):
         hint = nearest(text_field, entry) if isinstance(entry, dict) else ""
-        raise UserError(f"{place}: no text in a field {text_field!r}; set corpus.text_field{hint}")
-    return checked(entry[text_field], place, "corpus.text_field")
+        raise UserError(f"{location}: no text in a field {text_field!r}; set corpus.text_field{hint}")
+    return checked(entry[text_field], location, "corpus.text_field")
 
 
-def checked(text: object, place: str, field: str) -> str:
-    """A document that came as a value: refused where it is no text that a plain file could hold."""
+def checked(text: object, location: str, field: str) -> str:
+    """A document given as a value; refuses what is not text, or could not be in a plain text file."""
     if not isinstance(text, str):
-        raise UserError(f"{place}: {type(text).__name__} where text should be; set {field}")
+        raise UserError(f"{location}: {type(text).__name__} where text should be; set {field}")
     if "\0" in text:
-        raise UserError(f"{place}: a zero character; remove it")
+        raise UserError(f"{location}: a zero character; remove it")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise UserError(f"{place}: half a surrogate pair, which is no character; remove it") from None
+        raise UserError(f"{location}: half a surrogate pair, which is no character; remove it") from None
     return text

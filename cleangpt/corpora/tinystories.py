@@ -8,7 +8,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from cleangpt.corpora.hub_text import Dataset, Shards, ask_hub, check_budget, write_shards
+from cleangpt.corpora.hub_text import HubDataset, Shards, ask_hub, check_budget, write_shards
 from cleangpt.corpora.reading import Piece, find_files, is_plain, read_pieces, read_separated, split_documents
 from cleangpt.corpora.text import TextCorpus, text_files
 from cleangpt.data.dataset import TokenDataset
@@ -52,7 +52,7 @@ class TinyStories(TextCorpus):
     def prepare(self, folder: Path, console: Console) -> TokenDataset:
         """Writes both splits."""
         if not self.files and self.edition == "parquet":
-            shards = Shards(Dataset(REPOSITORY, "data"), folder, keep=False)
+            shards = Shards(HubDataset(REPOSITORY, "data"), folder, keep=False)
             return write_shards(self, folder, shards, partial(self._pieces, marked=True), console, self.max_tokens)
         paths = find_files(self.files) if self.files else self._download()
         paths = sorted(paths, key=lambda path: "valid" not in path.name)

@@ -1,1 +1,1 @@
-"""From tokens on disk to batches: tokenizers, the token store, the order of samples, batches."""
+"""From tokens on disk to batches: tokenizers, datasets, the order of samples, mixtures, batches."""

@@ -1,4 +1,4 @@
-"""A batch: what the model reads, what it is to predict, and what the loss needs besides."""
+"""A batch: what the model reads, what it should predict, and what else the loss needs."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,23 +13,23 @@ IGNORED = -100
 
 @dataclass
 class Batch:
-    """Rows of samples; every tensor has one entry per row in its first dimension."""
+    """Samples, one per row: the first dimension of every tensor is the rows."""
 
     inputs: dict[str, Tensor]
-    """Keyword arguments of the model's `forward`: `tokens` `(rows, seq)`, int64, and whatever else it reads."""
+    """Keyword arguments of the model's `forward`: `tokens` `(rows, seq)`, int64, and any others that it takes."""
     targets: Tensor
     """The token that follows each position `(rows, seq)`, int64; IGNORED where nothing is learned."""
     extras: dict[str, Tensor] = field(default_factory=dict)
-    """What the objective reads besides, such as advantages `(rows, seq)`; it needs no gradient, so it is data."""
+    """Further tensors for the objective, such as advantages `(rows, seq)`; they need no gradient, so they are data."""
     group: int = 1
-    """Neighbouring rows that no micro-batch and no device parts: 2 for pairs."""
+    """Neighbouring rows that stay together in one micro-batch and on one device: 2 for pairs."""
 
     def __len__(self) -> int:
         return len(self.targets)
 
     @cached_property
     def num_targets(self) -> int:
-        """Targets that are not IGNORED; asked of a batch on the host, so that no device is waited for."""
+        """Targets that are not IGNORED; read it while the batch is on the host, to avoid waiting for a device."""
         return int((self.targets != IGNORED).sum())
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
@@ -39,7 +39,7 @@ class Batch:
         return replace(self, inputs=inputs, targets=function(self.targets), extras=extras)
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on a device; from pinned memory, the host does not wait for the copy."""
+        """The batch on a device; from pinned memory, copied asynchronously."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> "Batch":
@@ -47,22 +47,22 @@ class Batch:
         return self.map(Tensor.pin_memory)
 
     def rows(self, index: "slice | Tensor") -> "Batch":
-        """Some of its rows."""
+        """A selection of its rows."""
         return self.map(lambda tensor: tensor[index])
 
     def split(self, size: int) -> Iterator["Batch"]:
         """Micro-batches of `size` rows; the last may have fewer.
 
         Raises:
-            ValueError: `size` would part a group.
+            ValueError: `size` would split a group.
         """
         if size % self.group:
-            raise ValueError(f"micro-batches of {size} rows would part groups of {self.group}")
+            raise ValueError(f"micro-batches of {size} rows would split groups of {self.group}")
         return (self.rows(slice(start, start + size)) for start in range(0, len(self), size))
 
     @staticmethod
     def cat(batches: Sequence["Batch"]) -> "Batch":
-        """The rows of several batches that have the same inputs, extras and group, one after the other."""
+        """The rows of several batches, concatenated; all have the same inputs, extras and group."""
         first = batches[0]
         inputs = {name: torch.cat([batch.inputs[name] for batch in batches]) for name in first.inputs}
         extras = {name: torch.cat([batch.extras[name] for batch in batches]) for name in first.extras}

@@ -1,10 +1,10 @@
 """Conversations as text: chat templates, and which tokens of a conversation are answers.
 
 A conversation is a list of messages, each with a role (system, user, assistant) and its content. A template in Jinja,
-the form in which Hugging Face's tokenizers carry theirs, says how it is written. It comes from a file, so it runs in
-Jinja's sandbox: it sees the messages, the names of special tokens and the date, and can neither call nor change
-anything else; and it runs in a process of its own, which ends when it takes too long (`data/rendering.py`). It lies as
-`chat_template.json` beside every token store of conversations and in every checkpoint trained on one.
+as Hugging Face's tokenizers have one, defines how it is written. Templates may come from strangers, so they run in
+Jinja's sandbox, where they see the messages, the names of special tokens and the date, and can neither call nor change
+anything else, and in a separate process with a time limit (`data/rendering.py`). The template is stored as
+`chat_template.json` in every dataset of conversations and in every checkpoint trained on one.
 """
 
 import json
@@ -34,7 +34,7 @@ from cleangpt.hub import local_path
 CHAT_TEMPLATE = "chat_template.json"
 
 
-HF_TEMPLATE, THEIR_CONFIG = "chat_template.jinja", "tokenizer_config.json"
+HF_TEMPLATE, HF_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 
 
 ASSISTANT = "assistant"
@@ -82,10 +82,11 @@ class ChatTemplate:
         return _unmarked(self._render(messages, add_generation_prompt))[0]
 
     def render_answers(self, messages: Sequence[Message], special: Collection[str]) -> tuple[str, Spans]:
-        """The text of a conversation, and where its answers stand in it, each with what ends it.
+        """The text of a conversation, and the span of each answer in it, its end token included.
 
-        A template says so itself by ``{% generation %}``. For any other, an answer is what its message adds to the
-        text of those before it; white space behind a `special` token that ends it is left out.
+        A template may mark answers by ``{% generation %}``. In any other, an answer is what its message adds to the
+        text of those before it, without white space after a `special` token that ends it. With a template that writes
+        ``user: Hi`` and ``bot: Yo</s>`` on lines of their own, the span of the answer is that of ``Yo</s>``.
 
         Raises:
             UserError: as `render`, or a message changes how those before it are written.
@@ -99,7 +100,7 @@ class ChatTemplate:
                 if not (after.startswith(before) and text.startswith(after)):
                     raise UserError(
                         f"the chat template writes message {number + 1} differently once others follow, so its answers "
-                        "cannot be told apart; put {% generation %} and {% endgeneration %} around them in the template"
+                        "cannot be located; put {% generation %} and {% endgeneration %} around them in the template"
                     )
                 end = len(after.rstrip()) if after.rstrip().endswith(tuple(special)) else len(after)
                 spans.append((len(before), end))
@@ -107,11 +108,11 @@ class ChatTemplate:
 
     @property
     def marks_answers(self) -> bool:
-        """Whether the template itself says where answers stand."""
+        """Whether the template marks answers by ``{% generation %}``."""
         return re.search(r"{%[-+]?\s*generation\s*[-+]?%}", self.source) is not None
 
     def to_json(self) -> str:
-        """The whole template as JSON text, for `read_template`."""
+        """The template as JSON text, for `find_template`."""
         return json.dumps({"template": self.source, **self.special}, ensure_ascii=False, indent=2) + "\n"
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
@@ -140,7 +141,7 @@ def plain_template(tokenizer: Tokenizer) -> ChatTemplate:
 
 
 def load_template(text: str, tokenizer: Tokenizer) -> ChatTemplate:
-    """The template that a user means: a file in Jinja, or a folder that has one, which ``hf:NAME`` means too.
+    """The template that a user names: a file in Jinja, or a folder with one, or ``hf:NAME``.
 
     Raises:
         UserError: there is none, or it is not UTF-8.
@@ -166,12 +167,12 @@ def find_template(folder: Path) -> ChatTemplate | None:
         ):
             raise UserError(f"{folder / CHAT_TEMPLATE} is not a chat template: it needs a text in each of its fields")
         return ChatTemplate(content.pop("template"), content)
-    config = read_json(folder / THEIR_CONFIG) if (folder / THEIR_CONFIG).is_file() else {}
+    config = read_json(folder / HF_CONFIG) if (folder / HF_CONFIG).is_file() else {}
     if not isinstance(config, dict):
-        raise UserError(f"{folder / THEIR_CONFIG} is not a JSON object")
+        raise UserError(f"{folder / HF_CONFIG} is not a JSON object")
     source = config.get("chat_template")
     if isinstance(source, list):  # several by name
-        with parsing(folder / THEIR_CONFIG):
+        with parsing(folder / HF_CONFIG):
             source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
     if (folder / HF_TEMPLATE).is_file():
         source = _read(folder / HF_TEMPLATE)
@@ -179,7 +180,7 @@ def find_template(folder: Path) -> ChatTemplate | None:
 
 
 def _special_of(config: Mapping[str, Any]) -> dict[str, str]:
-    """The special tokens in a `tokenizer_config.json`; each stands there as text, or as an object with its content."""
+    """The special tokens in a `tokenizer_config.json`, each given as text or as an object with its content."""
     entries = {key: value for key, value in config.items() if key.endswith("_token")}
     names = {key: value.get("content") if isinstance(value, dict) else value for key, value in entries.items()}
     return {key: name for key, name in names.items() if isinstance(name, str)}

@@ -1,10 +1,10 @@
-"""Which source of a mixture stands at each position: computed from the weights alone, never drawn and never stored.
+"""The source of the sample at each position of a mixture: computed from the weights, never drawn and never stored.
 
 Of the first p samples, a source whose share is w has w · p, to within less than one sample, for every p. That is the
 chairman assignment problem: its tight bound, 1 − 1/(2n − 2) for n sources, and the rule that reaches it are Tijdeman's
-(1980, "The chairman assignment problem"). Shares that stay the same repeat a short pattern, so that the samples taken
-before any position follow from a division and one look into the pattern. Shares that change over the run's progress
-are held for one stretch of it at a time, and the same rule says how many samples each source gives in each stretch.
+(1980, "The chairman assignment problem"). Constant shares repeat a short pattern, so the number of samples taken from
+each source before any position follows from a division and one look at the pattern. Shares that change over the run's
+progress are constant within stretches of it, and the same rule gives the samples of each source in each stretch.
 """
 
 import math
@@ -30,20 +30,20 @@ Weight = float | tuple[tuple[float, float], ...]
 
 
 PARTS = 10_000
-"""Shares that are no simple fractions are rounded to so many parts of the whole."""
+"""Shares that are not simple fractions are rounded to multiples of 1 / PARTS."""
 
 
 STRETCH = 128
-"""Samples in a stretch of a run whose weights change, at least."""
+"""Minimum number of samples in a stretch of a run whose weights change."""
 
 
 STRETCHES = 10_000
-"""Stretches in a run whose weights change, at most."""
+"""Maximum number of stretches in a run whose weights change."""
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Positions from `start` on in which one pattern repeats."""
+    """Positions from `start` on within which one pattern repeats."""
 
     start: int
     before: tuple[int, ...]
@@ -81,7 +81,7 @@ class Interleaving:
         return np.concatenate(parts)
 
     def end(self, source: int, samples: int) -> int | None:
-        """The first position before which a source has given so many samples; None: it never does."""
+        """The first position before which a source has given this many samples; None: it never does."""
         reached = [stretch for stretch in self.stretches if stretch.before[source] < samples]
         if not reached:
             return self._starts[0]
@@ -133,13 +133,13 @@ def shares_at(weights: Sequence[Weight], progress: NDArray[np.float64]) -> NDArr
 
 
 def whole_counts(quotas: NDArray[np.int64], unit: int) -> NDArray[np.int64]:
-    """Whole numbers that follow growing quotas to within 1 − 1/(2n − 2).
+    """Integers that follow growing quotas to within 1 − 1/(2n − 2).
 
-    Every source takes what it would otherwise lack; the rest goes to those that would lack a sample soonest.
+    Every source first gets what its lower bound demands; the rest goes to those that would fall behind soonest.
 
     Args:
         quotas: `(steps + 1, sources)`, in 1/unit; a row's sum is a multiple of `unit`, and the first row is 0.
-        unit: how many make a whole.
+        unit: of the quotas, 1 sample.
 
     Returns:
         `(steps + 1, sources)`: rows with the sums of the quotas, and columns that never fall.
@@ -193,7 +193,7 @@ def _stretches(
 
 
 def _period(names: Sequence[str], weights: Sequence[float], start: int, total: int) -> tuple[int, ...]:
-    """The smallest whole numbers in the proportions of the weights, which are rounded to parts where they are large."""
+    """The smallest integers in the proportions of the weights, which are rounded to parts where they are large."""
     if not any(weights):
         raise _nothing_left(names, start, total)
     exact = [Fraction(str(weight)) for weight in weights]
@@ -208,7 +208,7 @@ def _period(names: Sequence[str], weights: Sequence[float], start: int, total: i
 
 
 def _parts(shares: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Shares `(rows, sources)` as whole parts of PARTS, by largest remainders; rows of zeros stay so."""
+    """Shares `(rows, sources)` in units of 1 / PARTS, rounded by largest remainders; rows of zeros stay zero."""
     parts = np.floor(shares * PARTS).astype(np.int64)
     rank = np.argsort(np.argsort(parts - shares * PARTS, axis=1, kind="stable"), axis=1)
     missing = np.where(shares.any(axis=1), PARTS - parts.sum(axis=1), 0)

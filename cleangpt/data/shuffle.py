@@ -19,13 +19,13 @@ WORD = 2**64 - 1
 
 
 def permute(positions: NDArray[np.integer], n: int, key: int, back: bool = False) -> NDArray[np.int64]:
-    """Where a keyed permutation of `range(n)` takes each position.
+    """The image of each position under a keyed permutation of `range(n)`.
 
     Args:
         positions: any shape, each from 0 to n - 1.
-        n: how many there are to permute, 1 to 2**62.
+        n: size of the range, 1 to 2**62.
         key: chooses the permutation, 0 to 2**64 - 1.
-        back: from where it takes something to each position, instead.
+        back: apply the inverse permutation instead.
     """
     if not 1 <= n <= 2**62:
         raise ValueError(f"n is {n}; allowed: 1 to 2**62")

@@ -1,8 +1,8 @@
 """Text to token ids and back: characters, bytes, or byte-pair encoding by Hugging Face's `tokenizers`.
 
-A tokenizer is one JSON text. It lies beside every token store and inside every checkpoint as `tokenizer.json`; one
-that `tokenizers` made is kept in that library's own format, so that it can be exchanged. All three are lossless: what
-`encode` took, `decode` gives back.
+A tokenizer is one JSON text, stored as `tokenizer.json` in every dataset and checkpoint; one of the library
+`tokenizers` keeps that library's own format, so that it can be exchanged. All three are lossless: `decode` returns
+exactly what `encode` was given.
 """
 
 import contextlib
@@ -31,9 +31,9 @@ class Tokenizer(Protocol):
     """What every tokenizer can do."""
 
     vocab_size: int
-    """Kinds of token; ids are below it."""
+    """Number of different tokens; ids are below it."""
     eos_id: int | None
-    """The token that ends a document, where there is one."""
+    """The end-of-text token, which ends a document; None: there is none."""
 
     def encode(self, text: str) -> NDArray[np.int64]:
         """Token ids `(length,)` of a text, without an end-of-text token; raises UserError at an unknown character."""
@@ -42,7 +42,7 @@ class Tokenizer(Protocol):
         """The text of token ids; bytes that are no UTF-8 become U+FFFD."""
 
     def to_json(self) -> str:
-        """The whole tokenizer as JSON text, for `from_json`."""
+        """The tokenizer as JSON text, for `from_json`."""
 
 
 class CharTokenizer:
@@ -98,7 +98,7 @@ class ByteTokenizer:
         return np.frombuffer(_utf8(text), np.uint8).astype(np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the bytes; end-of-text tokens are left out."""
+        """The text of the bytes; end-of-text tokens are omitted."""
         return bytes([token for token in ids if token != self.eos_id]).decode("utf-8", errors="replace")
 
     def to_json(self) -> str:
@@ -115,7 +115,7 @@ class BPETokenizer:
     as SentencePiece itself does; `tokenizers` may not, and would lose that blank.
 
     Raises:
-        UserError: the library does not understand the JSON, or the tokenizer loses text (it lower-cases, say).
+        UserError: the library does not understand the JSON, or the tokenizer loses text, such as capitals.
     """
 
     def __init__(self, text: str) -> None:
@@ -179,7 +179,7 @@ class BPETokenizer:
         return reading
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the tokens; special tokens are left out."""
+        """The text of the tokens; special tokens are omitted."""
         with _library():
             return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
@@ -289,10 +289,10 @@ def same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """The tokenizer in a JSON file, or in a folder in Hugging Face's layout, which ``hf:NAME`` means too.
+    """The tokenizer in a JSON file, or in a folder in Hugging Face's layout, or of ``hf:NAME``.
 
     Raises:
-        UserError: the file is missing, no UTF-8, or not a tokenizer; names the file.
+        UserError: the file is missing, not UTF-8, or not a tokenizer; names the file.
     """
     path = local_path(str(path))
     if path.is_dir():

@@ -167,9 +167,9 @@ def test_what_does_not_fit_is_cut_or_left_out_and_counted_on_the_card(tmp_path: 
     assert sorted(answers(store)) == sorted([*EXPECTED, cut])
     card = (store.folder / CARD).read_text(encoding="utf-8")
     assert f"conversations: {len(ASKED) + 4}\n" in card
-    assert "conversations cut at the end of a row: 1\n" in card
-    assert "conversations left out without an answer in the row: 2\n" in card
-    assert "conversations left out that spell a special token: 1\n" in card
+    assert "conversations truncated to a row: 1\n" in card
+    assert "conversations skipped, no answer in the row: 2\n" in card
+    assert "conversations skipped, a special token in the text: 1\n" in card
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_what_does_not_fit_is_cut_or_left_out_and_counted_on_the_card(tmp_path: 
         ([{"prompt": 1, "response": "b"}], {"prompt_fields": ("prompt",)}, "int where text should be"),
         ([{"messages": ASKED[0]}], {"chat_template": "none.jinja"}, r"none\.jinja does not exist"),
         ([{"messages": ASKED[0]}], {"pack": 0}, r"corpus\.pack is 0"),
-        ([{"messages": ASKED[0]}], {}, "no text for the split"),
+        ([{"messages": ASKED[0]}], {}, "the split"),
         ([{"messages": [{"role": "user", "content": "\0"}]}], {}, "line 1: a zero character"),
     ],
 )
@@ -199,7 +199,7 @@ def test_what_is_no_conversation_is_one_line_and_leaves_nothing(
 
 def test_plain_text_is_no_conversation(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("hello", encoding="utf-8")
-    with pytest.raises(UserError, match=r"a\.txt is no list of conversations; allowed: \.jsonl"):
+    with pytest.raises(UserError, match=r"a\.txt has no conversations; allowed: \.jsonl"):
         make(tmp_path, files=(str(tmp_path),))
 
 

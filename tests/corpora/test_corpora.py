@@ -41,7 +41,8 @@ def text_of(store: TokenDataset, split: str) -> str:
 
 def document_ids(store: TokenDataset, split: str) -> list[str]:
     part = store.splits[split]
-    bounds = [*part.document_starts().tolist(), part.tokens]
+    starts = np.fromfile(store.folder / f"{split}_documents.bin", "<u8")
+    bounds = [*starts.tolist(), part.tokens]
     return [store.tokenizer.decode(part.read(a, b - a).tolist()) for a, b in pairwise(bounds)]
 
 
@@ -352,7 +353,8 @@ def test_a_document_in_many_groups_is_one_document(tmp_path: Path, monkeypatch: 
 def test_the_result_does_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
     corpus = Text(files=(write(tmp_path / "a.txt", ROMAN),), tokenizer="bpe", vocab_size=400)
     code = (
-        "import sys; from cleangpt.corpora import *\n"
+        "import sys\nfrom pathlib import Path\nfrom rich.console import Console\n"
+        "from cleangpt.corpora import Text, prepare_dataset\n"
         "prepare_dataset(eval(sys.argv[1]), Path(sys.argv[2]), console=Console(quiet=True))\n"
     )
     for threads in ("1", "3"):
@@ -427,7 +429,8 @@ def test_stories_come_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 )
 def test_without_the_hub_it_says_which_files_to_fetch(network: dict[str, str], tmp_path: Path) -> None:
     code = (
-        "from cleangpt.corpora import *\n"
+        "from pathlib import Path\nfrom rich.console import Console\nfrom cleangpt.errors import UserError\n"
+        "from cleangpt.corpora import TinyStories, prepare_dataset\n"
         "try: prepare_dataset(TinyStories(), Path('data'), console=Console(quiet=True))\n"
         "except UserError as error: print(error)\n"
     )
@@ -517,7 +520,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     said = io.StringIO()
     with pytest.raises(KeyboardInterrupt):
         prepare_dataset(corpus, tmp_path / "data", console=Console(file=said))
-    assert "goes on from here" in said.getvalue()
+    assert "resumes from here" in said.getvalue()
     before = len(calls)
     store = prepare_dataset(corpus, tmp_path / "data", console=QUIET)
     assert text_of(store, "train") + text_of(store, "val") == ROMAN
@@ -543,8 +546,8 @@ def assert_refused(corpus: Corpus, folder: Path, message: str) -> None:
         ("a.txt", b"", "it is empty"),
         ("a.jsonl", b'{"text": ""}\n', "no text"),
         ("a.jsonl", b'{"text": "x"}\n' * 9 + b"{", r"a\.jsonl, line 10: not valid JSON"),
-        ("a.jsonl", b'{"text": "one document"}\n', "no text for the split val; change corpus.val_fraction"),
-        ("a.txt", b"x", "no text for the split train"),
+        ("a.jsonl", b'{"text": "one document"}\n', "the split val is empty; change corpus.val_fraction"),
+        ("a.txt", b"x", "the split train is empty"),
     ],
 )
 def test_bad_text_is_one_line_and_leaves_nothing(
@@ -563,10 +566,10 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     targets = {
-        "open": "cleangpt.data.dataset.write_text",
+        "open": "cleangpt.data.writer.write_text",
         "write": "cleangpt.data.writer.DatasetWriter._write",
         "fsync": "cleangpt.data.writer.DatasetWriter._flush",
-        "commit_folder": "cleangpt.data.dataset.seal",
+        "commit_folder": "cleangpt.data.writer.commit_folder",
     }
     corpus = Text(files=(write(tmp_path / "a.txt", ROMAN),))
     with monkeypatch.context() as patch:

@@ -50,7 +50,7 @@ def test_one_prepares_and_the_other_takes_what_it_made(workplace: Path) -> None:
     wait_until(lambda: began() == 1)
     other = Command(prepare_slowly)
     wait_until(lambda: "\n" in other.stderr)
-    assert "another process prepares data/adder-" in other.stderr
+    assert "another process is preparing data/adder-" in other.stderr
     Path("go").touch()
     assert (first.wait(), other.wait()) == (0, 0)
     assert began() == 1

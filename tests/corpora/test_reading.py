@@ -155,7 +155,7 @@ def test_a_file_without_separators_is_not_gathered_in_memory(
         ("a.jsonl.gz", b"not gzip", "damaged"),
         ("a.jsonl.gz", gzip.compress(jsonl(TEXTS * 100))[:-20], "damaged"),
         ("a.jsonl.zst", b"not zstd", "damaged"),
-        ("a.parquet", b"not parquet", "not a whole Parquet file"),
+        ("a.parquet", b"not parquet", "not an intact Parquet file"),
     ],
 )
 def test_a_faulty_file_is_told_in_one_line_with_the_place(

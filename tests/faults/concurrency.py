@@ -116,7 +116,7 @@ def killed_preparing(seed: int, folder: Path) -> None:
     first = start(folder, *TRAIN, hook=dies_preparing)
     wait_until(lambda: (folder / "preparing").exists(), first)
     other = start(folder, *TRAIN)
-    wait_until(lambda: "another process prepares" in output(folder).replace("\n", " "), other)
+    wait_until(lambda: "another process is preparing" in output(folder).replace("\n", " "), other)
     (folder / "go").touch()
     assert (finish(first), finish(other)) == (-signal.SIGKILL, 0), output(folder)
     check_whole(folder)

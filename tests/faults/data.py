@@ -100,7 +100,7 @@ def empty_documents(folder: Path) -> None:
 
 def only_empty_documents(folder: Path) -> None:
     written(folder, 'Text(files=("a.jsonl",))', a_jsonl='{"text": ""}\n' * 9)
-    refused(folder, "no text for the split train; change corpus.val_fraction")
+    refused(folder, "the split train is empty; change corpus.val_fraction")
 
 
 def empty_packed(folder: Path) -> None:

@@ -200,7 +200,7 @@ def newer(seed: int, folder: Path) -> None:
     )
 
 
-@fault("token store: a file cut short, empty or missing", short=1, long=12)
+@fault("dataset: a file cut short, empty or missing", short=1, long=12)
 def store_damaged(seed: int, folder: Path) -> None:
     finished(folder)
     names = ("train_00000.bin", "train_00000.mask", "val_00000.bin", "tokenizer.json")

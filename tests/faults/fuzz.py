@@ -52,12 +52,12 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "metrics.jsonl": ("sums/metrics.jsonl", ["report sums", "resume sums --training.macro-batches 3"]),
     "samples.jsonl": ("sums/samples.jsonl", ["report sums", "resume sums --training.macro-batches 3"]),
     "evaluation.json": ("sums/evaluation.json", ["report sums"]),
-    "a token store's description": (
+    "a dataset's description": (
         "data/text*/dataset.json",
         ["evaluate tale", "train tale.py --run-dir again", "plan tale.py"],
     ),
-    "a token store's tokens": ("data/text*/train_00000.bin", ["train tale.py --run-dir again"]),
-    "a token store's tokenizer": ("data/text*/tokenizer.json", ["train tale.py --run-dir again"]),
+    "a dataset's tokens": ("data/text*/train_00000.bin", ["train tale.py --run-dir again"]),
+    "a dataset's tokenizer": ("data/text*/tokenizer.json", ["train tale.py --run-dir again"]),
     "a snapshot's state": ("sums/snapshots/mb000002/state.json", ["resume sums --training.macro-batches 3"]),
     "a snapshot's index": ("sums/snapshots/mb000002/index.json", ["resume sums --training.macro-batches 3"]),
     "a snapshot's manifest": ("sums/snapshots/mb000002/manifest.json", ["resume sums --training.macro-batches 3"]),
@@ -81,7 +81,7 @@ SHORT = (
     "Hugging Face's chat template",
     "a run's experiment.json",
     "metrics.jsonl",
-    "a token store's description",
+    "a dataset's description",
     "a snapshot's index",
     "conversations",
 )
