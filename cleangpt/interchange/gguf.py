@@ -65,7 +65,8 @@ def tensors_of(config: ModelConfig, weights: dict[str, Tensor], architecture: st
     hf_tensors: dict[str, Tensor] = mapping.gguf_tensors(config, weights)
     names = library.get_tensor_name_map(kind, vars(config)["n_layers"])
     tensors = {names.get_name(name, try_suffixes=(".weight", ".bias")): tensor for name, tensor in hf_tensors.items()}
-    return tensors | mapping.extra_gguf_tensors(config)
+    extra: dict[str, Tensor] = mapping.extra_gguf_tensors(config)
+    return tensors | extra
 
 
 # The vocabulary -------------------------------------------------------------------------------------------------------
