@@ -42,7 +42,7 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return error
 
 
-def test_what_is_there_is_not_replaced_unless_an_export_wrote_it_and_force_says_so(
+def test_only_an_earlier_export_is_replaced_and_only_with_force(
     checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
     export(checkpoint, "hf", Path("first"))
@@ -71,6 +71,6 @@ def test_nothing_is_left_of_an_export_that_failed(checkpoint: Checkpoint, monkey
     assert not any(Path().iterdir())
 
 
-def test_a_run_that_is_not_there_is_refused(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_run_is_refused(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "nothing is not a run" in refused(["nothing"], capsys)
     assert "hf" in refused(["nothing", "--format", "onnx"], capsys)

@@ -53,7 +53,7 @@ def checkpoint_of(config: ModelConfig, tokenizer: Tokenizer) -> Checkpoint:
 @pytest.mark.parametrize(
     ("kind", "tokenizer"), CASES, ids=lambda value: value if isinstance(value, str) else type(value).__name__
 )
-def test_llama_cpp_encodes_and_goes_on_as_we_do(kind: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_llama_cpp_encodes_and_continues_as_we_do(kind: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
     checkpoint = checkpoint_of(KINDS[kind], tokenizer)
     export(checkpoint, "gguf", tmp_path / "model.gguf")
@@ -112,7 +112,7 @@ def test_what_llama_cpp_does_not_compute_is_refused(config: ModelConfig, message
     assert not any(tmp_path.iterdir())
 
 
-def test_a_vocabulary_is_filled_up_to_that_of_the_model() -> None:
+def test_a_vocabulary_is_padded_to_that_of_the_model() -> None:
     vocabulary = vocabulary_of(ByteTokenizer(), 260)
     assert vocabulary.tokens[65:67] == ["A", "B"] and vocabulary.tokens[256:] == [
         "<|endoftext|>", "[PAD257]", "[PAD258]", "[PAD259]",
@@ -127,7 +127,7 @@ def test_a_character_of_several_bytes_is_merged_from_its_bytes() -> None:
     assert vocabulary.merges == ["Ã ©", "æ ¼", "æ¼ ¢"]
 
 
-def test_a_tokenizer_that_llama_cpp_cannot_have_is_refused() -> None:
+def test_a_tokenizer_that_llama_cpp_does_not_support_is_refused() -> None:
     with pytest.raises(UserError, match="no end-of-text token"):
         vocabulary_of(CharTokenizer("ab"), 2)
     content = json.loads(BPE.to_json())

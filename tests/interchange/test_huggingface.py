@@ -124,7 +124,7 @@ def test_weights_without_the_prefix_and_with_buffers_are_read_as_gpt2_was_releas
         ({"n_layer": "many"}, "n_layers is 'many'"),
     ],
 )
-def test_what_is_not_here_is_refused_with_the_entry_named(
+def test_what_is_not_supported_is_refused_with_the_entry_named(
     saved: Callable[..., Path], entries: dict[str, object], message: str
 ) -> None:
     folder = saved(their_gpt2())
@@ -201,7 +201,7 @@ def test_without_a_network_one_line_says_which_files_to_put_where(
 
 
 @pytest.mark.parametrize("text", ["hf:", "hf:/nowhere/at/all", "hf:./nothing", "hf:a/b/c"])
-def test_what_can_be_no_name_is_not_asked_for(text: str, workplace: Path) -> None:
+def test_an_invalid_name_is_refused_without_a_request(text: str, workplace: Path) -> None:
     with pytest.raises(UserError, match="is not a folder"):
         hub.fetch(text)
 
@@ -234,7 +234,7 @@ def test_a_run_starts_from_the_weights_and_with_the_tokenizer(
 
 
 @pytest.mark.parametrize("length", [48, 96])
-def test_padding_of_the_vocabulary_and_other_lengths_are_filled_and_said(
+def test_additional_tokens_and_positions_are_initialized_and_logged(
     saved: Callable[..., Path], tiny: Callable[..., Experiment], trainer: Callable[[Experiment], Trainer], length: int
 ) -> None:
     theirs = their_gpt2()
@@ -267,7 +267,7 @@ experiment = Experiment(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fsdp", "tp"])
-def test_a_model_that_is_cut_over_processes_starts_as_a_whole_one_does(
+def test_a_sharded_model_starts_as_an_unsharded_one_does(
     strategy: str, saved: Callable[..., Path], workplace: Path
 ) -> None:
     saved(their_gpt2())
@@ -355,7 +355,7 @@ def test_without_a_network_the_experiment_of_gpt2_says_in_one_line_what_is_missi
     assert not Path("run").exists()
 
 
-def test_rows_of_tokens_are_taken_only_where_the_tokens_are_the_same() -> None:
+def test_token_rows_are_loaded_only_for_the_same_tokens() -> None:
     small, large = build_model(GPT_SMALL), build_model(replace(GPT_SMALL, vocab_size=330))
     before = large.state_dict()["token_embedding.weight"].clone()
     lines = load_matching_weights(large, small.state_dict(), same_tokens=False)
@@ -368,7 +368,7 @@ def test_rows_of_tokens_are_taken_only_where_the_tokens_are_the_same() -> None:
     assert torch.equal(large.state_dict()["token_embedding.weight"][320:], before[320:])
 
 
-def test_fields_that_shapes_do_not_tell_are_compared() -> None:
+def test_fields_that_shapes_do_not_show_are_compared() -> None:
     assert config_mismatches(GPT_SMALL, replace(GPT_SMALL, vocab_size=9, max_seq_len=9, dropout=0.1)) == []
     assert config_mismatches(GPT_SMALL, replace(GPT_SMALL, n_heads=2)) == [
         "model.n_heads is 2; in the checkpoint it is 4"
@@ -416,7 +416,7 @@ def test_an_exported_model_has_the_same_logits_and_ids_there(kind: str, tmp_path
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "biases" not in kind])
-def test_an_exported_model_comes_back_as_it_was(kind: str, tmp_path: Path) -> None:
+def test_an_exported_model_is_read_back_unchanged(kind: str, tmp_path: Path) -> None:
     checkpoint = checkpoint_of(KINDS[kind])
     export(checkpoint, "hf", tmp_path / "out")
     back = open_checkpoint(str(tmp_path / "out"))
@@ -441,7 +441,7 @@ def test_the_other_tokenizers_have_the_same_ids_and_text_there(tokenizer: Tokeni
         (ModelConfig(vocab_size=9, max_seq_len=9), BPE, "a model of ModelConfig cannot be exported; allowed: GPT"),
     ],
 )
-def test_what_transformers_does_not_have_is_refused(
+def test_what_transformers_does_not_support_is_refused(
     config: ModelConfig, tokenizer: Tokenizer, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message):

@@ -72,14 +72,14 @@ def test_byte_pairs_have_the_same_ids_and_text(text: str) -> None:
     [ByteTokenizer(), CharTokenizer(CHARACTERS, "\0"), CharTokenizer("ba"), TRAINED],
     ids=lambda kind: type(kind).__name__,
 )
-def test_what_was_written_is_read_back_as_it_was(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_what_was_written_is_read_back_unchanged(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(to_tokenizers(tokenizer)), encoding="utf-8")
     back = read_tokenizer(tmp_path)
     assert type(back) is type(tokenizer) and same_tokens(back, tokenizer)
     assert back.eos_id == tokenizer.eos_id
 
 
-def test_a_vocabulary_of_words_of_another_is_refused(tmp_path: Path) -> None:
+def test_a_word_level_vocabulary_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
     content = to_tokenizers(CharTokenizer("ab"))
     content["model"]["vocab"]["word"] = 2
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
@@ -123,7 +123,7 @@ def test_tokenizers_are_the_same_where_their_ids_mean_the_same() -> None:
     assert not same_tokens(CharTokenizer("ab"), CharTokenizer("ba"))
 
 
-def test_a_document_begins_with_the_token_for_it_or_after_the_end_of_another() -> None:
+def test_a_document_begins_with_its_own_token_or_with_the_end_of_another() -> None:
     assert special_ids(CharTokenizer("ab")) == {}
     assert special_ids(ByteTokenizer()) == {"bos_token": 256, "eos_token": 256}
     content = json.loads(TRAINED.to_json())
@@ -135,7 +135,7 @@ def test_a_document_begins_with_the_token_for_it_or_after_the_end_of_another() -
     assert name_of(begun, TRAINED.vocab_size) == "<|begin_of_text|>"
 
 
-def test_the_way_of_splitting_words_is_told_from_the_file() -> None:
+def test_word_splitting_is_read_from_the_file() -> None:
     content = to_tokenizers(TRAINED)
     assert word_split(content) == "gpt-2"
     assert word_split(to_tokenizers(ByteTokenizer())) == "gpt-2"
@@ -145,7 +145,7 @@ def test_the_way_of_splitting_words_is_told_from_the_file() -> None:
     assert word_split(content | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [step]}}) is None
 
 
-def test_qwens_way_of_splitting_words_is_that_of_transformers() -> None:
+def test_qwens_word_splitting_is_that_of_transformers() -> None:
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
     step = {"type": "Split", "pattern": {"Regex": PRETOKENIZE_REGEX}, "behavior": "Isolated", "invert": False}

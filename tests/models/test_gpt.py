@@ -67,7 +67,7 @@ def test_gpt2_small_has_its_published_size_and_flops() -> None:
     assert flops_per_token(model, 1024) == 6 * (124_439_808 - 786_432) + 12 * 12 * 768 * 1024
 
 
-def test_the_first_loss_is_that_of_a_guess(tokens: torch.Tensor) -> None:
+def test_the_first_loss_is_that_of_a_uniform_guess(tokens: torch.Tensor) -> None:
     torch.manual_seed(0)
     loss = next_token(GPT(SMALL), tokens[:, :-1], tokens[:, 1:]) / tokens[:, 1:].numel()
     assert abs(loss.item() - torch.log(torch.tensor(97.0)).item()) < 0.1
@@ -115,7 +115,7 @@ def test_estimated_activations_are_those_that_autograd_keeps(batch: int, seq_len
     loss.backward()
 
 
-def test_masked_targets_add_nothing_to_the_loss(tokens: torch.Tensor) -> None:
+def test_ignored_targets_add_nothing_to_the_loss(tokens: torch.Tensor) -> None:
     model = build_model(SMALL)
     targets = tokens.clone()
     targets[:, 5:] = IGNORED

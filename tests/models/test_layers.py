@@ -41,7 +41,7 @@ def with_ends(*documents: int) -> Tensor:
 each_reach = pytest.mark.parametrize("changes", [{}, {"sliding_window": 4}, {"sliding_window": 4, "global_every": 2}])
 
 
-def test_a_separator_belongs_to_the_document_that_it_ends() -> None:
+def test_a_separator_belongs_to_the_document_it_ends() -> None:
     tokens = torch.tensor([[7, 8, END, 9, END, END, 7], [7, 8, 9, 7, 8, 9, 7]])
     assert document_ids(tokens, END).tolist() == [[0, 0, 0, 1, 1, 2, 3], [0] * 7]
 
@@ -58,7 +58,7 @@ def test_a_token_changes_no_logit_of_another_document(changes: dict[str, Any]) -
 
 
 @each_reach
-def test_documents_in_one_sample_give_the_logits_that_they_give_apart(changes: dict[str, Any]) -> None:
+def test_documents_in_one_sample_have_the_logits_of_separate_samples(changes: dict[str, Any]) -> None:
     """And the same gradients: only distances matter to rotary positions."""
     config = replace(APART, **changes)
     model, lengths = llama(config), (6, 9, 1, 5)
@@ -83,7 +83,7 @@ def test_each_sample_of_a_batch_has_its_own_documents() -> None:
 @given(data=st.data(), window=st.sampled_from([None, 1, 3, 20]))
 @settings(max_examples=20, deadline=None)
 @torch.no_grad()
-def test_blocks_give_what_the_mask_gives(data: st.DataObject, window: int | None) -> None:
+def test_attention_over_blocks_equals_attention_with_the_mask(data: st.DataObject, window: int | None) -> None:
     """The way of CUDA devices and that of all others, here on the same device."""
     batch, seq = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 12))
     tokens = torch.tensor(data.draw(st.lists(st.lists(st.integers(4, 6), min_size=seq, max_size=seq),
@@ -100,7 +100,7 @@ def test_blocks_give_what_the_mask_gives(data: st.DataObject, window: int | None
 # The others ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_value_residual_is_the_mean_with_the_first_blocks_values() -> None:
+def test_a_value_residual_averages_with_the_first_blocks_values() -> None:
     """A plain model gives the same where the mean is taken from outside (Zhou et al. 2024)."""
     tokens, plain = with_ends(12), llama(SMALL)
     first: list[Tensor] = []
@@ -164,7 +164,7 @@ def test_relu_squared_is_that_of_hugging_faces_nemotron() -> None:
         {"n_experts": 4, "bias_update_rate": 0.001},
     ],
 )
-def test_a_part_changes_no_initial_weight(changes: dict[str, Any]) -> None:
+def test_an_optional_part_changes_no_other_initial_weight(changes: dict[str, Any]) -> None:
     """So runs with and without it start alike; it adds no matrix."""
     plain = replace(SMALL, n_experts=changes.get("n_experts"))
     torch.manual_seed(0)

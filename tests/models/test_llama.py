@@ -418,7 +418,7 @@ def test_initial_values_depend_on_name_and_shape_alone() -> None:
     assert not list(model.buffers())
 
 
-def test_the_first_loss_is_that_of_a_guess(tokens: torch.Tensor) -> None:
+def test_the_first_loss_is_that_of_a_uniform_guess(tokens: torch.Tensor) -> None:
     torch.manual_seed(0)
     loss = next_token(Llama(SMALL), tokens[:, :-1], tokens[:, 1:]) / tokens[:, 1:].numel()
     assert abs(loss.item() - torch.log(torch.tensor(97.0)).item()) < 0.1

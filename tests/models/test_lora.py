@@ -47,7 +47,7 @@ def adapted(config: ModelConfig, **fields: object) -> nn.Module:
 
 
 @pytest.mark.parametrize("config", [GPT_SMALL, LLAMA_SMALL, EXPERTS], ids=["gpt", "llama", "experts"])
-def test_a_model_with_new_adapters_is_the_base_exactly(config: ModelConfig) -> None:
+def test_new_adapters_change_nothing(config: ModelConfig) -> None:
     torch.manual_seed(0)
     model = build_model(config)
     before = model(TOKENS)
@@ -101,7 +101,7 @@ def test_every_linear_layer_of_the_blocks_has_an_adapter_but_routers_and_stacked
     assert layers(chosen) == {"blocks.0.attention.query", "blocks.1.attention.query", "head"}
 
 
-def test_adapters_from_the_meta_device_are_drawn_as_they_should_be() -> None:
+def test_adapters_from_the_meta_device_are_initialized() -> None:
     tuning = FineTuningConfig(lora=LoRAConfig(rank=4))
     torch.manual_seed(0)
     model = parallelize(lambda: GPT(GPT_SMALL), Layout(), CPU, lambda plain: freeze_and_add_lora(plain, tuning))
@@ -123,7 +123,7 @@ class Shifted(GPT):
         self.shift = nn.Parameter(torch.ones(()))
 
 
-def test_adapters_of_a_model_that_is_built_whole_are_drawn_as_well() -> None:
+def test_adapters_of_an_unsharded_model_are_initialized() -> None:
     tuning = FineTuningConfig(lora=LoRAConfig(rank=4))
     model = parallelize(lambda: Shifted(GPT_SMALL), Layout(), CPU, lambda plain: freeze_and_add_lora(plain, tuning))
     adapter = model.get_submodule("blocks.1.mlp.down.lora")
@@ -145,7 +145,7 @@ def test_adapters_stand_beside_layers_that_multiply_in_fp8() -> None:
     }
 
 
-def test_dropout_falls_on_an_adapters_inputs_in_training_only() -> None:
+def test_dropout_applies_to_an_adapters_inputs_in_training_only() -> None:
     model = adapted(GPT_SMALL, dropout=0.5)
     assert torch.equal(model(TOKENS), model(TOKENS))
     torch.testing.assert_close(model(TOKENS), adapted(GPT_SMALL)(TOKENS))
@@ -155,7 +155,7 @@ def test_dropout_falls_on_an_adapters_inputs_in_training_only() -> None:
     torch.testing.assert_close(adapter(x).mean(0), 2 * adapter.b @ adapter.a @ x[0], atol=0.1, rtol=0.1)
 
 
-def test_adapters_are_not_looked_for_in_a_checkpoint() -> None:
+def test_adapters_are_not_expected_in_a_checkpoint() -> None:
     model, other = adapted(GPT_SMALL), build_model(GPT_SMALL)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if is_adapter(name)}
     assert load_matching_weights(model, other.state_dict()) == []
@@ -229,7 +229,7 @@ def test_the_checkpoints_loss_is_that_of_the_model_in_training_and_another_run_s
     ],
     ids=lambda fields: " ".join(map(str, fields.values())) or "plain",
 )
-def test_a_run_with_adapters_goes_on_bit_for_bit(
+def test_a_run_with_adapters_resumes_bit_for_bit(
     base: Path, tiny: Build, trainer: Open, fields: dict[str, object]
 ) -> None:
     whole = trainer(tiny(run_dir="whole", **lora(dropout=0.2), **fields))
@@ -260,7 +260,7 @@ def test_a_compiled_model_with_adapters_learns_the_same(base: Path, tiny: Build,
         assert one["val_loss"] == pytest.approx(two["val_loss"], rel=1e-3)
 
 
-def test_a_run_with_adapters_is_sampled_evaluated_and_exported_without_a_word_about_them(
+def test_a_run_with_adapters_is_sampled_evaluated_and_exported_like_any_other(
     base: Path, tiny: Build, trainer: Open, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from transformers import AutoModelForCausalLM
@@ -287,7 +287,7 @@ def test_a_run_with_adapters_is_sampled_evaluated_and_exported_without_a_word_ab
         (EXPERTS, ("blocks.*.mlp.router",), "'blocks.*.mlp.router' matches no linear layer"),
     ],
 )
-def test_a_target_that_is_no_linear_layer_is_refused(
+def test_a_target_that_is_not_a_linear_layer_is_refused(
     config: ModelConfig, targets: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(UserError, match=r"^fine_tuning\.lora\.targets: .*" + message.replace("*.", r"\*.")) as refused:

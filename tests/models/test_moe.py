@@ -77,7 +77,7 @@ def test_shared_experts_and_biases_are_those_of_hugging_faces_ernie() -> None:
     torch.testing.assert_close(ours(x), theirs(x), atol=1e-4, rtol=1e-4)
 
 
-def test_an_expert_that_no_token_chose_has_a_gradient_of_zero() -> None:
+def test_an_expert_without_tokens_has_a_gradient_of_zero() -> None:
     """Without one, processes that exchange gradients would wait for it."""
     model = mixture(experts_per_token=1)
     x = torch.randn(1, 1, 12)
@@ -88,22 +88,22 @@ def test_an_expert_that_no_token_chose_has_a_gradient_of_zero() -> None:
         assert [bool(gradient.any()) for gradient in weights.grad] == [index == chosen for index in range(5)]
 
 
-def test_the_router_learns_from_the_shares() -> None:
+def test_the_router_learns_from_its_weights() -> None:
     model = mixture()
     model(torch.randn(2, 6, 12)).square().sum().backward()
     assert model.router.weight.grad is not None and model.router.weight.grad.any()
 
 
-def test_the_bias_has_no_gradient_and_changes_no_share_of_those_chosen() -> None:
+def test_the_bias_has_no_gradient_and_changes_no_router_weight() -> None:
     model, x = mixture(experts_per_token=5, normalize_router_weights=False, balanced=True), torch.randn(6, 12)
-    chosen, shares = model.route(x)
+    expert_ids, router_weights = model.route(x)
     probabilities = model.router(x).softmax(-1)
-    torch.testing.assert_close(shares, probabilities.gather(-1, chosen))
+    torch.testing.assert_close(router_weights, probabilities.gather(-1, expert_ids))
     model(x[None]).sum().backward()
     assert model.router_bias.grad is None and not model.router_bias.requires_grad
 
 
-def test_under_autocast_the_shares_stay_float32_and_the_result_is_near() -> None:
+def test_under_autocast_router_weights_stay_float32_and_the_output_is_close() -> None:
     model, x = mixture(), torch.randn(2, 6, 12)
     with torch.autocast("cpu", torch.bfloat16):
         reduced = model(x)
@@ -114,7 +114,7 @@ def test_under_autocast_the_shares_stay_float32_and_the_result_is_near() -> None
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "relu2"])
-def test_flops_count_the_experts_that_a_token_goes_through(activation: str) -> None:
+def test_flops_count_the_experts_that_a_token_is_routed_to(activation: str) -> None:
     config = LlamaConfig(
         vocab_size=97, max_seq_len=32, n_layers=2, n_heads=4, dim=48, hidden_dim=80, n_experts=6, experts_per_token=2,
         expert_hidden_dim=24, n_shared_experts=1, activation=activation, bias_update_rate=0.001,

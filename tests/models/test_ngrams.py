@@ -37,7 +37,7 @@ def test_the_tokens_before_are_those_of_the_row_and_document(
 
 
 @given(rows=rows_of_tokens, length=st.integers(2, 4))
-def test_with_rows_enough_each_ngram_has_its_own(rows: list[list[int]], length: int) -> None:
+def test_with_enough_rows_each_ngram_has_its_own(rows: list[list[int]], length: int) -> None:
     tokens = torch.tensor(rows)
     (found,) = ngram_rows(tokens_before(tokens, length), [length], (5 + 2) ** length, vocab_size=5)
     ngrams = [ngram for row in rows for ngram in ngrams_by_hand(row, length, None)]
@@ -73,7 +73,7 @@ def test_a_model_adds_the_row_of_each_ngram_to_its_tokens_embedding(length: int)
     assert torch.equal(seen[0], expected)
 
 
-def test_dropout_of_ngrams_leaves_the_tokens_own_embedding_whole() -> None:
+def test_dropout_of_ngrams_leaves_the_tokens_own_embedding() -> None:
     """In training each feature of a table is doubled or gone, by halves; afterwards all are there."""
     torch.manual_seed(0)
     config = LlamaConfig(

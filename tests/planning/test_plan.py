@@ -52,7 +52,7 @@ def test_the_budget_is_the_length_of_the_run_and_sets_hours_and_cost(small: Expe
         assert two.hours / one.hours == pytest.approx(twice.tokens / plan.tokens)
 
 
-def test_what_does_not_fit_is_marked_and_a_way_is_advised(tiny: Callable[..., Experiment]) -> None:
+def test_what_does_not_fit_is_marked_and_settings_that_fit_are_advised(tiny: Callable[..., Experiment]) -> None:
     model = LlamaConfig(vocab_size=32000, max_seq_len=4096, n_layers=22, n_heads=32, dim=2048, hidden_dim=5632)
     experiment = tiny(model=model, data__seq_len=4096, data__batch_size=64, training__precision="bf16")
     plan = make_plan(experiment, find_device("h100"), [1])
@@ -84,21 +84,23 @@ def test_the_experiments_own_strategy_is_among_those_planned(tiny: Callable[...,
 
 
 @given(st.sampled_from(sorted(DEVICES)), st.integers(2, 64), st.floats(1, 1e11))
-def test_exchange_takes_at_least_what_the_link_needs_and_grows_with_the_size(name: str, size: int, much: float) -> None:
+def test_communication_takes_at_least_what_the_link_needs_and_grows_with_the_size(
+    name: str, size: int, much: float
+) -> None:
     group = ProcessGroup(DEVICES[name], size, 1, 8)
     assert group.seconds(much) >= much * (size - 1) / size / max(DEVICES[name].link, 8 * DEVICES[name].network)
     assert group.seconds(2 * much) > group.seconds(much)
     assert ProcessGroup(DEVICES[name], 1, 1, 8).seconds(much) == 0
 
 
-def test_each_of_several_exchanges_has_its_latency() -> None:
+def test_each_collective_has_its_latency() -> None:
     group = ProcessGroup(DEVICES["h100"], 8, 1, 8)
     once, often = group.seconds(GIB), group.seconds(GIB, 100)
     assert often - once == pytest.approx(99 * 7 * 3.4e-6)
 
 
-def test_cutting_the_matrices_of_a_small_model_is_not_worth_it(tiny: Callable[..., Experiment]) -> None:
-    """It starts as many kernels and waits for the others many times."""
+def test_tensor_parallelism_does_not_pay_for_a_small_model(tiny: Callable[..., Experiment]) -> None:
+    """It launches as many kernels and waits for the other devices often."""
     plan = make_plan(tiny(model__vocab_size=16, data__batch_size=256), find_device("a100"), [8])
     speed = {entry.strategy: entry.tokens_per_second for entry in plan.estimates}
     assert speed["ddp"] > speed["fsdp, tensor 2"] and plan.best(8).layout.tensor == 1
@@ -131,7 +133,7 @@ def test_the_command_prints_a_table_and_writes_json(workplace: Path, capsys: pyt
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         (["--device", "h10"], "did you mean 'h100'"),
         (["--devices", "0"], "--devices is 0"),
@@ -148,15 +150,15 @@ def test_the_command_prints_a_table_and_writes_json(workplace: Path, capsys: pyt
         (["--model.vocab-size", "None"], "give --model.vocab-size"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(
-    words: list[str], told: str, workplace: Path, capsys: pytest.CaptureFixture[str]
+def test_a_mistake_is_refused_in_one_line(
+    words: list[str], expected: str, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["plan", "adder", "--model.vocab-size", "16", *words]) == 2
     error = capsys.readouterr().err
-    assert told in error and error.count("\n") == 1
+    assert expected in error and error.count("\n") == 1
 
 
-def test_the_vocabulary_comes_from_the_corpus_where_it_is_prepared(workplace: Path) -> None:
+def test_the_vocabulary_size_comes_from_a_prepared_corpus(workplace: Path) -> None:
     assert main(["prepare", "adder"]) == 0
     assert main(["plan", "adder"]) == 0
 
@@ -168,6 +170,6 @@ def test_the_sessions_in_the_documents_are_what_the_command_prints(
     monkeypatch.setenv("COLUMNS", "112")
     page = (Path(__file__).parents[2] / "docs" / "planning.md").read_text(encoding="utf-8")
     sessions = re.findall(r"```bash\ncleangpt ([^\n]*)\n```\n\n```text\n(.*?)```", page, re.DOTALL)
-    command, told = sessions[number]
+    command, expected = sessions[number]
     assert main(command.split()) == 0
-    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == told.splitlines()
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == expected.splitlines()

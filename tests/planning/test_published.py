@@ -36,7 +36,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Row:
-    """A published row: what was run, tokens/s and device, and GiB reserved where it was told."""
+    """A published row: what was run, tokens/s and device, and GiB reserved where it was published."""
 
     model: str
     device: str
@@ -124,18 +124,18 @@ def table_row(row: Row) -> str:
     """As docs/planning.md has it."""
     tokens, gib = planned(row)
     layout = f"fsdp {row.layout.shards}" + (f" x tensor {row.layout.tensor}" if row.layout.tensor > 1 else "")
-    told = "" if row.gib is None else f"{row.gib:.1f}"
+    published = "" if row.gib is None else f"{row.gib:.1f}"
     memory = "" if row.gib is None else f"{gib:.1f} ({gib / row.gib - 1:+.0%})"
     return (
         f"| {row.model} | {row.device} | {layout} | {row.precision}{', compiled' if row.compiled else ''} "
-        f"| {row.tokens:,.0f} | {tokens:,.0f} ({tokens / row.tokens - 1:+.0%}) | {told} | {memory} |"
+        f"| {row.tokens:,.0f} | {tokens:,.0f} ({tokens / row.tokens - 1:+.0%}) | {published} | {memory} |"
     )
 
 
-def test_nearly_all_published_rows_are_met_within_15_percent() -> None:
+def test_nearly_all_published_rows_are_within_15_percent() -> None:
     for row in ROWS:
         tokens, gib = planned(row)
-        # The one known exception, told in docs/planning.md: small parts of matrices are slow to multiply in fp8.
+        # The one known exception, explained in docs/planning.md: small shards of matrices are slow to multiply in fp8.
         allowed = 0.25 if row.layout == TWO_D_64 and row.precision == "fp8" else 0.15
         assert tokens == pytest.approx(row.tokens, rel=allowed), table_row(row)
         assert row.gib is None or gib == pytest.approx(row.gib, rel=0.15), table_row(row)
@@ -143,5 +143,5 @@ def test_nearly_all_published_rows_are_met_within_15_percent() -> None:
 
 def test_the_table_in_the_documents_is_this_one() -> None:
     page = (Path(__file__).parents[2] / "docs" / "planning.md").read_text(encoding="utf-8")
-    (told,) = re.findall(r"^\| model \| device .*\n\|[-:| ]+\|\n((?:\|.*\n)+)", page, re.MULTILINE)
-    assert told.splitlines() == [table_row(row) for row in ROWS]
+    (published,) = re.findall(r"^\| model \| device .*\n\|[-:| ]+\|\n((?:\|.*\n)+)", page, re.MULTILINE)
+    assert published.splitlines() == [table_row(row) for row in ROWS]

@@ -60,7 +60,7 @@ def test_attention_is_half_of_the_square_forward_and_two_and_a_half_times_that_b
 
 
 @each_model
-def test_what_is_kept_is_what_a_real_pass_keeps(config: GPTConfig | LlamaConfig) -> None:
+def test_saved_activations_are_those_of_a_real_pass(config: GPTConfig | LlamaConfig) -> None:
     model = build_model(config)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
@@ -103,7 +103,7 @@ def test_autocast_copies_the_weights_and_gathering_does_not() -> None:
     assert autocast.block.saved_activations - gathered.block.saved_activations > 2 * matrices
 
 
-def test_recomputation_keeps_a_blocks_input_alone() -> None:
+def test_recomputation_saves_only_a_blocks_input() -> None:
     work = counted(CONFIGS[0])
     every, half = (
         device_memory(work, kinds_of_blocks(work, number), Layout(), StepConfig(), 4).activations for number in (1, 2)
@@ -112,7 +112,7 @@ def test_recomputation_keeps_a_blocks_input_alone() -> None:
     assert half == pytest.approx(2 * every / 3 + work.block.saved_activations)
 
 
-def test_gradients_wait_whole_for_the_last_micro_batch_of_a_cut_model() -> None:
+def test_a_sharded_model_accumulates_unsharded_gradients() -> None:
     work = counted(CONFIGS[0])
     once, twice = (
         device_memory(work, kinds_of_blocks(work, None), Layout(1, 4), StepConfig(number), 4).gradients
@@ -121,7 +121,7 @@ def test_gradients_wait_whole_for_the_last_micro_batch_of_a_cut_model() -> None:
     assert twice - once == 4 * work.parameters
 
 
-def test_a_small_model_waits_for_its_kernels_to_start() -> None:
+def test_a_small_model_waits_for_kernel_launches() -> None:
     machine = Machine(find_device("h100"), "bf16", compiled=False, per_node=8)
     tiny, large = Work(matmul_flops=1e3, kernels=100), Work(matmul_flops=1e15, kernels=100)
     assert machine.seconds(tiny, True) == pytest.approx(100 * 5e-6)
