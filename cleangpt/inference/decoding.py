@@ -44,7 +44,7 @@ class DecodingState:
         self.model, self.device = model, device
         self.rows = [list(row) for row in rows]
         self.rollback_tokens, self.max_new_tokens = rollback_tokens, max_new_tokens
-        self._cached, self._decoder = cached and model.can_cache, compiled or model
+        self._cached, self._decoder = cached and model.can_cache, model if compiled is None else compiled
         self._cache: KVCache | None = None
 
     def append(self, tokens: Sequence[int]) -> None:
