@@ -14,13 +14,12 @@ from cleangpt.experiment import Experiment
 from cleangpt.models.gpt import GPTConfig
 
 corpus = Adder(digits=3, operator_sign=True, equals_sign=True)
-seq_len = corpus.row_length - 1
 
 experiment = Experiment(
     name="adder",
     corpus=corpus,
-    data=DataConfig(seq_len=seq_len, batch_size=256, val_samples=2000),
-    model=GPTConfig(max_seq_len=seq_len, n_layers=2, n_heads=4, dim=96),
+    data=DataConfig(seq_len=corpus.row_length - 1, batch_size=256, val_samples=2000),
+    model=GPTConfig(n_layers=2, n_heads=4, dim=96),
     optimizer=OptimizerConfig(lr=3e-3, weight_decay=0.1, betas=(0.9, 0.98), clip_norm=1.0),
     schedule=ScheduleConfig(lr=Schedule(shape="cosine", final=0.01, warmup=0.05)),
     training=TrainingConfig(macro_batches=16, batches_per_macro_batch=100),

@@ -61,7 +61,7 @@ def short_run(experiment: Experiment, steps: int, width: int | None) -> Experime
     """
     if width is not None:
         if experiment.init_from is not None:
-            raise UserError(f"--width is {width}; allowed with init_from, whose weights have a width: none")
+            raise UserError(f"--width is {width}; allowed with init_from, whose weights have a width: None")
         model, base = experiment.model.at_width(width), getattr(experiment.model, "dim", width)
         optimizer = replace(experiment.optimizer, base_dim=experiment.optimizer.base_dim or base)
         experiment = replace(experiment, model=model, optimizer=optimizer)

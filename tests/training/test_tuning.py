@@ -164,7 +164,7 @@ def test_interrupted_it_goes_on_where_it_was(
     monkeypatch.setattr(Trainer, "step", step)
     capsys.readouterr()
     assert list(tune(*rates)) == [0.01]
-    assert capsys.readouterr().out.splitlines()[-1] == "interrupted and saved; the same command goes on"
+    assert capsys.readouterr().out.splitlines()[-1] == "interrupted and saved; the same command continues"
     assert tune(*rates) == expected
     assert steps == [0.01] * 8 + [0.02] * 8 + [0.04] * 8
     assert tune(*rates) == expected and len(steps) == 24
@@ -194,12 +194,12 @@ def test_the_folder_of_another_tuning_is_refused(own: str, capsys: pytest.Captur
     ("words", "message"),
     [
         (["--steps", "0"], "--steps is 0; allowed: a whole number of 1 or more"),
-        (["--factor", "1"], "--factor is 1.0; allowed: a finite number above 1"),
-        (["--rates", "0.1", "-1"], "finite numbers above 0"),
+        (["--factor", "1"], "--factor is 1.0; allowed: a number above 1"),
+        (["--rates", "0.1", "-1"], "--rates is (0.1, -1.0); allowed: a tuple of a number above 0"),
         (["--width", "12"], "a width of 12 does not fit a model of dim 16, n_heads 2; allowed: multiples of 8"),
         (
             ["--width", "8", "--init-from", "x"],
-            "--width is 8; allowed with init_from, whose weights have a width: none",
+            "--width is 8; allowed with init_from, whose weights have a width: None",
         ),
         (["--optimizer.lr", "0"], "optimizer.lr is 0"),
         (["--optimizer.lrr", "0"], "did you mean '--optimizer.lr'?"),
