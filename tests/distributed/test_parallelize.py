@@ -36,10 +36,10 @@ from cleangpt.data.writer import StoreWriter
 from cleangpt.data.tokenizers import ByteTokenizer
 from cleangpt.models.gpt import GPTConfig
 from cleangpt.models.llama import LlamaConfig
-from cleangpt.training import trainer
+from cleangpt.training import build
 from cleangpt.training.trainer import Trainer
 
-trainer.peak_flops = lambda device: 1e9  # of a CPU it is not known, and MFU would not be told
+build.peak_flops = lambda device: 1e9  # of a CPU it is not known, and MFU would not be told
 
 @dataclass(frozen=True, kw_only=True)
 class Uneven(Corpus):
@@ -278,7 +278,7 @@ def test_a_killed_process_ends_all_and_torchrun_starts_them_again_from_the_newes
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     assert time.monotonic() - began < 120
     (run,) = Path("runs/uneven").iterdir()
-    assert "going on from" in (run / "log.txt").read_text()
+    assert "resuming from" in (run / "log.txt").read_text()
     assert_same_run(single, str(run))
 
 

@@ -182,7 +182,7 @@ def test_an_error_of_one_process_is_told_by_all() -> None:
 def test_a_disk_that_is_full_for_one_process_is_told_by_all_and_the_older_snapshot_stays() -> None:
     """They train to the end, for there may be room by then, and fail together where there is none."""
     full = EXPERIMENT + (
-        "\nfrom cleangpt.training import shards\nsave_file = shards.save_file\n"
+        "\nfrom cleangpt.checkpoints import tensor_files as shards\nsave_file = shards.save_file\n"
         "def full(tensors, path):\n    if RANK == '1' and 'mb000001' not in str(path):\n"
         "        raise OSError(28, 'No space left on device')\n    save_file(tensors, path)\n"
         "shards.save_file = full\n"
@@ -190,7 +190,7 @@ def test_a_disk_that_is_full_for_one_process_is_told_by_all_and_the_older_snapsh
     Path("launched.py").write_text(full)
     code, errors, _ = one_machine(2, "--saving.patience", "0")
     reason = "could not be saved: [Errno 28] No space left on device (process 1)"
-    line = f"stopped: the last snapshot {reason}; resume goes on from run/snapshots/mb000001"
+    line = f"stopped: the last snapshot {reason}; resume continues from run/snapshots/mb000001"
     said = [words for words in errors.splitlines() if words.startswith("rank ")]
     assert code == 1 and said and {words.partition(": ")[2] for words in said} == {line}, errors[-3000:]
     assert f"snapshot mb000002 {reason}; those before it are as they were" in Path("run/log.txt").read_text()
