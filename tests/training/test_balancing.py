@@ -116,6 +116,7 @@ from cleangpt.config import *
 from cleangpt.experiment import Experiment
 from cleangpt.corpora.adder import Adder
 from cleangpt.models.llama import LlamaConfig
+from cleangpt.objectives import NextToken
 
 corpus = Adder(digits=2)
 

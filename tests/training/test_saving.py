@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def test_the_last_one_is_tried_again_until_patience_runs_out(
     tiny: Build, trainer: Open, full: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(saving.time, "sleep", pauses.append)
+    monkeypatch.setattr(saving, "time", SimpleNamespace(sleep=pauses.append))
     run = trainer(tiny(run_dir="run", saving__patience=20))
     run.step()
     with pytest.raises(
