@@ -23,17 +23,27 @@ def parse_over(
     experiment: Experiment, fields: Sequence[tuple[str, Any, Any]], words: Sequence[str], program: str, about: str
 ) -> Any:
     """Options of a command's own `fields`, and of the `experiment`, whose fields are options without a prefix."""
-    experiment = with_length_of(experiment, words)
+    experiment, words = with_last_length(experiment, words)
     described = Annotated[type(experiment), FLAT]  # type: ignore[valid-type]
     options = dataclasses.make_dataclass("Options", [("experiment", described, experiment), *fields])
     return parse(options, words, program=program, about=about)
 
 
-def with_length_of(experiment: Experiment, words: Sequence[str]) -> Experiment:
-    """The experiment with its length in the unit of the last option that gives one, which then replaces its number."""
+def with_last_length(experiment: Experiment, words: Sequence[str]) -> tuple[Experiment, list[str]]:
+    """Lets the last option that gives a length count: those in other units, and the experiment's own, are dropped."""
     units = [word.partition("=")[0].replace("-", "_").removeprefix("__training.") for word in words]
     given = [unit for unit in units if unit in LENGTHS]
-    if not given or getattr(experiment.training, given[-1]) is not None:
-        return experiment
-    lengths: dict[str, Any] = dict.fromkeys(LENGTHS) | {given[-1]: 1}
-    return dataclasses.replace(experiment, training=dataclasses.replace(experiment.training, **lengths))
+    if not given:
+        return experiment, list(words)
+    kept: list[str] = []
+    rest = iter(zip(words, units, strict=True))
+    for word, unit in rest:
+        if unit in LENGTHS and unit != given[-1]:
+            if "=" not in word:
+                next(rest, None)
+        else:
+            kept.append(word)
+    if getattr(experiment.training, given[-1]) is None:
+        lengths: dict[str, Any] = dict.fromkeys(LENGTHS) | {given[-1]: 1}  # the option replaces the 1
+        experiment = dataclasses.replace(experiment, training=dataclasses.replace(experiment.training, **lengths))
+    return experiment, kept

@@ -179,6 +179,8 @@ def test_importing_cleangpt_imports_no_pytorch() -> None:
 
 def test_a_run_is_made_longer_in_any_unit(tiny: Build, capsys: pytest.CaptureFixture[str]) -> None:
     cleangpt.train(with_length(tiny(run_dir="run"), macro_batches=1))
+    assert main(["resume", "run", "--training.epochs", "9", "--training.tokens=1", "--training.steps", "4"]) == 0
+    assert len(read_metrics(Path("run"))) == 1, "the last of several lengths counts"
     for words, macro_batches in ((["steps", "8"], 2), (["tokens", str(4 * 8 * 9 * 3)], 3), (["macro-batches", "4"], 4)):
         assert main(["resume", "run", f"--training.{words[0]}", words[1]]) == 0, capsys.readouterr().err
         assert len(read_metrics(Path("run"))) == read_experiment(Path("run")).training.macro_batches == macro_batches
