@@ -19,7 +19,7 @@ from cleangpt.distributed.device import RandomState
 from cleangpt.distributed.processes import Ranks
 from cleangpt.errors import UserError
 from cleangpt.files import find_corruption, read_json, recover_folder, write_json
-from tests.distributed import sharded_process
+from tests.checkpoints import sharded_process
 from tests.forked import Command
 
 STATE = {

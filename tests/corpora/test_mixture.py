@@ -14,7 +14,7 @@ from cleangpt.commands.overrides import parse_over
 from cleangpt.config import Source
 from cleangpt.corpora import prepare, prepare_dataset
 from cleangpt.corpora.adder import Adder
-from cleangpt.corpora.mixture import Mixture, tasks
+from cleangpt.corpora.mixture import Mixture, environments
 from cleangpt.corpora.multiplier import Multiplier
 from cleangpt.corpora.shakespeare_char import ShakespeareChar
 from cleangpt.corpora.text import Text
@@ -22,6 +22,7 @@ from cleangpt.errors import UserError
 from cleangpt.experiment_files import experiments, load_experiment
 from cleangpt.validation import from_json, to_json
 
+QUIET = Console(quiet=True)
 SMALL = {"train_samples": 60, "val_samples": 10, "test_samples": 10}
 CURVE = ((0.0, 2.0), (1.0, 0.0))
 
@@ -112,8 +113,15 @@ def test_sources_of_different_tokenizers_are_refused(tmp_path: Path) -> None:
         prepare(mixture, tmp_path, console=Console(quiet=True))
 
 
-def test_each_source_has_its_task() -> None:
-    text = Source(name="text", corpus=Text(files=("a",)))
-    assert tasks(Mixture(sources=(*sources(), text))) == {"easy": "exact_match", "hard": "exact_match"}
-    assert tasks(Adder()) == {"": "exact_match"}
-    assert tasks(Text(files=("a",))) == {}
+def test_each_source_that_has_one_gives_its_environment(tmp_path: Path) -> None:
+    write = tmp_path / "a.txt"
+    write.write_text("a plain text\n" * 50, encoding="utf-8")
+    text = Source(name="text", corpus=Text(files=(str(write),), tokenizer_file=None))
+    mixture = Mixture(sources=sources())
+    dataset = prepare(mixture, tmp_path / "data", console=QUIET)
+    assert {name: found.metric for name, found in environments(mixture, dataset).items()} == {
+        "easy": "exact_match",
+        "hard": "exact_match",
+    }
+    alone = prepare(text.corpus, tmp_path / "data", console=QUIET)
+    assert environments(text.corpus, alone) == {}

@@ -33,7 +33,6 @@ from transformers import (
 )
 
 from cleangpt.errors import UserError
-from cleangpt.inference.engine import greedy
 from cleangpt.interchange.llama import (
     config_from_huggingface,
     config_to_huggingface,
@@ -44,6 +43,7 @@ from cleangpt.interchange.llama import (
 from cleangpt.models import build_model
 from cleangpt.models.base import flops_per_token
 from cleangpt.models.llama import Llama, LlamaConfig
+from tests.generation import greedy
 from tests.losses import next_token
 
 SMALL = LlamaConfig(vocab_size=97, max_seq_len=64, n_layers=3, n_heads=4, n_kv_heads=2, dim=48, hidden_dim=80)
