@@ -286,7 +286,7 @@ def test_a_batch_has_the_answers_as_its_targets(tiny: Any, trainer: Any, asked: 
     model = GPTConfig(max_seq_len=64, n_layers=1, n_heads=2, dim=16)
     run = trainer(tiny(corpus=corpus, data__seq_len=64, model=model, training__macro_batches=1))
     batch = run.source.stream.batch(0, 8)
-    run.loader.close()
+    run.source.close()
     tokens = batch.targets[batch.targets != IGNORED].tolist()
     assert batch.num_targets == len(tokens)
     text = "".join(" " if token == run.store.tokenizer.eos_id else chr(token) for token in tokens)
