@@ -204,7 +204,7 @@ def test_the_base_stays_bit_for_bit_and_the_checkpoint_is_a_plain_one(base: Path
 def test_the_first_validation_is_that_of_the_base(base: Path, tiny: Build, trainer: Open) -> None:
     tuned = trainer(tiny(run_dir="tuned", **lora()))
     assert tuned.validate() == pytest.approx(read_metrics(base)[-1]["val_loss"], rel=1e-6)
-    tuned.loader.close()
+    tuned.source.close()
 
 
 def test_the_checkpoints_loss_is_that_of_the_model_in_training_and_another_run_starts_from_it(

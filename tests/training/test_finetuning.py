@@ -216,7 +216,7 @@ def test_the_summary_says_how_many_parameters_train_and_what_they_take(tiny: Bui
     trained = sum(size for name, size in sizes.items() if not name.startswith("blocks."))
     assert f"{sum(sizes.values()):,} parameters ({trained:,} of them train)" in lines[1]
     assert state_bytes(tuned.model) == 4 * sum(sizes.values()) + 12 * trained
-    tuned.loader.close()
+    tuned.source.close()
 
 
 def test_a_frozen_layer_spares_its_products_for_gradients() -> None:

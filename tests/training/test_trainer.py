@@ -445,11 +445,11 @@ def test_recomputed_activations_change_nothing_but_the_memory(tiny: Build, train
             seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        batch = run.loader.next()
+        batch = run.source.next()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             run.objective(run.forward_model, batch)
         kept[name] = sum(seen.values())
-        run.loader.close()
+        run.source.close()
         run = trainer(tiny(run_dir=f"{name} trained", training__recompute_every=every, model__dropout=0.1))
         run.train()
         ends[name] = weights(run)
