@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from cleangpt.checkpoints.checkpoint import load_checkpoint
 from cleangpt.config import Source
-from cleangpt.corpora import prepare_dataset
+from cleangpt.corpora import prepare, prepare_dataset
 from cleangpt.corpora.conversations import Chat
 from cleangpt.corpora.mixture import Mixture
 from cleangpt.data.batch import IGNORED
@@ -285,8 +285,8 @@ def test_a_batch_has_the_answers_as_its_targets(tiny: Any, trainer: Any, asked: 
     corpus = Chat(files=(asked,), pack=64, val_fraction=0.2)
     model = GPTConfig(max_seq_len=64, n_layers=1, n_heads=2, dim=16)
     run = trainer(tiny(corpus=corpus, data__seq_len=64, model=model, training__macro_batches=1))
-    batch = run.stream.batch(0, 8)
-    run.loader.close()
+    batch = run.source.stream.batch(0, 8)
+    run.source.close()
     tokens = batch.targets[batch.targets != IGNORED].tolist()
     assert batch.num_targets == len(tokens)
     text = "".join(" " if token == run.store.tokenizer.eos_id else chr(token) for token in tokens)
@@ -296,7 +296,7 @@ def test_a_batch_has_the_answers_as_its_targets(tiny: Any, trainer: Any, asked: 
 def test_a_mixture_takes_conversations_of_one_template_only(asked: str, tmp_path: Path) -> None:
     (tmp_path / "other.jinja").write_text(PLAIN + "\n", encoding="utf-8")
     chats = [Chat(files=(asked,), val_fraction=0.2, system=system) for system in ("One.", "Two.")]
-    mixed = prepare_dataset(
+    mixed = prepare(
         Mixture(sources=tuple(Source(name=f"s{n}", corpus=chat) for n, chat in enumerate(chats))),
         tmp_path / "data",
         console=QUIET,
@@ -304,7 +304,7 @@ def test_a_mixture_takes_conversations_of_one_template_only(asked: str, tmp_path
     assert mixed.chat_template is not None and mixed.chat_template.source == PLAIN
     chats[1] = Chat(files=(asked,), val_fraction=0.2, chat_template=str(tmp_path / "other.jinja"))
     with pytest.raises(UserError, match="the sources s0 and s1 have different chat templates"):
-        prepare_dataset(
+        prepare(
             Mixture(sources=tuple(Source(name=f"s{n}", corpus=chat) for n, chat in enumerate(chats))),
             tmp_path / "data",
             console=QUIET,

@@ -544,7 +544,7 @@ def assert_refused(corpus: Corpus, folder: Path, message: str) -> None:
         ("a.txt", ROMAN.encode() + b"\xff", r"a\.txt is not valid UTF-8 at byte"),
         ("a.txt", ROMAN.encode() + b"\0", r"a\.txt is a binary file"),
         ("a.txt", b"", "it is empty"),
-        ("a.jsonl", b'{"text": ""}\n', "no text"),
+        ("a.jsonl", b'{"text": ""}\n', "the split train is empty"),
         ("a.jsonl", b'{"text": "x"}\n' * 9 + b"{", r"a\.jsonl, line 10: not valid JSON"),
         ("a.jsonl", b'{"text": "one document"}\n', "the split val is empty; change corpus.val_fraction"),
         ("a.txt", b"x", "the split train is empty"),
