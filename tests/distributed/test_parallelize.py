@@ -32,7 +32,7 @@ from cleangpt.config import *
 from cleangpt.experiment import Experiment
 from cleangpt.corpora import CORPORA
 from cleangpt.corpora.base import Corpus
-from cleangpt.data.writer import StoreWriter
+from cleangpt.data.writer import DatasetWriter
 from cleangpt.data.tokenizers import ByteTokenizer
 from cleangpt.models.gpt import GPTConfig
 from cleangpt.models.llama import LlamaConfig
@@ -47,7 +47,7 @@ class Uneven(Corpus):
 
     def prepare(self, folder, console):
         draw = np.random.default_rng(0)
-        writer = StoreWriter(folder, {"kind": "uneven"}, ByteTokenizer(), row_length=10, masked=True)
+        writer = DatasetWriter(folder, {"kind": "uneven"}, ByteTokenizer(), row_length=10, masked=True)
         for split, rows in (("train", 96), ("val", 21)):
             tokens = np.cumsum(draw.integers(0, 3, (rows, 10)), axis=1)
             mask = (np.arange(10)[None] >= draw.integers(1, 10, (rows, 1))).astype(np.uint8)
