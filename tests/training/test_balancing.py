@@ -113,6 +113,7 @@ def test_a_model_without_biases_is_left_alone() -> None:
 
 EXPERIMENT = """
 from cleangpt.config import *
+from cleangpt.experiment import Experiment
 from cleangpt.corpora.adder import Adder
 from cleangpt.models.llama import LlamaConfig
 

@@ -131,6 +131,7 @@ def test_a_compiled_model_gives_the_same_bits_again_and_when_resumed(tiny: Build
 
 EXPERIMENT = """
 from cleangpt.config import *
+from cleangpt.experiment import Experiment
 from cleangpt.corpora.adder import Adder
 from cleangpt.models.gpt import GPTConfig
 

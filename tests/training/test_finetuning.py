@@ -389,6 +389,7 @@ def test_a_run_goes_on_when_what_it_started_from_is_gone(tiny: Build, trainer: O
 SEVERAL = """
 import os
 from cleangpt.config import *
+from cleangpt.experiment import Experiment
 from cleangpt.corpora import CORPORA
 from cleangpt.models.gpt import GPTConfig
 from cleangpt.models.llama import LlamaConfig

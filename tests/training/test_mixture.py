@@ -136,6 +136,7 @@ def test_the_weights_of_a_run_cannot_change(tiny: Build) -> None:
 KILLED = """
 import hashlib
 from cleangpt.config import *
+from cleangpt.experiment import Experiment
 from cleangpt.corpora.adder import Adder
 from cleangpt.corpora.mixture import Mixture
 from cleangpt.data.loader import DatasetSource
