@@ -126,6 +126,12 @@ class NullTracker(Trackers):
     def __init__(self, run: Path) -> None:
         super().__init__(MetricsFiles(run), {}, lambda _: None)
 
+    def open(self, truncate_after: int | None, last_step: int | None) -> None:
+        """Does nothing."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Does nothing."""
+
     def record(self, metrics: Mapping[str, Value]) -> None:
         """Does nothing."""
 
