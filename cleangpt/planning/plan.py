@@ -218,7 +218,9 @@ class _Planner:
             return f"matrices cannot be sharded with fine_tuning.lora.rank {rank}"
         batch = self.experiment.data.batch_size
         return (
-            f"data.batch_size {batch} is not a multiple of its {layout.dp_size} parts" if batch % layout.dp_size else ""
+            f"data.batch_size {batch} is not a multiple of its {layout.dp_size} data-parallel ranks"
+            if batch % layout.dp_size
+            else ""
         )
 
     def micro_batch(self, layout: Layout, training: TrainingConfig) -> int:

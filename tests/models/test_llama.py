@@ -42,6 +42,7 @@ from cleangpt.interchange.llama import (
 )
 from cleangpt.models import build_model
 from cleangpt.models.base import flops_per_token
+from cleangpt.models.layers import apply_rope, rope_cos_sin
 from cleangpt.models.llama import Llama, LlamaConfig
 from tests.generation import greedy
 from tests.losses import next_token
@@ -384,13 +385,11 @@ def test_a_window_ends_what_a_position_sees(global_every: int | None, far: int, 
 
 def test_only_distances_matter() -> None:
     """Rotary positions: a sequence gives the same attention wherever it stands (Su et al. 2021, equation 16)."""
-    from cleangpt.models.llama import rope_cos_sin, rotate
-
     query, key = torch.randn(2, 1, 8, 1, 12).unbind()
     scores = []
     for start in (0, 31):
-        rotation = rope_cos_sin(SMALL, torch.arange(start, start + 8))
-        scores.append(rotate(query, rotation)[:, :, 0] @ rotate(key, rotation)[:, :, 0].mT)
+        rotation = rope_cos_sin(torch.arange(start, start + 8), SMALL.rope_frequencies(torch.device("cpu")))
+        scores.append(apply_rope(query, rotation)[:, :, 0] @ apply_rope(key, rotation)[:, :, 0].mT)
     torch.testing.assert_close(scores[0], scores[1], atol=1e-5, rtol=1e-5)
 
 

@@ -195,7 +195,7 @@ def test_fields_that_do_not_fit_one_another_are_refused(
 def test_adapters_are_refused_where_matrices_are_cut(tiny: Build) -> None:
     experiment = tiny(model=GPT_SMALL, init_from="base", fine_tuning=FineTuningConfig(lora=LoRAConfig(rank=2)))
     check_fine_tuning(experiment, Layout(shards=2))
-    with pytest.raises(UserError, match=r"lora\.rank is 2; allowed where matrices are cut: None; use strategy fsdp"):
+    with pytest.raises(UserError, match=r"lora\.rank is 2; allowed with tensor parallelism: None; use strategy fsdp"):
         check_fine_tuning(experiment, Layout(tensor=2))
 
 
@@ -334,7 +334,7 @@ def test_moments_begin_anew_or_are_those_of_the_newest_snapshot(tiny: Build, tra
     assert theirs["final_norm.weight"]["step"] == 24 and theirs["final_norm.weight"]["exp_avg"].any()
     assert not any(tensor.any() for entry in moments_of(anew).values() for tensor in entry.values())
     newest = list_snapshots(Path("base/snapshots"))[0]
-    line = f"the optimizer begins with the moments of {count} of {count} parameters from {newest}"
+    line = f"the optimizer starts with the moments of {count} of {count} parameters from {newest}"
     assert line in Path("kept/log.txt").read_text() and "moments" not in Path("anew/log.txt").read_text()
     for one in (kept, anew):
         one.source.close()

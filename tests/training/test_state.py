@@ -27,7 +27,7 @@ def step(loss: float, count: float = 4.0, grad_norm: float = 1.0, **metrics: flo
 class Three(Ranks):
     """One of three processes whose losses and rewards are known."""
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         sums = [{"loss": loss, "reward": reward} for loss, reward in zip(LOSSES, REWARDS, strict=True)]
         assert value == sums[self.rank]
         return sums
