@@ -3,7 +3,7 @@
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from cleangpt.data.batch import IGNORED, Batch
 from cleangpt.data.dataset import Split
+from cleangpt.data.ranges import Ranges, add_range, without_ranges
 from cleangpt.data.shuffle import Order, mix, permute
 from cleangpt.errors import UserError
 
@@ -104,10 +105,6 @@ def validation_batches(
         yield batch
 
 
-Ranges = Sequence[Sequence[int]]
-"""Positions of a stream: pairs of the first and the one after the last, in order, with gaps between."""
-
-
 class Stream(Protocol):
     """An endless stream of training samples; a position in it is the number of samples before it."""
 
@@ -167,26 +164,6 @@ class SplitStream:
             self._ordered = first, epochs, samples
         part = slice(start - first, start - first + count)
         return epochs[part], samples[part]
-
-
-def add_range(ranges: Ranges, start: int, end: int) -> list[list[int]]:
-    """The ranges with another one, which may overlap them."""
-    merged: list[list[int]] = []
-    for first, last in sorted([*map(tuple, ranges), (start, end)]):
-        if merged and first <= merged[-1][1]:
-            merged[-1][1] = max(merged[-1][1], last)
-        else:
-            merged.append([first, last])
-    return merged
-
-
-def without_ranges(position: int, ranges: Ranges) -> int:
-    """The position in a stream of the sample at a position among those that are in none of the ranges."""
-    for start, end in ranges:
-        if position < start:
-            break
-        position += end - start
-    return position
 
 
 class DatasetSource:

@@ -47,8 +47,7 @@ def score(model: Scripted, dataset: TokenDataset, split: str, limit: int | None 
 @pytest.fixture
 def dataset(tiny: Callable[..., Experiment]) -> TokenDataset:
     (source,) = prepare(tiny().corpus, Path("data")).sources
-    opened = source.dataset
-    return opened
+    return source.dataset
 
 
 def test_right_answers_score_one_and_wrong_ones_zero(dataset: TokenDataset) -> None:

@@ -41,7 +41,7 @@ from cleangpt.interchange.llama import (
     to_huggingface,
 )
 from cleangpt.models import build_model
-from cleangpt.models.base import flops_per_token
+from cleangpt.models.flops import flops_per_token
 from cleangpt.models.layers import apply_rope, rope_cos_sin
 from cleangpt.models.llama import Llama, LlamaConfig
 from tests.generation import greedy
@@ -244,7 +244,7 @@ def test_the_published_configuration_of_llama_3_1_is_read() -> None:
                 "model_type": "qwen2", "num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 8,
                 "max_window_layers": 2,
             },
-            "layers [1, 2] have full attention; allowed: none, or every so-many-th",
+            "layers [1, 2] have full attention; allowed: none, or every n-th",
         ),
     ],
 )  # fmt: skip

@@ -8,7 +8,8 @@ import torch
 
 from cleangpt.distributed.processes import Ranks
 from cleangpt.objectives import Loss
-from cleangpt.training.state import LossSums, Meter, Position, StepResult, TrainState
+from cleangpt.training.meter import LossSums, Meter, StepResult
+from cleangpt.training.state import Position, TrainState
 
 LOSSES = [0.1, 0.2, 0.3]
 REWARDS = [1.0, 2.0, 4.0]

@@ -21,7 +21,7 @@ from cleangpt.experiment import Experiment
 from cleangpt.models.base import LanguageModel
 from cleangpt.objectives import Loss, NextToken
 from cleangpt.tracking.metrics import read_metrics
-from cleangpt.training.state import LossSums
+from cleangpt.training.meter import LossSums
 from cleangpt.training.trainer import Trainer
 from tests.losses import scaled
 
