@@ -244,7 +244,7 @@ def _decompressed(path: Path, raw: BinaryIO) -> Iterator[bytes]:
             stream = library.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
             yield from _lines(io.BufferedReader(stream, BLOCK))
         except library.ZstdError as error:
-            raise UserError(f"{path} is damaged: {error}") from None
+            raise UserError(f"{path} is corrupt: {error}") from None
     else:
         yield from _lines(raw)
 

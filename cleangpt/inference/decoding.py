@@ -129,4 +129,4 @@ def check_prompt(model: LanguageModel, tokens: Sequence[int]) -> None:
 def check_finite(logprobs: Iterable[float]) -> None:
     """Raises UserError where the logits were not finite: no token follows from them."""
     if any(map(math.isnan, logprobs)):
-        raise UserError("the model's logits are not finite: it has diverged, or its weights are damaged")
+        raise UserError("the model's logits are not finite: it has diverged, or its weights are corrupt")
