@@ -1,4 +1,4 @@
-"""The state of a run: every part that a snapshot holds, and where the run stands."""
+"""The state of a run: every part of a snapshot, and the run's position."""
 
 import math
 import time
@@ -14,13 +14,13 @@ from cleangpt.objectives import Loss
 
 
 class Stateful(Protocol):
-    """A part of a run that a snapshot holds."""
+    """A part of a run that is saved in snapshots."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: a tree of dicts, lists, numbers, strings and tensors."""
+        """The state for a snapshot: a tree of dicts, lists, numbers, strings and tensors."""
 
     def load_state_dict(self, state: Any) -> Any:
-        """Continues from `state_dict`."""
+        """Restores `state_dict`."""
 
 
 class TrainState:
@@ -34,13 +34,13 @@ class TrainState:
         return {name: part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, state: Mapping[str, Any], without: Collection[str] = ()) -> None:
-        """Continues from `state_dict`, but for the parts named in `without`."""
+        """Restores `state_dict`, except for the parts in `without`."""
         for name, part in self.parts.items():
             if name not in without:
                 part.load_state_dict(state[name])
 
     def tensors(self) -> dict[str, Any]:
-        """The parts that are large and sharded; a snapshot is read straight into their tensors."""
+        """The large, sharded parts; a snapshot is read directly into their tensors."""
         return {name: self.parts[name].state_dict() for name in ("model", "optimizer")}
 
 
@@ -55,27 +55,27 @@ class Length:
 
     @property
     def samples_per_macro_batch(self) -> int:
-        """Over all devices."""
+        """Samples in a macro-batch, over all devices."""
         return self.batch_size * self.batches_per_macro_batch
 
 
 @dataclass
 class Position:
-    """Where a run stands."""
+    """The position of a run."""
 
     samples: int = 0
-    """Trained on so far."""
+    """Samples trained on so far."""
     step: int = 0
     macro_batch: int = 0
-    """Finished ones: trained, validated and recorded."""
+    """Macro-batches finished: trained, validated and recorded."""
     time_trained: float = 0.0
-    """Seconds, over all processes of the run that came one after another."""
+    """Seconds, over all sessions of the run."""
 
     def __post_init__(self) -> None:
         self._clock = time.perf_counter()
 
     def start_clock(self) -> None:
-        """Starts counting time from now."""
+        """Starts measuring time from now."""
         self._clock = time.perf_counter()
 
     def read_clock(self) -> float:
@@ -86,15 +86,15 @@ class Position:
         return self.time_trained
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """The state for a snapshot."""
         self.read_clock()
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from `state_dict`.
+        """Restores `state_dict`.
 
         Raises:
-            ValueError: an entry is no number that it may be.
+            ValueError: an entry is not a number in its range.
         """
         _set_numbers(self, state)
 
@@ -103,14 +103,14 @@ class LossSums:
     """Sums of the losses of a step's micro-batches, on the device."""
 
     def __init__(self, device: torch.device, copies: int) -> None:
-        """`copies` is how many processes compute the same loss, as under tensor parallelism."""
+        """`copies` is the number of processes that compute the same loss, as under tensor parallelism."""
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.total = torch.zeros((), dtype=dtype, device=device)
         self.metrics: dict[str, Tensor] = {}
         self.copies = copies
 
     def add(self, loss: Loss) -> None:
-        """Adds a micro-batch. A loss that is not finite skips the step; kept out of the sum, it hides no other step."""
+        """Adds a micro-batch. A non-finite loss skips the step; it is kept out of the sum, which stays finite."""
         self.total += loss.total.detach().nan_to_num(0.0, 0.0, 0.0) / self.copies
         for name, value in loss.metrics.items():
             share = value.detach().to(self.total.dtype).nan_to_num(0.0, 0.0, 0.0) / self.copies
@@ -119,18 +119,18 @@ class LossSums:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What came of one optimizer step."""
+    """The result of one optimizer step."""
 
     loss: Tensor
-    """Of this process's rows, summed over what the objective counts; 0-dim, on the device."""
+    """Loss of this process's rows, summed over what the objective counts; 0-dim, on the device."""
     metrics: dict[str, Tensor]
-    """Of the objective, likewise."""
+    """Metrics of the objective, likewise summed."""
     count: float
-    """What the objective counted, over all processes."""
+    """The objective's count, over all processes."""
     grad_norm: Tensor
-    """Before clipping; 0-dim, on the device."""
+    """Gradient norm before clipping; 0-dim, on the device."""
     skipped: Tensor
-    """More than 0 where the gradient was not finite; 0-dim, on the device."""
+    """More than 0 if the gradient was not finite; 0-dim, on the device."""
     samples: int
     lr: float
     weight_decay: float
@@ -147,17 +147,17 @@ class Meter:
         """Starts a macro-batch."""
         dtype = torch.float32 if self._device.type == "mps" else torch.float64
         self.loss = torch.zeros((), dtype=dtype, device=self._device)
-        """Summed over this process's rows."""
+        """Loss summed over this process's rows."""
         self.grad_norm = torch.zeros_like(self.loss)
-        """Summed over steps."""
+        """Gradient norm summed over steps."""
         self.metrics: dict[str, Tensor] = {}
         self.count = 0.0
-        """Over all processes."""
+        """The objective's count, over all processes."""
         self.steps = self.samples = 0
         self.seconds = self.waited = 0.0
-        """Of training, and of it waiting for batches."""
+        """Time spent training, and the part of it spent waiting for batches."""
         self.lr = self.weight_decay = 0.0
-        """Of the last step."""
+        """Learning rate and weight decay of the last step."""
 
     def add(self, step: StepResult) -> None:
         """Adds a step."""
@@ -171,26 +171,26 @@ class Meter:
         self.lr, self.weight_decay = step.lr, step.weight_decay
 
     def mean_loss(self) -> float:
-        """Per counted thing, over all processes."""
+        """The mean loss per counted thing, over all processes."""
         return self._ranks.sum(self.loss.item() / max(self.count, 1))[0]
 
     def mean_metrics(self) -> dict[str, float]:
-        """The objective's metrics, likewise."""
+        """The means of the objective's metrics, likewise."""
         names = sorted(self.metrics)
         sums = self._ranks.sum(*(self.metrics[name].item() / max(self.count, 1) for name in names))
         return dict(zip(names, sums, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run resumed within a macro-batch needs: every process's own sums, for they are added in its order."""
+        """The state for a snapshot within a macro-batch: each process's own sums, to keep the order of additions."""
         sums = {"loss": self.loss.item(), **{name: value.item() for name, value in self.metrics.items()}}
         numbers = {name: value for name, value in vars(self).items() if isinstance(value, int | float)}
         return numbers | {"grad_norm": self.grad_norm.item(), "sums": self._ranks.all_gather(sums)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from `state_dict`; with another number of processes, the main one takes the sums of all.
+        """Restores `state_dict`; with another number of processes, the main one takes all sums.
 
         Raises:
-            ValueError: an entry is no number that it may be.
+            ValueError: an entry is not a number in its range.
         """
         self.reset()
         sums: list[dict[str, float]] = state["sums"]
@@ -205,7 +205,7 @@ class Meter:
 
 
 def _set_numbers(target: object, state: Mapping[str, Any]) -> None:
-    """Sets attributes that `target` has, each to a number that may be one of its values."""
+    """Sets attributes that `target` has, after checking that each value is a number of the right type."""
     for name, value in state.items():
         kinds = (int,) if type(vars(target)[name]) is int else (int, float)
         if type(value) not in kinds or not 0 <= value < 2**63:
