@@ -14,8 +14,9 @@ SPINE = (
 )  # fmt: skip
 """The way of a batch from disk to optimizer step."""
 MAY_SEE_ALL = {
-    "experiment", "experiment_files", "training/launch", "training/build", "training/schedules", "training/tuning",
-    "checkpoints/run_folder", "evaluation/evaluate", "planning/plan", "__init__",
+    "experiment", "experiment_files", "training/launch", "training/build", "training/resolve",
+    "training/schedules", "training/tuning", "checkpoints/run_folder", "evaluation/evaluate", "planning/plan",
+    "__init__",
 }  # fmt: skip
 """Modules that take a whole Experiment; commands do as well."""
 SCREEN = 50

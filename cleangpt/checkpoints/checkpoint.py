@@ -38,8 +38,9 @@ from cleangpt.files import (
     write_text,
 )
 from cleangpt.models import build_model, model_kinds
-from cleangpt.models.base import LanguageModel, on_meta
+from cleangpt.models.base import LanguageModel
 from cleangpt.models.lora import is_adapter, merge, split_adapters
+from cleangpt.models.meta import on_meta
 from cleangpt.validation import from_json, to_json
 
 FORMAT = 1

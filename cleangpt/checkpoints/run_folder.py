@@ -28,7 +28,7 @@ from cleangpt.experiment import Experiment
 from cleangpt.files import PARTIAL, read_json, write_bytes, write_json
 from cleangpt.hub import is_huggingface
 from cleangpt.models import build_model, model_kinds
-from cleangpt.models.base import on_meta
+from cleangpt.models.meta import on_meta
 from cleangpt.objectives import OBJECTIVES
 from cleangpt.validation import flatten, from_json, to_json
 

@@ -14,8 +14,7 @@ from cleangpt.planning.plan import resolve_if_prepared
 from cleangpt.tracking.plots import schedule_preview
 from cleangpt.tracking.report import write_report
 from cleangpt.training.launch import check
-from cleangpt.training.resolve import macro_batches, with_length
-from cleangpt.training.schedules import curves
+from cleangpt.training.resolve import curves, macro_batches, with_length
 
 
 @dataclasses.dataclass

@@ -53,8 +53,8 @@ class Problems(Corpus):
         raise NotImplementedError
 
     def rows(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint8], int]:
-        """Token ids and loss mask, both `(len(positions), row_length)`, of the problems at some positions; and the
-        bytes of their text."""
+        """Token ids and loss mask, both `(len(positions), row_length)`, of the problems at `positions`; and the size
+        of their text in bytes."""
         raise NotImplementedError
 
     def tokenizer(self) -> Tokenizer:
@@ -159,8 +159,8 @@ class Arithmetic(Problems):
         return 2 * self.digits + self.operator_sign + self.equals_sign + self.result_digits + 1
 
     def rows(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint8], int]:
-        """Token ids and loss mask, both `(len(positions), row_length)`, of the problems at some positions; and the
-        bytes of their text."""
+        """Token ids and loss mask, both `(len(positions), row_length)`, of the problems at `positions`; and the size
+        of their text in bytes."""
         left, right = self.operands(positions)
         tokenizer = self.tokenizer()
         parts = [

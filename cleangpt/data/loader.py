@@ -3,7 +3,7 @@
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from cleangpt.data.batch import IGNORED, Batch
 from cleangpt.data.dataset import Split
+from cleangpt.data.ranges import Ranges, add_range, without_ranges
 from cleangpt.data.shuffle import Order, mix, permute
 from cleangpt.errors import UserError
 
@@ -103,10 +104,6 @@ def validation_batches(
         yield batch
 
 
-Ranges = Sequence[Sequence[int]]
-"""Ranges of positions of a stream, (first, last + 1), in order and with gaps between them."""
-
-
 class Stream(Protocol):
     """An endless stream of training samples; a position in it is the number of samples before it."""
 
@@ -166,26 +163,6 @@ class SplitStream:
             self._ordered = first, epochs, samples
         part = slice(start - first, start - first + count)
         return epochs[part], samples[part]
-
-
-def add_range(ranges: Ranges, start: int, end: int) -> list[list[int]]:
-    """The ranges with another one, which may overlap them."""
-    merged: list[list[int]] = []
-    for first, last in sorted([*map(tuple, ranges), (start, end)]):
-        if merged and first <= merged[-1][1]:
-            merged[-1][1] = max(merged[-1][1], last)
-        else:
-            merged.append([first, last])
-    return merged
-
-
-def without_ranges(position: int, ranges: Ranges) -> int:
-    """Converts a position that does not count skipped samples to a position in the stream."""
-    for start, end in ranges:
-        if position < start:
-            break
-        position += end - start
-    return position
 
 
 class DatasetSource:

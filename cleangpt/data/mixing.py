@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from cleangpt.data.batch import Batch
 from cleangpt.data.dataset import Column, TokenDataset
-from cleangpt.data.loader import Ranges, Samples, SplitStream
+from cleangpt.data.loader import Samples, SplitStream
+from cleangpt.data.ranges import Ranges
 from cleangpt.data.shuffle import mix
 from cleangpt.data.tokenizers import Tokenizer
 from cleangpt.errors import UserError

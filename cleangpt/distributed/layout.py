@@ -13,7 +13,8 @@ from cleangpt.distributed.device import device_memory
 from cleangpt.distributed.processes import Ranks
 from cleangpt.errors import UserError
 from cleangpt.models import build_model
-from cleangpt.models.base import LanguageModel, on_meta
+from cleangpt.models.base import LanguageModel
+from cleangpt.models.meta import on_meta
 
 
 def state_bytes(model: LanguageModel) -> int:

@@ -24,7 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 from cleangpt.distributed.layout import Layout
 from cleangpt.distributed.tensors import distribute_like, full_tensor
-from cleangpt.models.base import LanguageModel, SkipInit, on_meta
+from cleangpt.models.base import LanguageModel
+from cleangpt.models.meta import SkipInit, on_meta
 
 
 def parallelize(

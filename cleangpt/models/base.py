@@ -6,13 +6,10 @@ computed here, once for all architectures.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from cleangpt.config import ModelConfig
 from cleangpt.models.cache import KVCache
@@ -175,40 +172,3 @@ class LanguageModel(nn.Module):
 def gather_positions(features: Tensor, positions: Tensor) -> Tensor:
     """The features `(batch, seq, dim)` at `positions` `(batch, count)` of each sequence: `(batch, count, dim)`."""
     return features.gather(1, positions[..., None].expand(*positions.shape, features.shape[-1]))
-
-
-class SkipInit(TorchFunctionMode):
-    """A context in which `torch.nn.init` does nothing, so that parameters stay uninitialized."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Calls a function of PyTorch, unless it is one of `torch.nn.init`."""
-        if getattr(function, "__module__", "") == nn.init.__name__:
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **(kwargs or {}))
-
-
-@contextmanager
-def on_meta() -> Iterator[None]:
-    """A context in which models have shapes but no memory.
-
-    Initialization is skipped: on the meta device it would import PyTorch's compiler, which takes seconds.
-    """
-    with torch.device("meta"), SkipInit():
-        yield
-
-
-def flops_per_token(model: LanguageModel, seq_len: int) -> int:
-    """FLOPs to train a model on one token, less what its frozen layers save."""
-    return model.flops_per_token(seq_len) - _saved_flops(model)
-
-
-def _saved_flops(model: nn.Module) -> int:
-    """FLOPs per token that frozen linear layers save: 2 per weight for the gradient of the weight, and 2 for that of
-    the input if everything before it is frozen too. A frozen head tied to the embedding saves nothing."""
-    saved, all_frozen = 0, True
-    for module in model.modules():
-        own = list(module.parameters(recurse=False))
-        all_frozen = all_frozen and not any(parameter.requires_grad for parameter in own)
-        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
-            saved += (4 if all_frozen else 2) * module.weight.numel()
-    return saved

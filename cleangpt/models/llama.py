@@ -44,7 +44,7 @@ class LlamaConfig(ModelConfig):
     """Query heads."""
     n_kv_heads: Width | None = None
     """Key and value heads, a divisor of n_heads; None: n_heads."""
-    head_dim: int | None = None
+    head_dim: Annotated[int, Bounds(2, 2**20, even=True)] | None = None
     """Size of a head, an even number; None: dim / n_heads."""
     dim: Width
     """Width of the residual stream."""

@@ -8,16 +8,17 @@ from cleangpt.data.batch import Batch
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.head import TokenScores
 from cleangpt.objectives.base import Loss, Objective
+from cleangpt.validation import NonNegative, ShareBelowOne
 
 
 @dataclass(frozen=True, kw_only=True)
 class NextToken(Objective):
     """Cross-entropy in nats per target token. Its regularizers apply to training only, so validation losses compare."""
 
-    z_loss: float = 0.0
+    z_loss: NonNegative = 0.0
     """Coefficient of the z-loss log² Z, which keeps the softmax normalizer Z near 1 (Chowdhery et al. 2022, "PaLM",
     section 5, which uses 1e-4); 0: off."""
-    label_smoothing: float = 0.0
+    label_smoothing: ShareBelowOne = 0.0
     """Share of each target's probability that is spread over the vocabulary (Szegedy et al. 2016, "Rethinking the
     Inception architecture", section 7); 0: off."""
 

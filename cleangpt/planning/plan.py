@@ -18,7 +18,9 @@ from cleangpt.distributed.layout import Layout, layout_for
 from cleangpt.errors import UserError
 from cleangpt.experiment import Experiment, total_samples
 from cleangpt.models import build_model
-from cleangpt.models.base import LanguageModel, flops_per_token, on_meta
+from cleangpt.models.base import LanguageModel
+from cleangpt.models.flops import flops_per_token
+from cleangpt.models.meta import on_meta
 from cleangpt.planning.memory import Memory, StepConfig, device_memory, kinds_of_blocks
 from cleangpt.planning.timing import Machine, StepTime, sent_bytes, step_time
 from cleangpt.planning.workload import Workload, measure
@@ -218,7 +220,9 @@ class _Planner:
             return f"matrices cannot be sharded with fine_tuning.lora.rank {rank}"
         batch = self.experiment.data.batch_size
         return (
-            f"data.batch_size {batch} is not a multiple of its {layout.dp_size} parts" if batch % layout.dp_size else ""
+            f"data.batch_size {batch} is not a multiple of its {layout.dp_size} data-parallel ranks"
+            if batch % layout.dp_size
+            else ""
         )
 
     def micro_batch(self, layout: Layout, training: TrainingConfig) -> int:

@@ -38,7 +38,8 @@ from cleangpt.evaluation.validate import loss_metrics, source_metrics
 from cleangpt.experiment import Experiment
 from cleangpt.inference.text import sample_text
 from cleangpt.models import build_model
-from cleangpt.models.base import LanguageModel, flops_per_token
+from cleangpt.models.base import LanguageModel
+from cleangpt.models.flops import flops_per_token
 from cleangpt.tracking import NullTracker, Trackers, create_trackers
 from cleangpt.tracking.metrics import metric_key
 from cleangpt.tracking.progress import ProgressBar
@@ -46,14 +47,15 @@ from cleangpt.training.balancing import ExpertLoadBalancer
 from cleangpt.training.deadline import WRITE_RATE, Deadline
 from cleangpt.training.early_stopping import EarlyStopping
 from cleangpt.training.finetuning import freeze_and_add_lora, frozen_names, lr_factors, start_from
+from cleangpt.training.meter import Meter
 from cleangpt.training.metrics import Recorder, Row, StepLog, Throughput
 from cleangpt.training.mup import mup_scales, scale_init
 from cleangpt.training.optimizer import Optimizer
 from cleangpt.training.recovery import Health, Recovery, SpikeDetector
-from cleangpt.training.resolve import open_stream
+from cleangpt.training.resolve import open_stream, planned_steps
 from cleangpt.training.saving import Saver
-from cleangpt.training.schedules import planned_steps, step_plan
-from cleangpt.training.state import Length, Meter, Position, TrainState
+from cleangpt.training.schedules import step_plan
+from cleangpt.training.state import Length, Position, TrainState
 from cleangpt.training.stopping import Stopping
 from cleangpt.training.trainer import Trainer
 from cleangpt.training.validator import Validator

@@ -14,11 +14,11 @@ from cleangpt.data.tokenizers import Tokenizer, same_tokens
 from cleangpt.distributed.layout import Layout
 from cleangpt.distributed.processes import Ranks
 from cleangpt.errors import UserError, nearest
-from cleangpt.experiment import Experiment
 from cleangpt.interchange.huggingface import open_checkpoint
 from cleangpt.models import build_model
-from cleangpt.models.base import LanguageModel, on_meta
+from cleangpt.models.base import LanguageModel
 from cleangpt.models.lora import add_adapter, is_adapter, linear_layers
+from cleangpt.models.meta import on_meta
 from cleangpt.training.mup import mup_scales
 from cleangpt.training.optimizer import Optimizer
 from cleangpt.training.saving import find_newest
@@ -45,14 +45,14 @@ def freeze_and_add_lora(model: LanguageModel, config: FineTuningConfig) -> None:
 
 
 def frozen_names(model: LanguageModel, config: FineTuningConfig) -> set[str]:
-    """The names of frozen parameters: those matching `freeze`, or with LoRA everything but the adapters.
+    """The names of frozen parameters: those matching `freeze`, or with LoRA everything but adapters and scalar heads.
 
     Raises:
         UserError: a pattern matches nothing.
     """
     names = [name for name, _ in model.named_parameters()]
     if config.lora.rank is not None:
-        return {name for name in names if not is_adapter(name)}
+        return {name for name in names if not is_adapter(name) and not name.startswith("heads.")}
     return matching(config.freeze, names, "fine_tuning.freeze", "parameter")
 
 
@@ -120,22 +120,23 @@ def layer_factors(model: LanguageModel, decay: float) -> dict[str, float]:
 
 
 # At the start ---------------------------------------------------------------------------------------------
-def check_fine_tuning(experiment: Experiment, layout: Layout) -> None:
-    """Checks that fine-tuning fits the experiment's model, whose vocabulary is known, before anything is created.
+def check_fine_tuning(
+    tuning: FineTuningConfig, config: ModelConfig, optimizer: OptimizerConfig, layout: Layout
+) -> None:
+    """Checks that fine-tuning fits a model, whose vocabulary is known, before anything is created.
 
     Raises:
         UserError: one line naming the field.
     """
-    tuning = experiment.fine_tuning
     if tuning.lora.rank is not None and layout.tensor > 1:
         raise UserError(
             f"fine_tuning.lora.rank is {tuning.lora.rank}; allowed with tensor parallelism: None; use strategy fsdp"
         )
     with on_meta():
-        model = build_model(experiment.model)
+        model = build_model(config)
     freeze_and_add_lora(model, tuning)
-    lr_factors(model, experiment.optimizer, tuning.layer_decay)
-    mup_scales(experiment.model, experiment.optimizer)
+    lr_factors(model, optimizer, tuning.layer_decay)
+    mup_scales(config, optimizer)
 
 
 def start_from(

@@ -26,7 +26,8 @@ from cleangpt.distributed.signals import SAVE_SIGNAL, ignore_signal
 from cleangpt.errors import UserError
 from cleangpt.experiment import Experiment, total_samples
 from cleangpt.interchange.huggingface import find
-from cleangpt.models.base import LanguageModel, flops_per_token
+from cleangpt.models.base import LanguageModel
+from cleangpt.models.flops import flops_per_token
 from cleangpt.tracking import check_tracking
 from cleangpt.tracking.metrics import metric_key
 from cleangpt.tracking.progress import ProgressBar
@@ -138,7 +139,7 @@ def check(
             raise UserError(f"the run has {tokens:,} tokens; allowed: less than 2**63")
         split_samples(store, "val", experiment.data.seq_len)
         _check_objective(experiment, open_stream(experiment, store))
-        check_fine_tuning(experiment, layout)
+        check_fine_tuning(experiment.fine_tuning, experiment.model, experiment.optimizer, layout)
 
 
 def _check_sizes(experiment: Experiment, layout: Layout) -> None:

@@ -12,7 +12,8 @@ from cleangpt.distributed.device import peak_memory
 from cleangpt.distributed.processes import Ranks
 from cleangpt.tracking import Trackers
 from cleangpt.tracking.progress import ProgressBar
-from cleangpt.training.state import Meter, Position, StepResult
+from cleangpt.training.meter import Meter, StepResult
+from cleangpt.training.state import Position
 
 FLUSH = 64
 """Number of rows that are read from the device together."""

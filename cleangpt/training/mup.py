@@ -33,7 +33,8 @@ from torch import nn
 from cleangpt.config import ModelConfig, OptimizerConfig
 from cleangpt.errors import UserError
 from cleangpt.models import build_model
-from cleangpt.models.base import LanguageModel, on_meta
+from cleangpt.models.base import LanguageModel
+from cleangpt.models.meta import on_meta
 from cleangpt.training.optimizer import is_hidden_matrix
 
 

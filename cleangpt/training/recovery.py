@@ -18,9 +18,10 @@ from cleangpt.errors import DivergedError
 from cleangpt.files import find_corruption
 from cleangpt.models.base import LanguageModel
 from cleangpt.tracking import Trackers
+from cleangpt.training.meter import StepResult
 from cleangpt.training.optimizer import Optimizer
 from cleangpt.training.saving import Saver
-from cleangpt.training.state import Length, Position, StepResult
+from cleangpt.training.state import Length, Position
 
 
 class SpikeDetector:

@@ -9,7 +9,7 @@ from cleangpt.data.loader import Stream
 from cleangpt.data.mixing import MixedDataset, split_samples, training_stream
 from cleangpt.errors import UserError
 from cleangpt.experiment import Experiment, samples_per_macro_batch, total_samples
-from cleangpt.training.schedules import accumulation
+from cleangpt.training.schedules import accumulation, step_plan
 
 
 def resolve(experiment: Experiment, vocab_size: int, epoch: int | None = None) -> Experiment:
@@ -85,6 +85,26 @@ def num_steps(experiment: Experiment) -> int:
     return steps
 
 
+def planned_steps(experiment: Experiment) -> int:
+    """Estimated number of steps of the run; exact if every step has the same number of batches."""
+    return math.ceil(total_samples(experiment) / (experiment.data.batch_size * experiment.training.accumulation))
+
+
 def open_stream(experiment: Experiment, store: MixedDataset) -> Stream:
     """The training samples of the experiment's run; see `training_stream`."""
     return training_stream(store, experiment.data.seq_len, experiment.training.seed, total_samples(experiment))
+
+
+def curves(experiment: Experiment) -> tuple[list[int], dict[str, list[float]]]:
+    """Every step of the planned run: the samples before it, its learning rate, weight decay and training batch size."""
+    samples, seen = 0, []
+    planned: dict[str, list[float]] = {"lr": [], "weight_decay": [], "training_batch_size": []}
+    while samples < total_samples(experiment):
+        step = step_plan(experiment, samples)
+        training_batch_size = step.accumulation * experiment.data.batch_size
+        seen.append(samples)
+        planned["lr"].append(step.lr)
+        planned["weight_decay"].append(step.weight_decay)
+        planned["training_batch_size"].append(training_batch_size)
+        samples += training_batch_size
+    return seen, planned

@@ -49,27 +49,16 @@ class StepPlan:
 
 def step_plan(experiment: Experiment, samples: int) -> StepPlan:
     """The step that starts after `samples` samples."""
-    count = accumulation(experiment, samples)
-    return StepPlan(count, learning_rate(experiment, samples, count), weight_decay(experiment, samples, count))
-
-
-def planned_steps(experiment: Experiment) -> int:
-    """Estimated number of steps of the run; exact if every step has the same number of batches."""
-    return math.ceil(total_samples(experiment) / (experiment.data.batch_size * experiment.training.accumulation))
-
-
-def learning_rate(experiment: Experiment, samples: int, accumulation: int) -> float:
-    """The learning rate of the step that starts after `samples` samples and has `accumulation` batches."""
-    total = total_samples(experiment)
-    step_share = accumulation * experiment.data.batch_size / total
-    return experiment.optimizer.lr * factor(experiment.schedule.lr, samples / total, step_share)
-
-
-def weight_decay(experiment: Experiment, samples: int, accumulation: int) -> float:
-    """The weight decay of the same step."""
-    total = total_samples(experiment)
-    step_share = accumulation * experiment.data.batch_size / total
-    return experiment.optimizer.weight_decay * factor(experiment.schedule.weight_decay, samples / total, step_share)
+    batches, total = accumulation(experiment, samples), total_samples(experiment)
+    progress, step_share = samples / total, batches * experiment.data.batch_size / total
+    lr, weight_decay = (
+        peak * factor(schedule, progress, step_share)
+        for peak, schedule in (
+            (experiment.optimizer.lr, experiment.schedule.lr),
+            (experiment.optimizer.weight_decay, experiment.schedule.weight_decay),
+        )
+    )
+    return StepPlan(batches, lr, weight_decay)
 
 
 def accumulation(experiment: Experiment, samples: int) -> int:
@@ -85,17 +74,3 @@ def accumulation(experiment: Experiment, samples: int) -> int:
     per_macro_batch = samples_per_macro_batch(experiment)
     left = (per_macro_batch - samples % per_macro_batch) // experiment.data.batch_size
     return math.ceil(left / math.ceil(left / most))
-
-
-def curves(experiment: Experiment) -> tuple[list[int], dict[str, list[float]]]:
-    """Every step of the planned run: the samples before it, its learning rate, weight decay and training batch size."""
-    samples, seen = 0, []
-    planned: dict[str, list[float]] = {"lr": [], "weight_decay": [], "training_batch_size": []}
-    while samples < total_samples(experiment):
-        batches = accumulation(experiment, samples)
-        seen.append(samples)
-        planned["lr"].append(learning_rate(experiment, samples, batches))
-        planned["weight_decay"].append(weight_decay(experiment, samples, batches))
-        planned["training_batch_size"].append(batches * experiment.data.batch_size)
-        samples += batches * experiment.data.batch_size
-    return seen, planned

@@ -1,16 +1,9 @@
 """The state of a run: every part of a snapshot, and the run's position."""
 
-import math
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
-
-import torch
-from torch import Tensor
-
-from cleangpt.distributed.processes import Ranks
-from cleangpt.objectives import Loss
 
 
 class Stateful(Protocol):
@@ -96,115 +89,10 @@ class Position:
         Raises:
             ValueError: an entry is not a number in its range.
         """
-        _set_numbers(self, state)
+        set_numbers(self, state)
 
 
-class LossSums:
-    """Sums of the losses of a step's micro-batches, on the device."""
-
-    def __init__(self, device: torch.device, copies: int) -> None:
-        """`copies` is the number of processes that compute the same loss, as under tensor parallelism."""
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.total = torch.zeros((), dtype=dtype, device=device)
-        self.metrics: dict[str, Tensor] = {}
-        self.copies = copies
-
-    def add(self, loss: Loss) -> None:
-        """Adds a micro-batch. A non-finite loss skips the step; it is kept out of the sum, which stays finite."""
-        self.total += loss.total.detach().nan_to_num(0.0, 0.0, 0.0) / self.copies
-        for name, value in loss.metrics.items():
-            share = value.detach().to(self.total.dtype).nan_to_num(0.0, 0.0, 0.0) / self.copies
-            self.metrics[name] = self.metrics[name] + share if name in self.metrics else share
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """The result of one optimizer step."""
-
-    loss: Tensor
-    """Loss of this process's rows, summed over what the objective counts; 0-dim, on the device."""
-    metrics: dict[str, Tensor]
-    """Metrics of the objective, likewise summed."""
-    count: float
-    """The objective's count, over all processes."""
-    grad_norm: Tensor
-    """Gradient norm before clipping; 0-dim, on the device."""
-    skipped: Tensor
-    """More than 0 if the gradient was not finite; 0-dim, on the device."""
-    samples: int
-    lr: float
-    weight_decay: float
-
-
-class Meter:
-    """Sums over the macro-batch in progress; losses stay on the device until they are read."""
-
-    def __init__(self, device: torch.device, ranks: Ranks) -> None:
-        self._device, self._ranks = device, ranks
-        self.reset()
-
-    def reset(self) -> None:
-        """Starts a macro-batch."""
-        dtype = torch.float32 if self._device.type == "mps" else torch.float64
-        self.loss = torch.zeros((), dtype=dtype, device=self._device)
-        """Loss summed over this process's rows."""
-        self.grad_norm = torch.zeros_like(self.loss)
-        """Gradient norm summed over steps."""
-        self.metrics: dict[str, Tensor] = {}
-        self.count = 0.0
-        """The objective's count, over all processes."""
-        self.steps = self.samples = 0
-        self.seconds = self.waited = 0.0
-        """Time spent training, and the part of it spent waiting for batches."""
-        self.lr = self.weight_decay = 0.0
-        """Learning rate and weight decay of the last step."""
-
-    def add(self, step: StepResult) -> None:
-        """Adds a step."""
-        self.loss += step.loss
-        self.grad_norm += step.grad_norm
-        for name, value in step.metrics.items():
-            self.metrics[name] = self.metrics[name] + value if name in self.metrics else value
-        self.count += step.count
-        self.steps += 1
-        self.samples += step.samples
-        self.lr, self.weight_decay = step.lr, step.weight_decay
-
-    def mean_loss(self) -> float:
-        """The mean loss per counted thing, over all processes."""
-        return self._ranks.sum(self.loss.item() / max(self.count, 1))[0]
-
-    def mean_metrics(self) -> dict[str, float]:
-        """The means of the objective's metrics, likewise."""
-        names = sorted(self.metrics)
-        sums = self._ranks.sum(*(self.metrics[name].item() / max(self.count, 1) for name in names))
-        return dict(zip(names, sums, strict=True))
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state for a snapshot within a macro-batch: each process's own sums, to keep the order of additions."""
-        sums = {"loss": self.loss.item(), **{name: value.item() for name, value in self.metrics.items()}}
-        numbers = {name: value for name, value in vars(self).items() if isinstance(value, int | float)}
-        return numbers | {"grad_norm": self.grad_norm.item(), "sums": self._ranks.all_gather(sums)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores `state_dict`; with another number of processes, the main one takes all sums.
-
-        Raises:
-            ValueError: an entry is not a number in its range.
-        """
-        self.reset()
-        sums: list[dict[str, float]] = state["sums"]
-        _set_numbers(self, {name: value for name, value in state.items() if name not in ("sums", "grad_norm")})
-        self.grad_norm += state["grad_norm"]
-        if len(sums) == self._ranks.world_size:
-            own = sums[self._ranks.rank]
-        else:
-            own = {name: math.fsum(each[name] for each in sums) * self._ranks.is_main for name in sums[0]}
-        self.loss += own.pop("loss")
-        self.metrics = {name: torch.full_like(self.loss, value) for name, value in own.items()}
-
-
-def _set_numbers(target: object, state: Mapping[str, Any]) -> None:
+def set_numbers(target: object, state: Mapping[str, Any]) -> None:
     """Sets attributes that `target` has, after checking that each value is a number of the right type."""
     for name, value in state.items():
         kinds = (int,) if type(vars(target)[name]) is int else (int, float)

@@ -21,12 +21,13 @@ from cleangpt.distributed.processes import Ranks
 from cleangpt.models.base import LanguageModel
 from cleangpt.objectives import Objective
 from cleangpt.training.balancing import ExpertLoadBalancer
+from cleangpt.training.meter import LossSums, Meter, StepResult
 from cleangpt.training.metrics import Recorder
 from cleangpt.training.optimizer import Optimizer
 from cleangpt.training.recovery import Recovery, SpikeDetector
 from cleangpt.training.saving import Saver
 from cleangpt.training.schedules import StepPlan
-from cleangpt.training.state import Length, LossSums, Meter, Position, StepResult
+from cleangpt.training.state import Length, Position
 from cleangpt.training.stopping import Stopping
 from cleangpt.training.validator import Validator
 

@@ -47,6 +47,6 @@ class Validator:
 
     def mean_metrics(self) -> dict[str, float]:
         """Means of loss and metrics over the sources, weighted by their shares of the run."""
-        names = next(iter(self.metrics.values()))
+        names = next(iter(self.metrics.values()), {})
         shares = self.shares.items()
         return {name: sum(share * self.metrics[source][name] for source, share in shares) for name in names}

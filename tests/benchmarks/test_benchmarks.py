@@ -19,6 +19,7 @@ from benchmarks.step import bare_loop, nanogpt_loop
 from benchmarks.store import token_files
 from cleangpt.errors import UserError
 from cleangpt.models import build_model
+from cleangpt.training.resolve import resolve
 
 UINT16 = np.dtype("<u2")
 
@@ -109,11 +110,12 @@ def test_the_bare_loop_trains_what_the_trainer_trains(tmp_path: Path) -> None:
     loader = batch_loader(store, 12, 64)
     batches = [(batch.inputs["tokens"], batch.targets) for batch in (loader.next() for _ in range(5))]
     loader.close()
-    model = build_model(trainer.experiment.model)
+    experiment = resolve(experiment, store.vocab_size)
+    model = build_model(experiment.model)
     model.load_state_dict(trainer.model.state_dict())
     seconds, waited = train_macro_batch(trainer)
     made.close(trainer)
-    assert bare_loop(trainer.experiment, model, batches)(5) > 0 and seconds > waited > 0
+    assert bare_loop(experiment, model, batches)(5) > 0 and seconds > waited > 0
     assert trainer.position.step == 5
     assert_close(model.state_dict(), trainer.model.state_dict(), rtol=0, atol=2e-5)
 

@@ -73,7 +73,7 @@ def test_a_run_goes_on_only_with_the_tokens_that_it_began_with(tiny: Build) -> N
     Path("run").mkdir()
     check_data(Path("run"), store)
     check_data(Path("run"), store)
-    with (store.folder / "train_00000.bin").open("r+b") as file:
+    with (store.sources[0].dataset.folder / "train_00000.bin").open("r+b") as file:
         file.write(b"\7")
     with pytest.raises(UserError, match=r"train_00000.bin has changed since it was prepared"):
         check_data(Path("run"), store)

@@ -267,18 +267,20 @@ def test_the_template_travels_with_every_checkpoint_and_every_export(
     run = trainer(tiny(corpus=corpus, data__seq_len=64, model=model, training__macro_batches=1))
     run.train()
     (folder,) = (run.run / "checkpoints").glob("val*")
-    assert load_checkpoint(folder).chat_template == run.store.chat_template is not None
+    assert load_checkpoint(folder).chat_template == run.checkpoints.chat_template is not None
     export(open_checkpoint(str(run.run)), "hf", tmp_path / "exported")
     exported = AutoTokenizer.from_pretrained(tmp_path / "exported")
     for messages in ASKED[:4]:
-        ours = run.store.chat_template.render(messages, add_generation_prompt=True)
+        ours = run.checkpoints.chat_template.render(messages, add_generation_prompt=True)
         assert exported.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == (
-            encode_chat(run.store.tokenizer, [ours])[0][0].tolist()
+            encode_chat(run.checkpoints.tokenizer, [ours])[0][0].tolist()
         )
     again = open_checkpoint(f"hf:{tmp_path / 'exported'}").chat_template
-    assert again is not None and again.render(ASKED[0]) == run.store.chat_template.render(ASKED[0])
+    assert again is not None and again.render(ASKED[0]) == run.checkpoints.chat_template.render(ASKED[0])
     generation = json.loads((tmp_path / "exported/generation_config.json").read_text(encoding="utf-8"))
-    assert generation["eos_token_id"] == sorted([run.store.tokenizer.eos_id, run.store.tokenizer.special["<|im_end|>"]])
+    assert generation["eos_token_id"] == sorted(
+        [run.checkpoints.tokenizer.eos_id, run.checkpoints.tokenizer.special["<|im_end|>"]]
+    )
 
 
 def test_a_batch_has_the_answers_as_its_targets(tiny: Any, trainer: Any, asked: str) -> None:
@@ -289,7 +291,7 @@ def test_a_batch_has_the_answers_as_its_targets(tiny: Any, trainer: Any, asked: 
     run.source.close()
     tokens = batch.targets[batch.targets != IGNORED].tolist()
     assert batch.num_targets == len(tokens)
-    text = "".join(" " if token == run.store.tokenizer.eos_id else chr(token) for token in tokens)
+    text = "".join(" " if token == run.checkpoints.tokenizer.eos_id else chr(token) for token in tokens)
     assert set(text.split()) <= set(EXPECTED) and text.endswith(" ")
 
 

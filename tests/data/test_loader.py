@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from cleangpt.data.batch import IGNORED
 from cleangpt.data.dataset import Column
-from cleangpt.data.loader import DatasetSource, Samples, SplitStream, Stream, add_range, validation_batches
+from cleangpt.data.loader import DatasetSource, Samples, SplitStream, Stream, validation_batches
 from cleangpt.data.mixing import MixedStream, interleave
+from cleangpt.data.ranges import add_range
 from cleangpt.data.shuffle import Order
 from cleangpt.data.tokenizers import ByteTokenizer
 from cleangpt.data.writer import DatasetWriter

@@ -23,7 +23,7 @@ from cleangpt.distributed.device import (
 )
 from cleangpt.errors import UserError
 from cleangpt.models.gpt import GPT, GPTConfig
-from cleangpt.objectives import OBJECTIVES
+from tests.losses import next_token
 
 CPU = torch.device("cpu")
 
@@ -97,7 +97,7 @@ def test_each_precision_computes_in_its_own_type_on_a_cpu(precision: str, dtype:
 
 def loss_and_gradients(model: GPT) -> tuple[float, dict[str, torch.Tensor]]:
     tokens = torch.randint(0, 32, (2, 16), generator=torch.Generator().manual_seed(0))
-    loss = OBJECTIVES["next_token"](model, tokens, tokens.roll(-1, 1)) / tokens.numel()
+    loss = next_token(model, tokens, tokens.roll(-1, 1)) / tokens.numel()
     loss.backward()
     return loss.item(), {
         name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None

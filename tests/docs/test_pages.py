@@ -172,7 +172,7 @@ def test_an_experiment_is_as_large_and_as_long_as_the_documents_say(name: str) -
 
 
 def test_the_steps_of_the_experiments_are_those_of_the_documents() -> None:
-    from cleangpt.training.schedules import curves
+    from cleangpt.training.resolve import curves
 
     for name, path in experiments().items():
         (row,) = re.findall(rf"^\| `{name}` \|.* M \|$", read(PROJECT / "docs/experiments.md"), re.MULTILINE)

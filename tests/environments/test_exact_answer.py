@@ -21,8 +21,8 @@ CORPORA = [Adder(digits=1), Multiplier(digits=1), AdderChat(digits=1)]
 
 
 def opened(corpus: Problems) -> tuple[TokenDataset, Environment]:
-    dataset = prepare(corpus, Path("data"))
-    assert isinstance(dataset, TokenDataset)
+    (source,) = prepare(corpus, Path("data")).sources
+    dataset = source.dataset
     environment = corpus.environment(dataset)
     assert environment is not None
     return dataset, environment

@@ -46,9 +46,8 @@ def score(model: Scripted, dataset: TokenDataset, split: str, limit: int | None 
 
 @pytest.fixture
 def dataset(tiny: Callable[..., Experiment]) -> TokenDataset:
-    opened = prepare(tiny().corpus, Path("data"))
-    assert isinstance(opened, TokenDataset)
-    return opened
+    (source,) = prepare(tiny().corpus, Path("data")).sources
+    return source.dataset
 
 
 def test_right_answers_score_one_and_wrong_ones_zero(dataset: TokenDataset) -> None:
@@ -73,8 +72,8 @@ class Reciter(Scripted):
 
 @pytest.mark.parametrize("wrong", ["nothing", "the first token", "the last token", "the question"])
 def test_answers_and_questions_of_any_length_are_scored(wrong: str, workplace: Path) -> None:
-    dataset = prepare(AdderChat(digits=1), Path("data"))
-    assert isinstance(dataset, TokenDataset)
+    (source,) = prepare(AdderChat(digits=1), Path("data")).sources
+    dataset = source.dataset
     split, length = dataset.splits["val"], dataset.row_length
     assert length is not None
     texts = []

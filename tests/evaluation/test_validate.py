@@ -10,7 +10,6 @@ import torch
 
 from cleangpt.corpora import prepare
 from cleangpt.data.batch import Batch
-from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.loader import Samples, validation_batches
 from cleangpt.evaluation.validate import loss_metrics, validate
 from cleangpt.experiment import Experiment
@@ -23,8 +22,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def samples(tiny: Callable[..., Experiment]) -> Samples:
-    dataset = prepare(tiny().corpus, Path("data"))
-    assert isinstance(dataset, TokenDataset)
+    (source,) = prepare(tiny().corpus, Path("data")).sources
+    dataset = source.dataset
     return Samples(dataset.splits["val"], 9)
 
 

@@ -227,7 +227,7 @@ def test_a_run_starts_from_the_weights_and_with_the_tokenizer(
     theirs = their_gpt2()
     folder = saved(theirs)
     started = trainer(experiment_of(folder, tiny))
-    tokens = torch.from_numpy(started.store.tokenizer.encode(TEXT))[None, :20]
+    tokens = torch.from_numpy(started.checkpoints.tokenizer.encode(TEXT))[None, :20]
     torch.testing.assert_close(started.model.eval()(tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
     assert "starting from the weights" in said(started.run)
     assert "rows" not in said(started.run) and "tokenizer" not in said(started.run)
@@ -240,7 +240,7 @@ def test_additional_tokens_and_positions_are_initialized_and_logged(
     theirs = their_gpt2()
     folder = saved(theirs)
     started = trainer(experiment_of(folder, tiny, model__vocab_size=512, model__max_seq_len=length))
-    tokens = torch.from_numpy(started.store.tokenizer.encode(TEXT))[None, :20]
+    tokens = torch.from_numpy(started.checkpoints.tokenizer.encode(TEXT))[None, :20]
     logits = started.model.eval()(tokens)[..., : BPE.vocab_size]
     torch.testing.assert_close(logits, theirs(tokens).logits, atol=1e-4, rtol=1e-4)
     assert f"token_embedding.weight takes {BPE.vocab_size} of {BPE.vocab_size} rows" in said(started.run)

@@ -7,7 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from cleangpt.data.batch import IGNORED
 from cleangpt.interchange.gpt import from_huggingface, to_huggingface
 from cleangpt.models import build_model
-from cleangpt.models.base import flops_per_token
+from cleangpt.models.flops import flops_per_token
 from cleangpt.models.gpt import GPT, GPTConfig
 from tests.losses import next_token
 

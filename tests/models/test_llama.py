@@ -41,7 +41,8 @@ from cleangpt.interchange.llama import (
     to_huggingface,
 )
 from cleangpt.models import build_model
-from cleangpt.models.base import flops_per_token
+from cleangpt.models.flops import flops_per_token
+from cleangpt.models.layers import apply_rope, rope_cos_sin
 from cleangpt.models.llama import Llama, LlamaConfig
 from tests.generation import greedy
 from tests.losses import next_token
@@ -243,7 +244,7 @@ def test_the_published_configuration_of_llama_3_1_is_read() -> None:
                 "model_type": "qwen2", "num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 8,
                 "max_window_layers": 2,
             },
-            "layers [1, 2] have full attention; allowed: none, or every so-many-th",
+            "layers [1, 2] have full attention; allowed: none, or every n-th",
         ),
     ],
 )  # fmt: skip
@@ -384,13 +385,11 @@ def test_a_window_ends_what_a_position_sees(global_every: int | None, far: int, 
 
 def test_only_distances_matter() -> None:
     """Rotary positions: a sequence gives the same attention wherever it stands (Su et al. 2021, equation 16)."""
-    from cleangpt.models.llama import rope_cos_sin, rotate
-
     query, key = torch.randn(2, 1, 8, 1, 12).unbind()
     scores = []
     for start in (0, 31):
-        rotation = rope_cos_sin(SMALL, torch.arange(start, start + 8))
-        scores.append(rotate(query, rotation)[:, :, 0] @ rotate(key, rotation)[:, :, 0].mT)
+        rotation = rope_cos_sin(torch.arange(start, start + 8), SMALL.rope_frequencies(torch.device("cpu")))
+        scores.append(apply_rope(query, rotation)[:, :, 0] @ apply_rope(key, rotation)[:, :, 0].mT)
     torch.testing.assert_close(scores[0], scores[1], atol=1e-5, rtol=1e-5)
 
 

@@ -143,7 +143,7 @@ def test_the_command_prints_a_table_and_writes_json(workplace: Path, capsys: pyt
         (["--price", "-1"], "--price is -1.0"),
         (["--json", "nowhere/plan.json"], "--json is 'nowhere/plan.json'; allowed: a file in a folder that exists"),
         (["--json", "."], "--json is '.'; allowed: a file"),
-        (["--devices", "1000000000"], "data.batch_size 256 is not a multiple of its 1000000000 data-parallel ranks"),
+        (["--devices", "1000000000"], "data.batch_size 256 is not a multiple of its 1000000000"),
         (
             ["--model.dim", "3000000000", "--model.n-heads", "1"],
             "model.dim is 3000000000; allowed: a whole number of 1 or more, at most 1,048,576",

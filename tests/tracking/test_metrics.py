@@ -227,7 +227,7 @@ def test_steps_that_find_no_room_wait_and_are_written_whole_and_in_order(tmp_pat
 
 def test_steps_are_on_disk_when_a_snapshot_is(tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr("cleangpt.tracking.metrics.sync_file", lambda path: synced.append(path.read_bytes()))
+    monkeypatch.setattr("cleangpt.tracking.metrics.fsync_file", lambda path: synced.append(path.read_bytes()))
     files = new(tmp_path)
     files.log_steps([{"step": 1}])
     assert synced == []
@@ -239,7 +239,7 @@ def test_a_disk_that_fails_when_steps_are_synced_does_not_stop_the_run(tmp_path,
     def fail(path):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("cleangpt.tracking.metrics.sync_file", fail)
+    monkeypatch.setattr("cleangpt.tracking.metrics.fsync_file", fail)
     messages = []
     files = MetricsFiles(tmp_path, messages.append)
     files.open(None, None)

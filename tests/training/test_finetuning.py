@@ -19,7 +19,8 @@ from cleangpt.distributed.layout import Layout, state_bytes
 from cleangpt.errors import UserError
 from cleangpt.experiment import Experiment
 from cleangpt.models import build_model
-from cleangpt.models.base import LanguageModel, flops_per_token
+from cleangpt.models.base import LanguageModel
+from cleangpt.models.flops import flops_per_token
 from cleangpt.models.gpt import GPTConfig
 from cleangpt.models.llama import LlamaConfig
 from cleangpt.tracking.metrics import read_metrics
@@ -32,11 +33,16 @@ from cleangpt.training.finetuning import (
     lr_factors,
     matching,
 )
-from cleangpt.training.launch import check, summary
+from cleangpt.training.launch import summary
 from cleangpt.training.optimizer import Optimizer
 from cleangpt.training.trainer import Trainer
 from tests.forked import run_together
 from tests.losses import next_token
+
+
+def check_tuning(experiment: Experiment, layout: Layout) -> None:
+    check_fine_tuning(experiment.fine_tuning, experiment.model, experiment.optimizer, layout)
+
 
 Build = Callable[..., Experiment]
 Open = Callable[[Experiment], Trainer]
@@ -163,7 +169,7 @@ def test_a_pattern_that_matches_nothing_or_everything_is_refused_in_one_line(
     patterns: tuple[str, ...], message: str, tiny: Build
 ) -> None:
     with pytest.raises(UserError) as refused:
-        check_fine_tuning(tiny(model=GPT_SMALL, fine_tuning=freeze(*patterns)), Layout())
+        check_tuning(tiny(model=GPT_SMALL, fine_tuning=freeze(*patterns)), Layout())
     assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
@@ -188,15 +194,15 @@ def test_fields_that_do_not_fit_one_another_are_refused(
     tuning: FineTuningConfig, source: str | None, message: str, tiny: Build
 ) -> None:
     with pytest.raises(UserError) as refused:
-        check(tiny(fine_tuning=tuning, init_from=source))
+        check_tuning(tiny(fine_tuning=tuning, init_from=source))
     assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_adapters_are_refused_where_matrices_are_cut(tiny: Build) -> None:
     experiment = tiny(model=GPT_SMALL, init_from="base", fine_tuning=FineTuningConfig(lora=LoRAConfig(rank=2)))
-    check_fine_tuning(experiment, Layout(shards=2))
-    with pytest.raises(UserError, match=r"lora\.rank is 2; allowed where matrices are cut: None; use strategy fsdp"):
-        check_fine_tuning(experiment, Layout(tensor=2))
+    check_tuning(experiment, Layout(shards=2))
+    with pytest.raises(UserError, match=r"lora\.rank is 2; allowed with tensor parallelism: None; use strategy fsdp"):
+        check_tuning(experiment, Layout(tensor=2))
 
 
 def test_what_is_frozen_cannot_change_on_the_way(tiny: Build) -> None:
@@ -334,7 +340,7 @@ def test_moments_begin_anew_or_are_those_of_the_newest_snapshot(tiny: Build, tra
     assert theirs["final_norm.weight"]["step"] == 24 and theirs["final_norm.weight"]["exp_avg"].any()
     assert not any(tensor.any() for entry in moments_of(anew).values() for tensor in entry.values())
     newest = list_snapshots(Path("base/snapshots"))[0]
-    line = f"the optimizer begins with the moments of {count} of {count} parameters from {newest}"
+    line = f"the optimizer starts with the moments of {count} of {count} parameters from {newest}"
     assert line in Path("kept/log.txt").read_text() and "moments" not in Path("anew/log.txt").read_text()
     for one in (kept, anew):
         one.source.close()

@@ -30,8 +30,7 @@ from cleangpt.experiment import Experiment
 from cleangpt.objectives import NextToken
 from cleangpt.tracking.metrics import read_metrics
 from cleangpt.training.launch import check, check_here
-from cleangpt.training.resolve import num_steps, resolve, resolve_with
-from cleangpt.training.schedules import curves
+from cleangpt.training.resolve import curves, num_steps, resolve, resolve_with
 
 Build = Callable[..., Experiment]
 

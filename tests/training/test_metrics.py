@@ -13,8 +13,9 @@ from cleangpt.distributed.processes import Ranks
 from cleangpt.experiment import Experiment
 from cleangpt.tracking import Trackers
 from cleangpt.tracking.metrics import read_metrics
+from cleangpt.training.meter import StepResult
 from cleangpt.training.metrics import FLUSH, StepLog, Throughput
-from cleangpt.training.state import Position, StepResult
+from cleangpt.training.state import Position
 from cleangpt.training.trainer import Trainer
 
 Build = Callable[..., Experiment]

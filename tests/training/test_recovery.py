@@ -16,8 +16,8 @@ from cleangpt.distributed.processes import Ranks
 from cleangpt.errors import RunFailedError
 from cleangpt.experiment import Experiment
 from cleangpt.tracking.metrics import read_metrics
+from cleangpt.training.meter import StepResult
 from cleangpt.training.recovery import SpikeDetector, first_not_finite
-from cleangpt.training.state import StepResult
 from cleangpt.training.trainer import Trainer
 from tests.losses import scaled
 

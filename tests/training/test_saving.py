@@ -73,7 +73,7 @@ def test_one_that_the_disk_refuses_is_made_up_for_by_the_next(
     run = trainer(tiny(run_dir="run"))
     run.step()
     run.saver.save(lambda: None)
-    assert run.saver.snapshots.under_way is not None and "No space left" in run.saver.snapshots.under_way.result()
+    assert run.saver.snapshots.pending is not None and "No space left" in run.saver.snapshots.pending.result()
     full.undo()
     run.saver.save(lambda: None)
     run.saver.snapshots.close()

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from cleangpt.config import Schedule, ScheduleConfig
 from cleangpt.experiment import Experiment, samples_per_macro_batch, total_samples
-from cleangpt.training.schedules import accumulation, curves, factor
+from cleangpt.training.resolve import curves
+from cleangpt.training.schedules import accumulation, factor
 
 shares = st.floats(0, 1)
 schedules = st.builds(

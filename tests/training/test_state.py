@@ -8,7 +8,8 @@ import torch
 
 from cleangpt.distributed.processes import Ranks
 from cleangpt.objectives import Loss
-from cleangpt.training.state import LossSums, Meter, Position, StepResult, TrainState
+from cleangpt.training.meter import LossSums, Meter, StepResult
+from cleangpt.training.state import Position, TrainState
 
 LOSSES = [0.1, 0.2, 0.3]
 REWARDS = [1.0, 2.0, 4.0]
@@ -27,7 +28,7 @@ def step(loss: float, count: float = 4.0, grad_norm: float = 1.0, **metrics: flo
 class Three(Ranks):
     """One of three processes whose losses and rewards are known."""
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         sums = [{"loss": loss, "reward": reward} for loss, reward in zip(LOSSES, REWARDS, strict=True)]
         assert value == sums[self.rank]
         return sums

@@ -21,7 +21,7 @@ from cleangpt.experiment import Experiment
 from cleangpt.models.base import LanguageModel
 from cleangpt.objectives import Loss, NextToken
 from cleangpt.tracking.metrics import read_metrics
-from cleangpt.training.state import LossSums
+from cleangpt.training.meter import LossSums
 from cleangpt.training.trainer import Trainer
 from tests.losses import scaled
 
@@ -334,7 +334,7 @@ def test_the_figures_of_a_macro_batch_are_right(tiny: Build, trainer: Open) -> N
     assert last["times_visited"] == pytest.approx(96 / 90) and last["visited_share"] == 1.0
     assert lines[0]["visited_share"] == pytest.approx(32 / 90)
     assert last["perplexity"] == pytest.approx(math.exp(last["val_loss"]))
-    split = prepare(experiment.corpus, Path(experiment.data.folder)).splits["val"]
+    split = prepare(experiment.corpus, Path(experiment.data.folder)).sources[0].dataset.splits["val"]
     rows = split.read(0, split.tokens).astype(np.int64).reshape(-1, split.row_length)
     counts = split.read_mask(0, split.tokens).reshape(-1, split.row_length)[:, 1:]
     with torch.no_grad():

@@ -1,0 +1,26 @@
+"""Parts of a stream that a run skips."""
+
+from collections.abc import Sequence
+
+Ranges = Sequence[Sequence[int]]
+"""Ranges of positions of a stream, (first, last + 1), in order and with gaps between them."""
+
+
+def add_range(ranges: Ranges, start: int, end: int) -> list[list[int]]:
+    """The ranges with another one, which may overlap them."""
+    merged: list[list[int]] = []
+    for first, last in sorted([*map(tuple, ranges), (start, end)]):
+        if merged and first <= merged[-1][1]:
+            merged[-1][1] = max(merged[-1][1], last)
+        else:
+            merged.append([first, last])
+    return merged
+
+
+def without_ranges(position: int, ranges: Ranges) -> int:
+    """Converts a position that does not count skipped samples to a position in the stream."""
+    for start, end in ranges:
+        if position < start:
+            break
+        position += end - start
+    return position
