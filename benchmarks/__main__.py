@@ -23,15 +23,15 @@ class Options:
     """What to measure."""
 
     names: tyro.conf.Positional[tuple[str, ...]] = ()
-    """loader, store, step, snapshot, resume, parallel, generation, vs_nanogpt; none: all."""
+    """loader, store, step, snapshot, resume, parallel, generation, vs_nanogpt; empty: all."""
     quick: bool = False
-    """Small sizes and few repetitions, to see that everything works; nothing is written."""
+    """Smoke test: small sizes and few repetitions; results are not written."""
     peer: Path | None = None
-    """A checkout of nanoGPT, to compare steps, generation and whole runs with."""
+    """A checkout of nanoGPT, to compare steps, generation and complete runs with."""
     text: Path | None = None
-    """The text of Tiny Shakespeare, for whole runs; none: it is downloaded."""
+    """The text of Tiny Shakespeare, for complete runs; None: download it."""
     folder: Path = Path("runs")
-    """Where temporary files go, 4 GB at the most: a folder on the disk to be measured."""
+    """Folder for temporary files, at most 4 GB, on the disk to be measured."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(name: str, options: Options) -> str:
-    """Runs one benchmark in a folder of its own, which is removed after it; returns its section."""
+    """Runs one benchmark in a temporary folder; returns its section."""
     facts = machine.facts()
     module = import_module(f"benchmarks.{name}")
     run: Callable[[Setup], list[Row]] = module.run

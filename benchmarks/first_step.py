@@ -11,7 +11,7 @@ step = Trainer.step
 
 
 def first_step(trainer: Trainer) -> None:
-    """Makes a step, then ends the process at once, saving nothing."""
+    """Takes one step, then ends the process at once, without saving."""
     step(trainer)
     os._exit(0)
 
@@ -19,4 +19,4 @@ def first_step(trainer: Trainer) -> None:
 if __name__ == "__main__":
     with patch.object(Trainer, "step", first_step):
         code = main()
-    sys.exit(code or "no step was made")
+    sys.exit(code or "no step was taken")

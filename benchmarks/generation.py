@@ -63,7 +63,7 @@ def compare(
     model: GPT, batch: int, threads: int, count: int, peers: dict[str, Callable[[], Generate]], setup: Setup,
     what: str = "",
 ) -> list[Row]:  # fmt: skip
-    """Ours, plain and compiled, against `peers`, Hugging Face and the products alone, with this many threads."""
+    """Ours, plain and compiled, against `peers`, Hugging Face and the products alone, on a number of threads."""
     measures: dict[str, Generate] = {"ours": _ours(model, compiled=False)}
     if can_compile(CPU) and not setup.quick:
         measures["compiled"] = _ours(model, compiled=True)
@@ -89,7 +89,7 @@ def compare(
 
 
 def prompts(batch: int) -> list[list[int]]:
-    """Different ones, since the engine reads equal prompts once."""
+    """Different prompts, since the engine prefills equal ones only once."""
     return [[row] * PROMPT for row in range(batch)]
 
 

@@ -1,7 +1,7 @@
-"""Batches: how long a training step waits for data, and what a batch costs beside the usual ways to make one.
+"""Data loading: how long a training step waits for data, and the cost of a batch compared with the usual loaders.
 
 The peers draw the same kind of windows from the same file: `numpy memmap` opens it for every batch and takes windows
-at random places (as nanoGPT does), `DataLoader` is PyTorch's, over windows side by side, shuffled. The larger model
+at random positions (as nanoGPT does), `DataLoader` is PyTorch's, over adjacent windows, shuffled. The larger model
 computes in bf16 and without dropout, which makes its step shorter and the goal harder.
 """
 
@@ -26,7 +26,7 @@ from cleangpt.experiment import Experiment
 
 WAIT_GOAL = 0.01
 LOADED_AHEAD = 5
-"""Batches that a loader, ours or PyTorch's, may hold ready while it is not asked; these would seem to cost nothing."""
+"""Batches that a loader, ours or PyTorch's, may prefetch before timing starts; these would seem to cost nothing."""
 
 
 def run(setup: Setup) -> list[Row]:
@@ -56,7 +56,7 @@ def experiments(quick: bool) -> list[Experiment]:
 
 
 def waits(experiment: Experiment, store: TokenDataset, run: Path, repetitions: int) -> list[Row]:
-    """What of a training step is waiting for data, and what loading its batch costs alone."""
+    """The time a training step waits for data, and the time to load its batch alone."""
     data, model = experiment.data, experiment.model
     label = f"{data.batch_size} × {data.seq_len}, {getattr(model, 'n_layers', '?')} × {getattr(model, 'dim', '?')}"
     trainer = make_trainer(experiment, store, run)
@@ -77,7 +77,7 @@ def waits(experiment: Experiment, store: TokenDataset, run: Path, repetitions: i
 
 
 def against_peers(store: TokenDataset, batch_size: int, seq_len: int, setup: Setup) -> list[Row]:
-    """What a batch costs where nothing but loading goes on."""
+    """The cost of a batch when nothing but loading happens."""
     path, dtype = store.folder / "train_00000.bin", np.dtype(store.description["dtype"])
     ours = batch_loader(store, batch_size, seq_len)
     makers: dict[str, Callable[[], object]] = {
@@ -95,7 +95,7 @@ def against_peers(store: TokenDataset, batch_size: int, seq_len: int, setup: Set
 
 
 def timed(make: Callable[[], object], count: int) -> float:
-    """Seconds per call, over `count` calls that come after as many as may have been loaded ahead."""
+    """Seconds per call, over `count` calls after all prefetched batches are used up."""
     for _ in range(LOADED_AHEAD):
         make()
     start = time.perf_counter()
@@ -110,7 +110,7 @@ def batch_loader(store: TokenDataset, batch_size: int, seq_len: int) -> DatasetS
 
 
 def random_windows(path: Path, dtype: np.dtype[np.generic], batch_size: int, seq_len: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets `(batch, seq)`, int64, from windows at random places of a file of tokens."""
+    """Inputs and targets `(batch, seq)`, int64, from windows at random positions of a token file."""
     tokens = np.memmap(path, dtype, mode="r")
     starts = torch.randint(len(tokens) - seq_len, (batch_size,)).tolist()
     rows = torch.from_numpy(np.stack([tokens[start : start + seq_len + 1] for start in starts]).astype(np.int64))
@@ -118,14 +118,14 @@ def random_windows(path: Path, dtype: np.dtype[np.generic], batch_size: int, seq
 
 
 class Windows(Dataset[tuple[Tensor, Tensor]]):
-    """Windows of a file of tokens, side by side, for PyTorch's DataLoader."""
+    """Adjacent windows of a token file, for PyTorch's DataLoader."""
 
     def __init__(self, path: Path, dtype: np.dtype[np.generic], seq_len: int) -> None:
         self.path, self.dtype, self.seq_len = path, dtype, seq_len
 
     @cached_property
     def tokens(self) -> NDArray[np.generic]:
-        """Opened by each worker for itself: a memory map that is sent to a process is copied whole."""
+        """The memory map, opened by each worker itself: pickling one to a process would copy all its data."""
         return np.memmap(self.path, self.dtype, mode="r")
 
     def __len__(self) -> int:
@@ -138,7 +138,7 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
 
 
 def data_loader(windows: Windows, batch_size: int, workers: int) -> Iterator[list[Tensor]]:
-    """PyTorch's batches without end, epoch after epoch."""
+    """PyTorch's batches, endlessly, epoch after epoch."""
     loader = DataLoader(
         windows,
         batch_size,

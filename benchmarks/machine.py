@@ -1,4 +1,4 @@
-"""What a result depends on besides the code: processor, memory, system, versions; and what a process holds."""
+"""What a result depends on besides the code: processor, memory, system, versions; and a process's memory use."""
 
 import os
 import platform
@@ -33,7 +33,7 @@ def facts() -> str:
 
 
 def resident_bytes() -> int | None:
-    """The memory that this process holds now, in bytes; None where the system does not tell (Windows)."""
+    """This process's resident memory now, in bytes; None where the system does not report it (Windows)."""
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text(encoding="ascii").split()[1]) * page_bytes()
@@ -43,21 +43,21 @@ def resident_bytes() -> int | None:
 
 
 def peak_resident_bytes() -> int | None:
-    """The most that this process has held, in bytes; None where the system does not tell."""
+    """This process's peak resident memory, in bytes; None where the system does not report it."""
     status = Path("/proc/self/status")
-    if status.exists():  # what getrusage says there began with the peak of the process that started this one
+    if status.exists():  # getrusage starts from the peak of the parent process there
         (line,) = [line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:")]
         return int(line.split()[1]) * 1024
     return peak_memory(torch.device("cpu"))
 
 
 def page_bytes() -> int:
-    """The unit in which the system hands out memory."""
+    """The size of a memory page."""
     return os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 
 def _cpu() -> str:
-    """The processor's name, from wherever the system keeps it."""
+    """The processor's name."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -69,7 +69,7 @@ def _cpu() -> str:
 
 
 def _memory() -> int | None:
-    """The machine's memory in bytes; None where the system does not tell."""
+    """The machine's memory in bytes; None where the system does not report it."""
     if not hasattr(os, "sysconf"):
         return None
     return os.sysconf("SC_PHYS_PAGES") * page_bytes()

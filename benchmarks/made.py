@@ -1,4 +1,4 @@
-"""What the benchmarks train on: made token stores of any length, and trainers of the shipped experiments."""
+"""What the benchmarks train on: synthetic datasets of any length, and trainers of the shipped experiments."""
 
 import dataclasses
 from pathlib import Path
@@ -22,13 +22,13 @@ from cleangpt.training.resolve import resolve
 from cleangpt.training.trainer import Trainer
 
 CHARACTERS = "".join(map(chr, range(48, 48 + 65)))
-"""As many as Tiny Shakespeare has."""
+"""65 characters, as in Tiny Shakespeare."""
 WRITTEN = 1_000_000
-"""Training tokens that are really written; the rest of a longer store is a hole in its files."""
+"""Training tokens that are really written; the rest of a larger dataset is a hole in its sparse files."""
 
 
 def make_store(folder: Path, tokens: int) -> TokenDataset:
-    """A token store of 65 characters: `tokens` to train on, random where they are written, and 10,000 to validate."""
+    """A dataset of 65 characters: `tokens` to train on, random where they are written, and 10,000 to validate."""
     writer = DatasetWriter(folder, {"kind": "made"}, CharTokenizer(CHARACTERS))
     random = np.random.default_rng(0)
     for split, count in (("train", min(tokens, WRITTEN)), ("val", 10_000)):
@@ -39,7 +39,7 @@ def make_store(folder: Path, tokens: int) -> TokenDataset:
 
 
 def _stretch(folder: Path, tokens: int) -> TokenDataset:
-    """Lengthens the training split to `tokens` with zeros that take no room on the disk where it knows holes."""
+    """Extends the training split to `tokens` with zeros, which take no disk space where sparse files are supported."""
     facts = read_json(folder / DATASET)
     shards = []
     for number, start in enumerate(range(0, tokens, SHARD_TOKENS)):
@@ -55,7 +55,7 @@ def _stretch(folder: Path, tokens: int) -> TokenDataset:
 def shipped(name: str, data: DataConfig | None = None, **fields: Any) -> Experiment:
     """A shipped experiment with `fields` such as ``training={"precision": "bf16"}`` changed.
 
-    Its rates are constant, no text is sampled and nothing is shown: those are not a step's work.
+    Its learning rate is constant, and it neither samples text nor shows progress, which are not part of a step.
     """
     changed = {"tracking": {"progress": False, "sample_tokens": 0}, **fields}
     experiment = load_experiment(find_experiment(name))
@@ -66,7 +66,7 @@ def shipped(name: str, data: DataConfig | None = None, **fields: Any) -> Experim
 
 
 def make_trainer(experiment: Experiment, store: TokenDataset, run: Path) -> Trainer:
-    """A trainer of `experiment` on `store`, whatever corpus it names, with its run in the folder `run`."""
+    """A trainer of `experiment` on the dataset `store` instead of its corpus, with its run in the folder `run`."""
     check(experiment)
     experiment = resolve(dataclasses.replace(experiment, run_dir=str(run)), store.vocab_size)
     dataset = MixedDataset([MixtureSource(store)])
@@ -80,7 +80,7 @@ def flops_of_step(trainer: Trainer) -> int:
 
 
 def train_macro_batch(trainer: Trainer) -> tuple[float, float]:
-    """Trains a macro-batch; returns the seconds a step took and those it waited for data, as the trainer counts."""
+    """Trains a macro-batch; returns the seconds per step and those spent waiting for data, as the trainer counts."""
     seconds, waited, steps = trainer.meter.seconds, trainer.meter.waited, trainer.meter.steps
     trainer.train_macro_batch()
     trainer.position.macro_batch += 1
@@ -89,6 +89,6 @@ def train_macro_batch(trainer: Trainer) -> tuple[float, float]:
 
 
 def close(trainer: Trainer) -> None:
-    """Ends what a trainer runs in the background."""
+    """Stops a trainer's background threads."""
     trainer.source.close()
     trainer.recorder.trackers.close("finished")

@@ -1,10 +1,10 @@
-"""What a second process brings: a step of `ddp` and `fsdp` on two processes of one thread each.
+"""Speedup from a second process: a step of `ddp` and `fsdp` on two processes of one thread each.
 
 The same experiment with the same batches runs on one process of two threads, which has the same two cores. The row of
-one process with one thread says what a second core can bring at all. Seconds of a step are those that the run records
-for its last macro-batch, so neither starting nor preparing counts; a step has the same tokens everywhere, so tokens
-per second stand in the inverse ratio. With one process there is nothing to exchange and every strategy is the plain
-model: `ddp` and `fsdp` at one process are the first row.
+one process with one thread shows what a second core can gain at all. Seconds per step are those that the run records
+for its last macro-batch, so neither start-up nor preparation counts; a step has the same tokens everywhere, so tokens
+per second have the inverse ratio. On one process there is nothing to communicate and every strategy is the plain
+model: `ddp` and `fsdp` on one process are the first row.
 """
 
 import itertools
@@ -64,7 +64,7 @@ def run(setup: Setup) -> list[Row]:
 
 
 def compare(layers: int, dim: int, batch_size: int, steps: int, setup: Setup) -> list[Row]:
-    """The rows of a model of `layers` x `dim`, over macro-batches of so many steps."""
+    """The rows of a model of `layers` x `dim`, over macro-batches of `steps` steps."""
     folder = setup.folder.resolve() / f"{layers}x{dim}"
     folder.mkdir()
     text = EXPERIMENT.format(batch_size=batch_size, folder=str(folder / "data"), layers=layers, dim=dim, steps=steps)
@@ -80,7 +80,7 @@ def step_seconds(cell: Cell, folder: Path, numbers: "itertools.count[int]") -> f
     """Trains the experiment of `folder` in a new run; returns the seconds of a step in its last macro-batch.
 
     Raises:
-        RuntimeError: the run failed; has what it said.
+        RuntimeError: the run failed; includes its output.
     """
     name = folder / f"run{next(numbers)}"
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={cell.processes}"]

@@ -1,6 +1,6 @@
-"""A fresh process that makes two steps: `python -m benchmarks.peak_memory WAY FOLDER gpt2|quick [CHECKOUT]`.
+"""A fresh process that takes two steps: `python -m benchmarks.peak_memory WAY FOLDER gpt2|quick [CHECKOUT]`.
 
-Prints the most bytes that it held. WAY is plain, chunked, recomputed (chunked too), or nanogpt, of a checkout.
+Prints its peak memory in bytes. WAY is plain, chunked, recomputed (chunked too), or nanogpt, from a checkout.
 """
 
 import sys
@@ -22,7 +22,7 @@ WAYS["recomputed"] = WAYS["chunked"] | {"recompute_every": 1}
 
 
 def main(way: str, folder: Path, size: str, checkout: Path | None = None) -> None:
-    """Makes the steps, of ours with the trainer, of nanoGPT's model with its own optimizer."""
+    """Takes the steps: ours with the trainer, nanoGPT's model with its own optimizer."""
     seq_len = SIZES[size]["max_seq_len"]
     training = {"batches_per_macro_batch": 2, "macro_batches": 10, "device": "cpu", **WAYS[way]}
     data = DataConfig(seq_len=seq_len, batch_size=1)

@@ -1,6 +1,6 @@
-"""A fresh process that opens a token store many times: `python -m benchmarks.resident store|memmap FOLDER`.
+"""A fresh process that opens a dataset several times: `python -m benchmarks.resident store|memmap FOLDER`.
 
-Prints by how many bytes its resident memory grew per opening; "nan" where the system does not tell.
+Prints the growth of its resident memory in bytes per opening; "nan" where the system does not report it.
 """
 
 import gc
@@ -13,12 +13,12 @@ from benchmarks.store import memory_maps
 from cleangpt.data.dataset import TokenDataset
 
 TIMES = 10
-"""A page is larger than what one opening may take."""
+"""Several, since a page is larger than the memory that one opening should take."""
 OPENERS: dict[str, Callable[[Path], object]] = {"store": TokenDataset, "memmap": memory_maps}
 
 
 def main(kind: str, folder: Path) -> None:
-    """Opens once to load all code, then `TIMES` times for the measurement, keeping all."""
+    """Opens once to load all code, then `TIMES` times for the measurement, keeping all open."""
     kept = [OPENERS[kind](folder)]
     gc.collect()
     before = resident_bytes()

@@ -51,7 +51,7 @@ def compare(layers: int, dim: int, folder: Path, setup: Setup) -> Row:
     file.write_text(EXPERIMENT.format(folder=str(folder / "data"), layers=layers, dim=dim), encoding="utf-8")
     call("cleangpt", "train", str(file), "--run-dir", str(resumed))
     numbers = itertools.count(1)
-    # The run was finished: a longer one has a step to make. None of these processes lives to save anything.
+    # The run was finished, so it is made longer to have a step to take. These processes end before saving anything.
     resume = ("resume", str(resumed), "--training.macro-batches", "2")
     taken = interleave(
         {
@@ -69,7 +69,7 @@ def compare(layers: int, dim: int, folder: Path, setup: Setup) -> Row:
 
 
 def call(module: str, *words: str) -> float:
-    """Runs `python -m module words` to its end, as `checked` does."""
+    """Runs `python -m module words`, as `checked` does."""
     return checked([sys.executable, "-m", module, *words], PROJECT)
 
 
@@ -77,7 +77,7 @@ def checked(command: Sequence[str], folder: Path) -> float:
     """Runs a command in a folder to its end; returns the seconds from its start.
 
     Raises:
-        RuntimeError: it failed; has what it said.
+        RuntimeError: it failed; includes its output.
     """
     start = time.perf_counter()
     process = subprocess.run(command, capture_output=True, text=True, cwd=folder)

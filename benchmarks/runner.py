@@ -1,4 +1,4 @@
-"""Ours and its peers in turn (A B A B ...), and what came of it as a table of ratios."""
+"""Interleaved measurements of ours and its peers (A B A B ...), and their ratios as a table."""
 
 import re
 import statistics
@@ -24,16 +24,16 @@ Written by `python -m benchmarks`; what is measured and how to read it is in [RE
 
 @dataclass(frozen=True)
 class Setup:
-    """What every benchmark is given."""
+    """What every benchmark gets."""
 
     folder: Path
-    """Empty, for its files; on the disk to be measured."""
+    """Empty folder for its files, on the disk to be measured."""
     quick: bool = False
-    """Small sizes and few repetitions: shows that the benchmark works, measures nothing of worth."""
+    """Smoke test: small sizes and few repetitions, whose results mean nothing."""
     peer: Path | None = None
     """A checkout of nanoGPT."""
     text: Path | None = None
-    """Tiny Shakespeare; none: it is downloaded."""
+    """Tiny Shakespeare; None: download it."""
 
     @property
     def repetitions(self) -> int:
@@ -49,21 +49,21 @@ class Row:
     unit: str
     """A key of UNITS."""
     ours: Sequence[float]
-    """One figure per repetition."""
+    """One measurement per repetition."""
     peer: str
-    """Whom or what we are compared with."""
+    """What we are compared with."""
     theirs: Sequence[float]
-    """One figure per repetition, measured in the same round as ours."""
+    """One measurement per repetition, in the same round as ours."""
     goal: float | None = None
-    """The largest median ratio that we accept; none: no goal is set."""
+    """The largest acceptable median ratio; None: no goal."""
 
     @property
     def ratios(self) -> list[float]:
-        """Ours by theirs, one per repetition."""
+        """Ours over theirs, one per repetition."""
         return [ours / theirs for ours, theirs in zip(self.ours, self.theirs, strict=True)]
 
     def cells(self) -> list[str]:
-        """The row in words: what, ours, peer, median ratio, spread, goal."""
+        """The cells of the row: what, ours, peer, median ratio, spread, goal."""
         ratio = statistics.median(self.ratios)
         goal = "" if self.goal is None else f"≤ {self.goal:g}: {'met' if ratio <= self.goal else 'missed'}"
         ours, theirs = (quantity(statistics.median(side), self.unit) for side in (self.ours, self.theirs))
@@ -72,10 +72,10 @@ class Row:
 
 
 def interleave(measures: Mapping[str, Callable[[], T]], repetitions: int, warm_up: bool = True) -> dict[str, list[T]]:
-    """Calls every measure in turn, round after round, so that a change of the machine's mood meets all alike.
+    """Calls every measure in turn, round after round, so that a change in the machine's load affects all alike.
 
     Returns:
-        For every name what its measure returned, in order; the round of the warm-up is left out.
+        For every name the results of its measure, in order, without the warm-up round.
     """
     for measure in measures.values() if warm_up else ():
         measure()
@@ -87,7 +87,7 @@ def interleave(measures: Mapping[str, Callable[[], T]], repetitions: int, warm_u
 
 
 def quantity(value: float, unit: str) -> str:
-    """A figure with the prefix that suits it, to three digits: ``1.25 ms``; nats to four."""
+    """A value with a unit prefix, to three digits: ``1.25 ms``; nats to four."""
     factor, name = next((entry for entry in UNITS[unit] if abs(value) >= entry[0]), UNITS[unit][-1])
     if not factor:
         return f"{value:.4g} {name}"
@@ -105,7 +105,7 @@ def section(about: str, machine: str, rows: Sequence[Row]) -> str:
 
 
 def write_section(path: Path, name: str, text: str, order: Sequence[str]) -> None:
-    """Puts `text` under the heading `name` into the Markdown file `path`, in the place of the one that was there.
+    """Puts `text` under the heading `name` into the Markdown file `path`, replacing an earlier section of that name.
 
     The other sections stay as they are, in the order of their names in `order`.
     """

@@ -4,7 +4,7 @@
     python -m benchmarks.same_losses record after.json --text input.txt
     python -m benchmarks.same_losses compare before.json after.json
 
-Every macro-batch is one step here, so that metrics.jsonl has each step's figures. A refactoring shows that nothing
+Every macro-batch is one step here, so that metrics.jsonl has each step's metrics. A refactoring shows that nothing
 differs (CONTRIBUTING.md); on one process that means bit for bit.
 """
 
@@ -27,7 +27,7 @@ SHORT = ("--data.val-samples", "32", "--tracking.sample-tokens", "0", "--trackin
 ADDER = ("adder", "--corpus.train-samples", "20000", "--corpus.val-samples", "100", "--corpus.test-samples", "100")
 ACCUMULATED = (*ADDER, "--training.accumulation", "2", "--training.micro-batch-size", "64", "--model.dropout", "0.1")
 TEXT = "TEXT"
-"""Stands for the path of Tiny Shakespeare in the words below."""
+"""Placeholder for the path of Tiny Shakespeare in the arguments below."""
 MIXTURE = """\
 import dataclasses
 from pathlib import Path
@@ -53,11 +53,11 @@ RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
     "fsdp": (2, (*ACCUMULATED, "--parallel.strategy", "fsdp")),
     "tp": (2, (*ADDER, "--parallel.strategy", "tp")),
 }
-"""By name: processes, and what follows ``cleangpt train``."""
+"""By name: number of processes, and the arguments of ``cleangpt train``."""
 
 
 def record(checkout: Path, text: Path) -> dict[str, Any]:
-    """The figures and weights of every run, trained by the code in `checkout`."""
+    """The metrics and weights of every run, trained by the code in `checkout`."""
     with tempfile.TemporaryDirectory(prefix="same-losses-") as name:
         folder = Path(name)
         source = PROJECT / "experiments" / "mixture_code_shakespeare.py"
@@ -92,7 +92,7 @@ def _digests(path: Path) -> dict[str, str]:
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """A line for each run: whether all is the same to the last bit, else the largest differences."""
+    """A line for each run: that it is bitwise identical, or the largest differences."""
     lines = []
     for name in before.keys() & after.keys() if before.keys() != after.keys() else before:
         old, new = before[name], after[name]
@@ -104,7 +104,7 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
         }
         different = [tensor for tensor in old["weights"] if old["weights"][tensor] != new["weights"].get(tensor)]
         words = ", ".join(f"{key} by {value:.3g}" for key, value in largest.items() if value)
-        lines.append(f"{name:26} differs: {words or 'no figure'}; {len(different)} of {len(old['weights'])} tensors")
+        lines.append(f"{name:26} differs: {words or 'no metric'}; {len(different)} of {len(old['weights'])} tensors")
     return lines
 
 
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.same_losses", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    recording = commands.add_parser("record", help="train the short runs and write down what came of them")
+    recording = commands.add_parser("record", help="train the short runs and record their losses and weights")
     recording.add_argument("file", type=Path)
     recording.add_argument("--checkout", type=Path, default=PROJECT, help="the version to train with")
     recording.add_argument("--text", type=Path, required=True, help="Tiny Shakespeare, input.txt")

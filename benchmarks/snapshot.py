@@ -1,9 +1,9 @@
-"""Saving a snapshot of weights and AdamW's moments: what training waits for, and what the whole save takes.
+"""Saving a snapshot of weights and AdamW's moments: how long training pauses, and how long the whole save takes.
 
-The pause is the time until `Snapshots.save` returns: the copy to the host's memory. The whole save is that of
-`saving.async_snapshots` switched off: it also takes checksums, writes aside, renames, flushes folders and removes the
-oldest snapshot. The limit of the pause is a copy of the same tensors into memory that is there already, that of the
-whole save a plain write of them and one flush to the disk.
+The pause is the time until `Snapshots.save` returns: the copy to the host's memory. The whole save is timed with
+`saving.async_snapshots` off: it also computes checksums, writes to a temporary name, renames, flushes folders and
+removes the oldest snapshot. The limit of the pause is a copy of the same tensors into memory already allocated, that
+of the whole save a plain write of them and one flush to the disk.
 """
 
 import itertools
@@ -54,7 +54,7 @@ def run(setup: Setup) -> list[Row]:
 
 
 def pause(snapshots: Snapshots, name: str, state: dict[str, Any]) -> float:
-    """How long training stands still for a save; the rest of the save is waited for, so that it disturbs no one."""
+    """How long a save pauses training; then waits until it is complete, so as not to disturb other measurements."""
     taken = seconds(lambda: snapshots.save(name, state))
     snapshots.wait()
     return taken

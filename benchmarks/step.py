@@ -1,7 +1,7 @@
-"""What the machinery adds to a step: the trainer against a bare loop over the same model, batches and AdamW.
+"""Overhead of a step: the trainer against a bare loop over the same model, batches and AdamW.
 
 The bare loop has its batches in memory and does forward, loss, backward, clipping and the fused update, nothing else:
-no loading, schedule, figures, or check for a gradient that is not finite. With `--peer` the same loop also drives
+no loading, schedule, metrics, or check for non-finite gradients. With `--peer` the same loop also drives
 nanoGPT's own model and optimizer.
 """
 
@@ -91,7 +91,7 @@ def point_time(run: Path, points: int = 960, batch: int = 24) -> float:
 def bare_loop(
     experiment: Experiment, model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]
 ) -> Callable[[int], float]:
-    """A loop that trains `model` as the trainer does where schedules are constant and no target is masked."""
+    """A loop that trains `model` as the trainer does with constant schedules and no masked target."""
     settings = experiment.optimizer
 
     def loss(inputs: Tensor, targets: Tensor) -> Tensor:
@@ -154,12 +154,12 @@ def train_loop(
     clip_norm: float | None,
     batches: Iterable[tuple[Tensor, Tensor]],
 ) -> Callable[[int], float]:
-    """A loop over batches again and again that does forward, loss, backward, clipping and update, nothing else."""
+    """A loop that cycles over batches: forward, loss, backward, clipping and update, nothing else."""
     endless = itertools.cycle(batches)
     parameters = list(model.parameters())
 
     def loop(steps: int) -> float:
-        """Makes so many steps; returns the seconds of one."""
+        """Takes `steps` steps; returns the seconds per step."""
         start = time.perf_counter()
         for inputs, targets in itertools.islice(endless, steps):
             loss(inputs, targets).backward()  # type: ignore[no-untyped-call]

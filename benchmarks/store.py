@@ -1,7 +1,7 @@
-"""Opening a token store of ten billion tokens, and whether loading stays as cheap as it is at a million.
+"""Opening a dataset of ten billion tokens, and whether loading stays as cheap as with a million.
 
-The tokens beyond the first million are holes in the files: the cost is that of the code and of the system's page
-cache, not of a disk's seeks. Memory is the growth of a fresh process's resident set per store opened and kept.
+The tokens beyond the first million are holes in sparse files: the cost is that of the code and of the system's page
+cache, not of disk seeks. Memory is the growth of a fresh process's resident set per dataset opened and kept.
 """
 
 import subprocess
@@ -34,7 +34,7 @@ def run(setup: Setup) -> list[Row]:
 
 
 def opening(small: TokenDataset, large: TokenDataset, repetitions: int) -> list[Row]:
-    """The time to open the large store, against plain memory maps of its files and against the small one."""
+    """The time to open the large dataset, against plain memory maps of its files and against the small one."""
     makers: dict[str, Callable[[], object]] = {
         "ours": lambda: TokenDataset(large.folder),
         "np.memmap of the same files": lambda: memory_maps(large.folder),
@@ -46,7 +46,7 @@ def opening(small: TokenDataset, large: TokenDataset, repetitions: int) -> list[
 
 
 def memory(large: TokenDataset, repetitions: int) -> list[Row]:
-    """The resident memory that the large store takes when opened; no rows where the system does not tell it."""
+    """The resident memory that the large dataset takes when opened; no rows where the system does not report it."""
     kinds = ("ours", "np.memmap of the same files")
     taken = interleave({kind: partial(growth, kind, large.folder) for kind in kinds}, repetitions, warm_up=False)
     if any(np.isnan(taken["ours"])):
@@ -60,7 +60,7 @@ def memory(large: TokenDataset, repetitions: int) -> list[Row]:
 
 
 def loading(small: TokenDataset, large: TokenDataset, setup: Setup) -> list[Row]:
-    """The time of a batch from the large store against one from the small."""
+    """The time of a batch from the large dataset against one from the small."""
     rows = []
     for batch_size, seq_len, count in [(12, 64, 20)] if setup.quick else [(12, 64, 300), (32, 1024, 60)]:
         loaders = {store.folder.name: batch_loader(store, batch_size, seq_len) for store in (small, large)}
@@ -74,22 +74,22 @@ def loading(small: TokenDataset, large: TokenDataset, setup: Setup) -> list[Row]
 
 
 def words(store: TokenDataset) -> str:
-    """The length of a store's training split."""
+    """The length of a dataset's training split, for a label."""
     return f"{store.splits['train'].tokens:,} tokens"
 
 
 def token_files(folder: Path) -> list[Path]:
-    """The shards of a store."""
+    """The shards of a dataset."""
     return sorted(path for path in folder.glob("*.bin") if not path.name.endswith("_documents.bin"))
 
 
 def memory_maps(folder: Path) -> list[NDArray[Any]]:
-    """The shards of a store and nothing else."""
+    """Plain memory maps of the shards of a dataset."""
     return [np.memmap(path, "<u2", mode="r") for path in token_files(folder)]
 
 
 def growth(kind: str, folder: Path) -> float:
-    """What `python -m benchmarks.resident` prints: bytes per store opened; NaN where the system does not tell."""
+    """What `python -m benchmarks.resident` prints: bytes per open dataset; NaN where not reported."""
     which = "store" if kind == "ours" else "memmap"
     command = [sys.executable, "-m", "benchmarks.resident", which, str(folder.resolve())]
     return float(subprocess.run(command, capture_output=True, text=True, check=True, cwd=PROJECT).stdout)

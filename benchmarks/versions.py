@@ -2,8 +2,8 @@
 
     python -m benchmarks.versions --before CHECKOUT
 
-Timed is what a user waits for: the start to the end of the first step, a step (by the run's own metrics), a step whose
-loss is computed in chunks, its memory, a run that saves a snapshot after every step, and a resume.
+It times what a user waits for: the start to the end of the first step, a step (by the run's own metrics), a step whose
+loss is computed in chunks and its memory, a run that saves a snapshot after every step, and a resume.
 """
 
 import argparse
@@ -45,7 +45,7 @@ class Version:
         folder.mkdir()
 
     def call(self, module: str, *words: str) -> float:
-        """Runs `python -m module words` to its end; returns the seconds it took."""
+        """Runs `python -m module words`; returns the seconds it took."""
         began = time.perf_counter()
         done = subprocess.run([sys.executable, "-m", module, *words], cwd=self.folder, env=self.environment,
                               capture_output=True, text=True)  # fmt: skip
@@ -75,7 +75,7 @@ class Version:
 
 
 def measures(version: Version) -> dict[str, Callable[[], float]]:
-    """What is measured of a version, by name; smaller is better."""
+    """The measurements of a version by name; smaller is better."""
     kept = version.run(*PAIRS, "--training.macro-batches", "1", "--training.batches-per-macro-batch", "1")
     chunks = (*PAIRS, *SHORT, "4", "--training.loss-chunk", "128")
     length = ("--training.macro-batches", "10", "--training.batches-per-macro-batch", "1")

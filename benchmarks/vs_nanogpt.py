@@ -2,11 +2,10 @@
 
 Runs are whole processes, start and imports included, of nanoGPT's README recipe for a CPU (4 × 128, 2,000 steps) and of
 two experiments here, `shakespeare_char_fast` and `shakespeare_char_minute`, on three seeds; losses are over the whole
-validation split, by which nothing was chosen. What chose the experiments is the loss on a twentieth of the text that is
-held out of the end of the training part, in a run of its own, which is reported too: see docs/speed.md. Steps are of
-the same model, batch and AdamW, ours with loading and bookkeeping; FLOPs are counted as in PaLM, and the limit is what
-a product of two large fp32 matrices reaches in the same round. Memory is the most that a fresh process holds in two
-steps.
+validation split, which was not used for tuning. The experiments were tuned on a twentieth of the text, held out from
+the end of the training part, in separate runs, whose loss is reported too: see docs/speed.md. Steps are of the same
+model, batch and AdamW, ours with loading and bookkeeping; FLOPs are counted as in PaLM, and the limit is the rate of a
+product of two large fp32 matrices in the same round. Memory is the peak of a fresh process over two steps.
 """
 
 import contextlib
@@ -53,12 +52,12 @@ RECIPE = (
     "--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=1", "--block_size=64", "--batch_size=12",
     "--n_layer=4", "--n_head=4", "--n_embd=128", "--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0",
 )  # fmt: skip
-"""Of nanoGPT's README, for a CPU."""
+"""The recipe in nanoGPT's README for a CPU."""
 EXPERIMENTS = ("shakespeare_char_fast", "shakespeare_char_minute")
 TIME_GOAL, TOKENS_GOAL, LIMIT_GOAL, START_GOAL, MEMORY_GOAL = 0.1, 1 / 1.3, 1 / 0.8, 0.5, 0.6
-"""The largest ratios that we accept."""
+"""The largest acceptable ratios."""
 LOSS_GOAL = 1.6
-"""Nats that are wanted of nanoGPT's time."""
+"""The loss to reach in nanoGPT's time, in nats."""
 
 
 def run(setup: Setup) -> list[Row]:
@@ -78,7 +77,7 @@ def run(setup: Setup) -> list[Row]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a whole process."""
+    """The result of a complete run."""
 
     seconds: float
     loss: float
@@ -86,7 +85,7 @@ class Outcome:
 
 
 def whole_runs(setup: Setup) -> list[Row]:
-    """How long it takes to nanoGPT's loss, what loss its time is worth, and how long it takes to the first step."""
+    """The time to nanoGPT's loss, the loss in nanoGPT's time, and the time to the first step."""
     assert setup.peer is not None
     folder = setup.folder.resolve()
     data, text = ["--data.folder", str(folder / "data")], None if setup.text is None else str(setup.text.resolve())
@@ -105,7 +104,7 @@ def whole_runs(setup: Setup) -> list[Row]:
 
 
 def compare(runs: Mapping[str, Sequence[Outcome]]) -> list[Row]:
-    """A row for the time and one for the loss of each experiment, with the losses of all seeds in words."""
+    """A row for the time and one for the loss of each experiment, naming the losses of all seeds."""
     theirs, rows = runs["nanoGPT"], []
     for name in EXPERIMENTS:
         ours, quick = runs[name], name == EXPERIMENTS[0]
@@ -131,7 +130,7 @@ def copy_of_peer(checkout: Path, folder: Path, store: TokenDataset) -> Path:
 
 
 def run_of_peer(peer: Path, seed: int, store: TokenDataset, quick: bool) -> Outcome:
-    """nanoGPT's recipe from start to end; its last checkpoint is then swept over the validation split."""
+    """nanoGPT's recipe from start to end; its last checkpoint is then evaluated over the whole validation split."""
     script, out = peer / "train.py", peer / f"out{seed}"
     seeded = script.read_text(encoding="utf-8").replace("manual_seed(1337", f"manual_seed({seed}")
     script.with_name(f"train{seed}.py").write_text(seeded, encoding="utf-8")
@@ -151,7 +150,7 @@ def run_of_peer(peer: Path, seed: int, store: TokenDataset, quick: bool) -> Outc
 
 @torch.no_grad()
 def swept_loss(loss: Loss, store: TokenDataset, seq_len: int = 64) -> float:
-    """The mean over the validation split, of a `loss` that is the mean over a batch, in windows side by side."""
+    """The mean over the validation split, in adjacent windows, of a `loss` that is the mean over a batch."""
     total, count = 0.0, 0
     for batch in validation_batches(split_samples(MixedDataset([MixtureSource(store)]), "val", seq_len)[""], 64):
         total += float(loss(batch.inputs["tokens"], batch.targets)) * batch.num_targets
@@ -167,7 +166,7 @@ def run_of_ours(name: str, run: Path, seed: int, words: Sequence[str], quick: bo
 
 
 def held_out(name: str, run: Path, words: Sequence[str], quick: bool) -> Row:
-    """The loss by which an experiment was chosen: of one run that has a twentieth less to train on, on that."""
+    """The loss by which an experiment was tuned: on a twentieth of the training text, in a run without it."""
     val_loss = run_of_ours(name, run, SEEDS[0], [*words, "--corpus.held-out", "0.05"], quick).loss
     call("cleangpt", "evaluate", str(run), "--split", "test")
     loss = read_json(run / "evaluation.json")["loss"]
@@ -198,7 +197,7 @@ def start(peer: Path, folder: Path, words: Sequence[str], setup: Setup) -> Row:
 
 
 def steps(experiment: Experiment, setup: Setup) -> list[Row]:
-    """A step of one model against the same of the peers, and against the time that its products would take alone."""
+    """A step of one model against the peers' step, and against the time of its matrix products alone."""
     count = 2 if setup.quick or (isinstance(experiment.model, GPTConfig) and experiment.model.dim > 128) else 20
     store = make_store(setup.folder / f"store{experiment.data.seq_len}", 1_000_000)
     changed = dataclasses.replace(
@@ -270,7 +269,7 @@ def product_rate(size: int = 2048) -> float:
 
 
 def memory(setup: Setup) -> list[Row]:
-    """The most memory that two steps of the 124M-parameter GPT-2 take: 1,024 tokens, one sample a batch."""
+    """The peak memory of two steps of the 124M-parameter GPT-2: 1,024 tokens, one sample per batch."""
     theirs = "ours, as nanoGPT's" if setup.peer is None else "nanoGPT"
     words = [] if setup.peer is None else [str(setup.peer.resolve())]
     sizes = ["quick"] if setup.quick else ["gpt2"]
@@ -285,13 +284,13 @@ def memory(setup: Setup) -> list[Row]:
 
 
 def peak_memory(way: str, folder: Path, *words: str) -> float:
-    """The bytes that a fresh process held at the most."""
+    """The peak memory of a fresh process, in bytes."""
     command = [sys.executable, "-m", "benchmarks.peak_memory", way, str(folder), *words]
     return float(subprocess.run(command, check=True, capture_output=True, text=True, cwd=PROJECT).stdout.split()[-1])
 
 
 def growth(setup: Setup) -> list[Row]:
-    """How a step's time grows with width, depth, context and batch, against how its FLOPs do."""
+    """How a step's time grows with width, depth, context and batch, compared with its FLOPs."""
     base = {"n_layers": 4, "dim": 128, "seq_len": 64, "batch_size": 12}
     changes: list[dict[str, int]] = [{"dim": 512}, {"n_layers": 16}, {"seq_len": 512}, {"batch_size": 96}]
     store = make_store(setup.folder / "store_growth", 1_000_000)

@@ -1,7 +1,7 @@
 """CleanGPT: from raw text to a trained language model, one stage per folder, in the order they run.
 
 corpora -> data -> models -> objectives -> training -> tracking, evaluation, inference.
-`docs/concepts.md` tells the story; `config.py` holds every hyperparameter there is.
+`docs/concepts.md` explains how they fit together; `config.py` has every hyperparameter.
 
 From Python: `cleangpt.train(experiment)` trains and returns the run's folder; `cleangpt.load(run)` gives its model,
 tokenizer and `generate`. Both are imported when they are first used, so that `import cleangpt` stays light.

@@ -27,13 +27,13 @@ class Experiment(Checked):
     """Everything that determines a run."""
 
     name: Name
-    """Names the folder of its runs."""
+    """Name of the experiment; its runs are in runs/NAME."""
     corpus: CorpusConfig
     data: DataConfig
     model: ModelConfig
     optimizer: OptimizerConfig
     objective: Objective = NextToken()
-    """What is learned."""
+    """The loss to minimize."""
     schedule: ScheduleConfig = ScheduleConfig()
     training: TrainingConfig
     parallel: ParallelConfig = ParallelConfig()
@@ -41,11 +41,11 @@ class Experiment(Checked):
     saving: SavingConfig = SavingConfig()
     tracking: TrackingConfig = TrackingConfig()
     init_from: str | None = None
-    """Start from the weights of this run (its best checkpoint) or checkpoint, or of a Hugging Face model as hf:NAME or
-    hf:FOLDER (hf:gpt2); None: from random weights."""
+    """Initial weights: a run (its best checkpoint), a checkpoint, or a Hugging Face model as hf:NAME or hf:FOLDER, such
+    as hf:gpt2; None: random."""
     fine_tuning: FineTuningConfig = FineTuningConfig()
     run_dir: str | None = None
-    """Folder of the run; an existing run is resumed. None: runs/NAME/TIME."""
+    """Folder of the run; an existing run is resumed; None: runs/NAME/TIME."""
 
 
 def samples_per_macro_batch(experiment: Experiment) -> int:
@@ -54,5 +54,5 @@ def samples_per_macro_batch(experiment: Experiment) -> int:
 
 
 def total_samples(experiment: Experiment) -> int:
-    """Samples in the whole run, whose length has been resolved: where a schedule's progress reaches 1."""
+    """Samples in the whole run, whose length has been resolved; progress is samples seen divided by this."""
     return experiment.training.num_macro_batches * samples_per_macro_batch(experiment)

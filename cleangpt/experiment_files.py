@@ -1,6 +1,6 @@
 """Experiment files: where they are found, and how one becomes an `Experiment`.
 
-An experiment file *is* code and runs as such: in train, resume, plan, tune, report --schedule and --code, and nowhere
+An experiment file *is* code and is executed: by train, resume, plan, tune, report --schedule and --code, and nowhere
 else.
 """
 
@@ -37,7 +37,7 @@ def experiments() -> dict[str, Path]:
 
 
 def find_experiment(text: str) -> Path:
-    """The Python file that a path or a name stands for.
+    """The Python file of an experiment, given by its path or name.
 
     Raises:
         UserError: there is none; names the nearest.
@@ -67,13 +67,13 @@ def load_experiment(path: Path) -> Experiment:
 
 
 def run_code(name: str | None) -> None:
-    """Runs the file that `--code` names, for what it registers."""
+    """Runs the file given with `--code`, which registers the user's own classes."""
     if name is not None:
         run_file(find_experiment(name))
 
 
 def run_file(path: Path) -> Any:
-    """Runs a Python file as a module, so that what it registers is registered; returns the module.
+    """Imports a Python file as a module and returns it; its classes register themselves.
 
     Raises:
         UserError: the file is not Python, or builds a dataclass of ours with a wrong field; names file and line.
@@ -103,7 +103,7 @@ def run_file(path: Path) -> Any:
 
 
 def _check_python(path: Path) -> None:
-    """Raises UserError where Python's parser gives up on a file in another way than by a SyntaxError."""
+    """Raises UserError where Python's parser fails with anything but a SyntaxError."""
     source = read_text(path)
     try:
         ast.parse(source)
@@ -140,7 +140,7 @@ def _without_run(words: list[str]) -> list[str]:
 
 
 def _config_classes() -> list[Any]:
-    """Every dataclass that an experiment may be built of, the user's own included."""
+    """Every dataclass that can be part of an experiment, the user's own included."""
     found: list[Any] = [Checked]
     for cls in found:  # the list grows while it is iterated, so that subclasses of subclasses are found too
         found += [subclass for subclass in cls.__subclasses__() if subclass not in found]
@@ -148,7 +148,7 @@ def _config_classes() -> list[Any]:
 
 
 def _wrong_field(message: str) -> str:
-    """The TypeError of a dataclass's constructor in our words; empty for any other."""
+    """A readable message for the TypeError of a dataclass's constructor; empty for any other error."""
     match = re.match(r"(\w+)\.__init__\(\) (?:got an unexpected keyword argument|missing .*?:) '(\w+)'", message)
     cls = next((cls for cls in _config_classes() if match and cls.__name__ == match.group(1)), None)
     if match is None or cls is None:

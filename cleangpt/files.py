@@ -20,7 +20,7 @@ MAX_TEXT_BYTES = 2**28
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file atomically: after a crash, either the old or the new content is there."""
+    """Writes a file atomically: after a crash it has either the old or the new content."""
     partial = path.with_name(path.name + PARTIAL)
     try:
         with partial.open("wb") as file:
@@ -36,7 +36,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_bytes` for UTF-8 text, without translating line ends on any system."""
+    """`write_bytes` for UTF-8 text, without newline translation on any system."""
     write_bytes(path, text.encode("utf-8"))
 
 
@@ -145,8 +145,8 @@ def fsync_files(files: Sequence[Path]) -> dict[str, Any]:
 def commit_folder(partial: Path, folder: Path, flushed: Mapping[str, Any] | None = None) -> None:
     """Commits the finished folder `partial` as `folder`: writes its manifest, fsyncs, renames.
 
-    An existing `folder` is renamed first and removed last, so there is an intact one at any moment, which `restore`
-    finds after a crash; one with the same content stays. `flushed` has the manifest entries of files fsynced already.
+    An existing `folder` is renamed first and removed last, so that an intact one always exists, which `restore` finds
+    after a crash; one with the same content is kept. `flushed` has the manifest entries of files fsynced already.
     """
     manifest = dict(flushed or {})
     manifest |= fsync_files(sorted(path for path in partial.iterdir() if path.name not in {MANIFEST, *manifest}))

@@ -18,7 +18,7 @@ def is_huggingface(text: str) -> bool:
 
 
 def local_path(text: str) -> Path:
-    """The file or folder that a user means, which ``hf:...`` means too; see `fetch`."""
+    """The local path of a file or folder, or of a Hugging Face model ``hf:...``; see `fetch`."""
     return fetch(text) if is_huggingface(text) else Path(text).expanduser()
 
 
@@ -26,7 +26,7 @@ def fetch(text: str) -> Path:
     """The local folder of ``hf:...``; a model is downloaded once, and then cached by `huggingface_hub`.
 
     Raises:
-        UserError: there is no such folder, or the download failed; says how to provide the files without a network.
+        UserError: there is no such folder, or the download failed; explains how to provide the files offline.
     """
     name = text.removeprefix(PREFIX)
     folder = Path(name).expanduser()

@@ -1,4 +1,4 @@
-"""A trained model from Python: `cleangpt.load(run)` for notebooks and scripts."""
+"""`cleangpt.load(run)`: a trained model in Python, for notebooks and scripts."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ class LoadedModel:
     device: torch.device
 
     def generate(self, prompt: str | None = None, *, max_new_tokens: int = 200, **sampling: Any) -> str:
-        """The text that the model adds to a prompt (None: the start of a document).
+        """Generates text that continues a prompt (None: from the start of a document).
 
         Args:
             prompt: text to continue.
@@ -41,7 +41,7 @@ class LoadedModel:
 
 
 def load(run: str | Path, device: str = "auto") -> LoadedModel:
-    """The model of a run (its best checkpoint), of a checkpoint's folder, or of Hugging Face (hf:NAME_OR_FOLDER).
+    """Loads the model of a run (its best checkpoint), of a checkpoint, or from Hugging Face (hf:NAME_OR_FOLDER).
 
     Raises:
         UserError: there is none, or its architecture is not registered.

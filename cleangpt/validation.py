@@ -1,6 +1,6 @@
-"""Dataclasses that check themselves, and go to JSON and back.
+"""Dataclasses that validate themselves, and convert to and from JSON.
 
-What a field may be stands in its annotation: its type, and rules such as ``Annotated[int, Bounds(1, 4096)]``.
+A field's annotation says which values are allowed: its type, and rules such as ``Annotated[int, Bounds(1, 4096)]``.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ T = TypeVar("T")
 # Rules in annotations -------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Bounds:
-    """Where a number must lie."""
+    """The range of a number."""
 
     least: float | None = None
     most: float | None = None
@@ -28,7 +28,7 @@ class Bounds:
     even: bool = False
 
     def allows(self, value: Any) -> bool:
-        """Whether `value` is within."""
+        """Whether `value` is in the range."""
         return (
             (self.least is None or value >= self.least)
             and (self.most is None or value <= self.most)
@@ -38,7 +38,7 @@ class Bounds:
         )
 
     def describe(self, number: str) -> str:
-        """The rule in words, after those for the type: ``a whole number of 1 or more, at most 4,096``."""
+        """The rule for a message, after the type: ``a whole number of 1 or more, at most 4,096``."""
         parts = [f"of {self.least:,} or more"] if self.least is not None else []
         parts += [f"above {self.above:,}"] if self.above is not None else []
         parts += [f"at most {self.most:,}"] if self.most is not None else []
@@ -49,7 +49,7 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Pattern:
-    """The regular expression that a whole text must match, and what it stands for in words."""
+    """The regular expression that a text must match, and its description for messages."""
 
     pattern: str
     words: str
@@ -59,13 +59,13 @@ class Pattern:
         return re.fullmatch(self.pattern, value) is not None
 
     def describe(self, text: str) -> str:
-        """The rule in words."""
+        """The rule for a message."""
         return self.words
 
 
 Rule = Bounds | Pattern
 Count = Annotated[int, Bounds(1, 2**40)]
-"""Numbers end somewhere, so that what is made of several of them still fits into 64 bits."""
+"""Bounded, so that products of several counts still fit into 64 bits."""
 CountOrZero = Annotated[int, Bounds(0, 2**63 - 1)]
 Share = Annotated[float, Bounds(0, 1)]
 ShareBelowOne = Annotated[float, Bounds(0, below=1)]
@@ -75,7 +75,7 @@ Positive = Annotated[float, Bounds(above=0)]
 
 # Checking ------------------------------------------------------------------------------------------------------------
 class FieldError(UserError):
-    """A field that has a value it must not have; `section` is where its dataclass stands in an experiment."""
+    """A field with a value that is not allowed; `section` is the place of its dataclass in an experiment."""
 
     def __init__(self, section: str, field: str, value: Any, allowed: str) -> None:
         self.rest = f"{field} is {value!r}; allowed: {allowed}"
@@ -97,7 +97,7 @@ class Checked:
 
 
 def check(config: Any) -> None:
-    """Checks the type and the range of every field of a dataclass; those of dataclasses in it check themselves.
+    """Checks the type and the range of every field of a dataclass; nested dataclasses check themselves.
 
     Raises:
         FieldError: one line naming the field, its value and what is allowed.
@@ -110,7 +110,7 @@ def check(config: Any) -> None:
 
 
 def hints_of(cls: Any) -> dict[str, Any]:
-    """The annotation of every field of a dataclass, with its rules."""
+    """The annotations of all fields of a dataclass, with their rules."""
     if cls not in _HINTS:
         hints = get_type_hints(cls, include_extras=True)
         _HINTS[cls] = {entry.name: hints[entry.name] for entry in dataclasses.fields(cls)}
@@ -118,11 +118,11 @@ def hints_of(cls: Any) -> dict[str, Any]:
 
 
 _HINTS: dict[type, dict[str, Any]] = {}
-"""Read once for each class; evaluating annotations takes longer than checking values."""
+"""A cache by class: evaluating annotations takes longer than checking values."""
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value is what an annotation says; a whole number serves as a float, and a float must be finite."""
+    """Whether a value satisfies an annotation; an int passes as a float, and a float must be finite."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return fits(value, arguments[0]) and all(rule.allows(value) for rule in arguments[1:] if isinstance(rule, Rule))
@@ -143,7 +143,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def describe(hint: Any) -> str:
-    """An annotation in words for a message: ``a whole number of 1 or more, or None``."""
+    """An annotation for a message: ``a whole number of 1 or more, or None``."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         words = describe(arguments[0])
@@ -162,7 +162,7 @@ def describe(hint: Any) -> str:
 
 # To and from JSON ----------------------------------------------------------------------------------------------------
 def to_json(config: Any, kinds: Mapping[str, type]) -> dict[str, Any]:
-    """A dataclass as a JSON object, with a `kind` for those whose class stands in the registry `kinds`."""
+    """A dataclass as a JSON object, with a `kind` if its class is in the registry `kinds`."""
     names = {cls: name for name, cls in kinds.items()}
     entries: dict[str, Any] = {"kind": names[type(config)]} if type(config) in names else {}
     return entries | {entry.name: _as_json(getattr(config, entry.name), kinds) for entry in dataclasses.fields(config)}
@@ -191,7 +191,7 @@ def from_json(cls: type[T], value: Any, kinds: Mapping[str, type], path: str = "
             hint = nearest(str(kind), kinds)
             raise UserError(
                 f"{path.strip('.') or cls.__name__} is of kind {kind!r}, which is not registered here{hint}; "
-                "where the kind is your own, give the file that defines it with --code"
+                "if the kind is your own, give the file that defines it with --code"
             )
         cls = kinds[kind]
     hints = hints_of(cls)
@@ -220,7 +220,7 @@ def _from_json(hint: Any, value: Any, kinds: Mapping[str, type], path: str) -> A
 
 
 def flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """A nested JSON object as a flat one: ``{"optimizer.lr": 0.001}``; objects in a list are numbered."""
+    """Flattens a nested JSON object: ``{"optimizer.lr": 0.001}``; objects in a list are numbered."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, list) and any(isinstance(part, Mapping) for part in value):

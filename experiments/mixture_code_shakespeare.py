@@ -1,4 +1,4 @@
-"""Python code and Shakespeare by byte in one model: a mixture that turns from code to verse as the run goes on."""
+"""Python code and Shakespeare by byte in one model: a mixture that shifts from code to verse during the run."""
 
 from cleangpt.config import (
     DataConfig,

@@ -1,7 +1,7 @@
 """Shakespeare by character in a few seconds on a CPU: to the loss of nanoGPT's CPU recipe in a fraction of its time.
 
 One block, 96 wide, with embeddings of the last two to five characters together, which learn ten times as fast as the
-rest. What each part brings is in docs/speed.md. The hyperparameters were chosen with --corpus.held-out 0.05.
+rest. What each part contributes is in docs/speed.md. The hyperparameters were chosen with --corpus.held-out 0.05.
 """
 
 from cleangpt.config import (

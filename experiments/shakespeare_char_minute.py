@@ -1,7 +1,7 @@
-"""Shakespeare by character in about a minute on two CPU cores: what that time can teach.
+"""Shakespeare by character in about a minute on two CPU cores: the best loss for that time.
 
 As shakespeare_char_fast, with three blocks, Muon, twice the context, and a lower rate for the embeddings, which would
-learn the text by heart in a longer run. See docs/speed.md.
+memorize the text in a longer run. See docs/speed.md.
 """
 
 from cleangpt.config import (

@@ -1,4 +1,4 @@
-"""Python code by byte, 0.8 million parameters, text of this very machine: about a minute on two cores."""
+"""Python code by byte, 0.8 million parameters, text from this machine: about a minute on two cores."""
 
 from cleangpt.config import (
     DataConfig,

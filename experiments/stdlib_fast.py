@@ -1,6 +1,6 @@
 """Python's standard library in 4,096 byte pairs, fast: the parts of shakespeare_char_fast on a second kind of text.
 
-Nothing was tuned here: what n-gram embeddings and Muon bring on characters, they must bring on this as well. See
+Nothing was tuned here, to see whether n-gram embeddings and Muon help on this text as on characters. See
 docs/speed.md.
 """
 

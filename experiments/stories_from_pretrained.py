@@ -1,7 +1,7 @@
 """Stories, by low-rank adapters on a model that has read Python code: `cleangpt train stdlib_demo` comes first.
 
-It starts from the newest run of that name; the model is the same. To train the whole model instead, or one that has
-read nothing, see docs/fine_tuning.md; without adapters a lower learning rate does better.
+It starts from the newest run of that name; the model is the same. To train all weights instead, or a model from
+scratch, see docs/fine_tuning.md; without adapters a lower learning rate does better.
 """
 
 from cleangpt.config import (

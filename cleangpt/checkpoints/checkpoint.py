@@ -111,7 +111,7 @@ class Checkpoints:
         return ""
 
     def prune(self) -> None:
-        """Removes every folder that is not in the index; one that cannot be removed is left for the next time."""
+        """Removes every folder that is not in the index; if that fails, the next call tries again."""
         kept = {entry.name for entry in self.entries}
         for path in self.folder.glob("val*"):
             if path.name not in kept and path.is_dir():
@@ -254,7 +254,7 @@ def best_checkpoint(run: Path) -> Path:
         return run / "checkpoints" / safe_name(min(entries, key=_sort_key).name, index)
 
 
-# Matrices with one row per position or per token, which may be of different sizes in two models.
+# Matrices with one row per position or per token, whose sizes may differ between two models.
 POSITION_ROWS = ("position_embedding.weight",)
 TOKEN_ROWS = ("token_embedding.weight", "head.weight")
 
@@ -262,7 +262,7 @@ TOKEN_ROWS = ("token_embedding.weight", "head.weight")
 def load_matching_weights(model: LanguageModel, weights: Mapping[str, Tensor], same_tokens: bool = False) -> list[str]:
     """Copies into `model` every weight whose name and shape match; returns a line about each that does not.
 
-    Of embeddings of positions, and of tokens if both models have the `same_tokens`, the rows that both have are copied.
+    Of position embeddings, and of token embeddings if both models have the `same_tokens`, common rows are copied.
     Adapters keep their initial values. A collective if the model is sharded.
     """
     rows = POSITION_ROWS + TOKEN_ROWS * same_tokens
@@ -288,7 +288,7 @@ def load_matching_weights(model: LanguageModel, weights: Mapping[str, Tensor], s
 
 
 def config_mismatches(saved: ModelConfig, own: ModelConfig) -> list[str]:
-    """A line about each differing field that the shapes of the weights may not show, such as the number of heads."""
+    """A line about each differing field that weight shapes may not reveal, such as the number of heads."""
     if type(saved) is not type(own):
         return [f"the checkpoint is of {type(saved).__name__}, the model of {type(own).__name__}"]
     names = [entry.name for entry in fields(own) if entry.name not in ("vocab_size", "max_seq_len", "dropout")]

@@ -44,7 +44,7 @@ from cleangpt.distributed.processes import Ranks
 from cleangpt.errors import UserError
 
 FLAT = (False, False)
-"""For DCP's planners: the state dict is flat already (`flatten_state_dict`, `flatten_sharded_tensors`)."""
+"""For DCP's planners: the state dict is already flat (`flatten_state_dict`, `flatten_sharded_tensors`)."""
 
 
 # Writing --------------------------------------------------------------------------------------------------------------

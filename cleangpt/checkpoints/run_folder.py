@@ -56,7 +56,7 @@ LAUNCH_ID = "TORCHELASTIC_RUN_ID"
 
 
 def kinds() -> dict[str, type]:
-    """Every registered class that an experiment's JSON refers to by name."""
+    """All registered classes that an experiment's JSON may refer to by name."""
     return {**model_kinds(), **CORPORA, "mixture": Mixture, **OBJECTIVES}
 
 
@@ -94,7 +94,7 @@ def open_run(experiment: Experiment, source: Path | None, overrides: Sequence[st
 
 
 def check_folder(experiment: Experiment) -> None:
-    """Refuses a folder that is neither a run nor the start of one that was killed.
+    """Refuses a folder that is neither a run nor one that was killed while being created.
 
     Raises:
         UserError: `experiment.run_dir` is a file, or a folder with other content.
@@ -141,7 +141,7 @@ def lock_run(run: Path) -> Iterator[None]:
 
 
 def write_status(run: Path, status: str | None, reason: str | None = None) -> None:
-    """Writes how training ended, for scripts that decide whether to restart it; None: it has not ended."""
+    """Writes how training ended, for scripts that decide whether to restart it; None: it is running."""
     (run / STATUS).unlink(missing_ok=True)
     if status is not None:
         write_json(run / STATUS, {"status": status, "reason": reason})
@@ -177,7 +177,7 @@ def read_experiment(run: Path) -> Experiment:
 
 
 def check_data(run: Path, store: MixedDataset) -> None:
-    """Refuses to resume on other tokens than the run started with; their checksums are in stores.json.
+    """Refuses to resume if the dataset has changed since the run started; its checksums are in stores.json.
 
     Raises:
         UserError: names the first file that differs.
@@ -193,7 +193,7 @@ def check_data(run: Path, store: MixedDataset) -> None:
 
 @contextlib.contextmanager
 def acquire_run(run: Path, experiment: Experiment, store: MixedDataset) -> Iterator[None]:
-    """Locks the run for this process, refuses other tokens than before, and saves fields changed on resume.
+    """Locks the run for this process, checks that its dataset is unchanged, and saves fields changed on resume.
 
     Raises:
         UserError: another process is training it, or the tokens have changed.
@@ -206,7 +206,7 @@ def acquire_run(run: Path, experiment: Experiment, store: MixedDataset) -> Itera
 
 
 def check_resumable(before: Experiment, now: Experiment) -> None:
-    """Refuses changes to fields on which a snapshot's position or weights depend.
+    """Refuses changes to fields that a snapshot's position or weights depend on.
 
     Raises:
         UserError: names the first such field.
@@ -247,7 +247,7 @@ def environment(experiment: Experiment, overrides: Sequence[str]) -> dict[str, A
 
 
 def _run_before_restart(name: str) -> Path | None:
-    """The run that this torchrun launch created before it restarted its processes; None: there is none."""
+    """The run that this torchrun launch created before a restart of its processes; None if there is none."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
         return None
     runs = [path.parent for path in (Path("runs") / name).glob(f"*/{EXPERIMENT}")]
@@ -256,7 +256,7 @@ def _run_before_restart(name: str) -> Path | None:
 
 
 def _new_folder(name: str) -> Path:
-    """Creates a folder for a new run, unique even if several processes start at the same moment."""
+    """Creates a folder for a new run, unique even if several runs start at the same time."""
     stamp = time.strftime("%Y-%m-%d_%H%M%S")
     for number in itertools.count(1):
         folder = Path("runs") / name / (stamp if number == 1 else f"{stamp}_{number}")
@@ -267,7 +267,7 @@ def _new_folder(name: str) -> Path:
 
 
 def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """Describes the first field, other than run_dir, in which two experiments as JSON differ; empty: none."""
+    """Describes the first field other than run_dir in which two experiments differ; empty if there is none."""
     before, now = flatten(there), flatten(here)
     names = (name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name))
     name = next((name for name in names if name != "run_dir"), None)

@@ -63,8 +63,8 @@ class Snapshots:
     """Saves the snapshots of a run; its methods are collectives.
 
     With `saving.async_snapshots`, training pauses only while the tensors are copied to host memory. A thread writes the
-    copy, with a process group of its own, so that its collectives do not mix with those of training. A process waits
-    `timeout` seconds for the others to write their shards. The main process logs what could not be written, at once.
+    copy, with a separate process group, so that its collectives do not mix with those of training. A process waits
+    `timeout` seconds for the others to write their shards. The main process logs a failed save at once.
     """
 
     def __init__(
@@ -78,11 +78,11 @@ class Snapshots:
         self.pending: Future[str] | None = None
         """The save in progress."""
         self.longest_save = 0.0
-        """Seconds that the slowest save has taken, from the call until it was on the disk."""
+        """Duration of the slowest save in seconds, from the call until it was on disk."""
         self.host: dict[Any, Tensor] = {}
-        """The copy of the tensors, reused for the next save: memory that is mapped already is faster to fill."""
+        """The copy of the tensors, reused for the next save, since mapped memory is faster to fill."""
         self.attempt = self.ranks.broadcast(secrets.token_hex(4))
-        """Part of the names of unfinished folders: a process of an earlier, killed run may still be writing its own."""
+        """Part of the names of unfinished folders, since a process of a killed run may still be writing to its own."""
 
     def save(self, name: str, state: dict[str, Any]) -> None:
         """Saves the current `state` as the snapshot `name`, atomically; then removes the oldest snapshots.
@@ -129,7 +129,7 @@ class Snapshots:
         return task.result() if task is not None else ""
 
     def close(self) -> None:
-        """Lets the save in progress finish, ignoring its errors: the run has ended, maybe by an error of its own."""
+        """Lets the save in progress finish, ignoring its errors: the run has ended, possibly with another error."""
         with contextlib.suppress(Exception):
             self.wait()
         self.thread.shutdown()
@@ -164,7 +164,7 @@ def list_snapshots(folder: Path) -> list[Path]:
 def newest_snapshot(folder: Path, ranks: Ranks | None = None) -> tuple[Path | None, list[str]]:
     """The newest intact snapshot, and a line about each newer one that is corrupt.
 
-    A collective: each process verifies some of the files, and all get the same answer.
+    A collective: each process verifies some of the files, and all return the same.
     """
     ranks = ranks or Ranks()
     problems: list[str] = []
@@ -177,7 +177,7 @@ def newest_snapshot(folder: Path, ranks: Ranks | None = None) -> tuple[Path | No
 
 
 def quarantine(folder: Path, newest: Path) -> None:
-    """Renames the corrupt snapshots after the `newest` intact one, so that they do not count among those to keep."""
+    """Renames the corrupt snapshots newer than the `newest` intact one, so that they do not count as kept."""
     for path in list_snapshots(folder):
         if path == newest:
             break
@@ -185,7 +185,7 @@ def quarantine(folder: Path, newest: Path) -> None:
 
 
 def _find_corruption(path: Path, ranks: Ranks) -> str:
-    """`find_corruption` in this process's share of the files; a shard that the manifest does not name counts too."""
+    """`find_corruption` in this process's share of the files; also reports shards missing from the manifest."""
     if reason := find_corruption(path, ranks.rank, ranks.world_size, (STATE, INDEX)):
         return reason
     unknown = {shard.name for shard in path.glob("shard_*")} - read_json(path / MANIFEST).keys()

@@ -3,8 +3,8 @@
     shard_00000.safetensors …   the tensors that one process wrote, or its slices of them
     index.json                  every tensor by name: dtype, full shape, and which file holds which slice
 
-A single process with full tensors writes and reads them here. With several processes, `dcp.py` plans who writes what
-and what each reads back; importing it takes half as long as PyTorch, so it is imported only then.
+A single process with full tensors writes and reads them here. With several processes, `dcp.py` plans which process
+writes and reads what; importing it takes half as long as importing PyTorch, so it is imported only then.
 """
 
 import json
@@ -57,7 +57,7 @@ def slice_name(name: str, offset: Sequence[int]) -> str:
 
 # Writing --------------------------------------------------------------------------------------------------------------
 def copy_to_host(tensors: Mapping[Key, Tensor], host: dict[Key, Tensor]) -> None:
-    """Copies tensors into those of `host`, which it allocates where needed; pinned memory for tensors of a GPU."""
+    """Copies tensors into those of `host`, allocating them if needed, in pinned memory for GPU tensors."""
     for key, tensor in tensors.items():
         if key not in host or host[key].shape != tensor.shape:
             host[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)

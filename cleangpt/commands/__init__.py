@@ -1,4 +1,4 @@
-"""The command line: one file per command, loaded when it is called, so that --help and --version answer at once."""
+"""The command line: one file per command, imported when it is called, so that --help and --version are fast."""
 
 import ast
 import errno
@@ -16,13 +16,13 @@ from cleangpt.errors import RunFailedError, UserError, nearest, single_line
 COMMANDS = (
     "demo", "list", "prepare", "plan", "tune", "train", "resume", "evaluate", "sample", "chat", "report", "export",
 )  # fmt: skip
-"""Each is a file here, whose docstring begins with how to call it and what it does; `command(words)` runs it."""
+"""Each is a file here; its docstring starts with usage and purpose, and `command(words)` runs it."""
 
 REFUSED = {"ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ESTALE", "EMFILE", "ENFILE"}
-"""System errors of a disk that is full, read-only, closed to the user or broken: no fault of the program."""
+"""System errors of a disk that is full, read-only, not permitted or broken: not bugs of the program."""
 
 UNUSABLE = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
-"""System errors of a path that cannot be that of a file."""
+"""System errors of a path that cannot be a file."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,11 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted; the last snapshot is intact", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever reads our output (head, less) has left; there is nobody to print to.
+        # The reader of our output (head, less) has exited.
         sys.stderr.close()
         return 0
     except OSError as error:
-        full = "No usable temporary directory" in str(error)  # Python's words where even /tmp is full
+        full = "No usable temporary directory" in str(error)  # Python's message if even /tmp is full
         if errno.errorcode.get(error.errno or 0) not in REFUSED and not full:
             raise
         print(f"{_rank_prefix()}stopped: {error}", file=sys.stderr)
@@ -58,9 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def program() -> NoReturn:
-    """The process of a command line: `main`, then an immediate exit.
+    """Entry point of the command line: `main`, then an immediate exit.
 
-    At exit Python collects garbage once more, which takes half a second with PyTorch's objects.
+    Python's final garbage collection would take half a second with PyTorch's objects.
     """
     code = main()
     gc.freeze()
@@ -68,22 +68,22 @@ def program() -> NoReturn:
 
 
 def usage() -> str:
-    """How to call every command, from the first lines of their docstrings."""
+    """The usage of all commands, from the first lines of their docstrings."""
     calls = [_docstring(name).splitlines()[0].split(": ", 1) for name in COMMANDS]
     width = max(len(call) for call, _ in calls)
     return "\n".join([
         "usage: cleangpt COMMAND [ARGUMENTS] [--help]", "",
         *(f"  {call:<{width}}  {what}" for call, what in calls), "",
-        "RUN is the folder of a run, or the name of an experiment, for its newest run.",
+        "RUN is the folder of a run, or an experiment's name for its newest run.",
         "cleangpt COMMAND --help lists the options of a command.",
     ])  # fmt: skip
 
 
 def subject(words: Sequence[str], command: str, what: str, names: Callable[[], Sequence[str]]) -> str:
-    """The first word after a command, which names its subject.
+    """The first argument of a command, such as the name of an experiment.
 
     Raises:
-        UserError: there is none; says which there are.
+        UserError: it is missing; lists what is allowed.
         SystemExit: with code 0, after --help.
     """
     if words and not words[0].startswith("-"):
@@ -115,11 +115,11 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _docstring(name: str) -> str:
-    """That of a command's file, which is read and not loaded."""
+    """The docstring of a command's file, which is parsed, not imported."""
     path = Path(__file__).with_name(f"{name}.py")
     return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
 
 
 def _rank_prefix() -> str:
-    """Which process speaks, where torchrun has started several."""
+    """The prefix for messages of this process, if torchrun has started several."""
     return f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""

@@ -20,12 +20,12 @@ from cleangpt.validation import CountOrZero
 
 @dataclasses.dataclass
 class Options:
-    """With whom to talk, and how."""
+    """Options of `cleangpt chat`."""
 
     run: tyro.conf.Positional[str]
     """Folder of a run or of a checkpoint, an experiment's name for its newest run, or hf:NAME_OR_FOLDER."""
     message: str | None = None
-    """Send this message, show the answer and exit; None: a conversation, one message per line, until an empty line."""
+    """Send this message, print the answer and exit; None: chat, one message per line, until an empty line."""
     system: str | None = None
     """System message at the start of the conversation."""
     max_new_tokens: CountOrZero = 500
@@ -34,12 +34,12 @@ class Options:
     device: Device = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     code: str | None = None
-    """A Python file of yours to run first, which registers your own model."""
+    """Your own Python file to run first, which registers your own model."""
 
 
 def command(words: Sequence[str]) -> None:
     """Answers messages until there are no more."""
-    about = "A conversation with a model that was trained on conversations."
+    about = "Chat with a model that was trained on conversations."
     options = parse(Options, words, program="cleangpt chat", about=about)
     run_code(options.code)
     device = choose_device(options.device)
@@ -66,7 +66,7 @@ def command(words: Sequence[str]) -> None:
 
 
 def _next_message() -> str:
-    """The user's next line; empty at the end."""
+    """The user's next message; empty at end of input."""
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:

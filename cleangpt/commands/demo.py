@@ -13,17 +13,17 @@ EXPERIMENTS = {
     "adder": ["123+456=", "999+999=", "504+077="],
     "stdlib_demo": ["def ", "class "],
 }
-"""The experiments shown, each with prompts for its model."""
+"""The experiments to show, with prompts for each model."""
 
 
 @dataclasses.dataclass
 class Options:
-    """There are none."""
+    """Options of `cleangpt demo`: none."""
 
 
 def command(words: Sequence[str]) -> None:
     """Trains, evaluates, samples and reports every experiment of `EXPERIMENTS`, one after the other."""
-    about = "Trains, scores, samples and reports two small models: an adder and a character model of Python code."
+    about = "Trains, evaluates, samples and reports two small models: an adder and a byte-level model of Python code."
     parse(Options, words, program="cleangpt demo", about=about)
     runs = []
     for name, prompts in EXPERIMENTS.items():

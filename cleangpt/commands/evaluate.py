@@ -16,25 +16,25 @@ from cleangpt.experiment_files import run_code
 
 @dataclasses.dataclass
 class Options:
-    """What to evaluate."""
+    """Options of `cleangpt evaluate`."""
 
     run: tyro.conf.Positional[str]
     """Folder of a run, or an experiment's name for its newest run."""
     checkpoint: str | None = None
-    """Name of one of its checkpoints; None: the best."""
+    """Name of the checkpoint; None: the best."""
     split: str | None = None
-    """Split of the corpus; None: test where there is one, else val."""
+    """Split of the dataset; None: test if there is one, else val."""
     device: Device = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     code: str | None = None
-    """A Python file of yours to run first, which registers your own model or corpus."""
+    """Your own Python file to run first, which registers your own model or corpus."""
     json: bool = False
     """Print JSON instead of a table."""
 
 
 def command(words: Sequence[str]) -> None:
-    """Evaluates a checkpoint over a whole split."""
-    about = "Loss, perplexity, bits per byte and task score over a whole split; also written to RUN/evaluation.json."
+    """Evaluates a checkpoint on a full split."""
+    about = "Loss, perplexity, bits per byte and task score on a full split; also written to RUN/evaluation.json."
     options = parse(Options, words, program="cleangpt evaluate", about=about)
     run_code(options.code)
     metrics = evaluate_run(find_run(options.run), options.checkpoint, options.split, choose_device(options.device))

@@ -14,7 +14,7 @@ from cleangpt.interchange.huggingface import open_checkpoint
 
 @dataclasses.dataclass
 class Options:
-    """What to export."""
+    """Options of `cleangpt export`."""
 
     run: tyro.conf.Positional[str]
     """Folder of a run or of a checkpoint, an experiment's name for its newest run, or hf:NAME_OR_FOLDER."""
@@ -27,8 +27,8 @@ class Options:
 
 
 def command(words: Sequence[str]) -> None:
-    """Writes the folder or the file."""
-    about = "A run's best checkpoint in the format of another program."
+    """Exports a checkpoint."""
+    about = "Exports a run's best checkpoint to Hugging Face's format or to GGUF."
     options = parse(Options, words, program="cleangpt export", about=about)
     name = Path(options.run.removeprefix("hf:")).resolve().name
     out = Path(options.out or (f"{name}-hf" if options.format == "hf" else f"{name}.gguf"))

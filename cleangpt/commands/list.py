@@ -1,4 +1,4 @@
-"""list: show the experiments, corpora and models there are"""
+"""list: show all experiments, corpora and models"""
 
 import ast
 import dataclasses
@@ -12,12 +12,12 @@ from cleangpt.models import MODELS
 
 @dataclasses.dataclass
 class Options:
-    """There are none."""
+    """Options of `cleangpt list`: none."""
 
 
 def command(words: Sequence[str]) -> None:
-    """Prints a line for each."""
-    parse(Options, words, program="cleangpt list", about="Lists the experiments, corpora and models there are.")
+    """Prints a line for each experiment, corpus and model."""
+    parse(Options, words, program="cleangpt list", about="Lists all experiments, corpora and models.")
     docs = {name: ast.get_docstring(ast.parse(path.read_text("utf-8"))) for name, path in experiments().items()}
     sections = {
         "experiments": docs,

@@ -1,7 +1,7 @@
-"""Command lines over dataclasses.
+"""Command lines from dataclasses.
 
-tyro makes the parser and --help. What is wrong with a command line is found here, before tyro reads it, so that it is
-one line: an unknown option with the nearest name, a value with what is allowed, what is missing or too much.
+tyro makes the parser and --help. Mistakes are found here, before tyro parses, so that each is reported in one line:
+an unknown option with the nearest name, a value with what is allowed, missing and unexpected arguments.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ T = TypeVar("T")
 CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.SuppressFixed)
 POSITIONAL = get_args(tyro.conf.Positional[str])[1]
 FLAT = tyro.conf.arg(name="")
-"""Marks a dataclass within another whose options have no prefix."""
+"""Marks a nested dataclass whose options have no prefix."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Option:
 
     @property
     def several(self) -> bool:
-        """Whether it takes several values."""
+        """Whether the option takes several values."""
         return get_origin(self.hint) is tuple
 
 
 def parse(kind: type[T], arguments: Sequence[str], *, program: str, about: str = "") -> T:
-    """The dataclass that a command line describes.
+    """Parses a command line into a dataclass.
 
     Raises:
         UserError: one line naming the option, its value and what is allowed.
@@ -59,7 +59,7 @@ def parse(kind: type[T], arguments: Sequence[str], *, program: str, about: str =
 
 
 def find_options(kind: Any, value: Any = dataclasses.MISSING, prefix: str = "") -> Iterator[tuple[str, Option]]:
-    """The options that tyro gives a dataclass, or the dataclass `value` with its values as defaults, by name."""
+    """The options that tyro makes from a dataclass, by name; the fields of `value` are their defaults."""
     cls = kind if value is dataclasses.MISSING else type(value)
     for entry in dataclasses.fields(cls):
         hint, name = hints_of(cls)[entry.name], entry.name.replace("_", "-")
@@ -79,7 +79,7 @@ def find_options(kind: Any, value: Any = dataclasses.MISSING, prefix: str = "") 
 
 
 def check_arguments(options: dict[str, Option], arguments: Sequence[str]) -> None:
-    """Refuses an option that does not exist, a value that is not allowed, and what is missing or too much.
+    """Refuses unknown options, values that are not allowed, and missing or unexpected arguments.
 
     Raises:
         UserError: one line.
@@ -103,7 +103,7 @@ def check_arguments(options: dict[str, Option], arguments: Sequence[str]) -> Non
 
 
 def split_arguments(options: dict[str, Option], arguments: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """The texts that follow each option, and the words that belong to none.
+    """The values that follow each option, and the positional arguments.
 
     Raises:
         UserError: an option does not exist; names the nearest.
@@ -129,7 +129,7 @@ def split_arguments(options: dict[str, Option], arguments: Sequence[str]) -> tup
 
 
 def read_value(texts: Sequence[str], hint: Any) -> Any:
-    """The value that texts stand for, for numbers, choices and texts; what is none stays a text. None: for tyro."""
+    """Parses a number, choice or text; invalid ones stay text; None: a type that is left to tyro."""
     if get_origin(hint) is tuple:
         items = get_args(hint)
         items = items[:1] * len(texts) if items[-1] is Ellipsis else items

@@ -1,4 +1,4 @@
-"""Command lines over an experiment: every field is an option."""
+"""Command lines from an experiment: every field is an option."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from cleangpt.experiment_files import experiments, find_experiment, load_experim
 
 
 def parse_experiment(words: Sequence[str], command: str, about: str, fields: Sequence[tuple[str, Any, Any]]) -> Any:
-    """The options of a command over an experiment: its own `fields`, and `experiment` with its fields overridden."""
+    """Parses a command's own `fields`, and overrides of the experiment's fields, into one options object."""
     path = find_experiment(subject(words, command, "EXPERIMENT", lambda: list(experiments())))
     overrides = [*recorded_overrides(path), *words[1:]]
     about = f"{about.format(path)}; options that name a field override it."
@@ -22,7 +22,7 @@ def parse_experiment(words: Sequence[str], command: str, about: str, fields: Seq
 def parse_over(
     experiment: Experiment, fields: Sequence[tuple[str, Any, Any]], words: Sequence[str], program: str, about: str
 ) -> Any:
-    """Options of a command's own `fields`, and of the `experiment`, whose fields are options without a prefix."""
+    """Parses a command's own `fields`, and those of `experiment`, which are options without a prefix."""
     experiment, words = with_last_length(experiment, words)
     described = Annotated[type(experiment), FLAT]  # type: ignore[valid-type]
     options = dataclasses.make_dataclass("Options", [("experiment", described, experiment), *fields])
@@ -30,7 +30,7 @@ def parse_over(
 
 
 def with_last_length(experiment: Experiment, words: Sequence[str]) -> tuple[Experiment, list[str]]:
-    """Lets the last option that gives a length count: those in other units, and the experiment's own, are dropped."""
+    """Keeps only the last length option given: those in other units, and the experiment's own, are dropped."""
     units = [word.partition("=")[0].replace("-", "_").removeprefix("__training.") for word in words]
     given = [unit for unit in units if unit in LENGTHS]
     if not given:

@@ -1,4 +1,4 @@
-"""plan EXPERIMENT: estimate memory, time and cost on devices that you do not have yet"""
+"""plan EXPERIMENT: estimate memory, time and cost of training on devices you do not have yet"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,18 +14,18 @@ from cleangpt.planning.plan import make_plan
 from cleangpt.planning.tables import show
 
 FIELDS: list[tuple[str, Any, Any]] = [
-    ("devices", Annotated[tuple[int, ...], tyro.conf.arg(help="How many; several make a table.")], (1,)),
-    ("device", Annotated[str, tyro.conf.arg(help="Which: h100, a100, 4090, ...")], "h100"),
+    ("devices", Annotated[tuple[int, ...], tyro.conf.arg(help="Number of devices; several give a table.")], (1,)),
+    ("device", Annotated[str, tyro.conf.arg(help="Kind of device: h100, a100, 4090, ...")], "h100"),
     ("devices_per_node", Annotated[int, tyro.conf.arg(help="Devices per machine.")], 8),
     ("tokens", Annotated[int | None, tyro.conf.arg(help="Token budget; None: the experiment's length.")], None),
-    ("price", Annotated[float | None, tyro.conf.arg(help="Dollars per device and hour; None: an assumption.")], None),
+    ("price", Annotated[float | None, tyro.conf.arg(help="Dollars per device and hour; None: an estimate.")], None),
     ("json", Annotated[str | None, tyro.conf.arg(help="Also write the plan to this JSON file.")], None),
 ]
 
 
 def command(words: Sequence[str]) -> None:
-    """Prints a plan, as a table."""
-    chosen: Any = parse_experiment(words, "plan", "What training {} takes on the devices of a data sheet", FIELDS)
+    """Prints a plan as a table."""
+    chosen: Any = parse_experiment(words, "plan", "Memory, time and cost of training {}, from data sheets", FIELDS)
     if chosen.json is not None and (not Path(chosen.json).parent.is_dir() or Path(chosen.json).is_dir()):
         raise UserError(f"--json is {chosen.json!r}; allowed: a file in a folder that exists")
     device = find_device(chosen.device, chosen.price)

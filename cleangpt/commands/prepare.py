@@ -1,4 +1,4 @@
-"""prepare CORPUS: tokenize a corpus into a dataset, which training maps into memory"""
+"""prepare CORPUS: tokenize a corpus into a memory-mapped dataset"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ from cleangpt.errors import UserError, nearest
 
 
 def command(words: Sequence[str]) -> None:
-    """Prepares a corpus, whose fields are the options."""
+    """Prepares a corpus; its fields are the options."""
     name = subject(words, "prepare", "CORPUS", lambda: list(CORPORA))
     if name not in CORPORA:
         raise UserError(f"corpus {name!r} is not known{nearest(name, CORPORA)}; allowed: {', '.join(CORPORA)}")
     fields: list[tuple[str, Any] | tuple[str, Any, Any]] = [
         ("corpus", Annotated[CORPORA[name], FLAT]),
         ("folder", Annotated[str, tyro.conf.arg(help="Folder of the prepared datasets.")], "data"),
-        ("again", Annotated[bool, tyro.conf.arg(help="Prepare it again, even if it exists.")], False),
+        ("again", Annotated[bool, tyro.conf.arg(help="Prepare the dataset again, even if it exists.")], False),
     ]
     about = (CORPORA[name].__doc__ or "").splitlines()[0]
     options: Any = dataclasses.make_dataclass("Options", fields)

@@ -1,4 +1,4 @@
-"""report RUN [RUN ...]: a page with curves, metrics and samples; several runs are compared"""
+"""report RUN [RUN ...]: an HTML page with curves, metrics and samples; compares several runs"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,19 +19,19 @@ from cleangpt.training.resolve import curves, macro_batches, with_length
 
 @dataclasses.dataclass
 class Options:
-    """What to report."""
+    """Options of `cleangpt report`."""
 
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
     """Folders of runs, or experiments' names for their newest runs."""
     schedule: str | None = None
-    """Instead: plot the schedules of an experiment (a name or a path) before it is trained."""
+    """Instead of a report, plot the schedules of an experiment (name or path) before training it."""
     out: str | None = None
-    """Folder to write to; None: that of the (first) run. For a schedule: the PNG file; None: NAME_schedule.png."""
+    """Folder of the report; None: the (first) run's. With --schedule, the PNG file; None: NAME_schedule.png."""
 
 
 def command(words: Sequence[str]) -> None:
     """Writes a report, or the plot of a schedule."""
-    about = "A self-contained page and PNGs: curves, schedules, throughput, samples; several runs are compared."
+    about = "A self-contained HTML page and PNGs: curves, schedules, throughput, samples; compares several runs."
     options = parse(Options, words, program="cleangpt report", about=about)
     out = None if options.out is None else Path(options.out)
     if bool(options.runs) == (options.schedule is not None):

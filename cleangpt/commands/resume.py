@@ -12,12 +12,12 @@ from cleangpt.training.launch import train
 
 
 def command(words: Sequence[str]) -> None:
-    """Continues a run, with fields changed that neither its data nor its weights depend on."""
+    """Resumes a run; fields that its data and weights do not depend on can be overridden."""
     run = find_run(subject(words, "resume", "RUN", runs))
     if (run / EXPERIMENT_FILE).is_file():
         run_file(run / EXPERIMENT_FILE)
     before = read_experiment(run)
-    about = f"Fields of {run / EXPERIMENT}; those of the data and the model can no longer change."
+    about = f"Fields of {run / EXPERIMENT}; those of data and model cannot be changed any more."
     experiment, deadline = parse_launch(before, words[1:], f"cleangpt resume {words[0]}", about)
     experiment = dataclasses.replace(experiment, run_dir=str(run))
     check_resumable(before, experiment)

@@ -1,4 +1,4 @@
-"""sample RUN: text from a run's best checkpoint"""
+"""sample RUN: generate text with a run's best checkpoint"""
 
 import dataclasses
 import sys
@@ -23,7 +23,7 @@ from cleangpt.validation import Count, CountOrZero, Pattern
 
 @dataclasses.dataclass
 class Options:
-    """What to sample, and how."""
+    """Options of `cleangpt sample`."""
 
     run: tyro.conf.Positional[str]
     """Folder of a run or of a checkpoint, an experiment's name for its newest run, or hf:NAME_OR_FOLDER."""
@@ -35,26 +35,26 @@ class Options:
     stop: tuple[Annotated[str, Pattern(r"(?s).+", "text of one character or more")], ...] = ()
     """Generation stops before any of these texts."""
     num_samples: Count = 1
-    """Number of texts; several are generated as one batch, with consecutive seeds, and shown at the end."""
+    """Number of texts; several are generated as one batch, with consecutive seeds, and printed at the end."""
     logprobs: bool = False
-    """Show each token on a line, with its log-probability in nats."""
+    """Print each token on its own line, with its log-probability in nats."""
     draft: str | None = None
-    """Speculative decoding: a smaller model with the same tokenizer, named as the run is, that proposes tokens."""
+    """Speculative decoding: the draft model, given like the run; a smaller one with the same tokenizer."""
     draft_tokens: Count = 4
-    """Tokens it proposes at a time."""
+    """Tokens that the draft model proposes at a time."""
     cache: bool = True
-    """Keep keys and values of earlier tokens."""
+    """Use a KV cache."""
     compile: bool = False
-    """Compile the model first: slow to start, then faster per token."""
+    """Compile the model: slower to start, faster per token."""
     device: Device = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     code: str | None = None
-    """A Python file of yours to run first, which registers your own model."""
+    """Your own Python file to run first, which registers your own model."""
 
 
 def command(words: Sequence[str]) -> None:
     """Prints texts as they are generated."""
-    options = parse(Options, words, program="cleangpt sample", about="Text from a run's best checkpoint.")
+    options = parse(Options, words, program="cleangpt sample", about="Generates text with a run's best checkpoint.")
     run_code(options.code)
     device = choose_device(options.device)
     checkpoint = open_checkpoint(options.run)
@@ -71,7 +71,7 @@ def command(words: Sequence[str]) -> None:
 def _generate(
     options: Options, model: LanguageModel, tokenizer: Tokenizer, device: torch.device, compiled: bool
 ) -> Iterable[Iterable[TextChunk]]:
-    """The texts, each in the pieces in which it is generated."""
+    """The texts, each as the chunks in which it is generated."""
     sampling, prompt, count = options.sampling, options.prompt, options.num_samples
     given: dict[str, Any] = {
         "max_new_tokens": options.max_new_tokens, "stop": options.stop, "cached": options.cache, "compiled": compiled,
@@ -92,7 +92,7 @@ def _draft_model(text: str, tokenizer: Tokenizer, device: torch.device) -> Langu
 
 
 def _show(text: Iterable[TextChunk], prompt: str | None, logprobs: bool) -> None:
-    """Prints a text as it comes, or each of its tokens on a line."""
+    """Prints a text as it is generated, or each of its tokens on a line."""
     if prompt and not logprobs:
         print(prompt, end="", flush=True)
     for piece, token in text:

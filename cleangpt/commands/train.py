@@ -1,4 +1,4 @@
-"""train EXPERIMENT: train an experiment, given by its name or by the path of your own Python file"""
+"""train EXPERIMENT: train an experiment, given by name or as the path of your own Python file"""
 
 import time
 from collections.abc import Sequence
@@ -13,17 +13,17 @@ from cleangpt.experiment_files import experiments, find_experiment, load_experim
 from cleangpt.training.deadline import read_time_limit
 from cleangpt.training.launch import train
 
-TIME_LIMIT = "Save and exit within this time, written as for SLURM (1:30:00), or slurm: within the limit of its job."
+TIME_LIMIT = "Save and exit within this time, in SLURM's notation (1:30:00); slurm: within the time limit of the job."
 
 
 def command(words: Sequence[str]) -> None:
-    """Trains; given the file of an earlier run, with the options of that run."""
+    """Trains an experiment; given the file of an earlier run, with the overrides of that run."""
     path = find_experiment(subject(words, "train", "EXPERIMENT", lambda: list(experiments())))
     recorded = recorded_overrides(path)
     if recorded:
         print(f"with the overrides of this run: {' '.join(recorded)}")
     overrides = [*recorded, *words[1:]]
-    about = f"Fields of {path}, with their values there."
+    about = f"Fields of {path}, with their values there as defaults."
     experiment, deadline = parse_launch(load_experiment(path), overrides, f"cleangpt train {words[0]}", about)
     train(experiment, source=path, overrides=overrides, deadline=deadline)
 
@@ -31,7 +31,7 @@ def command(words: Sequence[str]) -> None:
 def parse_launch(
     experiment: Experiment, words: Sequence[str], program: str, about: str
 ) -> tuple[Experiment, float | None]:
-    """The experiment with its overrides, and when this launch must have ended, which is no part of the experiment."""
+    """The experiment with its overrides, and the deadline of this launch, which is not part of the experiment."""
     began = time.time()
     fields = [("time_limit", Annotated[str | None, tyro.conf.arg(help=TIME_LIMIT)], None)]
     chosen: Any = parse_over(experiment, fields, words, program, about)

@@ -1,4 +1,4 @@
-"""tune EXPERIMENT: find its learning rate by short runs, of a narrower model where asked"""
+"""tune EXPERIMENT: find the best learning rate by short runs, optionally of a narrower model"""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -19,19 +19,19 @@ from cleangpt.validation import Bounds, Count, Positive
 Factor = Annotated[float, Bounds(above=1)]
 Rates = tuple[Positive, ...]
 FIELDS: list[tuple[str, Any, Any]] = [
-    ("steps", Annotated[Count, tyro.conf.arg(help="Length of a short run, in steps of the full batch size.")], 200),
+    ("steps", Annotated[Count, tyro.conf.arg(help="Steps of a short run, with the full batch size.")], 200),
     ("width", Annotated[int | None, tyro.conf.arg(help="model.dim to try; None: the experiment's.")], None),
-    ("rates", Annotated[Rates, tyro.conf.arg(help="Try only these learning rates; empty: search.")], ()),
-    ("factor", Annotated[Factor, tyro.conf.arg(help="Ratio of neighbouring rates of the search.")], 2.0),
+    ("rates", Annotated[Rates, tyro.conf.arg(help="Learning rates to try; empty: search.")], ()),
+    ("factor", Annotated[Factor, tyro.conf.arg(help="Ratio of neighbouring learning rates in the search.")], 2.0),
     ("out", Annotated[str | None, tyro.conf.arg(help="Folder of the results; None: runs/NAME_tune.")], None),
 ]
 
 
 def command(words: Sequence[str]) -> None:
     """Tries learning rates and prints the best; after an interruption, the same command continues."""
-    chosen: Any = parse_experiment(words, "tune", "The learning rate at which short runs of {} learn most", FIELDS)
+    chosen: Any = parse_experiment(words, "tune", "Best learning rate for {}, by short runs", FIELDS)
     if chosen.experiment.optimizer.lr == 0:
-        raise UserError("optimizer.lr is 0; allowed: more than 0, where the search begins")
+        raise UserError("optimizer.lr is 0; allowed: more than 0, the start of the search")
     experiment = short_run(chosen.experiment, chosen.steps, chosen.width)
     folder = Path(chosen.out or f"runs/{experiment.name}_tune")
     check_here(experiment)

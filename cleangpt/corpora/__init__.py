@@ -1,4 +1,4 @@
-"""Recipes for datasets, one file per corpus: each gets its text, tokenises it and writes a dataset."""
+"""Corpora, one file each: how to get a text, tokenize it and write it as a dataset."""
 
 import hashlib
 import json
@@ -52,12 +52,12 @@ def dataset_folder(corpus: CorpusConfig, data_folder: Path) -> Path:
 def prepare(
     corpus: CorpusConfig, data_folder: Path, again: bool = False, console: Console | None = None
 ) -> MixedDataset:
-    """Opens the dataset of a corpus, or those of a mixture; prepares those that are missing, or with `again` all.
+    """Opens the dataset of a corpus, or of each source of a mixture; prepares missing ones, or all with `again`.
 
-    Progress and the card go to `console` (None: standard error). An interrupted preparation is resumed.
+    Progress and the card are printed to `console` (None: standard error). An interrupted preparation is resumed.
 
     Raises:
-        UserError: a field is out of range, or a file is missing or not text; nothing half-written is left.
+        UserError: a field is out of range, or a file is missing or not text; no partial dataset is left behind.
     """
     if isinstance(corpus, Mixture):
         corpus.check()
@@ -84,7 +84,7 @@ def prepare_dataset(
         return dataset
     try:
         with lock_folder(folder, console):
-            if is_dataset(folder) and not again:  # prepared by another process, for which this one has waited
+            if is_dataset(folder) and not again:  # prepared by another process in the meantime
                 return TokenDataset(folder)
             with user_errors(folder):
                 dataset = corpus.prepare(folder, console)

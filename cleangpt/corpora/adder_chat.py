@@ -1,6 +1,6 @@
 """Addition as conversations: ``What is 17 + 25?`` is answered ``7+5=12, 1+2+1=4, so 42``, digit by digit.
 
-An answer that shows its work is one that a small model can learn: no step needs more than two digits and a carry.
+A small model can learn answers that show their work: no step needs more than two digits and a carry.
 """
 
 from dataclasses import dataclass
@@ -26,17 +26,17 @@ class AdderChat(Problems):
     """Addition, one byte per token: a question and its answer in each row, padded. Needs cleangpt[chat]."""
 
     questions: ClassVar[tuple[str, ...]] = ("What is {} + {}?", "Add {} and {}.", "How much do {} and {} make?")
-    """Each problem is asked in one of these ways, always the same."""
+    """Wordings of the question; a problem always has the same one."""
 
     @property
     def row_length(self) -> int:
-        """Bytes of the longest conversation, its end of text counted as one; a sample has one less."""
+        """Length in bytes of the longest conversation, counting the end of text as one; a sample has one less."""
         largest = 10**self.digits - 1
         return max(len(self._encoded(largest, largest, number)[0]) for number in range(len(self.questions)))
 
     def rows(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint8], int]:
-        """Token ids and loss mask, both `(len(positions), row_length)`, of the problems at some positions; and the
-        bytes of their text."""
+        """Token ids and loss mask, both `(len(positions), row_length)`, of the problems at `positions`; and the size
+        of their text in bytes."""
         left, right = self.operands(positions)
         rows = np.zeros((2, len(positions), self.row_length), np.int64)
         written = 0
@@ -55,7 +55,7 @@ class AdderChat(Problems):
         return plain_template(self.tokenizer())
 
     def answer(self, left: int, right: int) -> str:
-        """What the assistant says."""
+        """The assistant's answer."""
         steps, carry = [], 0
         for digit in range(self.digits):
             one, other = (number // 10**digit % 10 for number in (left, right))

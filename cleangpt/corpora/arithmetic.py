@@ -1,8 +1,8 @@
 """Arithmetic problems on two n-digit numbers: what `adder`, `multiplier` and `adder_chat` share.
 
-Problem i of the 10**(2n) there are is `i // 10**n` and `i % 10**n`. A keyed permutation, computed and never stored
-(`data/shuffle.py`), says which problem is at each position; the first positions are for validation, the next for test,
-the rest for training. So the splits cannot overlap, and 6 digits, 10**12 problems, need no more memory than 1.
+There are 10**(2n) problems; problem i has the operands `i // 10**n` and `i % 10**n`. A keyed permutation, computed and
+never stored (`data/shuffle.py`), orders them; the first are for validation, the next for test, the rest for training.
+So the splits cannot overlap, and 6 digits, 10**12 problems, need no more memory than 1.
 """
 
 from collections.abc import Iterator
@@ -39,11 +39,11 @@ class Problems(Corpus):
     digits: int = 3
     """Digits of each operand, 1 to 6."""
     train_samples: int | None = None
-    """Problems to train on. None: all the others, at most 1,000,000."""
+    """Training problems; None: all that remain, at most 1,000,000."""
     val_samples: int | None = None
-    """Problems to validate with. None: 10,000, or a tenth of all problems if that is less."""
+    """Validation problems; None: 10,000, or a tenth of all problems if that is less."""
     test_samples: int | None = None
-    """Problems to test with. None: the default of val_samples."""
+    """Test problems; None: the default of val_samples."""
     seed: int = 1337
     """Random seed of the splits."""
 
@@ -53,8 +53,8 @@ class Problems(Corpus):
         raise NotImplementedError
 
     def rows(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint8], int]:
-        """Token ids and loss mask, both `(len(positions), row_length)`, of the problems at some positions; and the
-        bytes of their text."""
+        """Token ids and loss mask, both `(len(positions), row_length)`, of the problems at `positions`; and the size
+        of their text in bytes."""
         raise NotImplementedError
 
     def tokenizer(self) -> Tokenizer:
@@ -62,16 +62,16 @@ class Problems(Corpus):
         raise NotImplementedError
 
     def chat_template(self) -> ChatTemplate | None:
-        """How problems are written as conversations. None: they are not."""
+        """The chat template of problems written as conversations; None: plain text."""
         return None
 
     @property
     def problems(self) -> int:
-        """How many problems there are."""
+        """Number of different problems."""
         return int(10 ** (2 * self.digits))
 
     def operands(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The two numbers of the problems at some positions."""
+        """The operands of the problems at `positions`."""
         return np.divmod(permute(positions, self.problems, self.seed), 10**self.digits)
 
     def sizes(self) -> dict[str, int]:
@@ -109,7 +109,7 @@ class Problems(Corpus):
         )  # fmt: skip
 
     def environment(self, dataset: TokenDataset) -> Environment:
-        """Problems as tasks; the reward of one is 1 where its whole answer is right."""
+        """Problems as tasks, with reward 1 for an exactly right answer, else 0."""
         return ExactAnswer(dataset)
 
     def _groups(self, start: int) -> Groups:
@@ -132,12 +132,12 @@ class Problems(Corpus):
 class Arithmetic(Problems):
     """Problems such as ``123+456=9750``: operands padded with zeros, the result padded and written in reverse.
 
-    The result comes least significant digit first because carries run that way. Each row ends with a line end, which
-    is the end of text; only the digits of the result and that line end count in the loss.
+    The result starts with the least significant digit because carries propagate that way. Each row ends with a
+    newline, which is the end-of-text token; only the digits of the result and that newline count in the loss.
     """
 
     sign: ClassVar[str]
-    """The operator."""
+    """The operator's character."""
 
     operator_sign: bool = True
     """Write the operator between the operands."""
@@ -150,17 +150,17 @@ class Arithmetic(Problems):
         raise NotImplementedError
 
     def solve(self, left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The results of problems."""
+        """The results of the operation."""
         raise NotImplementedError
 
     @property
     def row_length(self) -> int:
-        """Tokens in every row, the line end included; a sample has one less."""
+        """Tokens in every row, the newline included; a sample has one less."""
         return 2 * self.digits + self.operator_sign + self.equals_sign + self.result_digits + 1
 
     def rows(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint8], int]:
-        """Token ids and loss mask, both `(len(positions), row_length)`, of the problems at some positions; and the
-        bytes of their text."""
+        """Token ids and loss mask, both `(len(positions), row_length)`, of the problems at `positions`; and the size
+        of their text in bytes."""
         left, right = self.operands(positions)
         tokenizer = self.tokenizer()
         parts = [
@@ -177,7 +177,7 @@ class Arithmetic(Problems):
         return tokens, mask, tokens.size
 
     def tokenizer(self) -> CharTokenizer:
-        """Digits are tokens 0 to 9; the line end ends a text."""
+        """Digits are tokens 0 to 9; a newline is the end of text."""
         return CharTokenizer("0123456789" + self.sign * self.operator_sign + "=" * self.equals_sign + "\n", "\n")
 
 

@@ -1,6 +1,6 @@
-"""From a corpus to a dataset: encode, write, commit, show progress, and end with the card.
+"""From a corpus to a dataset: encode, write, commit, show progress, and write the card.
 
-Everything streams: memory holds one group of pieces of text, `GROUP` characters, whatever the size of the corpus.
+Everything is streamed: memory holds one group of text pieces, `GROUP` characters, whatever the size of the corpus.
 Byte-pair encoding, the one costly step, runs on all cores in the threads of `tokenizers`; characters and bytes are
 encoded faster than a disk reads. Groups depend on the text alone, so the result does not depend on the machine, and an
 interrupted preparation resumes after the last group it committed.
@@ -31,27 +31,27 @@ from cleangpt.files import PARTIAL
 from cleangpt.validation import to_json
 
 COMMIT_SECONDS = 2.0
-"""Time between commits: the work that an interruption may cost."""
+"""Time between commits: at most this much work is lost in an interruption."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus(CorpusConfig):
-    """A recipe for a dataset; its fields decide what is in it."""
+    """How to make a dataset; its content depends on the fields alone."""
 
     def check(self) -> None:
-        """Raises UserError for a field out of range; their types are checked before."""
+        """Raises UserError for a field out of range; types have been checked already."""
 
     def prepare(self, folder: Path, console: Console) -> TokenDataset:
-        """Writes the dataset at `folder`, and shows progress on the console."""
+        """Writes the dataset to `folder`, and shows progress on the console."""
         raise NotImplementedError
 
     def environment(self, dataset: TokenDataset) -> Environment | None:
-        """What checkpoints trained on the corpus are scored by, given its dataset; None: by the loss alone."""
+        """The environment that scores checkpoints on the corpus's tasks; None: they are scored by the loss alone."""
         return None
 
 
 CORPORA: dict[str, type[Corpus]] = {}
-"""Every corpus by its name; `corpora/__init__.py` fills it, one line each."""
+"""Corpora by name; registered in `corpora/__init__.py`, one line each."""
 
 
 def as_json(corpus: CorpusConfig) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def _training_tokens(writer: DatasetWriter) -> int:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path, console: Console) -> Iterator[None]:
-    """Waits while another process prepares the same dataset; the system frees the lock of a process that dies."""
+    """Waits while another process prepares the same dataset; the system releases the lock of a process that dies."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.with_name(f".{folder.name}.lock"))
@@ -147,15 +147,15 @@ def lock_folder(folder: Path, console: Console) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):  # Windows keeps a file that is open
-            Path(lock.lock_file).unlink()  # still locked: a waiting process finds it gone, and makes its own
+            Path(lock.lock_file).unlink()  # while still locked: a waiting process finds it gone and creates its own
         lock.release()
 
 
 @contextlib.contextmanager
 def user_errors(folder: Path) -> Iterator[None]:
-    """Reports failures of the system in one line, and leaves nothing half-written after an error.
+    """Reports system errors in one line, and removes partial files after an error.
 
-    An interruption is not an error: what was committed stays, to be resumed.
+    An interruption is not an error: committed work stays, to be resumed.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""The card of a dataset: its description in Markdown, for a reader."""
+"""The dataset card: a description in Markdown, for people."""
 
 import hashlib
 from typing import Any
@@ -7,7 +7,7 @@ from cleangpt.data.tokenizers import Tokenizer
 
 
 def card(name: str, facts: dict[str, Any], tokenizer: Tokenizer) -> str:
-    """What dataset.json says, in Markdown; `facts` is its content."""
+    """The content of dataset.json, `facts`, in Markdown."""
     rows = "\n".join(_card_row(split, counts) for split, counts in facts["splits"].items())
     end = "none" if tokenizer.eos_id is None else str(tokenizer.eos_id)
     digests = "".join(f"{file} {digest}\n" for file, digest in sorted(facts["sha256"].items()))
@@ -35,7 +35,7 @@ def _card_row(split: str, counts: dict[str, Any]) -> str:
 
 
 def _counts(facts: dict[str, Any]) -> str:
-    """Whatever else the corpus has counted, over all splits; empty: nothing."""
+    """The corpus's own counts, summed over all splits; empty if there are none."""
     total: dict[str, int] = {}
     for split in facts["splits"].values():
         for name, count in split["counts"].items():

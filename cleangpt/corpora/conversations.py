@@ -54,16 +54,16 @@ NO_ANSWER, SPECIAL, CUT = (
     "conversations skipped, a special token in the text",
     "conversations truncated to a row",
 )
-"""Counted on the card, beside all conversations."""
+"""Counts on the card, besides the number of conversations."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chat(TextCorpus):
-    """Conversations; each line of JSON or row of Parquet is one. Needs cleangpt[chat].
+    """Your own conversations, one per line of JSON or row of Parquet. Needs cleangpt[chat].
 
-    Each goes to one of the splits by a hash of its position. The targets are the assistant's answers, with the token
-    that ends each. A conversation longer than a sample is truncated; one that then has no answer is skipped, and so is
-    one whose text spells a special token, which would be encoded as that token. The card counts both.
+    A hash of its position assigns each to a split. The targets are the assistant's answers, with the token that ends
+    each. A conversation longer than a sample is truncated, and skipped if it then has no answer. It is also skipped if
+    its text contains the name of a special token, which would be encoded as that token. The card counts all of these.
     """
 
     files: tuple[str, ...]
@@ -71,21 +71,21 @@ class Chat(TextCorpus):
     messages_field: str = "messages"
     """Field or column with the list of messages."""
     role_field: str = "role"
-    """Field of a message that names the speaker: system, user or assistant; human and gpt are understood."""
+    """Field of a message with its role: system, user or assistant; human, gpt, bot and model are understood too."""
     content_field: str = "content"
-    """Field of a message that holds its text."""
+    """Field of a message with its text."""
     prompt_fields: tuple[str, ...] = ()
-    """Instead of a list of messages: fields whose texts, where not empty, make up the only message of the user, such as
-    instruction and input."""
+    """For data without a list of messages: fields, such as instruction and input, whose non-empty texts are joined into
+    the user's only message."""
     response_field: str = "response"
-    """With prompt_fields: the field of the answer."""
+    """With prompt_fields: the field with the answer."""
     system: str | None = None
-    """System message of conversations that have none. None: they get none."""
+    """System message for conversations without one; None: no system message."""
     chat_template: str | None = None
-    """A file in Jinja, a folder with one, or hf:NAME. None: the one beside tokenizer_file, or else a plain one, which
-    writes each message below its role."""
+    """A chat template: a Jinja file, a folder with one, or hf:NAME; None: the one next to tokenizer_file, else a plain
+    one that writes each message below its role."""
     pack: int = 512
-    """Pack conversations into samples of this many tokens, which data.seq_len must then be."""
+    """Pack conversations into samples of this many tokens; data.seq_len must be equal to it."""
 
     @property
     def row_length(self) -> int:
@@ -141,7 +141,7 @@ class Chat(TextCorpus):
         """The conversation of one line or row.
 
         Raises:
-            UserError: a field is missing, or holds something else.
+            UserError: a field is missing or of the wrong type.
         """
         if self.prompt_fields:
             prompts = [_field(entry, name, location, "prompt_fields") for name in self.prompt_fields]
@@ -176,7 +176,7 @@ class Chat(TextCorpus):
 
 
 def encode_conversations(files: list[TextFile], tokenizer: Tokenizer, start: int, row_length: int) -> Groups:
-    """The groups of files of conversations, packed into rows, after the first `start`."""
+    """The groups of conversations, packed into rows, after the first `start` groups."""
     for read, pieces in itertools.islice(grouped(files), start, None):
         splits = sorted({piece.split for piece in pieces})
         yield (
@@ -231,7 +231,7 @@ def _piece(
 
 
 def _plain(files: list[TextFile], tokenizer: Tokenizer) -> list[TextFile]:
-    """The files without the names of special tokens in their text, to learn a tokenizer from."""
+    """The files with the names of special tokens removed from their text, to train a tokenizer on."""
 
     def without(file: TextFile) -> Iterator[Piece]:
         for piece in file.pieces():

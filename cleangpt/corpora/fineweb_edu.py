@@ -10,11 +10,11 @@ FOLDERS = {"10BT": "sample/10BT", "100BT": "sample/100BT", "350BT": "sample/350B
 
 @dataclass(frozen=True, kw_only=True)
 class FineWebEdu(HubText):
-    """1.3 trillion tokens of GPT-2, or a sample of them; as many are taken as max_tokens says."""
+    """FineWeb-Edu: 1.3 trillion GPT-2 tokens of educational web pages, or a sample, up to max_tokens."""
 
     edition: Literal["10BT", "100BT", "350BT", "all"] = "10BT"
-    """Which part to download: a sample of this many billion tokens (of GPT-2's tokenizer), or all."""
+    """Subset to download: a sample of this many billion GPT-2 tokens, or all."""
 
     def hub_dataset(self) -> HubDataset:
-        """Where the corpus is on the hub."""
+        """The dataset's location on the Hub."""
         return HubDataset("HuggingFaceFW/fineweb-edu", FOLDERS[self.edition])

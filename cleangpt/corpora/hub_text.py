@@ -1,6 +1,6 @@
-"""Datasets of the Hugging Face hub, streamed: one Parquet shard is downloaded, tokenised and removed, then the next.
+"""Datasets streamed from the Hugging Face Hub: one Parquet shard is downloaded, tokenized and removed, then the next.
 
-Even a corpus of a terabyte needs disk space for one shard and its tokens only. A token budget ends it early.
+Even a terabyte corpus needs disk space for one shard and its tokens only. A token budget can end it early.
 """
 
 import errno
@@ -31,7 +31,7 @@ GROUPS = "groups.json"
 
 @dataclass(frozen=True)
 class HubDataset:
-    """Where the Parquet files of a dataset are on the hub."""
+    """The location of a dataset's Parquet files on the Hub."""
 
     repository: str
     folder: str
@@ -49,15 +49,15 @@ class HubDataset:
 
 
 class Shards:
-    """The Parquet files of a dataset, each downloaded when it is read; those for validation come first.
+    """The Parquet files of a dataset, each downloaded when it is read; validation files come first.
 
     Args:
-        dataset: where they are on the hub.
-        folder: of the dataset that is made from them; they are put into `downloads` beside it.
-        keep: whether they are kept, for other datasets too.
+        dataset: their location on the Hub.
+        folder: of the dataset to write; shards are downloaded to `downloads` next to it.
+        keep: whether to keep them after reading, also for other datasets.
 
     Raises:
-        UserError: the hub cannot be reached, or has no such files; says which to fetch elsewhere.
+        UserError: the Hub cannot be reached, or has no such files; names those to download elsewhere.
     """
 
     def __init__(self, dataset: HubDataset, folder: Path, keep: bool) -> None:
@@ -84,10 +84,10 @@ class Shards:
         ]
 
     def groups(self, files: list[TextFile], tokenizer: Tokenizer, start: int) -> Groups:
-        """The groups of all files after the first `start`; no group spans two shards.
+        """The groups of all files after the first `start` groups; no group spans two shards.
 
-        The number of groups in a shard is recorded once it has been read, so that a resumed preparation downloads no
-        finished shard again, except one whose last groups were not committed.
+        The number of groups in a shard is recorded once it has been read, so that a resumed preparation does not
+        download finished shards again, except one whose last groups were not committed.
         """
         read = 0
         for name, file in zip(self.sizes, files, strict=True):
@@ -104,7 +104,7 @@ class Shards:
             read += file.bytes
 
     def source(self) -> dict[str, Any]:
-        """What the dataset is made from, for dataset.json."""
+        """The dataset's source, for dataset.json."""
         return {"repository": self.dataset.repository, "commit": self.commit, "shards": list(self.sizes)}
 
     def _pieces(self, name: str, pieces: Callable[[Path, str], Iterator[Piece]]) -> Iterator[Piece]:
@@ -136,19 +136,18 @@ class HubText(TextCorpus):
     """Web pages, each a document. Needs cleangpt[bpe], and [hub,parquet] to download."""
 
     files: tuple[str, ...] = ()
-    """Local files, globs or folders: .parquet, .jsonl, .jsonl.gz, .jsonl.zst. None given: download, shard by shard."""
+    """Local files, globs or folders: .parquet, .jsonl, .jsonl.gz, .jsonl.zst; empty: download, shard by shard."""
     max_tokens: int | None = 1_000_000_000
-    """Stop once there are this many training tokens, at the end of a group of about two million characters. None: take
-    all documents."""
+    """Stop at this many training tokens, at the end of a group of about two million characters; None: all documents."""
     keep_shards: bool = False
-    """Keep downloaded shards in data/downloads, rather than remove each once it is tokenised."""
+    """Keep downloaded shards in data/downloads, rather than remove each once it is tokenized."""
     tokenizer: Literal["char", "byte", "bpe"] = "bpe"
-    """Byte-pair encoding learned from the text, of the first shard where shards are downloaded; or one token per
-    character or byte."""
+    """bpe: byte-pair encoding trained on the text (of the first shard if shards are downloaded); char or byte: one
+    token per character or byte."""
     vocab_size: int = 32_768
-    """Largest vocabulary of the byte-pair encoding."""
+    """Maximum vocabulary size of the byte-pair encoding."""
     val_fraction: float = 0.005
-    """Share of the documents to validate with."""
+    """Share of the documents for validation."""
 
     def check(self) -> None:
         """Raises UserError for a field out of range."""
@@ -156,7 +155,7 @@ class HubText(TextCorpus):
         check_budget(self.max_tokens)
 
     def hub_dataset(self) -> HubDataset:
-        """Where the corpus is on the hub."""
+        """The dataset's location on the Hub."""
         raise NotImplementedError
 
     def prepare(self, folder: Path, console: Console) -> TokenDataset:
@@ -182,7 +181,7 @@ def write_shards(
     console: Console,
     max_tokens: int | None,
 ) -> TokenDataset:
-    """`write_dataset` for shards; a tokenizer is learned from the first training shard alone."""
+    """`write_dataset` for shards; the tokenizer is trained on the first training shard alone."""
     files = shards.files(pieces)
     first = [file for file in files if not _validates(file.path.name)][:1]
     tokenizer = _begun(folder, shards) or corpus.choose_tokenizer(first, console)
@@ -196,7 +195,7 @@ def write_shards(
 
 
 def _begun(folder: Path, shards: Shards) -> Tokenizer | None:
-    """The tokenizer of an interrupted preparation of the same shards, so that it is not learned again."""
+    """The tokenizer of an interrupted preparation of the same shards, so that it is not trained again."""
     partial = folder.with_name(folder.name + PARTIAL)
     same = (partial / JOURNAL).is_file() and read_json(partial / JOURNAL).get("source") == shards.source()
     return load_tokenizer(partial / TOKENIZER) if same else None
@@ -209,20 +208,20 @@ def check_budget(max_tokens: int | None) -> None:
 
 
 def _is_shard(name: str) -> bool:
-    """Whether a path on the hub is a Parquet file, and does not lead out of the local folder."""
+    """Whether a path on the Hub is a Parquet file, and stays within the local folder."""
     return name.endswith(".parquet") and ".." not in name.split("/") and not name.startswith("/")
 
 
 def _validates(name: str) -> bool:
-    """Whether a shard is for validation, by its name."""
+    """Whether a shard is for validation, judging by its name."""
     return "valid" in name.rsplit("/", 1)[-1]
 
 
 def ask_hub(repository: str, otherwise: str, ask: Callable[[], T]) -> T:
-    """The answer of the hub; reports failures in one line, which ends with what to do `otherwise`."""
+    """The answer of the Hub; reports failures in one line, which ends with what to do `otherwise`."""
     try:
         return ask()
-    except Exception as error:  # the client passes on whatever its HTTP library raises
+    except Exception as error:  # the client lets errors of its HTTP library through
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
         raise UserError(

@@ -16,16 +16,16 @@ from cleangpt.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture(CorpusConfig):
-    """Several corpora with the same tokenizer, each with its share of the samples throughout the run."""
+    """Several corpora with the same tokenizer, interleaved by weight throughout the run."""
 
     sources: tuple[Source, ...]
     """The corpora, each with a name and a weight."""
     temperature: float | None = None
-    """Multiplies every weight by the source's training tokens to the power of 1 / temperature: 1 samples in proportion
-    to size, larger values more evenly. None: weights are used as they are."""
+    """Multiply every weight by the source's training tokens to the power of 1 / temperature: 1 samples in proportion to
+    size, larger values more evenly; None: use the weights alone."""
     when_source_ends: Literal["share", "refuse"] = "share"
-    """share: after a source's max_epochs, the others share its samples out among them; refuse: a run in which a source
-    would end is refused."""
+    """share: when a source reaches its max_epochs, the others take over its share; refuse: do not start a run in which
+    a source would end."""
 
     @property
     def changes(self) -> bool:
@@ -43,10 +43,10 @@ class Mixture(CorpusConfig):
             _check_source(source, f"corpus.sources.{number}.")
 
     def open(self, prepare: Callable[[CorpusConfig], TokenDataset]) -> MixedDataset:
-        """The datasets of the sources, each opened or made by `prepare`.
+        """The datasets of the sources, each opened or written by `prepare`.
 
         Raises:
-            UserError: a source cannot be prepared, or two do not go together.
+            UserError: a source cannot be prepared, or two are incompatible.
         """
         sources = []
         for source in self.sources:
@@ -58,7 +58,7 @@ class Mixture(CorpusConfig):
 
 
 def environments(corpus: CorpusConfig, dataset: MixedDataset) -> dict[str, Environment]:
-    """The environment of each source of a mixture that has one, by the source's name; of a single corpus: "".
+    """The environments of a mixture's sources, by source name; that of a single corpus has the name "".
 
     Args:
         corpus: what `dataset` was prepared from.

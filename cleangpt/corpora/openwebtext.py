@@ -1,4 +1,4 @@
-"""OpenWebText (Gokaslan and Cohen 2019): the pages that GPT-2 was trained on, collected again; 9 billion tokens."""
+"""OpenWebText (Gokaslan and Cohen 2019): an open reproduction of GPT-2's training data; 9 billion tokens."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,8 @@ from cleangpt.corpora.hub_text import HubDataset, HubText
 
 @dataclass(frozen=True, kw_only=True)
 class OpenWebText(HubText):
-    """8 million web pages, limited by max_tokens."""
+    """OpenWebText: 8 million web pages, up to max_tokens."""
 
     def hub_dataset(self) -> HubDataset:
-        """Where the corpus is on the hub, in the form into which the hub itself converts datasets."""
+        """The dataset's location on the Hub, in the Hub's own conversion to Parquet."""
         return HubDataset("Skylion007/openwebtext", "plain_text", "refs/convert/parquet")

@@ -15,7 +15,7 @@ from cleangpt.data.writer import Chunk, Groups
 
 
 def packed(groups: Groups, row_length: int) -> Groups:
-    """The groups with their documents in rows; each is packed on its own, so that a preparation can resume at it."""
+    """The groups with their documents packed into rows; each separately, so that a preparation can resume there."""
     for read, chunks in groups:
         yield read, [_packed(chunk, row_length) for chunk in chunks]
 
@@ -25,9 +25,9 @@ def pack(
 ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
     """Rows of tokens and their loss mask, both `(rows, row_length)`, int64 and uint8.
 
-    A longer document is split over several rows. After the last document of a row comes padding, token 0, which is no
-    target; nor is the first token of a row, which has no context. Of the others, those are targets whose mask is 1 in
-    `masks`, one array per document; None: all.
+    A longer document is split over several rows. The last document of a row is followed by padding, token 0, which is
+    not a target; neither is the first token of a row, which has no context. Of the others, those are targets whose mask
+    in `masks`, one array per document, is 1; None: all.
     """
     masks = [np.ones(len(document), np.int64) for document in documents] if masks is None else masks
     cut = [_cut(np.stack(pair), row_length) for pair in zip(documents, masks, strict=True)]

@@ -1,8 +1,8 @@
 """Files of text, read as a stream of pieces in bounded memory.
 
 A plain text file comes in pieces of at most two blocks, split at line ends where possible, so that a tokenizer never
-sees half a word; a document of JSON or Parquet comes in one piece, so the longest must fit into memory. Whatever is
-wrong with a file is reported in one line with its location.
+sees half a word; a document of JSON or Parquet comes in one piece, so the longest must fit into memory. Errors in a
+file are reported in one line with their location.
 """
 
 import gzip
@@ -23,7 +23,7 @@ BLOCK = 2**16
 LONGEST = 2**26
 """Maximum length of a document between separators, in characters."""
 LONGEST_LINE = 2**28
-"""Maximum length of a line of JSON in bytes: a small compressed file may hold a very long one."""
+"""Maximum length of a line of JSON in bytes, since a small compressed file may contain a very long one."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Piece:
     """Bytes of the file read so far."""
     split: str = "train"
     answers: tuple[tuple[int, int], ...] = ()
-    """Of a conversation: the character span of each answer."""
+    """For a conversation: the character span of each answer."""
     skip_reason: str = ""
-    """Why a conversation is skipped; empty: it is not."""
+    """Why a conversation is skipped; empty if it is not."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,10 @@ class TextFile:
 
 
 def find_files(patterns: Iterable[str]) -> list[Path]:
-    """The files that paths, globs (`**` included) and folders name, sorted; hidden ones only when named themselves.
+    """The files matched by paths, globs (including `**`) and folders, sorted; hidden files only if named explicitly.
 
     Raises:
-        UserError: a pattern names no file.
+        UserError: a pattern matches no file.
     """
     found: set[Path] = set()
     for pattern in patterns:
@@ -102,7 +102,7 @@ def read_text(path: Path) -> Iterator[Piece]:
 
 
 def read_separated(path: Path, separator: str) -> Iterator[Piece]:
-    """A plain text file of documents with `separator` between them; white space around a document is stripped."""
+    """A plain text file of documents with `separator` between them; whitespace around a document is stripped."""
     carried = ""
     for piece in read_text(path):
         *whole, carried = (carried + piece.text).split(separator)
@@ -115,7 +115,7 @@ def read_separated(path: Path, separator: str) -> Iterator[Piece]:
 
 
 def read_jsonl(path: Path, text_field: str) -> Iterator[Piece]:
-    """A file of one JSON object per line, plain or compressed; each `text_field` is a document, if not empty."""
+    """A file with one JSON object per line, plain or compressed; each non-empty `text_field` is a document."""
     for entry, location, read in json_lines(path):
         if text := _field(entry, text_field, location):
             yield Piece(text, True, read)
@@ -139,11 +139,11 @@ def json_lines(path: Path) -> Iterator[tuple[Any, str, int]]:
                 if line.strip():
                     yield _parsed(line, location), location, raw.tell()
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise UserError(f"{path} is damaged: {error}") from None
+            raise UserError(f"{path} is corrupt: {error}") from None
 
 
 def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[dict[str, Any], str, int]]:
-    """The columns of each row of a Parquet file, its location, and its share of the file in bytes."""
+    """The columns of each row of a Parquet file, its location for messages, and the bytes read so far (estimated)."""
     arrow, parquet = require("pyarrow", "parquet"), require("pyarrow.parquet", "parquet")
     row, size = 0, path.stat().st_size
     try:
@@ -162,10 +162,10 @@ def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[dict[str,
 
 
 def split_tail(pieces: Iterable[Piece], start: int) -> Iterator[Piece]:
-    """One document as two: train up to the first line that begins at byte `start` or later, val from there.
+    """Splits one document in two: train up to the first line that starts at byte `start` or later, val from there.
 
-    If no line begins there within the piece, the split is between two characters. The piece that ends the training
-    part may be empty.
+    If no line starts there within the piece, the split is between two characters. The last piece of the training part
+    may be empty.
     """
     at, split = 0, "train"
     for piece in pieces:
@@ -183,7 +183,7 @@ def split_tail(pieces: Iterable[Piece], start: int) -> Iterator[Piece]:
 
 
 def split_documents(pieces: Iterable[Piece], name: str, val_fraction: float) -> Iterator[Piece]:
-    """Assigns each document to val or train as a whole, by a hash of `name` and the document's number."""
+    """Assigns each document to val or train by a hash of `name` and the document's number."""
     document = 0
     for piece in pieces:
         share = unit_hash(f"{name}:{document}")
@@ -192,7 +192,7 @@ def split_documents(pieces: Iterable[Piece], name: str, val_fraction: float) -> 
 
 
 def unit_hash(text: str) -> float:
-    """A number from 0 to below 1 that depends on `text` alone, on every machine."""
+    """A number in [0, 1) that depends on `text` alone, on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:6], "big") / 2**48
 
 
@@ -209,7 +209,7 @@ def _cut(data: bytes) -> int:
 
 
 def _next_line(data: bytes, at: int, last: bool) -> int:
-    """The start of the first line from `at` on, else of a nearby character; never the end of the `last` piece."""
+    """The start of the first line at or after `at`, else of a nearby character; never the end of the `last` piece."""
     if at in (0, len(data)):
         return at
     line = data.find(b"\n", at - 1) + 1
@@ -222,7 +222,7 @@ def _next_line(data: bytes, at: int, last: bool) -> int:
 
 
 def _decode(data: bytes, path: Path, at: int) -> str:
-    """The text of bytes that begin at byte `at` of a file."""
+    """Decodes bytes that start at byte `at` of a file."""
     if (zero := data.find(b"\0")) >= 0:
         raise UserError(f"{path} is a binary file (a zero byte at byte {at + zero:,}); give text in UTF-8")
     try:
@@ -234,7 +234,7 @@ def _decode(data: bytes, path: Path, at: int) -> str:
 
 
 def _decompressed(path: Path, raw: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file, decompressed if need be; a line that is too long comes truncated to the limit + 1."""
+    """The lines of a file, decompressed if necessary; overlong lines are truncated to the limit + 1."""
     if path.suffix.lower() == ".gz":
         with gzip.open(raw) as file:
             yield from _lines(file)
@@ -244,7 +244,7 @@ def _decompressed(path: Path, raw: BinaryIO) -> Iterator[bytes]:
             stream = library.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
             yield from _lines(io.BufferedReader(stream, BLOCK))
         except library.ZstdError as error:
-            raise UserError(f"{path} is damaged: {error}") from None
+            raise UserError(f"{path} is corrupt: {error}") from None
     else:
         yield from _lines(raw)
 
@@ -275,7 +275,7 @@ def _field(entry: Any, text_field: str, location: str) -> str:
 
 
 def checked(text: object, location: str, field: str) -> str:
-    """A document given as a value; refuses what is not text, or could not be in a plain text file."""
+    """Checks that a value is text that could also be in a plain text file."""
     if not isinstance(text, str):
         raise UserError(f"{location}: {type(text).__name__} where text should be; set {field}")
     if "\0" in text:
@@ -283,5 +283,5 @@ def checked(text: object, location: str, field: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise UserError(f"{location}: half a surrogate pair, which is no character; remove it") from None
+        raise UserError(f"{location}: an unpaired surrogate, which is not a character; remove it") from None
     return text

@@ -25,16 +25,16 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 @dataclass(frozen=True, kw_only=True)
 class ShakespeareChar(Corpus):
-    """1,115,394 characters, 65 different ones: 1,003,854 to train on, 111,540 to validate; each split is a document."""
+    """Tiny Shakespeare, 1,115,394 characters, 65 distinct: 1,003,854 for training, 111,540 for validation."""
 
     file: str | None = None
-    """A local copy of the text. None: download input.txt (1.1 MB)."""
+    """A local copy of the text; None: download input.txt (1.1 MB)."""
     tokenizer: Literal["char", "byte"] = "char"
-    """One token per character of this text, or per byte, which other texts have too, for mixtures."""
+    """char: one token per character of this text; byte: one per byte, as needed for mixtures with other texts."""
     tokenizer_file: str | None = None
-    """A tokenizer.json to use instead, or hf:NAME_OR_FOLDER for that of a model."""
+    """Use this tokenizer.json instead, or a model's tokenizer as hf:NAME_OR_FOLDER."""
     held_out: float = 0.0
-    """Share of the text held out from the end of the training part as the split test, to choose hyperparameters by."""
+    """Share of the text held out from the end of the training part as the test split, for tuning hyperparameters."""
 
     def check(self) -> None:
         """Raises UserError for a field out of range."""
@@ -42,7 +42,7 @@ class ShakespeareChar(Corpus):
             raise UserError(f"corpus.held_out is {self.held_out}; allowed: from 0 to below 0.9")
 
     def prepare(self, folder: Path, console: Console) -> TokenDataset:
-        """Writes the splits; the text is never held in memory as a whole."""
+        """Writes the splits, streaming the text."""
         path = self._find(folder.parent / "downloads" / "tinyshakespeare.txt", console)
         whole = TextFile(path, path.stat().st_size, lambda: read_text(path))
         if not whole.bytes:
@@ -75,10 +75,10 @@ class ShakespeareChar(Corpus):
 
 
 def _download(path: Path) -> Path:
-    """Downloads input.txt to `path`, unless it is there already.
+    """Downloads input.txt to `path`, unless it exists.
 
     Raises:
-        UserError: the network fails, or the file is another one.
+        UserError: the network fails, or the file is not the expected one.
     """
     if path.is_file() and sha256(path) == SHA256:
         return path

@@ -21,12 +21,12 @@ LEFT_OUT = {
 
 @dataclass(frozen=True, kw_only=True)
 class Stdlib(TextCorpus):
-    """Every module is a document. The text depends on the version of Python, which the card names."""
+    """Python's standard library, each module a document. The text depends on Python's version, which the card names."""
 
     vocab_size: int = 4096
-    """Largest vocabulary of the byte-pair encoding."""
+    """Maximum vocabulary size of the byte-pair encoding."""
     max_bytes: int | None = None
-    """Total size of the modules taken. None: all of them."""
+    """Maximum total size of the modules in bytes; None: all modules."""
 
     def check(self) -> None:
         """Raises UserError for a field out of range."""
@@ -40,10 +40,10 @@ class Stdlib(TextCorpus):
         return self.write(folder, files, console, python=platform.python_version())
 
     def files(self, library: Path) -> list[TextFile]:
-        """The modules taken, sorted by path; those with the lowest hashes of their paths, at least one, validate.
+        """The modules to use, sorted by path; those with the lowest path hashes, at least one, are for validation.
 
         Raises:
-            UserError: fewer than two modules lie in `library`.
+            UserError: `library` has fewer than two modules.
         """
         modules = [path.relative_to(library) for path in library.rglob("*.py")]
         modules = [path for path in modules if not LEFT_OUT & set(path.parts[:-1])]
@@ -56,7 +56,7 @@ class Stdlib(TextCorpus):
                 left = None if left is None else left - size
         if len(chosen) < 2:
             raise UserError(
-                f"{library} has no source code of the standard library; use the corpus text on files of yours"
+                f"{library} has no source code of the standard library; use the corpus text with your own files"
             )
         held_out = {path for path, _ in chosen[: max(1, round(self.val_fraction * len(chosen)))]}
         return [_file(library / path, size, "val" if path in held_out else "train") for path, size in sorted(chosen)]

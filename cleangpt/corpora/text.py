@@ -24,25 +24,26 @@ GROUP = 2**21
 
 
 SAMPLE = 2**25
-"""Largest number of characters from which a byte-pair encoding is learned."""
+"""Maximum number of characters to train a byte-pair encoding on."""
 
 
 END_CHARACTER = "\0"
-"""The end of a document where tokens are characters; no text has it, since a zero byte means a binary file."""
+"""The end-of-text character of a character tokenizer; no text contains it, since files with zero bytes are refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextCorpus(Corpus):
-    """What corpora of text have in common: a tokenizer, which may be learned from the text, and a share to validate."""
+    """Base class of corpora of text: a tokenizer, which may be trained on the text, and a share for validation."""
 
     tokenizer: Literal["char", "byte", "bpe"] = "byte"
-    """One token per character or byte, or byte-pair encoding learned from the text (needs cleangpt[bpe])."""
+    """char or byte: one token per character or byte; bpe: byte-pair encoding trained on the text, needs
+    cleangpt[bpe]."""
     vocab_size: int = 8192
-    """Largest vocabulary of the byte-pair encoding."""
+    """Maximum vocabulary size of the byte-pair encoding."""
     tokenizer_file: str | None = None
-    """A tokenizer.json to use instead, or hf:NAME_OR_FOLDER for that of a model."""
+    """Use this tokenizer.json instead, or a model's tokenizer as hf:NAME_OR_FOLDER."""
     val_fraction: float = 0.05
-    """Share of the text to validate with."""
+    """Share of the text for validation."""
 
     def check(self) -> None:
         """Raises UserError for a field out of range."""
@@ -52,10 +53,10 @@ class TextCorpus(Corpus):
             raise UserError(f"corpus.val_fraction is {self.val_fraction}; allowed: 0.0001 to 0.5")
 
     def choose_tokenizer(self, files: list[TextFile], console: Console) -> Tokenizer:
-        """The tokenizer of `tokenizer_file`, or one of the kind `tokenizer`, learned from the files where it learns.
+        """The tokenizer of `tokenizer_file`, or one of the kind `tokenizer`, trained on the files if necessary.
 
         Raises:
-            UserError: there is no text to learn from, or a file is not text.
+            UserError: there is no text to train on, or a file is not text.
         """
         if not any(file.bytes for file in files):
             raise UserError(f"no text in {files[0].path if files else 'corpus.files'}; it is empty")
@@ -69,7 +70,7 @@ class TextCorpus(Corpus):
         return CharTokenizer(characters(files) + END_CHARACTER, END_CHARACTER)
 
     def write(self, folder: Path, files: list[TextFile], console: Console, **options: Any) -> TokenDataset:
-        """`write_texts` with the tokenizer that the fields choose."""
+        """`write_texts` with the tokenizer from `choose_tokenizer`."""
         return write_texts(self, folder, files, self.choose_tokenizer(files, console), console, **options)
 
 
@@ -110,18 +111,18 @@ def write_texts(
 
 
 def stamps(files: list[TextFile]) -> list[list[Any]]:
-    """Path, size and modification time of each file, by which `stale_source` finds one that has changed."""
+    """Path, size and modification time of each file, for `stale_source` to detect changes."""
     return [[str(file.path), file.bytes, file.path.stat().st_mtime_ns] for file in files]
 
 
 def encode_files(files: list[TextFile], tokenizer: Tokenizer, start: int) -> Groups:
-    """The groups of all files after the first `start`, which are read but not encoded."""
+    """The encoded groups of all files after the first `start` groups, which are read but not encoded."""
     for read, pieces in itertools.islice(grouped(files), start, None):
         yield read, encode_group(pieces, tokenizer)
 
 
 def encode_group(pieces: list[Piece], tokenizer: Tokenizer) -> list[Chunk]:
-    """The chunks of some pieces; each document ends with the end-of-text token, where the tokenizer has one."""
+    """Encodes pieces into chunks; each document ends with the end-of-text token, if the tokenizer has one."""
     return _chunks(pieces, _encode(tokenizer, [piece.text for piece in pieces]), tokenizer.eos_id)
 
 
@@ -168,7 +169,7 @@ def _chunks(pieces: list[Piece], arrays: list[NDArray[np.int64]], eos_id: int | 
 
 
 def _sample(files: list[TextFile]) -> Iterator[str]:
-    """Training text of at most about `SAMPLE` characters: the start of every file, in proportion to its size."""
+    """Training text, about `SAMPLE` characters at most: the start of every file, in proportion to its size."""
     total = sum(file.bytes for file in files)
     for file in files:
         left = max(1, SAMPLE * file.bytes // total)
@@ -181,24 +182,24 @@ def _sample(files: list[TextFile]) -> Iterator[str]:
 
 
 FEW = 100
-"""Up to this number of plain text files, the tail of each validates."""
+"""Up to this number of plain text files, the end of each is for validation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Text(TextCorpus):
-    """A plain text file is one document; a line of JSON or a row of Parquet is one each.
+    """Your own text: each plain text file, line of JSON or row of Parquet is a document.
 
-    Up to 100 plain text files are each split in two: the head trains, the tail validates. Of more files, and of JSON
-    and Parquet, each document goes to one of the splits as a whole, by a hash of its position.
+    Up to 100 plain text files are each split in two, the first part for training, the rest for validation. With more
+    files, and with JSON and Parquet, a hash of its position assigns each document to a split.
     """
 
     files: tuple[str, ...]
-    """Paths, globs or folders: .jsonl, .jsonl.gz, .jsonl.zst, .parquet; any other suffix is read as plain text."""
+    """Paths, globs or folders: .jsonl, .jsonl.gz, .jsonl.zst, .parquet; files with any other suffix are plain text."""
     text_field: str = "text"
-    """Field of JSON lines, or column of Parquet, that holds the text."""
+    """Field of JSON lines, or column of Parquet, with the text."""
     pack: int | None = None
-    """Pack whole documents into samples of this many tokens, which data.seq_len must then be, and leave the rest of
-    each sample empty. None: samples are windows that ignore where documents end."""
+    """Pack documents into samples of this many tokens, padding the rest; data.seq_len must be equal to it; None:
+    samples are windows that ignore document boundaries."""
 
     @property
     def row_length(self) -> int | None:

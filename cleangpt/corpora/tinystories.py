@@ -24,25 +24,24 @@ EDITIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class TinyStories(TextCorpus):
-    """Short stories in the words of a small child; each is a document. Needs cleangpt[bpe], and [hub] to download."""
+    """TinyStories: short stories in a small child's words, each a document. Needs cleangpt[bpe], [hub] to download."""
 
     tokenizer: Literal["char", "byte", "bpe"] = "bpe"
-    """Byte-pair encoding learned from the stories, or one token per character or byte."""
+    """bpe: byte-pair encoding trained on the stories; char or byte: one token per character or byte."""
     vocab_size: int = 4096
-    """Largest vocabulary of the byte-pair encoding."""
+    """Maximum vocabulary size of the byte-pair encoding."""
     val_fraction: float = 0.01
-    """Share of the stories to validate with, where no file is named for that."""
+    """Share of the stories for validation, if no validation file is given."""
     files: tuple[str, ...] = ()
-    """Local files, globs or folders: .txt with <|endoftext|> between stories, .jsonl or .parquet. None: download.
+    """Local files, globs or folders: .txt with <|endoftext|> between stories, .jsonl or .parquet; empty: download.
 
-    Files with "valid" in their name validate; without any, val_fraction of the stories do.
+    Files with "valid" in their name are for validation; without any, val_fraction of the stories is.
     """
     edition: Literal["v1", "v2", "parquet"] = "v2"
-    """What to download: v1 (1.9 GB); v2, written by GPT-4 only (2.2 GB); or parquet, v1 as shards, each removed once
-    it is tokenised (1.0 GB; needs cleangpt[parquet] too)."""
+    """Edition to download: v1 (1.9 GB); v2, written by GPT-4 only (2.2 GB); or parquet, v1 in shards, each removed once
+    it is tokenized (1.0 GB; needs cleangpt[parquet] too)."""
     max_tokens: int | None = None
-    """Stop once there are this many training tokens, up to a group of about two million characters more. None: take
-    all stories."""
+    """Stop at this many training tokens, at the end of a group of about two million characters; None: all stories."""
 
     def check(self) -> None:
         """Raises UserError for a field out of range."""

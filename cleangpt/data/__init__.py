@@ -1,1 +1,1 @@
-"""From tokens on disk to batches: tokenizers, datasets, the order of samples, mixtures, batches."""
+"""From text to batches: tokenizers, datasets, the order of samples, mixtures, batches."""

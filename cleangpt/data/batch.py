@@ -22,7 +22,7 @@ class Batch:
     extras: dict[str, Tensor] = field(default_factory=dict)
     """Further tensors for the objective, such as advantages `(rows, seq)`; they need no gradient, so they are data."""
     group: int = 1
-    """Neighbouring rows that stay together in one micro-batch and on one device: 2 for pairs."""
+    """Number of neighbouring rows that must stay together in one micro-batch and on one device, such as 2 for pairs."""
 
     def __len__(self) -> int:
         return len(self.targets)

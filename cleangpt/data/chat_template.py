@@ -1,8 +1,8 @@
 """Conversations as text: chat templates, and which tokens of a conversation are answers.
 
-A conversation is a list of messages, each with a role (system, user, assistant) and its content. A template in Jinja,
-as Hugging Face's tokenizers have one, defines how it is written. Templates may come from strangers, so they run in
-Jinja's sandbox, where they see the messages, the names of special tokens and the date, and can neither call nor change
+A conversation is a list of messages, each with a role (system, user, assistant) and its content. A Jinja template, as
+in Hugging Face's tokenizers, defines how it is written. Templates may come from strangers, so they run in Jinja's
+sandbox, where they see the messages, the names of special tokens and the date, and can neither call nor change
 anything else, and in a separate process with a time limit (`data/rendering.py`). The template is stored as
 `chat_template.json` in every dataset of conversations and in every checkpoint trained on one.
 """
@@ -56,7 +56,7 @@ PLAIN = """\
 {{ 'assistant\\n' }}
 {%- endif -%}
 """
-"""For a tokenizer that brings no template: each message below its role; an answer ends with the end-of-text token."""
+"""For a tokenizer without a template: each message below its role; an answer ends with the end-of-text token."""
 
 
 Message = Mapping[str, Any]
@@ -68,25 +68,25 @@ Spans = list[tuple[int, int]]
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template in Jinja, and the names of special tokens that it may use, such as `eos_token`."""
+    """A Jinja template, and the special tokens that it may use by name, such as `eos_token`."""
 
     source: str
     special: Mapping[str, str] = field(default_factory=dict)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """The text of a conversation; with `add_generation_prompt`, up to where the assistant's next answer begins.
+        """The text of a conversation; with `add_generation_prompt`, up to where the assistant's next answer starts.
 
         Raises:
-            UserError: the template is faulty, refuses the conversation, or tries what the sandbox forbids.
+            UserError: the template is invalid, refuses the conversation, or does what the sandbox forbids.
         """
         return _unmarked(self._render(messages, add_generation_prompt))[0]
 
     def render_answers(self, messages: Sequence[Message], special: Collection[str]) -> tuple[str, Spans]:
         """The text of a conversation, and the span of each answer in it, its end token included.
 
-        A template may mark answers by ``{% generation %}``. In any other, an answer is what its message adds to the
-        text of those before it, without white space after a `special` token that ends it. With a template that writes
-        ``user: Hi`` and ``bot: Yo</s>`` on lines of their own, the span of the answer is that of ``Yo</s>``.
+        A template may mark answers with ``{% generation %}``. Otherwise an answer is what its message adds to the text
+        of the messages before it, without whitespace after a final `special` token. If a template writes ``user: Hi``
+        and ``bot: Yo</s>`` on separate lines, the span of the answer is that of ``Yo</s>``.
 
         Raises:
             UserError: as `render`, or a message changes how those before it are written.
@@ -108,7 +108,7 @@ class ChatTemplate:
 
     @property
     def marks_answers(self) -> bool:
-        """Whether the template marks answers by ``{% generation %}``."""
+        """Whether the template marks answers with ``{% generation %}``."""
         return re.search(r"{%[-+]?\s*generation\s*[-+]?%}", self.source) is not None
 
     def to_json(self) -> str:
@@ -129,7 +129,7 @@ class ChatTemplate:
 
 # Where a template comes from -----------------------------------------------------------------------------------------
 def plain_template(tokenizer: Tokenizer) -> ChatTemplate:
-    """Ours, for a tokenizer that brings none.
+    """Our own template, for a tokenizer without one.
 
     Raises:
         UserError: the tokenizer has no end-of-text token to end an answer with.
@@ -141,7 +141,7 @@ def plain_template(tokenizer: Tokenizer) -> ChatTemplate:
 
 
 def load_template(text: str, tokenizer: Tokenizer) -> ChatTemplate:
-    """The template that a user names: a file in Jinja, or a folder with one, or ``hf:NAME``.
+    """The template given by a user: a Jinja file, a folder with one, or ``hf:NAME``.
 
     Raises:
         UserError: there is none, or it is not UTF-8.
@@ -158,7 +158,7 @@ def find_template(folder: Path) -> ChatTemplate | None:
     """The template in a dataset, a checkpoint or a folder in Hugging Face's layout; None: it has none.
 
     Raises:
-        UserError: the file that should hold it is damaged.
+        UserError: its file is corrupt.
     """
     if (folder / CHAT_TEMPLATE).is_file():
         content = read_json(folder / CHAT_TEMPLATE)
@@ -187,7 +187,7 @@ def _special_of(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _names(tokenizer: Tokenizer) -> dict[str, str]:
-    """What Hugging Face's templates call the tokens at which a text begins and ends."""
+    """The tokens that start and end a text, by their names in Hugging Face's templates."""
     special = special_tokens(tokenizer)
     names = {
         "bos_token": next((name for name in BOS_TOKENS if name in special), None),
@@ -208,7 +208,7 @@ def check_messages(messages: object, place: str) -> list[dict[str, Any]]:
     """The messages of a conversation that came from a file.
 
     Raises:
-        UserError: one is no object with a role and a content that are text; begins with `place`.
+        UserError: one is not an object with role and content as text; the message starts with `place`.
     """
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{place}: no list of messages")
@@ -217,12 +217,12 @@ def check_messages(messages: object, place: str) -> list[dict[str, Any]]:
             if not isinstance(message, dict) or not isinstance(message.get(key), str):
                 raise UserError(f"{place}: message {number} has no text as its {key}")
             if BEGIN in message[key] or END in message[key]:
-                raise UserError(f"{place}: message {number} has U+FDD0 or U+FDD1, which are no characters; remove them")
+                raise UserError(f"{place}: message {number} has U+FDD0 or U+FDD1, not characters; remove them")
     return messages
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """The tokens that are no text, by the names by which a rendered conversation has them."""
+    """The special tokens, by the names that stand for them in a rendered conversation."""
     if isinstance(tokenizer, BPETokenizer):
         return tokenizer.special
     if tokenizer.eos_id is None:
@@ -232,12 +232,12 @@ def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def encode_chat(tokenizer: Tokenizer, texts: list[str]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Token ids `(length,)` of rendered conversations, and the characters of each `(length, 2)`, from and to.
+    """Token ids `(length,)` of rendered conversations, and each token's character span `(length, 2)`.
 
-    Names of special tokens become these tokens, which `Tokenizer.encode` never does.
+    Names of special tokens become these tokens, unlike in `Tokenizer.encode`.
 
     Raises:
-        UserError: an unknown character, or a tokenizer of a kind that has no such names.
+        UserError: an unknown character, or a kind of tokenizer without such names.
     """
     if isinstance(tokenizer, BPETokenizer):
         return tokenizer.encode_special(texts)
@@ -249,7 +249,7 @@ def encode_chat(tokenizer: Tokenizer, texts: list[str]) -> list[tuple[NDArray[np
 
 
 def answer_mask(places: NDArray[np.int64], spans: Spans) -> NDArray[np.uint8]:
-    """1 for each token `(length,)` that has a character within a span, by the characters of each `(length, 2)`."""
+    """1 for each token `(length,)` with a character in one of the spans, given each token's span `(length, 2)`."""
     mask = np.zeros(len(places), np.uint8)
     for begin, end in spans:
         mask[(places[:, 0] < end) & (places[:, 1] > begin)] = 1
@@ -257,7 +257,7 @@ def answer_mask(places: NDArray[np.int64], spans: Spans) -> NDArray[np.uint8]:
 
 
 def stop_tokens(template: ChatTemplate, tokenizer: Tokenizer) -> set[int]:
-    """The tokens at which an answer has ended: the end of a text, and the special token that the template puts there.
+    """The tokens that end an answer: end of text, and the special token that the template puts after an answer.
 
     Raises:
         UserError: the template cannot write a conversation of one question and one answer.
@@ -289,7 +289,7 @@ def _from_to(starts: NDArray[np.int64]) -> NDArray[np.int64]:
 
 # The text ------------------------------------------------------------------------------------------------------------
 def _unmarked(text: str) -> tuple[str, Spans]:
-    """A text without the marks around answers, and where they stood."""
+    """A text without the marks around answers, and the spans that they marked."""
     plain, spans, begin = "", [], 0
     for part in re.split(f"([{BEGIN}{END}])", text):
         if part == BEGIN:

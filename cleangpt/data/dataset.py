@@ -1,17 +1,17 @@
 """A dataset on disk: a folder of flat, memory-mapped columns and one JSON file that describes them.
 
     dataset.json           format, corpus, dtypes, vocabulary, and for every split its shards, counts and checksums
-    tokenizer.json         turns the tokens into text again
-    chat_template.json     of conversations: how they were written as text
-    card.md                the same facts for a reader
+    tokenizer.json         turns the tokens back into text
+    chat_template.json     for conversations: how they were written as text
+    card.md                the same description, for people
     train_00000.bin        token ids, little-endian uint16 (vocabulary up to 65,536) or uint32, document after document
-    train_00000.mask       where there is a loss mask: one uint8 per token, 1 where the token counts as a target
-    train_00000.NAME.bin   where there are further columns: one number per token, little-endian
-    train_documents.bin    where every document starts, uint64, counted in tokens from the start of the split
+    train_00000.mask       with a loss mask: one uint8 per token, 1 where the token counts as a target
+    train_00000.NAME.bin   with extra columns: one number per token, little-endian
+    train_documents.bin    the start of every document, uint64, in tokens from the start of the split
 
-The shards of a split are read as one long row of tokens. Opening a dataset reads the JSON file and the sizes of the
-others; tokens are read when they are used. A dataset whose documents all have one length (`row_length`) is read a
-document at a time, any other in windows that ignore where documents end.
+The shards of a split are read as one sequence of tokens. Opening a dataset reads the JSON file and the sizes of the
+others; tokens are read when they are used. A dataset whose documents all have the same length (`row_length`) is read
+one document at a time, any other in windows that ignore document boundaries.
 """
 
 import mmap
@@ -34,18 +34,18 @@ DATASET, TOKENIZER, CARD, JOURNAL = "dataset.json", "tokenizer.json", "card.md",
 DATASET_OF_FORMAT_1 = "store.json"
 SPLITS = ("train", "val", "test")
 RESERVED = ("tokens", "targets", "mask", "cache", "logit_positions")
-"""Names that no further column may have: every dataset has these, or every model's `forward`."""
+"""Names that an extra column cannot have, since every dataset or every model's `forward` has them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """A further column of a dataset: one number per token, stored, shuffled and mixed as tokens are."""
+    """An extra column of a dataset: one number per token, stored, shuffled and mixed like the tokens."""
 
     dtype: Literal["uint8", "uint16", "int64", "float32"]
-    """On disk; whole numbers arrive in batches as int64."""
+    """On disk; integers become int64 in batches."""
     role: Literal["input", "extra"]
-    """input: `batch.inputs[name]`, a keyword of the model's `forward`, beside the tokens that it reads; extra:
-    `batch.extras[name]`, for the objective, beside the targets."""
+    """input: `batch.inputs[name]`, a keyword of the model's `forward`, aligned with the tokens; extra:
+    `batch.extras[name]`, for the objective, aligned with the targets."""
 
     def __post_init__(self) -> None:
         if self.dtype not in ("uint8", "uint16", "int64", "float32"):
@@ -55,18 +55,18 @@ class Column:
 
     @property
     def on_disk(self) -> np.dtype[Any]:
-        """Its dtype on disk, little-endian on every machine."""
+        """The dtype on disk, little-endian on every machine."""
         dtype: np.dtype[Any] = np.dtype(self.dtype).newbyteorder("<")
         return dtype
 
     @property
     def in_batch(self) -> np.dtype[Any]:
-        """Its dtype in a batch."""
+        """The dtype in a batch."""
         return np.dtype("float32" if self.dtype == "float32" else "int64")
 
 
 def check_column_names(columns: Mapping[str, Column]) -> None:
-    """Refuses names that cannot be keywords, or that have a meaning already.
+    """Refuses names that are not identifiers, or are reserved.
 
     Raises:
         UserError: names the first such column.
@@ -77,7 +77,7 @@ def check_column_names(columns: Mapping[str, Column]) -> None:
 
 
 class Split:
-    """One split of a dataset, opened."""
+    """An opened split of a dataset."""
 
     def __init__(self, folder: Path, description: dict[str, Any], name: str) -> None:
         """`description` is the content of dataset.json; train is read shuffled, the others in order."""
@@ -118,11 +118,11 @@ class Split:
         return self._read(self._masks, start, length)
 
     def read_column(self, name: str, start: int, length: int) -> NDArray[Any]:
-        """What one of the `columns` has for the same tokens."""
+        """The values of one of the `columns` for the same tokens."""
         return self._read(self._columns[name], start, length)
 
     def location(self, token: int) -> str:
-        """Where a token of the split is found: its file, and its number there."""
+        """The location of a token of the split: its file, and its index there."""
         shard = min(bisect_right(self._starts, token), len(self._files)) - 1
         return f"{self._files[shard]}, token {token - self._starts[shard]:,}"
 
@@ -146,7 +146,7 @@ class TokenDataset:
     """An opened dataset; `splits` has train, val and, for some corpora, test.
 
     Raises:
-        UserError: the folder is no dataset, is of another format, or one of its files is missing or truncated.
+        UserError: the folder is not a dataset, has another format, or one of its files is missing or truncated.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -180,7 +180,7 @@ class TokenDataset:
             )
 
     def fingerprint(self) -> dict[str, Any]:
-        """Checksums of all columns, as noted when they were written, and of the tokenizer; sizes and times."""
+        """Checksums of all columns, recorded when they were written, and of the tokenizer; sizes and times."""
         sums = self.description["sha256"] | {TOKENIZER: sha256(self.folder / TOKENIZER)}
         stats = {name: (self.folder / name).stat() for name in self.description["sha256"]}
         return {
@@ -219,7 +219,7 @@ class TokenDataset:
 
 
 def describe_columns(columns: Mapping[str, Column]) -> dict[str, Any]:
-    """Columns as they stand in dataset.json."""
+    """The description of columns for dataset.json."""
     return {name: asdict(column) for name, column in columns.items()}
 
 
@@ -236,9 +236,9 @@ def _within(folder: Path, name: str) -> Path:
 
 
 def _map(path: Path, dtype: np.dtype[Any], length: int, shuffled: bool) -> NDArray[Any]:
-    """`path` as a memory-mapped array; checks that its size is that of `length` numbers.
+    """Memory-maps `path`; checks that its size is that of `length` numbers.
 
-    A file that is read `shuffled` gains nothing from the system's reading ahead, which is switched off.
+    A file that is read `shuffled` gains nothing from the system's readahead, which is switched off.
     """
     try:
         size = path.stat().st_size

@@ -1,4 +1,4 @@
-"""From a dataset to batches, in order, with the next ones loaded in the background."""
+"""From a dataset to batches, in order, prefetched in the background."""
 
 import queue
 import threading
@@ -17,19 +17,19 @@ from cleangpt.data.shuffle import Order, mix, permute
 from cleangpt.errors import UserError
 
 ORDERED = 4096
-"""Positions whose samples are computed at once, at most an epoch of them."""
+"""Number of positions whose samples are computed at once, at most an epoch."""
 
 
 class Samples:
-    """A split cut into samples of `seq_len` inputs and targets.
+    """A split divided into samples of `seq_len` inputs and targets.
 
-    A dataset with a row length has one sample per row. Any other is cut into windows, each starting with the last
+    A dataset with a row length has one sample per row. Any other is divided into windows, each starting with the last
     target of the one before it. For training, the windows start after an offset that changes with the epoch, and the
     tokens left over at both ends (fewer than 2 x seq_len) are unused in that epoch. For validation the windows start
     at 0 and the last is padded, so that every token but the first is a target exactly once.
 
     Raises:
-        UserError: the split is too short, or its rows do not fit; with `pad_rows`, shorter rows do.
+        UserError: the split is too short, or its rows have another length; with `pad_rows`, they may be shorter.
     """
 
     def __init__(self, split: Split, seq_len: int, name: str = "split", *, pad_rows: bool = False) -> None:
@@ -52,7 +52,7 @@ class Samples:
     def batch(self, samples: NDArray[np.int64], offsets: NDArray[np.int64]) -> Batch:
         """The given samples `(batch,)`, each window shifted by its offset `(batch,)` in tokens.
 
-        Further columns of the split come as inputs or extras `(batch, seq_len)`; in padding they are 0.
+        Extra columns of the split become inputs or extras `(batch, seq_len)`, 0 in padding.
 
         Raises:
             UserError: a token is not in the vocabulary, so the file has changed since it was prepared.
@@ -86,11 +86,10 @@ class Samples:
 def validation_batches(
     samples: Samples, batch_size: int, limit: int | None = None, *, rank: int = 0, world_size: int = 1
 ) -> Iterator[Batch]:
-    """Batches of the whole split, or of `limit` samples, always the same ones, spread by a fixed permutation.
+    """Batches of the whole split, or of `limit` samples, always the same ones, chosen by a fixed permutation.
 
-    Each `rank` of `world_size` devices gets batches of `batch_size` of its own; all get the same number of them.
-    Every batch has the same shape, so that a compiled model is not compiled for a second one: the last is filled up
-    with samples without targets.
+    Each `rank` of `world_size` devices gets its own batches of `batch_size`; all get the same number. Every batch has
+    the same shape, so that a compiled model is compiled once: the last batch is filled up with samples without targets.
     """
     chosen = np.arange(samples.num_validation)
     if limit is not None and limit < len(chosen):
@@ -112,7 +111,7 @@ class Stream(Protocol):
         """The samples at `count` positions from `start` on."""
 
     def progress(self, position: int, skipped_ranges: Ranges = ()) -> dict[str, float]:
-        """The metrics visited_share and times_visited before a position, where some positions were skipped."""
+        """The metrics visited_share and times_visited up to a position, given the skipped positions."""
 
 
 class SplitStream:
@@ -140,7 +139,7 @@ class SplitStream:
         return {"visited_share": share, "times_visited": times}
 
     def _visited_share(self, position: int, ranges: NDArray[np.int64]) -> float:
-        """Never visited are the samples skipped in the first epoch and in each later one, as far as it has come."""
+        """The share visited at least once: a sample counts unless the first and every later epoch so far skipped it."""
         n = self.samples.num_training
         if position < n:
             return (position - int((ranges[:, 1] - ranges[:, 0]).sum())) / n
@@ -169,9 +168,9 @@ class SplitStream:
 class DatasetSource:
     """Training batches of a stream, in order; a thread loads up to `prefetch` of them ahead.
 
-    Its state is the number of samples consumed, over all devices, and the ranges of the stream that it skips: whole
-    batches, which are not counted as consumed. `rank` of `world_size` devices gets its own consecutive part of every
-    batch, so the order of samples does not depend on the number of devices.
+    Its state is the number of samples consumed, over all devices, and the ranges of the stream that it skips: complete
+    batches, which do not count as consumed. Each `rank` of `world_size` devices gets a contiguous part of every batch,
+    so the order of samples does not depend on the number of devices.
     """
 
     def __init__(
@@ -189,7 +188,7 @@ class DatasetSource:
         self.samples = 0
         """Consumed so far, over all devices."""
         self.skipped_ranges: list[list[int]] = []
-        """Positions of the stream."""
+        """Ranges of positions of the stream."""
         self.wait_time = 0.0
         """Seconds that `next` has waited for a batch, since the start."""
         self._loader: _Loader | None = None
@@ -209,9 +208,9 @@ class DatasetSource:
         return self.stream.progress(without_ranges(self.samples, self.skipped_ranges), self.skipped_ranges)
 
     def skip(self, start: int, end: int) -> None:
-        """Skips from now on what was given from `start` to `end` samples consumed, both at a batch's edge.
+        """Skips the samples between positions `start` and `end`, both at batch boundaries, from now on.
 
-        Called before `load_state_dict` goes back to a position up to `start`, which does not undo it.
+        Called before `load_state_dict` returns to `start` or earlier, which does not undo the skip.
         """
         first, last = (without_ranges(position, self.skipped_ranges) for position in (start, end - 1))
         self.skipped_ranges = add_range(self.skipped_ranges, first, last + 1)
@@ -221,10 +220,10 @@ class DatasetSource:
         return {"samples": self.samples, "skipped_ranges": [list(pair) for pair in self.skipped_ranges]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from `state_dict`; what is skipped already stays skipped.
+        """Restores `state_dict`; ranges skipped already stay skipped.
 
         Raises:
-            ValueError: a number in it is no position.
+            ValueError: a number in it is not a position.
         """
         samples, ranges = state["samples"], state["skipped_ranges"]
         for number in (samples, *(edge for first, last in ranges for edge in (first, last))):
@@ -262,14 +261,14 @@ class _Loader:
         self._thread.start()
 
     def next(self) -> Batch:
-        """The next batch; raises what went wrong in the thread."""
+        """The next batch; raises an error that occurred in the thread."""
         batch = self._queue.get()
         if isinstance(batch, BaseException):
             raise batch
         return batch
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Stops the thread."""
         self._closing.set()
         while self._thread.is_alive():
             while not self._queue.empty():

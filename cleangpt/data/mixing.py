@@ -1,9 +1,9 @@
-"""The source of the sample at each position of a mixture: computed from the weights, never drawn and never stored.
+"""The source of each sample of a mixture: computed from the weights, never drawn at random or stored.
 
-Of the first p samples, a source whose share is w has w · p, to within less than one sample, for every p. That is the
-chairman assignment problem: its tight bound, 1 − 1/(2n − 2) for n sources, and the rule that reaches it are Tijdeman's
-(1980, "The chairman assignment problem"). Constant shares repeat a short pattern, so the number of samples taken from
-each source before any position follows from a division and one look at the pattern. Shares that change over the run's
+Of the first p samples, a source with share w contributes w · p, to within less than one sample, for every p. This is
+the chairman assignment problem; its tight bound, 1 − 1/(2n − 2) for n sources, and the rule that reaches it are due to
+Tijdeman (1980, "The chairman assignment problem"). Constant shares repeat a short pattern, so the number of samples
+from each source before any position takes a division and one lookup in the pattern. Shares that change over the run's
 progress are constant within stretches of it, and the same rule gives the samples of each source in each stretch.
 """
 
@@ -27,11 +27,11 @@ from cleangpt.data.tokenizers import Tokenizer
 from cleangpt.errors import UserError
 
 Weight = float | tuple[tuple[float, float], ...]
-"""A number, or points (progress, weight) with straight lines between them."""
+"""A number, or points (progress, weight) that are interpolated linearly."""
 
 
 PARTS = 10_000
-"""Shares that are not simple fractions are rounded to multiples of 1 / PARTS."""
+"""Shares other than simple fractions are rounded to multiples of 1 / PARTS."""
 
 
 STRETCH = 128
@@ -44,7 +44,7 @@ STRETCHES = 10_000
 
 @dataclass(frozen=True)
 class Stretch:
-    """Positions from `start` on within which one pattern repeats."""
+    """A range of positions from `start` on in which one pattern repeats."""
 
     start: int
     before: tuple[int, ...]
@@ -54,7 +54,7 @@ class Stretch:
 
 
 class Interleaving:
-    """The sources of all positions; the last stretch has no end."""
+    """The source at every position; the last stretch has no end."""
 
     def __init__(self, stretches: Sequence[Stretch]) -> None:
         self.stretches = stretches
@@ -82,7 +82,7 @@ class Interleaving:
         return np.concatenate(parts)
 
     def end(self, source: int, samples: int) -> int | None:
-        """The first position before which a source has given this many samples; None: it never does."""
+        """The first position at which a source has contributed this many samples; None: never."""
         reached = [stretch for stretch in self.stretches if stretch.before[source] < samples]
         if not reached:
             return self._starts[0]
@@ -102,11 +102,11 @@ def interleave(names: Sequence[str], weights: Sequence[Weight], most: Sequence[i
         names: of the sources, for messages.
         weights: of each source, in proportion to one another.
         most: samples after which each source ends, and its share goes to the others; None: it never ends.
-        total: samples in the run, which make progress 1. With weights that do not change, the sources of all positions
-            below `total` do not depend on it.
+        total: samples in the run, at which progress is 1. With constant weights, the sources of all positions below
+            `total` do not depend on it.
 
     Raises:
-        UserError: at some progress no source is left, or a source's share is too small to be kept.
+        UserError: at some progress no source is left, or a source's share is too small.
     """
     stretches: list[Stretch] = []
     position, taken, left = 0, (0,) * len(names), [True] * len(names)
@@ -136,7 +136,7 @@ def shares_at(weights: Sequence[Weight], progress: NDArray[np.float64]) -> NDArr
 def whole_counts(quotas: NDArray[np.int64], unit: int) -> NDArray[np.int64]:
     """Integers that follow growing quotas to within 1 − 1/(2n − 2).
 
-    Every source first gets what its lower bound demands; the rest goes to those that would fall behind soonest.
+    Every source first gets its lower bound; the rest goes to those that would fall behind soonest.
 
     Args:
         quotas: `(steps + 1, sources)`, in 1/unit; a row's sum is a multiple of `unit`, and the first row is 0.
@@ -162,7 +162,7 @@ def whole_counts(quotas: NDArray[np.int64], unit: int) -> NDArray[np.int64]:
 
 @lru_cache(maxsize=16)
 def pattern(period: tuple[int, ...]) -> NDArray[np.int64]:
-    """The source of each sample `(sum(period),)` of a repetition in which each source has as many as `period` says."""
+    """The source of each sample `(sum(period),)` of one repetition, given the number of samples of each source."""
     length = sum(period)
     counts = whole_counts(np.arange(length + 1)[:, None] * np.array(period), length)
     order: NDArray[np.int64] = np.argmax(np.diff(counts, axis=0), axis=1)
@@ -194,7 +194,7 @@ def _stretches(
 
 
 def _period(names: Sequence[str], weights: Sequence[float], start: int, total: int) -> tuple[int, ...]:
-    """The smallest integers in the proportions of the weights, which are rounded to parts where they are large."""
+    """The smallest integers in proportion to the weights, rounded to parts of 1 / PARTS if they would be large."""
     if not any(weights):
         raise _nothing_left(names, start, total)
     exact = [Fraction(str(weight)) for weight in weights]
@@ -239,18 +239,18 @@ class MixtureSource:
 
     dataset: TokenDataset
     name: str = ""
-    """Names its metrics, as in val_loss/NAME; a corpus on its own has no name, and its metrics are those of the run."""
+    """Name in metrics such as val_loss/NAME; empty for a single corpus, whose metrics are those of the run."""
     weight: Weight = 1.0
-    """In proportion to the other sources'."""
+    """Relative to the other sources' weights."""
     max_epochs: int | None = None
-    """Passes over its training samples after which it ends; None: it repeats as long as the run does."""
+    """Epochs after which the source ends; None: it repeats for the whole run."""
 
 
 class MixedDataset:
     """The datasets of a run: one, or several that are mixed, with the same tokenizer, columns and chat template.
 
     Raises:
-        UserError: two of them do not go together.
+        UserError: two of them are incompatible.
     """
 
     def __init__(self, sources: Sequence[MixtureSource], error_on_exhaustion: bool = False) -> None:
@@ -302,9 +302,9 @@ class MixedStream:
         return Batch.cat(batches).rows(back)
 
     def progress(self, position: int, skipped_ranges: Ranges = ()) -> dict[str, float]:
-        """The metrics visited_share and times_visited before a position, of all sources together and of each.
+        """The metrics visited_share and times_visited up to a position, for all sources together and for each.
 
-        A skipped range of the mixture is, in each source, a range too.
+        A skipped range of the mixture is a range in each source, too.
         """
         taken = self.interleaving.taken(position).tolist()
         bounds = [[self.interleaving.taken(bound).tolist() for bound in pair] for pair in skipped_ranges]
@@ -323,7 +323,7 @@ class MixedStream:
 
 
 def split_samples(dataset: MixedDataset, split: str, seq_len: int) -> dict[str, Samples]:
-    """The samples of a split by source; the rows of a source without a name must fill a sample, others are padded.
+    """The samples of a split by source; rows of a mixture's sources are padded, those of a single corpus must fit.
 
     Raises:
         UserError: a split is missing or too short, or its rows do not fit into `seq_len`.
@@ -340,7 +340,7 @@ def split_samples(dataset: MixedDataset, split: str, seq_len: int) -> dict[str, 
 
 
 def mean_shares(dataset: MixedDataset) -> dict[str, float]:
-    """Each source's share of the samples by its weight, averaged over the run."""
+    """Each source's share of the samples according to its weight, averaged over the run."""
     shares = shares_at([source.weight for source in dataset.sources], PROGRESS).mean(axis=0)
     names = [source.name for source in dataset.sources]
     return dict(zip(names, (shares / shares.sum()).tolist(), strict=True))
@@ -350,7 +350,7 @@ def training_stream(dataset: MixedDataset, seq_len: int, seed: int, total: int) 
     """The training samples of a run of `total` samples.
 
     Raises:
-        UserError: a training split does not fit, or a source ends where that is an error, or none is left.
+        UserError: a training split does not fit, a source ends although that is an error, or none is left.
     """
     samples = split_samples(dataset, "train", seq_len)
     most = [

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 Ranges = Sequence[Sequence[int]]
-"""Positions of a stream: pairs of the first and the one after the last, in order, with gaps between."""
+"""Ranges of positions of a stream, (first, last + 1), in order and with gaps between them."""
 
 
 def add_range(ranges: Ranges, start: int, end: int) -> list[list[int]]:
@@ -18,7 +18,7 @@ def add_range(ranges: Ranges, start: int, end: int) -> list[list[int]]:
 
 
 def without_ranges(position: int, ranges: Ranges) -> int:
-    """The position in a stream of the sample at a position among those that are in none of the ranges."""
+    """Converts a position that does not count skipped samples to a position in the stream."""
     for start, end in ranges:
         if position < start:
             break

@@ -1,8 +1,8 @@
-"""A chat template at work, in a process of its own, so that one that never ends or asks for gigabytes does no harm.
+"""Renders chat templates in a separate process, so that one that never ends or takes gigabytes does no harm.
 
-Jinja's sandbox keeps a template from calling or changing anything, but not from wasting time and memory: a loop within
-a loop, `'a' * 10 ** 10` or `10 ** 10 ** 10`. A process can be ended in the middle of all of them. Each line that it
-reads is a request in JSON, each that it writes the answer.
+Jinja's sandbox keeps a template from calling or changing anything, but not from wasting time and memory: nested loops,
+`'a' * 10 ** 10` or `10 ** 10 ** 10`. A process can be killed in the middle of any of these. Each line that it reads is
+a request in JSON, each line that it writes the answer.
 """
 
 import atexit
@@ -20,24 +20,24 @@ from pathlib import Path
 from typing import Any
 
 SECONDS = 10
-"""For one conversation; measured by the clock."""
+"""Time limit for one conversation, in wall-clock time."""
 MEMORY = 2**30
-"""Bytes of address space that the process may take; not on macOS and Windows, which know no such limit."""
+"""Limit on the process's address space in bytes; not on macOS and Windows, which do not support one."""
 LONGEST = 2**26
-"""Characters in the text of a conversation."""
+"""Maximum length of a rendered conversation in characters."""
 BEGIN, END = "\ufdd0", "\ufdd1"
-"""Stand around an answer while a template runs; Unicode keeps both from ever being characters."""
+"""Marks around an answer while a template is rendered; noncharacters of Unicode, so no text contains them."""
 
 
 class TemplateError(Exception):
-    """A template failed; the message says how."""
+    """A template failed; the message says why."""
 
 
 # Here ----------------------------------------------------------------------------------------------------------------
 
 
 class Renderer:
-    """The process in which templates run; started when it is first needed, and again after a template has ended it."""
+    """The process in which templates run; started when first needed, and restarted after a template has killed it."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -45,10 +45,10 @@ class Renderer:
         atexit.register(self.close)
 
     def render(self, source: str, values: Mapping[str, Any]) -> str:
-        """The text that a template makes of `values`, which are such as JSON has; any other becomes text.
+        """Renders a template with `values`, which are converted to JSON; those that cannot be become text.
 
         Raises:
-            TemplateError: the template is faulty, refuses the values, or takes too long or too much memory.
+            TemplateError: the template is invalid, refuses the values, or takes too long or too much memory.
         """
         request = json.dumps([source, dict(values)], default=str).encode("ascii") + b"\n"
         with self._lock:
@@ -68,7 +68,7 @@ class Renderer:
         return str(text)
 
     def close(self) -> None:
-        """Ends the process."""
+        """Stops the process."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()
@@ -76,7 +76,7 @@ class Renderer:
 
     def _started(self) -> "subprocess.Popen[bytes]":
         if self._process is None:
-            # With the paths of this process and no other: what lies in the current folder is not to be imported.
+            # With exactly the paths of this process, so that nothing in the current folder is imported.
             paths = f"import sys; sys.path[:] = {sys.path!r}"
             work = f"from {__name__} import serve; serve({SECONDS}, {MEMORY})"
             command = [sys.executable, "-I", "-c", f"{paths}; {work}"]
@@ -89,12 +89,12 @@ class Renderer:
 
 @lru_cache(maxsize=1)
 def sandbox() -> Any:
-    """Jinja as templates of the field expect it."""
+    """The Jinja environment that Hugging Face's chat templates expect."""
     import jinja2.ext
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
-        """``{% generation %}...{% endgeneration %}`` stands around what the assistant says."""
+        """``{% generation %}...{% endgeneration %}`` around the assistant's answers."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -123,7 +123,7 @@ def _strftime_now(form: str) -> str:
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    """As JSON; Jinja's own filter writes it for a web page."""
+    """A value as JSON; Jinja's own filter escapes it for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 
@@ -133,7 +133,7 @@ def _compiled(source: str) -> Any:
 
 
 def render_here(source: str, values: Mapping[str, Any]) -> str:
-    """`Renderer.render` in this process, without its limits: for a template that is known."""
+    """`Renderer.render` in this process, without its limits, for a trusted template."""
     wrong = "the chat template is not valid Jinja"
     try:
         template = _compiled(source)
@@ -150,7 +150,7 @@ def render_here(source: str, values: Mapping[str, Any]) -> str:
 
 
 def serve(seconds: float, memory: int) -> None:
-    """Answers requests until there are no more; a template that takes too long ends the process."""
+    """Answers requests until there are no more; a template that takes too long kills the process."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -158,7 +158,7 @@ def serve(seconds: float, memory: int) -> None:
     sandbox()
     with Path(os.devnull).open("w") as nowhere:
         for line in sys.stdin.buffer:
-            # Its thread needs no interpreter, so that it ends one that is deep in a single operation as well.
+            # Its thread does not need the interpreter, so it also ends a process deep in a single operation.
             faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)
             try:
                 answer = [render_here(*json.loads(line)), ""]

@@ -1,4 +1,4 @@
-"""Where batches come from: a dataset on disk, a policy, replayed episodes; training asks for nothing else."""
+"""The interface for sources of training batches: a dataset on disk, a policy, replayed episodes."""
 
 from typing import Any, Protocol
 
@@ -16,16 +16,16 @@ class BatchSource(Protocol):
         """This rank's part of the next batch, on the host."""
 
     def metrics(self) -> dict[str, float]:
-        """Metrics of what it has given so far: the share of the dataset visited, reward, length of episodes."""
+        """Metrics of the batches so far: the share of the dataset visited, mean reward, episode length."""
 
     def skip(self, start: int, end: int) -> None:
-        """Skips from now on what it gave between two positions; called before a roll-back, which does not undo it."""
+        """Skips the samples between two positions from now on; called before a rollback, which does not undo it."""
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from `state_dict`; what is skipped already stays skipped."""
+        """Restores `state_dict`; ranges skipped already stay skipped."""
 
     def close(self) -> None:
-        """Stops loading ahead."""
+        """Stops prefetching."""

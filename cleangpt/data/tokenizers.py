@@ -1,8 +1,7 @@
 """Text to token ids and back: characters, bytes, or byte-pair encoding by Hugging Face's `tokenizers`.
 
-A tokenizer is one JSON text, stored as `tokenizer.json` in every dataset and checkpoint; one of the library
-`tokenizers` keeps that library's own format, so that it can be exchanged. All three are lossless: `decode` returns
-exactly what `encode` was given.
+A tokenizer is one JSON text, stored as `tokenizer.json` in every dataset and checkpoint, in the case of `tokenizers` in
+that library's own format, for exchange. All three are lossless: `decode` returns exactly what `encode` was given.
 """
 
 import contextlib
@@ -24,32 +23,32 @@ EOS_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 BOS_TOKENS = ("<|begin_of_text|>", "<s>", "<bos>")
 REPLACEMENT = "\ufffd"
 LOSSLESS_PROBES = ("a Bc, 12 déjà 漢字 🙂\n\tx = 1\n", " a  b ", "\n\n", "ﬁ①Ａ")
-"""Texts with characters of several bytes, white space that some tokenizers drop, and letters that some replace."""
+"""Texts with multi-byte characters, whitespace that some tokenizers drop, and letters that some replace."""
 
 
 class Tokenizer(Protocol):
-    """What every tokenizer can do."""
+    """The interface of a tokenizer."""
 
     vocab_size: int
-    """Number of different tokens; ids are below it."""
+    """Number of different tokens; all ids are less."""
     eos_id: int | None
-    """The end-of-text token, which ends a document; None: there is none."""
+    """The end-of-text token, which ends a document; None if there is none."""
 
     def encode(self, text: str) -> NDArray[np.int64]:
         """Token ids `(length,)` of a text, without an end-of-text token; raises UserError at an unknown character."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids; bytes that are no UTF-8 become U+FFFD."""
+        """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
 
     def to_json(self) -> str:
         """The tokenizer as JSON text, for `from_json`."""
 
 
 class CharTokenizer:
-    """One token per character; the id is its place in `characters`. One of them may serve as the end of a text.
+    """One token per character; the id is its index in `characters`, one of which can be the end-of-text character.
 
     Raises:
-        UserError: no characters, one twice, or an end-of-text character that is not among them.
+        UserError: no characters, a duplicate, or an end-of-text character that is not among them.
     """
 
     def __init__(self, characters: str, end_of_text_character: str | None = None) -> None:
@@ -88,7 +87,7 @@ class CharTokenizer:
 
 
 class ByteTokenizer:
-    """One token per byte of UTF-8, and token 256 for the end of a text: any text, with nothing to learn."""
+    """One token per byte of UTF-8, and token 256 for the end of text; encodes any text without training."""
 
     vocab_size = 257
     eos_id: int | None = 256
@@ -109,13 +108,13 @@ class ByteTokenizer:
 class BPETokenizer:
     """A tokenizer of Hugging Face's `tokenizers`, from its JSON text; needs cleangpt[bpe].
 
-    Special tokens are never read out of a text (one that spells `<|endoftext|>` is text like any other), are left out
-    when decoding, and none is put before or after a text, whatever the tokenizer's post-processor would do. One in the
-    manner of SentencePiece, which puts a blank before every text, puts it before one that begins with a blank as well,
-    as SentencePiece itself does; `tokenizers` may not, and would lose that blank.
+    The names of special tokens are not parsed (`<|endoftext|>` in a text is text like any other), special tokens are
+    omitted when decoding, and none is added to a text, whatever the tokenizer's post-processor would do. A
+    SentencePiece-like tokenizer, which adds a space before every text, does so even if the text starts with a space, as
+    SentencePiece does; `tokenizers` may not, and would lose that space.
 
     Raises:
-        UserError: the library does not understand the JSON, or the tokenizer loses text, such as capitals.
+        UserError: the library does not understand the JSON, or the tokenizer is lossy, such as one that lowercases.
     """
 
     def __init__(self, text: str) -> None:
@@ -130,7 +129,7 @@ class BPETokenizer:
         self.eos_id = next((self.vocabulary[name] for name in EOS_TOKENS if name in self.vocabulary), None)
         added = self._tokenizer.get_added_tokens_decoder()
         self.special: dict[str, int] = {token.content: number for number, token in added.items() if token.special}
-        """Tokens that are no text."""
+        """Ids of special tokens by name."""
         self._loses_blank = False
         self._loses_blank = self._decoded(" a") == "a"
         for probe in LOSSLESS_PROBES:
@@ -141,10 +140,10 @@ class BPETokenizer:
                 )
 
     def _decoded(self, text: str) -> str:
-        """What becomes of a text; empty where it cannot be encoded."""
+        """The text after encoding and decoding; empty if it cannot be encoded."""
         try:
             return self.decode(self.encode(text).tolist())
-        except UserError:  # such as a character that it does not know
+        except UserError:  # such as an unknown character
             return ""
 
     def encode(self, text: str) -> NDArray[np.int64]:
@@ -152,7 +151,7 @@ class BPETokenizer:
         return self.encode_all([text])[0]
 
     def encode_all(self, texts: list[str]) -> list[NDArray[np.int64]]:
-        """`encode` of many texts on all cores: the library's own threads share the texts out."""
+        """`encode` for many texts, on all cores by the library's own threads."""
         for text in texts:
             _utf8(text)
         if self._loses_blank:
@@ -162,7 +161,7 @@ class BPETokenizer:
         return [np.array(encoding.ids, np.int64) for encoding in encodings]
 
     def encode_special(self, texts: list[str]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """Token ids `(length,)` of texts in which special tokens are read, and the characters of each `(length, 2)`."""
+        """Token ids `(length,)` of texts, parsing special tokens, and each token's character span `(length, 2)`."""
         for text in texts:
             _utf8(text)
         with _library():
@@ -190,8 +189,7 @@ class BPETokenizer:
 
 @contextlib.contextmanager
 def _library() -> Iterator[None]:
-    """Tells what `tokenizers` makes of a tokenizer that it does not understand; it raises bare Exception, and panics,
-    which are no Exception."""
+    """Reports errors of `tokenizers` in one line: bare Exceptions, and Rust panics, which are not Exceptions."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
@@ -201,9 +199,9 @@ def _library() -> Iterator[None]:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
-    """Learns a byte-level BPE (Sennrich et al. 2016, on bytes as GPT-2 has it) of at most `vocab_size` tokens.
+    """Trains a byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2) with at most `vocab_size` tokens.
 
-    The first token is `<|endoftext|>`, the next 256 are the bytes. Where the texts are too short for so many merges,
+    The first token is `<|endoftext|>`, the next 256 are the bytes. If the texts are too short for that many merges,
     there are fewer tokens. The same texts give the same tokenizer.
     """
     if vocab_size < 257:
@@ -223,9 +221,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
 
 
 class StreamDecoder:
-    """Decodes tokens one by one: text comes out as soon as its last character is complete.
+    """Decodes tokens one by one, returning text as soon as its last character is complete.
 
-    What `push` and `flush` return, joined, is what `decode` makes of all tokens.
+    The joined results of `push` and `flush` equal `decode` of all tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -234,7 +232,7 @@ class StreamDecoder:
         self._pending: list[int] = []
 
     def push(self, token: int) -> str:
-        """The text that `token` completes; empty while a character lacks bytes."""
+        """The text that `token` completes; empty while bytes of a character are missing."""
         self._pending.append(token)
         text = self._text()
         if text.endswith(REPLACEMENT):
@@ -243,13 +241,13 @@ class StreamDecoder:
         return text
 
     def flush(self) -> str:
-        """The text of the tokens that are left; bytes that are no UTF-8 become U+FFFD."""
+        """The text of the remaining tokens; bytes that are not UTF-8 become U+FFFD."""
         text = self._text()
         self._shown, self._pending = [], []
         return text
 
     def _text(self) -> str:
-        # Decoded together with the tokens shown last: some decoders treat the first token of a text in another way.
+        # Decoded together with the last tokens shown: some decoders treat the first token of a text differently.
         shown = len(self._tokenizer.decode(self._shown))
         return self._tokenizer.decode(self._shown + self._pending)[shown:]
 
@@ -258,7 +256,7 @@ def from_json(text: str) -> Tokenizer:
     """The tokenizer that `to_json` wrote, or any of Hugging Face's `tokenizers`.
 
     Raises:
-        UserError: the text is not JSON, or no tokenizer.
+        UserError: the text is not JSON, or not a tokenizer.
     """
     try:
         facts: Any = parse_json(text)
@@ -277,19 +275,19 @@ def from_json(text: str) -> Tokenizer:
 
 
 def eos_ids(tokenizer: Tokenizer) -> set[int]:
-    """The tokens at which a text ends: one, or none."""
+    """The tokens that end a text: one, or none."""
     return set() if tokenizer.eos_id is None else {tokenizer.eos_id}
 
 
 def same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
-    """Whether the ids of one tokenizer mean the same texts as those of the other."""
+    """Whether the ids of two tokenizers stand for the same texts."""
     if isinstance(one, BPETokenizer) and isinstance(other, BPETokenizer):
         return one.vocabulary == other.vocabulary
     return one.to_json() == other.to_json()
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """The tokenizer in a JSON file, or in a folder in Hugging Face's layout, or of ``hf:NAME``.
+    """The tokenizer in a JSON file, in a folder in Hugging Face's layout, or of ``hf:NAME``.
 
     Raises:
         UserError: the file is missing, not UTF-8, or not a tokenizer; names the file.
@@ -312,7 +310,7 @@ def _read_merges(folder: Path) -> BPETokenizer:
     try:
         model = library.models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{folder}: vocab.json and merges.txt are no byte-pair encoding: {error}") from None
+        raise UserError(f"{folder}: vocab.json and merges.txt are not a byte-pair encoding: {error}") from None
     tokenizer = library.Tokenizer(model)
     tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = library.decoders.ByteLevel()
@@ -322,7 +320,7 @@ def _read_merges(folder: Path) -> BPETokenizer:
 
 
 def _utf8(text: str) -> bytes:
-    """The UTF-8 of a text; raises UserError where it holds half a surrogate pair, which is no character."""
+    """The UTF-8 bytes of a text; raises UserError for an unpaired surrogate, which is not a character."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -330,7 +328,7 @@ def _utf8(text: str) -> bytes:
 
 
 def _codes(text: str) -> NDArray[np.uint32]:
-    """The code points of a text, as an array."""
+    """The code points of a text as an array."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
 
 

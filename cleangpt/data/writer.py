@@ -1,4 +1,4 @@
-"""Writes a dataset in bounded memory; an interrupted writer is resumed where it last committed."""
+"""Writes a dataset in bounded memory; after an interruption, the next writer resumes at the last commit."""
 
 import contextlib
 import json
@@ -38,14 +38,14 @@ class SplitFacts:
 
     tokens: int = 0
     unfinished: int = 0
-    """Of `tokens`: those at the end whose document has not ended yet."""
+    """How many of the last tokens belong to a document that has not ended yet."""
     documents: int = 0
     text_bytes: int = 0
     longest_document: int = 0
     length_histogram: dict[int, int] = field(default_factory=dict)
-    """Documents of 2**k to 2**(k+1) - 1 tokens, by k."""
+    """Number of documents with 2**k to 2**(k+1) - 1 tokens, by k."""
     counts: dict[str, int] = field(default_factory=dict)
-    """Whatever else a corpus counts, for the card."""
+    """The corpus's own counts, for the card."""
 
     def add(self, tokens: int, lengths: NDArray[np.int64], text_bytes: int, counts: Mapping[str, int]) -> None:
         """Adds `tokens` from `text_bytes` bytes of UTF-8, and the full `lengths` of the documents that ended."""
@@ -109,12 +109,12 @@ class DatasetWriter:
         text_bytes: int = 0,
         counts: Mapping[str, int] | None = None,
     ) -> None:
-        """Adds `tokens` to a split, and the `lengths` of the documents that end among them, in tokens of this call.
+        """Appends `tokens` to a split; `lengths` has the tokens in this call of each document that ends among them.
 
         Tokens after the last end belong to a document that continues in the next call.
 
         Raises:
-            UserError: an id is not in the tokenizer's vocabulary, or the columns do not fit the tokens.
+            UserError: an id is not in the tokenizer's vocabulary, or the columns do not match the tokens.
         """
         facts = self.splits.setdefault(split, SplitFacts())
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.tokenizer.vocab_size:
@@ -146,7 +146,7 @@ class DatasetWriter:
         facts.add(len(tokens), lengths, text_bytes, counts or {})
 
     def commit(self, position: int) -> None:
-        """Makes everything appended durable, together with `position`, which the caller counts in its own units."""
+        """Flushes everything appended to disk, together with `position`, which the caller counts in its own units."""
         self._flush()
         self.position = position
         facts = {name: asdict(split) for name, split in self.splits.items()}
@@ -158,7 +158,7 @@ class DatasetWriter:
         return sorted(path for path in self.partial.iterdir() if path.suffix in (".bin", ".mask"))
 
     def finish(self, card: Callable[[dict[str, Any]], str], **facts: Any) -> TokenDataset:
-        """Writes the description (with `facts` added) and the card made of it; the dataset appears at `folder`.
+        """Writes the description (with `facts` added) and its card; the dataset appears at `folder`.
 
         Raises:
             ValueError: a document has not ended.
@@ -186,9 +186,9 @@ class DatasetWriter:
         return TokenDataset(self.folder)
 
     def close(self) -> None:
-        """Closes all files; what was committed stays for the next writer."""
+        """Closes all files; committed work stays for the next writer."""
         for file in self._files.values():
-            # What a buffer still holds was never committed; a full disk, which fails here again, was reported before.
+            # Unwritten buffers were never committed; a full disk, which fails here again, has been reported already.
             with contextlib.suppress(OSError):
                 file.close()
         self._files.clear()

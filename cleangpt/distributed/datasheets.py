@@ -1,4 +1,4 @@
-"""Devices by their makers' data sheets."""
+"""Specifications of GPUs and other devices, from their data sheets."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Device:
     memory: int
     """Bytes."""
     bandwidth: float
-    """Of its memory, in bytes/s."""
+    """Memory bandwidth in bytes/s."""
     fp32: float
     """Dense FLOP/s in fp32, outside matrix units; the following are within them."""
     tf32: float = 0.0
@@ -27,11 +27,11 @@ class Device:
     fp16: float = 0.0
     fp8: float = 0.0
     link: float
-    """To the other devices of the machine, in bytes/s and direction."""
+    """Bandwidth to other devices of the machine, in bytes/s per direction."""
     hop: float = 3.4e-6
     """Latency of a ring step within the machine, in s; NCCL assumes 3.4 us for NVLink and 5.7 us for PCIe."""
     network: float = 50e9
-    """To other machines, in bytes/s, direction and device; 50e9 is one 400 Gb/s adapter per device."""
+    """Bandwidth to other machines, in bytes/s per direction and device; 50e9 is one 400 Gb/s adapter per device."""
     price: float
     """Dollars per hour: roughly what clouds charged on demand in 2025. An assumption; prices differ and change."""
 

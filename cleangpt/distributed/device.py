@@ -29,7 +29,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """The device for `training.device`, in the process `local_rank` of this machine.
 
     Raises:
-        UserError: the name is no device, or this machine does not have it.
+        UserError: the name is not a device, or this machine does not have it.
     """
     if not fits(name, Device):
         raise UserError(f"device is {name!r}; allowed: {describe(Device)}")
@@ -45,7 +45,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def choose_precision(device: torch.device, precision: str) -> str:
-    """`training.precision`, where auto becomes bf16 on a CUDA device that computes in it, else fp32."""
+    """`training.precision`, with auto resolved: bf16 on a CUDA device that supports it, else fp32."""
     if precision != "auto":
         return precision
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -50,7 +50,7 @@ class Layout:
         mesh = init_device_mesh(device.type, (self.replicas, self.shards, self.tensor), mesh_dim_names=names)
         if timeout is not None:
             for group in mesh.get_all_groups():
-                _set_pg_timeout(timeout, group)  # they do not inherit that of the default group
+                _set_pg_timeout(timeout, group)  # they do not inherit the default group's
         return mesh
 
 

@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 PATIENCE = timedelta(seconds=3)
-"""How long a process that lost another waits for an error reported by the rest, before it names the silent ones."""
+"""How long a process that lost another waits for others to report an error, before it names the silent ones."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Ranks:
         """Runs `work` on the main process and broadcasts its result.
 
         Raises:
-            UserError: that of `work`, on every process.
+            UserError: raised by `work`; on every process.
         """
         outcome: Any = None
         if self.is_main:
@@ -127,7 +127,7 @@ class Ranks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leaves the process group; after an error, reports it to the others, or finds out which of them failed.
+        """Leaves the process group; after an error, reports it to the others, or finds out which process failed.
 
         Raises:
             RunFailedError: another process failed, ended or hangs; names it, its machine and its step.
@@ -214,7 +214,7 @@ def _diagnose(ranks: Ranks, heartbeats: Store, timed_out: bool) -> str:
         last_seen = [(*_last_heartbeat(rank, heartbeats), rank) for rank in silent]
     except RuntimeError:
         return "the machine that hosts the rendezvous is unreachable"
-    # Some of the silent may only be waiting for the one that failed; those have got further than it.
+    # Some silent processes may only be waiting for the one that failed; they have got further than it.
     failed = " and ".join(
         f"process {rank} (machine {machine}), last heard of at step {step}"
         for step, machine, rank in last_seen

@@ -1,1 +1,1 @@
-"""What a policy acts in, and what a checkpoint is scored by; one file per environment."""
+"""Environments: tasks with rewards, to score checkpoints and to train policies; one file per environment."""

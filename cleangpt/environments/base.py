@@ -1,4 +1,4 @@
-"""The contract of an environment: it sets tasks and rewards what a policy does with them.
+"""The contract of an environment: it sets tasks and rewards a policy's actions.
 
 The same object scores a checkpoint, by its mean reward over tasks (`evaluation/tasks.py`), and rewards a policy.
 """
@@ -10,16 +10,16 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True)
 class Prompt:
-    """What an episode begins with."""
+    """The start of an episode."""
 
     tokens: list[int]
-    """At least one."""
+    """Token ids, at least one."""
     max_new_tokens: int
-    """The most tokens in an action."""
+    """Maximum number of tokens in an action."""
     stop_ids: Collection[int] = ()
-    """Tokens that end an action; the one that does is its last token."""
+    """Tokens that end an action and are included in it."""
     extras: dict[str, Any] = field(default_factory=dict)
-    """What the environment needs to judge actions, such as the right answer; hidden from the policy."""
+    """Data that the environment needs to judge actions, such as the right answer; hidden from the policy."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,14 @@ class Feedback:
 
     reward: float
     done: bool = True
-    """Whether the episode ends here."""
+    """Whether the episode has ended."""
     tokens: list[int] = field(default_factory=list)
-    """What the policy reads before its next action, where the episode goes on."""
+    """Tokens that the policy reads before its next action, unless the episode has ended."""
 
 
 @dataclass
 class Episode:
-    """A task, from its prompt to the last feedback so far."""
+    """An attempt at a task, from its prompt to the latest feedback."""
 
     split: str
     task: int
@@ -43,7 +43,7 @@ class Episode:
     actions: list[list[int]] = field(default_factory=list)
     """The tokens that the policy has generated, action by action."""
     feedback: list[Feedback] = field(default_factory=list)
-    """One for each action."""
+    """One per action."""
 
     @property
     def tokens(self) -> list[int]:
@@ -63,16 +63,16 @@ class Environment:
     """Tasks and their rewards. A task is an integer, so an episode depends on nothing but it and the policy."""
 
     metric: ClassVar[str] = "reward"
-    """What the mean of the episodes' total rewards is called among the metrics."""
+    """Name of the metric that is the mean total reward of episodes."""
 
     def tasks(self, split: str) -> int:
-        """How many tasks a split has; they are numbered from 0."""
+        """Number of tasks in a split; they are numbered from 0."""
         raise NotImplementedError
 
     def reset(self, split: str, task: int) -> Prompt:
-        """Begins a task; the same every time."""
+        """Starts a task; deterministic."""
         raise NotImplementedError
 
     def step(self, episode: Episode, action: list[int]) -> Feedback:
-        """Responds to an action: the tokens that the policy generated after `episode.tokens`. Changes nothing."""
+        """Responds to an action: the tokens that the policy generated after `episode.tokens`. Has no side effects."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Questions with one right answer: the reward is 1 where the policy generates exactly the answer, else 0."""
+"""Questions with one right answer: the reward is 1 if the policy generates exactly that answer, else 0."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,8 +11,8 @@ from cleangpt.environments.base import Environment, Episode, Feedback, Prompt
 class ExactAnswer(Environment):
     """Each row of a dataset is a task, and its loss mask separates question from answer.
 
-    The tokens up to the first that counts in the loss are the question, the run of tokens that count from there on is
-    the answer. The policy generates as many tokens as the answer has.
+    The question is every token before the first that counts in the loss; the answer is the run of counted tokens that
+    starts there. The policy generates as many tokens as the answer has.
     """
 
     metric: ClassVar[str] = "exact_match"
@@ -21,7 +21,7 @@ class ExactAnswer(Environment):
     """With a row length and a loss mask."""
 
     def tasks(self, split: str) -> int:
-        """As many as the split has rows."""
+        """The number of rows in the split."""
         return self.dataset.splits[split].documents
 
     def reset(self, split: str, task: int) -> Prompt:

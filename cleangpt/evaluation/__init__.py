@@ -1,1 +1,1 @@
-"""Checkpoint to metrics: loss, perplexity, bits per byte, rewards of tasks."""
+"""From a checkpoint to metrics: loss, perplexity, bits per byte, task rewards."""

@@ -48,13 +48,13 @@ def evaluate(
 
     Args:
         model: in evaluation mode, on `device`.
-        experiment: that the model was trained in.
+        experiment: with which the model was trained.
         dataset: of the experiment's corpus.
         split: of the dataset.
         device: of the model.
 
     Returns:
-        Of a mixture, each metric in the mean by the sources' shares, and the loss of each source.
+        For a mixture, the mean of each metric, weighted by the sources' shares, and the loss of each source.
     """
     data, splits = experiment.data, {source.name: source.dataset.splits[split] for source in dataset.sources}
     context = autocast(device, compute_dtype(device, experiment.training.precision))
@@ -100,7 +100,7 @@ def _check(experiment: Experiment, checkpoint: Checkpoint, dataset: MixedDataset
 
 
 def _split(dataset: MixedDataset, wanted: str | None) -> str:
-    """The split to evaluate, which every source must have."""
+    """The split to evaluate; every source must have it."""
     first, *others = (source.dataset.splits for source in dataset.sources)
     known = [name for name in first if all(name in splits for splits in others)]
     name = wanted or ("test" if "test" in known else "val")

@@ -1,4 +1,4 @@
-"""How well a model does the tasks of an environment."""
+"""Scores a model on the tasks of an environment."""
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from cleangpt.inference.engine import Engine
 from cleangpt.models.base import LanguageModel
 
 MAX_BATCH = 1024
-"""Episodes side by side."""
+"""Episodes generated as one batch."""
 
 
 def mean_reward(
@@ -21,7 +21,7 @@ def mean_reward(
         model: in evaluation mode, on `device`.
         environment: of the tasks.
         split: of the environment.
-        limit: tasks to try, always the same ones, spread over the split; None: all.
+        limit: number of tasks to try, always the same ones, spread over the split; None: all.
         device: of the model.
     """
     engine = Engine(model, device, max_batch=MAX_BATCH)
@@ -53,7 +53,7 @@ def mean_reward(
 
 
 def choose_tasks(count: int, limit: int | None) -> list[int]:
-    """All of `count` tasks, or `limit` of them, always the same ones, spread by a fixed permutation."""
+    """All of `count` tasks, or `limit` of them, always the same ones, chosen by a fixed permutation."""
     tasks = np.arange(count)
     if limit is not None and limit < count:
         tasks = np.sort(permute(tasks[:limit], count, mix(1)))

@@ -1,4 +1,4 @@
-"""The metrics of an objective over validation batches, and what follows from a loss."""
+"""The metrics of an objective over validation batches, and metrics derived from a loss."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -29,16 +29,16 @@ def validate(
 
     Args:
         model: on `device`; left in the mode it was in.
-        objective: what is computed of each batch.
+        objective: computed for each batch.
         batches: on the host.
         device: of the model.
-        context: such as autocast, for the forward passes.
-        stop: asked before each batch; after True, every metric is NaN.
+        context: makes a context, such as autocast, for the forward passes.
+        stop: called before each batch; if it returns True, validation ends and every metric is NaN.
         reduce: sums a tensor over devices, each of which has its own batches.
     """
     was_training = model.training
     model.eval()
-    # Long sums: in float64 where the device has it.
+    # Long sums are in float64 if the device supports it.
     dtype = torch.float32 if device.type == "mps" else torch.float64
     sums = {"loss": torch.zeros((), dtype=dtype, device=device)}
     count: float = 0
@@ -61,7 +61,7 @@ def loss_metrics(loss: float, split: Split | None) -> dict[str, float | None]:
 
     Args:
         loss: in nats per token.
-        split: that the loss is of; None: of several, as in a mixture.
+        split: over which the loss was measured; None: several, as in a mixture.
     """
     perplexity = math.exp(loss) if loss < 700 else math.inf
     bits = None
@@ -71,7 +71,7 @@ def loss_metrics(loss: float, split: Split | None) -> dict[str, float | None]:
 
 
 def source_metrics(name: str, losses: Mapping[str, float], splits: Mapping[str, Split]) -> dict[str, float | None]:
-    """The loss, under `name`, and bits per byte of each source of a mixture; of a single corpus, nothing."""
+    """The loss, as `name`, and bits per byte of each source of a mixture; for a single corpus, nothing."""
     metrics: dict[str, float | None] = {}
     for source, loss in losses.items():
         if source:

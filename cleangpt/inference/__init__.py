@@ -1,1 +1,1 @@
-"""Checkpoint to text."""
+"""From a checkpoint to text."""

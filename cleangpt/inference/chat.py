@@ -22,7 +22,7 @@ def answer(
     max_new_tokens: int,
     sampling: Sampling,
 ) -> Iterator[str]:
-    """The assistant's answer to a conversation, as it comes, up to where the template or the end of text ends it.
+    """Streams the assistant's answer to a conversation, until the template's end token or the end of text.
 
     Raises:
         UserError: the template fails, or the tokenizer does not know a character of a message.

@@ -1,4 +1,4 @@
-"""The tokens of a batch and the model's KV cache of them: what `Engine` and speculative decoding are built on."""
+"""The tokens of a batch and their KV cache: the state that `Engine` and speculative decoding build on."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -11,23 +11,23 @@ from cleangpt.models.base import LanguageModel
 from cleangpt.models.cache import KVCache
 
 CACHE_STEP = 256
-"""Caches are allocated in multiples of this, so that a compiled model meets few sizes."""
+"""Caches are allocated in multiples of this, so that a compiled model sees few sizes."""
 
 
 class DecodingState:
-    """The tokens of each row of a batch, and what the KV cache holds of them.
+    """The tokens of each row of a batch, and their KV cache.
 
-    A model reads at most `max_seq_len` tokens. A row that grows longer continues from its last half, which is read
-    again; so the average cost of a token stays the same.
+    A model reads at most `max_seq_len` tokens. A row that grows longer continues from its last half, which is
+    prefilled again, so the average cost per token stays the same.
 
     Args:
         model: in evaluation mode, on `device`.
         rows: token ids, at least one in each row.
         device: of the model.
         cached: whether to use a KV cache, where the model has one.
-        compiled: the compiled model, for everything after the first pass.
-        rollback_tokens: how many tokens can be taken back at a time.
-        max_new_tokens: the most tokens that will be added to a row, which saves memory; None: unknown.
+        compiled: the compiled model, for everything after the prefill.
+        rollback_tokens: how many tokens can be rolled back at a time.
+        max_new_tokens: the most tokens that will be added to a row, to save memory; None: unknown.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class DecodingState:
             row.append(token)
 
     def rollback(self, count: int) -> None:
-        """Takes back the last `count` tokens of each row."""
+        """Removes the last `count` tokens of each row."""
         if self._cache is not None and (cached := count - self._unread(self._cache)) > 0:
             self._cache.rewind([length - cached for length in self._cache.lengths.tolist()])
         for row in self.rows:
@@ -66,7 +66,7 @@ class DecodingState:
         return self._decode(self._cache, last).float()
 
     def seen_tokens(self, vocab_size: int, skip_last: int = 0) -> Tensor:
-        """Which tokens each row has `(batch, vocab_size)`, bool; the last `skip_last` do not count."""
+        """Which tokens occur in each row `(batch, vocab_size)`, bool, not counting the last `skip_last`."""
         seen = torch.zeros(len(self.rows), vocab_size, dtype=torch.bool)
         for row, tokens in zip(seen, self.rows, strict=True):
             row[tokens[: len(tokens) - skip_last]] = True
@@ -80,18 +80,18 @@ class DecodingState:
                 self._cache.select(rows)
 
     def join(self, other: "DecodingState") -> None:
-        """Adds the rows of another state of the same model, after `logits` of both."""
+        """Appends the rows of another state of the same model; call `logits` of both first."""
         self.rows += other.rows
         if self._cache is not None and other._cache is not None:
             self._cache.join(other._cache)
 
     def _prefill(self, last: int) -> Tensor:
-        """Reads all rows from the beginning, with a new cache."""
+        """Prefills a new cache with all rows."""
         limit = self.model.max_seq_len
         self.rows = [row[-max(last, limit // 2) :] if len(row) > limit else row for row in self.rows]
         lengths = [len(row) for row in self.rows]
         longest = max(lengths)
-        # Padding follows a row, where none of its tokens attends to it.
+        # Padding comes after a row, so none of its tokens attends to it.
         tokens = torch.tensor([row + [0] * (longest - len(row)) for row in self.rows], device=self.device)
         positions = torch.tensor([range(length - last, length) for length in lengths], device=self.device)
         rollback_tokens = self.rollback_tokens + longest - min(lengths)
@@ -113,12 +113,12 @@ class DecodingState:
         return logits
 
     def _unread(self, cache: KVCache) -> int:
-        """Tokens at the end of each row that are not in the cache."""
+        """Number of tokens at the end of each row that are not in the cache yet."""
         return max(map(len, self.rows)) - cache.end
 
 
 def check_prompt(model: LanguageModel, tokens: Sequence[int]) -> None:
-    """Raises UserError for a prompt without tokens, or with one that the model does not have."""
+    """Raises UserError for a prompt that is empty, or has a token beyond the model's vocabulary."""
     if not tokens:
         raise UserError("the prompt has no tokens")
     vocab_size = model.config.vocab_size or 0
@@ -127,6 +127,6 @@ def check_prompt(model: LanguageModel, tokens: Sequence[int]) -> None:
 
 
 def check_finite(logprobs: Iterable[float]) -> None:
-    """Raises UserError where the logits were not finite: no token follows from them."""
+    """Raises UserError if the logits were not finite, so that no token can be sampled."""
     if any(map(math.isnan, logprobs)):
-        raise UserError("the model's logits are not finite: it has diverged, or its weights are damaged")
+        raise UserError("the model's logits are not finite: it has diverged, or its weights are corrupt")

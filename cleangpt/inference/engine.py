@@ -16,10 +16,10 @@ from cleangpt.models.base import LanguageModel
 from cleangpt.models.head import TokenScores
 
 SCORED_TOKENS = 4096
-"""Tokens whose logits `Engine.logprobs` holds at a time, padding included."""
+"""Tokens whose logits `Engine.logprobs` holds in memory at a time, including padding."""
 
 FinishReason = Literal["stop", "length"]
-"""Why a request ended: by a stop token, or at its `max_new_tokens`."""
+"""Why a request ended: a stop token, or `max_new_tokens`."""
 
 
 class Token(NamedTuple):
@@ -27,23 +27,23 @@ class Token(NamedTuple):
 
     id: int
     logprob: float
-    """Under the model's own distribution, before temperature and restrictions, in nats."""
+    """Log-probability in nats under the model's distribution, before temperature, top-k and the like."""
 
 
 class Output(NamedTuple):
-    """What one step has generated for one request."""
+    """The result of one step for one request."""
 
     token: Token
-    """The stop token too, where one has ended the request."""
+    """The generated token, even if it is a stop token."""
     finish_reason: FinishReason | None
-    """None: more tokens follow."""
+    """None if more tokens follow."""
 
 
 class Completion(NamedTuple):
-    """Everything generated for one prompt."""
+    """The tokens generated for one prompt."""
 
     tokens: list[Token]
-    """The last one is the stop token, where one has ended the request."""
+    """Including the stop token, if one has ended the request."""
     finish_reason: FinishReason
 
 
@@ -59,7 +59,7 @@ class _Request:
     ended: bool = False
 
     def receive(self, token: Token) -> Output:
-        """Counts a new token."""
+        """Records a new token."""
         self.remaining -= 1
         reason: FinishReason | None = "stop" if token.id in self.stop_ids else None if self.remaining else "length"
         self.ended = reason is not None
@@ -69,17 +69,17 @@ class _Request:
 class Engine:
     """Generates tokens for many prompts at once.
 
-    A request gets the same tokens whatever else is in the batch and whenever it joins: rows do not see each other, and
-    each samples with a random generator of its own.
+    A request gets the same tokens whatever else is in the batch and whenever it joins: rows do not attend to each
+    other, and each has its own random generator.
 
     Args:
         model: in evaluation mode, on `device`.
         device: of the model.
-        vocab_size: of the tokenizer; token ids from here on pad the embedding and are never sampled.
+        vocab_size: of the tokenizer; higher token ids pad the embedding and are never sampled.
         eos_ids: tokens that end every request.
-        cached: whether to use a KV cache, where the model has one.
-        compiled: whether to compile the decoding of new tokens, where there is a cache.
-        max_batch: the most rows in the batch; further requests wait.
+        cached: whether to use a KV cache, if the model has one.
+        compiled: whether to compile the decoding of new tokens, if there is a cache.
+        max_batch: maximum number of rows in the batch; further requests wait.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Engine:
 
     @property
     def unfinished(self) -> bool:
-        """Whether any request needs more steps."""
+        """Whether any request has not ended."""
         return bool(self._waiting) or any(not request.ended for request in self._running)
 
     def submit(
@@ -115,17 +115,17 @@ class Engine:
         seed: int | None = None,
         stop_ids: Collection[int] = (),
     ) -> int:
-        """Adds a request, which joins the batch at the next step that has room, and returns its id.
+        """Adds a request, which joins the batch as soon as there is room, and returns its id.
 
         Args:
             prompt: token ids, at least one.
-            max_new_tokens: the most tokens to generate; with 0 the request has ended already.
+            max_new_tokens: maximum number of tokens to generate; 0 ends the request at once.
             sampling: how to sample.
-            seed: of this request; None: that of `sampling`.
+            seed: of this request; None: the seed of `sampling`.
             stop_ids: tokens that end it, besides `eos_ids`.
 
         Raises:
-            UserError: the prompt has no tokens, or one that the model does not have.
+            UserError: the prompt is empty, or has a token beyond the model's vocabulary.
         """
         check_prompt(self.model, prompt)
         generator = seeded(sampling.seed if seed is None else seed)
@@ -136,14 +136,14 @@ class Engine:
         return request.id
 
     def cancel(self, request_id: int) -> None:
-        """Ends a request; it gets no more tokens."""
+        """Ends a request early."""
         self._waiting = deque(entry for entry in self._waiting if entry[0].id != request_id)
         for request in self._running:
             request.ended = request.ended or request.id == request_id
 
     @torch.no_grad()
     def step(self) -> dict[int, Output]:
-        """Generates the next token of every request in the batch, by the request's id.
+        """Generates the next token of every request in the batch; returns outputs by request id.
 
         Raises:
             UserError: the model's logits are not finite.
@@ -176,15 +176,15 @@ class Engine:
         sampling: Sampling = GREEDY,
         stop_ids: Collection[int] = (),
     ) -> list[Completion]:
-        """Continues prompts, and returns the completions in their order; the seed of each is one higher.
+        """Continues prompts; returns completions in the same order. The seed of each prompt is one higher.
 
         Raises:
-            UserError: a prompt has no tokens, or one that the model does not have; or the logits are not finite.
+            UserError: a prompt is empty, or has a token beyond the vocabulary; or the logits are not finite.
             ValueError: other requests are unfinished.
         """
         if self.unfinished:
             raise ValueError("other requests of this engine are unfinished")
-        for prompt in prompts:  # all of them before the first is submitted
+        for prompt in prompts:  # check all before submitting the first
             check_prompt(self.model, prompt)
         completions = {
             self.submit(
@@ -207,10 +207,10 @@ class Engine:
             rows: token ids, of any lengths up to `max_seq_len` + 1.
 
         Returns:
-            For each row a float32 tensor on the host, one shorter than the row: the first token has no probability.
+            For each row a float32 tensor on the host, one shorter than the row, since the first token has no context.
 
         Raises:
-            UserError: a row is empty or too long, or has a token that the model does not have.
+            UserError: a row is empty or too long, or has a token beyond the model's vocabulary.
         """
         limit = self.model.max_seq_len
         for text in rows:
@@ -235,7 +235,7 @@ class Engine:
         return found
 
     def _leave(self) -> None:
-        """Takes requests that have ended out of the batch. One that the model can read no further waits again, to
+        """Removes ended requests from the batch. One that has reached the model's context length waits again, to
         continue from its last half."""
         if self._state is None:
             return
@@ -255,7 +255,7 @@ class Engine:
     def _next_logits(self) -> Tensor | None:
         """The logits of the next token of every row `(rows, vocab)`, after waiting requests have joined.
 
-        None: there is no row.
+        None if there are no rows.
         """
         logits = [] if self._state is None else [self._state.logits()[:, 0]]
         count = min(len(self._waiting), self.max_batch - len(self._running))
@@ -278,7 +278,7 @@ class Engine:
         return torch.cat(logits) if len(logits) > 1 else logits[0] if logits else None
 
     def _sample(self, logits: Tensor) -> Tensor:
-        """The next token of every row `(rows,)` from logits `(rows, vocab)`; rows with the same settings together."""
+        """Samples the next token of every row `(rows,)` from logits `(rows, vocab)`, grouping rows by settings."""
         groups: dict[Sampling, list[int]] = {}
         for row, request in enumerate(self._running):
             groups.setdefault(request.sampling, []).append(row)

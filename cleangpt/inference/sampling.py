@@ -14,22 +14,22 @@ Probability = Annotated[float, Bounds(above=0, most=1)]
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling(Checked):
-    """How the next token is sampled; the restrictions are applied in this order."""
+    """How the next token is sampled; the settings are applied in this order."""
 
     temperature: NonNegative = 1.0
-    """Divides the logits; 0: greedy decoding."""
+    """Sampling temperature; 0: greedy decoding."""
     top_k: Count | None = None
-    """Sample from the k most likely tokens (Fan et al. 2018)."""
+    """Sample from the k most likely tokens (Fan et al. 2018); None: from all."""
     top_p: Probability | None = None
-    """Sample from the smallest set of most likely tokens whose probabilities reach p (nucleus sampling, Holtzman et
-    al. 2020)."""
+    """Nucleus sampling: sample from the smallest set of most likely tokens whose probabilities sum to p or more
+    (Holtzman et al. 2020); None: off."""
     min_p: Probability | None = None
-    """Drop tokens below min_p times the highest probability (Nguyen et al. 2024)."""
+    """Drop tokens less likely than min_p times the most likely one (Nguyen et al. 2024); None: off."""
     repetition_penalty: Positive = 1.0
-    """Divides positive logits of tokens in the context, multiplies negative ones (Keskar et al. 2019, "CTRL", section
-    4.1)."""
+    """Penalize tokens already in the context: their positive logits are divided by it, negative ones multiplied
+    (Keskar et al. 2019, "CTRL", section 4.1); 1: off."""
     seed: CountOrZero = field(default=1337, compare=False)
-    """Random seed; the rows of a batch have this seed and those after it. Settings are equal whatever their seeds."""
+    """Random seed; rows of a batch have this seed and the following ones."""
 
 
 GREEDY = Sampling(temperature=0)
@@ -60,22 +60,22 @@ def distribution(logits: Tensor, sampling: Sampling, seen: Tensor | None = None)
 
 
 def penalize(logits: Tensor, repetition_penalty: float, seen: Tensor | None) -> Tensor:
-    """Logits `(batch, vocab)` with those of `seen` tokens made smaller; None: nothing changes."""
+    """Applies the repetition penalty to the logits `(batch, vocab)` of `seen` tokens; None: no penalty."""
     if seen is None:
         return logits
     return torch.where(seen, torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
 
 
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """The smallest set of most likely tokens that reaches `top_p`; all others get probability 0."""
+    """Keeps the smallest set of most likely tokens that reaches `top_p`; all others get probability 0."""
     ordered, ids = probabilities.sort(dim=-1, descending=True)
-    # A token stays while those before it have not reached top_p, so the most likely one always stays.
+    # A token is kept if those before it have not reached top_p, so the most likely one always is.
     dropped = ordered.cumsum(dim=-1) - ordered >= top_p
     return probabilities.masked_fill(torch.zeros_like(dropped).scatter_(-1, ids, dropped), 0.0)
 
 
 def seeded(seed: int) -> torch.Generator:
-    """A random generator on the host, independent of the global ones; each row has its own."""
+    """A random generator on the host for one row, independent of the global ones."""
     return torch.Generator().manual_seed(seed % 2**63)
 
 
@@ -94,5 +94,5 @@ def sample(probabilities: Tensor, generators: Sequence[torch.Generator]) -> Tens
     """
     cumulative = probabilities.double().cumsum(dim=-1)
     threshold = uniform(generators).to(cumulative.device)[:, None] * cumulative[:, -1:]
-    # right=True: a token of probability 0 is never sampled. The clamp is for NaN, which would end up past the last.
+    # right=True: a token of probability 0 is never sampled. The clamp is for NaN, whose index would be out of range.
     return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=cumulative.shape[1] - 1)

@@ -1,4 +1,4 @@
-"""Speculative decoding: a draft model proposes tokens, and a larger model checks several of them in one pass."""
+"""Speculative decoding: a draft model proposes tokens, and the larger model verifies several in one pass."""
 
 from collections.abc import Collection, Iterator, Sequence
 from typing import cast
@@ -28,23 +28,23 @@ def speculate(
 ) -> Iterator[Token]:
     """Continues one prompt with the help of a draft model.
 
-    Tokens have the distribution of the larger model alone; with temperature 0 they are the same (Leviathan et al.
-    2023, "Fast inference from transformers via speculative decoding", algorithm 1).
+    Tokens have the same distribution as from the larger model alone; with temperature 0 they are identical (Leviathan
+    et al. 2023, "Fast inference from transformers via speculative decoding", algorithm 1).
 
     Args:
         model: the larger model, in evaluation mode, on `device`.
-        draft: the smaller one, with the same tokenizer, likewise.
+        draft: a smaller model with the same tokenizer, likewise.
         prompt: token ids, at least one.
         device: of both models.
-        max_new_tokens: the most tokens to generate.
-        draft_tokens: how many the draft model proposes at a time.
+        max_new_tokens: maximum number of tokens to generate.
+        draft_tokens: number of tokens that the draft model proposes at a time.
         sampling: how to sample.
-        vocab_size: of the tokenizer; token ids from here on pad the embeddings and are never sampled.
+        vocab_size: of the tokenizer; higher token ids pad the embeddings and are never sampled.
         stop_ids: tokens to stop at; they are not yielded.
         compiled: whether to compile the decoding of new tokens.
 
     Raises:
-        UserError: the prompt has no tokens, or one that a model does not have; or the logits are not finite.
+        UserError: the prompt is empty, or has a token beyond the vocabulary; or the logits are not finite.
     """
     check_prompt(model, prompt)
     check_prompt(draft, prompt)
@@ -57,7 +57,7 @@ def speculate(
     )  # fmt: skip
     generators, remaining = [seeded(sampling.seed)], max_new_tokens
     while remaining > 0:
-        # The text may outgrow the model by accepted tokens, but not by proposed ones, which may be taken back.
+        # Accepted tokens may exceed the context length, but not proposed ones, which may be rolled back.
         count = min(draft_tokens, remaining - 1, model.max_seq_len - len(large.rows[0]))
         proposals = [_propose(small, generators, sampling, vocab_size) for _ in range(count)]
         tokens = _verify(large, proposals, generators, sampling, vocab_size)
@@ -73,7 +73,7 @@ def speculate(
 def _propose(
     state: DecodingState, generators: Sequence[torch.Generator], sampling: Sampling, vocab_size: int | None
 ) -> tuple[int, Tensor]:
-    """A token, which is appended, and the probabilities `(vocab,)` that it was sampled from."""
+    """Samples and appends a token; returns it and the probabilities `(vocab,)` that it was sampled from."""
     probabilities = _distribution(state, state.logits()[0, :, :vocab_size], sampling)
     token = int(sample(probabilities, generators))
     state.append([token])
@@ -87,7 +87,7 @@ def _verify(
     sampling: Sampling,
     vocab_size: int | None,
 ) -> list[Token]:
-    """The proposals up to the first that is rejected, and one more token; all of them are appended."""
+    """Appends the proposals before the first rejected one, and one more token; returns them."""
     for proposal, _ in proposals:
         state.append([proposal])
     logits = state.logits(len(proposals) + 1)[0]
@@ -97,7 +97,7 @@ def _verify(
         left = len(proposals) - place
         target = _distribution(state, logits[place : place + 1], sampling, skip_last=left)[0]
         if left == 0 or float(uniform(generators)) * float(draft[proposal]) >= float(target[proposal]):
-            # Rejected: sample from what the larger model gives each token beyond what the draft model gave it.
+            # Rejected: sample from the positive part of target minus draft probabilities.
             residual = (target - draft).clamp(min=0)
             state.rollback(left)
             state.append([int(sample((residual if residual.any() else target)[None], generators))])
@@ -109,6 +109,6 @@ def _verify(
 
 
 def _distribution(state: DecodingState, logits: Tensor, sampling: Sampling, skip_last: int = 0) -> Tensor:
-    """The probabilities `(1, vocab)` of the token after all but the last `skip_last`, from its logits."""
+    """The probabilities `(1, vocab)` of the token that follows all but the last `skip_last`, from its logits."""
     penalised = sampling.repetition_penalty != 1
     return distribution(logits, sampling, state.seen_tokens(logits.shape[-1], skip_last) if penalised else None)

@@ -43,7 +43,7 @@ def validation_prompt(dataset: TokenDataset) -> Tensor:
 def stream_tokens(
     engine: Engine, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling, stop_ids: Collection[int] = ()
 ) -> Iterator[Token]:
-    """The tokens that follow one prompt, as they come; a stop token is not among them."""
+    """Streams the tokens generated after one prompt, without a stop token."""
     request_id = engine.submit(prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids)
     for outputs in engine.steps():
         token, reason = outputs[request_id]
@@ -52,32 +52,32 @@ def stream_tokens(
 
 
 class TextChunk(NamedTuple):
-    """The text that a token completes, usually its own."""
+    """A token and the text that it completes, usually its own."""
 
     text: str
     token: Token | None
-    """None: what was held back until the end."""
+    """None for text held back until the end."""
 
 
 class TextStreamer:
-    """The text of one row as its tokens come: never half a character, and nothing from a stop text on.
+    """Turns the tokens of one row into text as they come: only complete characters, and nothing from a stop text on.
 
     Args:
         tokenizer: of the tokens.
-        stop: texts that end the row; what may be the start of one is held back until that is clear.
+        stop: texts that end the row; a possible start of one is held back until it is certain.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self._decoder, self._stop, self._held = StreamDecoder(tokenizer), tuple(stop), ""
         self.stopped = False
-        """Whether a stop text has come."""
+        """Whether a stop text has been generated."""
 
     def push(self, token: int) -> str:
-        """The text that can be shown now that this token has come."""
+        """Adds a token; returns the text that can be shown now."""
         return self._release(self._decoder.push(token), last=False)
 
     def flush(self) -> str:
-        """The text that is left when no more tokens come."""
+        """The remaining text, after the last token."""
         return self._release(self._decoder.flush(), last=True)
 
     def _release(self, text: str, last: bool) -> str:
@@ -93,7 +93,7 @@ class TextStreamer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The most characters at the end of `text` that `stop` starts with."""
+    """Length of the longest suffix of `text` that is a prefix of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((count for count in range(longest, 0, -1) if text.endswith(stop[:count])), 0)
 
@@ -112,9 +112,9 @@ def stream(
     cached: bool = True,
     compiled: bool = False,
 ) -> Iterator[TextChunk]:
-    """The text that a model generates after a prompt (None: at the start of a document), as it comes.
+    """Streams the text that a model generates after a prompt (None: the start of a document).
 
-    With a `draft`, a smaller model of the same tokenizer, decoding is speculative.
+    With a `draft` model, a smaller one with the same tokenizer, decoding is speculative.
 
     Raises:
         UserError: the tokenizer does not know a character of the prompt.
@@ -150,7 +150,7 @@ def complete(
     cached: bool = True,
     compiled: bool = False,
 ) -> list[list[TextChunk]]:
-    """What `stream` yields for each of several prompts, generated in one batch; the seed of each is one higher.
+    """The chunks that `stream` would yield for each of several prompts, generated as one batch, with consecutive seeds.
 
     Raises:
         UserError: the tokenizer does not know a character of a prompt.

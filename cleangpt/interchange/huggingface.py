@@ -45,7 +45,7 @@ def open_checkpoint(text: str) -> Checkpoint:
     """Reads the checkpoint ``hf:NAME_OR_FOLDER``, or that of a run or folder; nothing in it is executed.
 
     Raises:
-        UserError: it does not exist, is damaged, or its architecture is not supported.
+        UserError: it does not exist, is corrupt, or its architecture is not supported.
     """
     folder = find(text)
     content = read_json(folder / CONFIG)

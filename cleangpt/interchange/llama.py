@@ -280,7 +280,7 @@ def from_huggingface(config: LlamaConfig, weights: Mapping[str, Tensor]) -> dict
 
 
 def to_huggingface(config: LlamaConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Hugging Face's state dict from ours; a tied head is left out, as it is there.
+    """Hugging Face's state dict from ours, without a tied head, which Hugging Face does not store either.
 
     Raises:
         UserError: no family has this combination of optional fields.

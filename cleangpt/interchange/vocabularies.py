@@ -122,7 +122,7 @@ def _bytes() -> dict[str, Any]:
 
 
 def word_split(content: dict[str, Any]) -> str | None:
-    """llama.cpp's name of the way a `tokenizer.json` splits words before merging byte pairs; None: not supported.
+    """llama.cpp's name of the pre-tokenizer of a `tokenizer.json`; None: not supported.
 
     Without merges, splitting makes no difference.
     """

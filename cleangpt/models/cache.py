@@ -1,8 +1,8 @@
 """Keys and values of the tokens that a model has read, so that each new token costs one pass over itself alone.
 
 A block with windowed attention keeps no more than its window, in a ring. Rows of a batch may have different lengths:
-each has its own positions, and what lies behind its end is masked until new tokens overwrite it. So a row gives the
-same result whatever stands beside it, and rows can be taken out of a batch and added to it.
+each has its own positions, and slots past its end are masked until new tokens overwrite them. So a row's result does
+not depend on the other rows of its batch, and rows can leave a batch and join it.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ Mask = Tensor | None
 class BlockCache:
     """Keys and values of one block `(batch, kv_heads, slots, head_dim)`, in the dtype and on the device of the first.
 
-    The token at position p lies in slot p modulo the number of slots.
+    The token at position p is in slot p modulo the number of slots.
     """
 
     def __init__(self, owner: "KVCache", window: int | None) -> None:
@@ -30,7 +30,7 @@ class BlockCache:
 
         Args:
             key: of the new tokens `(batch, kv_heads, seq, head_dim)`.
-            value: likewise.
+            value: of the new tokens, in the same shape.
 
         Returns:
             Keys and values `(batch, kv_heads, seen, head_dim)`, and the mask as attention takes it.
@@ -79,7 +79,7 @@ class KVCache:
     Args:
         windows: of each block's attention, in tokens; None: unlimited.
         max_len: the most tokens in a row.
-        rollback_tokens: how many tokens can be taken back; a ring keeps that many more.
+        rollback_tokens: how many tokens can be dropped again; a ring keeps that many more.
         keep_ids: whether to keep the ids of all tokens, for `tokens_before`.
     """
 
@@ -156,12 +156,12 @@ class KVCache:
         return torch.where(documents == documents[0], found, -1)
 
     def rewind(self, lengths: Sequence[int]) -> None:
-        """Takes back the last tokens of each row, at most `rollback_tokens`, so that `lengths` tokens remain."""
+        """Drops the last tokens of each row, at most `rollback_tokens`, so that `lengths` tokens remain."""
         self.lengths = torch.tensor(lengths, device=self.lengths.device)
         self._measure(lengths)
 
     def resize(self, max_len: int, rollback_tokens: int) -> None:
-        """Changes the most tokens in a row, at least as many as there are, and how many can be taken back."""
+        """Changes how many tokens a row can hold, at least as many as there are, and how many can be dropped again."""
         self.max_len, self.rollback_tokens = max_len, rollback_tokens
         for block in self.blocks:
             block.resize(self.slots(block.window))
@@ -176,7 +176,7 @@ class KVCache:
         self._update(lambda tensor: tensor[index])
 
     def join(self, other: "KVCache") -> None:
-        """Adds the rows of another cache of the same model behind these; the other one must not be used any more."""
+        """Appends the rows of another cache of the same model, which must not be used afterwards."""
         max_len, rollback_tokens = (
             max(self.max_len, other.max_len), min(self.rollback_tokens, other.rollback_tokens),
         )  # fmt: skip

@@ -25,12 +25,12 @@ AttentionMask: TypeAlias = "Tensor | BlockMask | None"
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask) -> Tensor:
-    """Scaled dot-product attention, in which groups of query heads may share a head of keys and values.
+    """Scaled dot-product attention; groups of query heads may share a head of keys and values (GQA).
 
     Args:
         query: of all tokens, or of the last one only `(batch, heads, seq, head_dim)`.
         key: of all tokens `(batch, kv_heads, total, head_dim)`; kv_heads divides heads.
-        value: likewise.
+        value: as `key`.
         mask: broadcast to `(batch, heads, seq, total)`; None: causal.
 
     Returns:

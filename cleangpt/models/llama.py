@@ -65,7 +65,7 @@ class LlamaConfig(ModelConfig):
     rope_theta: Scale = 500_000.0
     """Base of the rotary wavelengths; the longest is nearly 2 pi rope_theta tokens."""
     rope_factor: Annotated[float, Bounds(1)] | None = None
-    """Stretches long wavelengths for a longer context, as Llama 3.1 does by 8; None: not."""
+    """Factor by which long wavelengths are stretched for a longer context, 8 in Llama 3.1; None: no stretching."""
     rope_low_freq_factor: Scale = 1.0
     """Wavelengths above rope_original_seq_len / rope_low_freq_factor are stretched in full."""
     rope_high_freq_factor: Scale = 4.0
@@ -73,7 +73,7 @@ class LlamaConfig(ModelConfig):
     rope_original_seq_len: Count = 8192
     """Context length before it was extended, in tokens."""
     n_experts: Layers | None = None
-    """Experts that replace each MLP; None: an MLP."""
+    """Number of experts that replace each MLP; None: a dense model."""
     experts_per_token: Count = 2
     """Experts that each token is routed to."""
     expert_hidden_dim: Annotated[int, Bounds(1, 2**24)] | None = None
@@ -102,8 +102,8 @@ class LlamaConfig(ModelConfig):
     ngram_rows: Count = 16384
     """Rows of the embedding table of each length; n-grams are hashed to rows, so that some share one."""
     ngram_dropout: ShareBelowOne = 0.0
-    """Dropout probability of n-gram embeddings in training, which keeps them from memorizing a text that is visited
-    several times."""
+    """Dropout probability of n-gram embeddings in training; keeps them from memorizing the text over several
+    epochs."""
     separator: Annotated[int, Bounds(0)] | None = None
     """Id of the token that ends a document; attention does not cross it (Dubey et al. 2024, section 3.2). None: no
     limit. Positions do not restart, since only their differences matter."""
@@ -216,7 +216,7 @@ class Attention(nn.Module):
             x: the normalized residual stream.
             cos_sin: of the positions, from `rope_cos_sin`.
             mask: `(seq, seq)` or `(batch, 1, seq, seq)`; None: causal.
-            first_value: the values of the first block, which are averaged with this block's; None: not.
+            first_value: the first block's values, to average with this block's; None: no value residual.
             past: keys and values of earlier tokens; replaces the mask.
         """
         heads = (-1, self.head_dim)

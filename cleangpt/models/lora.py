@@ -82,7 +82,7 @@ def merge(weights: Mapping[str, Tensor], adapters: Mapping[str, Tensor], scale: 
 
     Args:
         weights: the base model's, from `split_adapters`.
-        adapters: likewise.
+        adapters: the adapters', from `split_adapters`.
         scale: alpha / rank.
     """
     merged = dict(weights)

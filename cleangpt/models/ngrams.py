@@ -1,4 +1,4 @@
-"""Hashed n-gram embeddings: what an n-gram model knows, for the price of a lookup.
+"""Hashed n-gram embeddings: the knowledge of an n-gram model for the price of a lookup.
 
 After Huang et al. 2025, "Over-tokenized transformer: vocabulary is generally worth scaling", section 3.2.
 """

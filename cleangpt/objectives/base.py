@@ -21,18 +21,18 @@ class Loss(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Objective(Checked, section="objective"):
-    """Configuration and computation of a loss.
+    """A loss and its configuration.
 
-    What needs no gradient, such as rewards or the log-probabilities of a reference model, comes with the batch.
+    Everything that needs no gradient, such as rewards or a reference model's log-probabilities, comes with the batch.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset()
     """Names in `Batch.extras` that a batch must have."""
     heads: ClassVar[frozenset[str]] = frozenset()
-    """Scalar heads that the model gets besides its language-model head; read from `TokenScores.heads`."""
+    """Scalar heads to add to the model, such as a value head; their outputs are in `TokenScores.heads`."""
 
     def count(self, batch: Batch) -> int:
-        """What the loss is averaged over: by default the batch's targets. The batch is in host memory."""
+        """The number of things the loss is averaged over, by default the batch's targets. The batch is on the host."""
         return batch.num_targets
 
     def __call__(self, model: LanguageModel, batch: Batch) -> Loss:

@@ -16,11 +16,11 @@ class NextToken(Objective):
     """Cross-entropy in nats per target token. Its regularizers apply to training only, so validation losses compare."""
 
     z_loss: NonNegative = 0.0
-    """Coefficient of log² Z, where Z is the sum of the exponentials of the logits: it keeps logits from drifting
-    (Chowdhery et al. 2022, "PaLM", section 5, which uses 1e-4)."""
+    """Coefficient of the z-loss log² Z, which keeps the softmax normalizer Z near 1 (Chowdhery et al. 2022, "PaLM",
+    section 5, which uses 1e-4); 0: off."""
     label_smoothing: ShareBelowOne = 0.0
     """Share of each target's probability that is spread over the vocabulary (Szegedy et al. 2016, "Rethinking the
-    Inception architecture", section 7)."""
+    Inception architecture", section 7); 0: off."""
 
     def __call__(self, model: LanguageModel, batch: Batch) -> Loss:
         """The loss, summed over targets; with a regularizer, the plain cross-entropy is a metric."""

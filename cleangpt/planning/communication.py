@@ -11,7 +11,7 @@ ATTENTION_SHARE = 0.35
 BANDWIDTH_SHARE = 0.80
 """Of the bandwidth of memory and links, in large transfers."""
 LAUNCH_SECONDS = 5e-6
-"""What PyTorch takes to launch a kernel; small models wait for launches, not for the device."""
+"""PyTorch's time to launch a kernel; small models wait for launches, not for the device."""
 ALLOCATOR_FACTOR = 1.10
 """Memory reserved by PyTorch's allocator, over memory in tensors at the peak."""
 NETWORK_HOP = 14e-6

@@ -301,7 +301,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def count_activations(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        """Counts the activations that a product reads and writes, without weights and their gradients."""
+        """Counts the activations that a matrix product reads and writes, without weights and their gradients."""
         read = [entry for entry in inputs if _storage(entry) not in self.weights]
         if len(read) == len(inputs):
             outputs = [entry for entry in outputs if tuple(entry.shape) not in self.weight_shapes]

@@ -14,80 +14,80 @@ FILES = "files"
 
 
 class Tracker(Protocol):
-    """A receiver of a run's metrics.
+    """A destination for a run's metrics.
 
-    Steps and macro-batches ascend. The rows of the steps up to the end of a macro-batch come before its metrics, and
-    these before its sample.
+    Steps and macro-batches ascend. The rows of a macro-batch's steps come before its metrics, and these before its
+    sample.
     """
 
     def open(self, truncate_after: int | None, last_step: int | None) -> None:
-        """Starts, after `load_state_dict`. The run continues after this macro-batch and step; None: it is new.
+        """Starts tracking, after `load_state_dict`. The run continues after this macro-batch and step; None: a new run.
 
         Called again when the run returns to an earlier snapshot.
         """
 
     def record(self, metrics: Mapping[str, Value]) -> None:
-        """Takes the metrics of one macro-batch; keys as in `metrics.METRICS`."""
+        """Logs the metrics of one macro-batch; keys as in `metrics.METRICS`."""
 
     def log_steps(self, rows: Sequence[Mapping[str, Value]]) -> None:
-        """Takes the metrics of some steps, each a row; keys as in `metrics.STEP_METRICS`."""
+        """Logs the metrics of some steps, one row each; keys as in `metrics.STEP_METRICS`."""
 
     def sample(self, macro_batch: int, text: str) -> None:
-        """Takes a text sampled from the model when a checkpoint is saved."""
+        """Logs a text sampled from the model when a checkpoint was saved."""
 
     def close(self, status: str) -> None:
-        """Ends; `status` is finished, stopped early, interrupted or failed."""
+        """Ends tracking; `status` is finished, stopped early, interrupted or failed."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, as JSON."""
+        """The state for a snapshot, as JSON."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned; called before `open`."""
 
 
 class Trackers:
-    """The metrics files, which write later what they cannot write now, and others, each dropped if it fails."""
+    """The metrics files, which retry failed writes, and other trackers, each dropped if it fails."""
 
     def __init__(self, files: MetricsFiles, others: dict[str, Tracker], log: Callable[[str], None]) -> None:
         self._files, self._others, self._log = files, others, log
         self._working = dict(others)
         self._unused: dict[str, Any] = {}
         self._states: dict[str, dict[str, Any]] = {}
-        """The last known state of each of the others."""
+        """The last known state of each other tracker."""
 
     def open(self, truncate_after: int | None, last_step: int | None) -> None:
-        """Opens every tracker of a run that continues after this macro-batch and this step (None: of a new run)."""
+        """Opens every tracker; the run continues after this macro-batch and step (None: a new run)."""
         self._files.open(truncate_after, last_step)
         self._call("open", truncate_after, last_step)
 
     def record(self, metrics: Mapping[str, Value]) -> None:
-        """Passes on the metrics of one macro-batch."""
+        """Logs the metrics of one macro-batch to every tracker."""
         self._files.record(metrics)
         self._call("record", metrics)
 
     def log_steps(self, rows: Sequence[Mapping[str, Value]]) -> None:
-        """Passes on the metrics of some steps, in order, each a row; called in batches of some dozen."""
+        """Logs the metrics of some steps, in order, one row each; called with a few dozen rows at a time."""
         self._files.log_steps(rows)
         self._call("log_steps", rows)
 
     def sample(self, macro_batch: int, text: str) -> None:
-        """Passes on a text that the model wrote after `macro_batch`."""
+        """Logs a text sampled from the model after `macro_batch`."""
         self._files.sample(macro_batch, text)
         self._call("sample", macro_batch, text)
 
     def rewind(self, state: dict[str, Any], truncate_after: int, last_step: int) -> None:
-        """Returns to a snapshot with this `state`, macro-batch and step; later ones will be logged again."""
+        """Returns to a snapshot with this `state`, macro-batch and step; later steps will be logged again."""
         self.load_state_dict(state)
         self.open(truncate_after, last_step)
 
     def close(self, status: str) -> None:
-        """Ends all; `status` is finished, stopped early, interrupted or failed."""
+        """Closes every tracker; `status` is finished, stopped early, interrupted or failed."""
         self._files.close(status)
         self._call("close", status)
         self._working.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of each by name, including those dropped or switched off, so that they can come back."""
+        """Each tracker's state by name, including those dropped or disabled, so that they can be resumed later."""
         for name, tracker in self._others.items():
             try:
                 self._states[name] = tracker.state_dict()
@@ -96,7 +96,7 @@ class Trackers:
         return self._unused | self._states | {FILES: self._files.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Gives each tracker its part of what `state_dict` returned; called before `open`."""
+        """Restores each tracker's part of `state_dict`; called before `open`."""
         self._unused = {name: part for name, part in state.items() if name not in self._others and name != FILES}
         self._files.load_state_dict(state.get(FILES, {}))
         for name, tracker in self._others.items():
@@ -121,7 +121,7 @@ class Trackers:
 
 
 class NullTracker(Trackers):
-    """For the processes other than the main one: nothing is written."""
+    """Logs nothing, on processes other than the main one."""
 
     def __init__(self, run: Path) -> None:
         super().__init__(MetricsFiles(run), {}, lambda _: None)
@@ -174,7 +174,7 @@ def create_trackers(
         run: folder of the run.
         name: of the experiment.
         experiment_json: the experiment as JSON, logged next to the metrics.
-        log: takes a message about a tracker that fails.
+        log: called with a message if a tracker fails.
 
     Raises:
         UserError: the package of a tracker is not installed.
@@ -210,14 +210,14 @@ def open_trackers(
         run: folder of the run.
         name: of the experiment.
         experiment_json: the experiment as JSON, logged next to the metrics.
-        state: what `Trackers.state_dict` returned in the snapshot from which the run is resumed; None: a new run.
-        truncate_after: last macro-batch of that snapshot; lines of later ones are removed. None: all are.
+        state: the `Trackers.state_dict` in the snapshot from which the run is resumed; None: a new run.
+        truncate_after: last macro-batch of that snapshot; lines of later ones are removed. None: all lines.
         last_step: last step of that snapshot; likewise.
-        log: takes a message about a tracker that fails; None: it goes to the standard error and log.txt.
+        log: called with a message if a tracker fails; None: print it to standard error and log.txt.
 
     Raises:
-        UserError: the package of a tracker is not installed, or metrics.jsonl is damaged.
-        OSError: the lines that will be written again cannot be removed.
+        UserError: the package of a tracker is not installed, or metrics.jsonl is corrupt.
+        OSError: lines that will be written again cannot be removed.
     """
     log = log or (lambda text: log_to_stderr(run, text))
     trackers = create_trackers(config, run, name, experiment_json, log)

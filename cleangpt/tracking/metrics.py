@@ -1,12 +1,12 @@
-"""The metrics of a run: what each one means, and the three files that hold them.
+"""The metrics of a run: their meaning, and the three files that contain them.
 
     metrics.jsonl    one JSON object per macro-batch, keys as in `METRICS`
     steps.jsonl      one JSON object every `tracking.every` steps, keys as in `STEP_METRICS`
     samples.jsonl    {"macro_batch": …, "text": …} for each text sampled from the model
 
-All are strict JSON, one object per line, UTF-8. JSON has no NaN or infinity: such a value is written as null, and its
-line says which it was, as in ``{"val_loss": null, "not_finite": {"val_loss": "nan"}}``; `read_metrics` and `read_steps`
-restore it. Before a snapshot is complete, all lines up to it are on disk or, if there is no room, in the snapshot.
+All are strict JSON, one object per line, UTF-8. JSON has no NaN or infinity: such a value is written as null, with its
+kind as in ``{"val_loss": null, "not_finite": {"val_loss": "nan"}}``; `read_metrics` and `read_steps` restore it. Before
+a snapshot is complete, all lines up to it are on disk or, if the disk is full, in the snapshot.
 """
 
 import itertools
@@ -25,7 +25,7 @@ from cleangpt.files import check_regular, fsync_file, write_bytes
 
 METRICS_FILE, STEPS_FILE, SAMPLES_FILE = "metrics.jsonl", "steps.jsonl", "samples.jsonl"
 LINE_NUMBERS = {METRICS_FILE: "macro_batch", STEPS_FILE: "step", SAMPLES_FILE: "macro_batch"}
-"""The key by which the lines of each file ascend."""
+"""The key that orders the lines of each file."""
 NOT_FINITE = "not_finite"
 UNKNOWN = "–"
 Value = float | int | None
@@ -92,9 +92,9 @@ METRICS: dict[str, Metric] = {
     ),
 }
 """The metrics in metrics.jsonl; besides these, ``train_NAME`` and ``val_NAME`` are the objective's metric NAME, and any
-other key is the score of a task.
+other key is a task score.
 
-After a slash follows the source of a mixture to which the metric belongs: ``val_loss/code``.
+A slash is followed by the source of a mixture: ``val_loss/code``.
 """
 
 STEP_METRICS: dict[str, Metric] = {
@@ -126,14 +126,14 @@ def metric_key(name: str, source: str) -> str:
 
 
 def metric(name: str) -> Metric:
-    """Label, unit, meaning and tag of a metric in metrics.jsonl or, where it is only there, steps.jsonl."""
+    """Label, unit, meaning and tag of a metric in metrics.jsonl, or of one that is only in steps.jsonl."""
     kind, _, source = name.partition("/")
     known = METRICS.get(kind) or STEP_METRICS.get(kind) or _unlisted(kind)
     return replace(known, label=f"{known.label}, {source}", tag=f"{known.tag}/{source}") if source else known
 
 
 def _unlisted(name: str) -> Metric:
-    """An objective's metric or the score of a task."""
+    """A metric of the objective, or a task score."""
     split, _, rest = name.partition("_")
     if split not in SPLITS or not rest:
         return Metric(name.replace("_", " "), "", "", f"tasks/{name}")
@@ -153,7 +153,7 @@ def step_tag(name: str) -> str:
 
 
 def scores(names: Iterable[str]) -> list[str]:
-    """The keys in metrics.jsonl, among `names`, that are scores of a task."""
+    """The `names` that are task scores in metrics.jsonl."""
     return [name for name in names if name.partition("/")[0] not in NOT_SCORES and not is_objective_metric(name)]
 
 
@@ -210,8 +210,8 @@ def show_time(seconds: float) -> str:
 class MetricsFiles:
     """The tracker that writes metrics.jsonl, steps.jsonl and samples.jsonl in the folder `run`.
 
-    On a full disk, lines wait in memory and in the snapshots, and are written in order as soon as there is room; `log`
-    takes a message about it.
+    On a full disk, lines are kept in memory and in the snapshots, and written in order as soon as there is room; `log`
+    is called with a message.
     """
 
     def __init__(self, run: Path, log: Callable[[str], None] = lambda text: None) -> None:
@@ -242,12 +242,12 @@ class MetricsFiles:
         self._write()
 
     def sample(self, macro_batch: int, text: str) -> None:
-        """Appends a text that the model wrote after `macro_batch`."""
+        """Appends a text sampled from the model after `macro_batch`."""
         self._waiting.append((SAMPLES_FILE, {"macro_batch": macro_batch, "text": text}))
         self._write()
 
     def close(self, status: str) -> None:
-        """Tries once more to write the lines that wait, and names those that could not be written."""
+        """Tries once more to write the pending lines; logs those that could not be written."""
         self._write()
         for name, key in LINE_NUMBERS.items():
             missing = [line[key] for file, line in self._waiting if file == name]
@@ -259,7 +259,7 @@ class MetricsFiles:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """The lines that wait for room on the disk; all others are on it."""
+        """The pending lines; all others are on disk."""
         try:
             if (self._run / STEPS_FILE).exists():
                 fsync_file(self._run / STEPS_FILE)
@@ -308,7 +308,7 @@ def read_samples(run: Path) -> list[dict[str, Any]]:
 
 
 def strict(metrics: Mapping[str, Value]) -> dict[str, Any]:
-    """The metrics with null for NaN and infinity, and under `not_finite` which of the two each of them was."""
+    """The metrics with null for NaN and infinity, and `not_finite` with the kind of each."""
     odd = {name: str(value) for name, value in metrics.items() if value is not None and not math.isfinite(value)}
     if not odd:
         return dict(metrics)
@@ -316,10 +316,10 @@ def strict(metrics: Mapping[str, Value]) -> dict[str, Any]:
 
 
 def _append(path: Path, entries: Sequence[dict[str, Any]], sync: bool) -> None:
-    """Appends lines, with `sync` to the disk itself; a lone surrogate, which is invalid in UTF-8, becomes ``?``.
+    """Appends lines, fsyncing them with `sync`; a lone surrogate, which is invalid in UTF-8, becomes ``?``.
 
     Raises:
-        OSError: they could not be written; none of them is in the file.
+        OSError: they could not be written; the file is unchanged.
     """
     text = "".join(json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n" for entry in entries)
     left = memoryview(text.encode("utf-8", "replace"))
@@ -376,8 +376,8 @@ def _truncate(path: Path, key: str, last: int | None) -> int:
         The `key` of the last line kept; -1 if there is none.
 
     Raises:
-        UserError: a line to be kept is damaged. In steps.jsonl, whose lines are synced in batches only, a power cut may
-            have damaged those after the snapshot: there, the damaged line ends the file.
+        UserError: a line to be kept is corrupt. In steps.jsonl, whose lines are only synced in batches, a power failure
+            may have corrupted those after the snapshot: there, the file is truncated at the corrupt line.
     """
     kept, newest = [], -1
     for number, line in enumerate([] if last is None else _lines(path), start=1):

@@ -42,7 +42,7 @@ INTERVALS = 100
 SPREAD = (0.1, 0.9)
 """Quantiles between which the spread is drawn."""
 NOISY = ("loss", "grad_norm", "tokens_per_second")
-"""So are the metrics of an objective and the scores of tasks."""
+"""Metrics that are drawn like that, besides an objective's metrics and task scores."""
 
 
 def loss_plot(runs: Runs, steps: Runs, path: Path) -> Path:
@@ -67,13 +67,13 @@ def gradient_plot(steps: Runs, path: Path) -> Path | None:
 
 
 def score_plot(runs: Runs, path: Path) -> Path | None:
-    """Every score of a task over tokens."""
+    """Task scores over tokens."""
     names = [name for name in _names(runs) if metrics.scores([name])]
     return panels(dict.fromkeys(names, runs), "tokens", "Scores", path)
 
 
 def objective_plot(runs: Runs, steps: Runs, path: Path) -> Path | None:
-    """The objective's own metrics: in training by step, on the validation samples by macro-batch."""
+    """The objective's own metrics: training by step, validation by macro-batch."""
     curves = {name: steps for name in _names(steps) if name not in metrics.STEP_METRICS}
     curves |= {name: runs for name in _names(runs) if metrics.is_objective_metric(name) and name.startswith("val_")}
     return panels(curves, "tokens", "Metrics of the objective", path)
@@ -86,10 +86,10 @@ def source_plot(runs: Runs, path: Path) -> Path | None:
 
 
 def panels(curves: Mapping[str, Runs], x: str, title: str, path: Path) -> Path | None:
-    """One panel for each metric in `curves` that any of its runs has, one below the other, over the metric `x`.
+    """Stacked panels over the metric `x`, one for each metric in `curves` that any of its runs has.
 
     Returns:
-        `path`, or None if no metric is known; then nothing is drawn.
+        `path`, or None if there is nothing to draw.
     """
     known = {name: runs for name, runs in curves.items() if any(best(rows, name) for rows in runs.values())}
 
@@ -121,20 +121,20 @@ def schedule_preview(curves: Mapping[str, tuple[Sequence[float], Sequence[float]
 
 
 def column(rows: Rows, name: str) -> list[float]:
-    """The metric `name` of every row; NaN, which leaves a gap in a line, where it is unknown or infinite."""
+    """The metric `name` of every row, with NaN, which leaves a gap in a line, where it is missing or infinite."""
     values = [row.get(name) for row in rows]
     return [math.nan if value is None or not math.isfinite(value) else float(value) for value in values]
 
 
 def best(rows: Rows, name: str = "val_loss") -> Mapping[str, Any] | None:
-    """The row with the lowest `name`, the first of equals; None if no row has it."""
+    """The first row with the lowest `name`; None if no row has it."""
     values = column(rows, name)
     known = [index for index, value in enumerate(values) if math.isfinite(value)]
     return rows[min(known, key=values.__getitem__)] if known else None
 
 
 def _names(runs: Runs) -> list[str]:
-    """The metrics of all runs, in the order in which they first occur."""
+    """The metrics of all runs, in order of first occurrence."""
     return list(dict.fromkeys(name for rows in runs.values() for row in rows for name in row))
 
 
@@ -237,7 +237,7 @@ def _draw(path: Path, count: int, draw: Callable[[Figure, list[Axes]], None]) ->
     settings: Any = {"font.family": fonts, "font.size": 10, "text.parse_math": False}
     image = io.BytesIO()
     with matplotlib.rc_context(settings), warnings.catch_warnings():
-        # A character that no font has is drawn as a box; a warning would add nothing.
+        # A character that no font has is drawn as a box; no need for a warning.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure = Figure(figsize=(8, 1.6 + 2.4 * count if count > 1 else 4.6), dpi=120, layout="constrained")
         draw(figure, list(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]))

@@ -1,4 +1,4 @@
-"""Progress of a run: a bar on a terminal, otherwise one line per macro-batch; log.txt has every line."""
+"""Progress of a run: a bar on a terminal, otherwise one line per macro-batch; all lines go to log.txt."""
 
 import errno
 import sys
@@ -19,16 +19,16 @@ from cleangpt.tracking.metrics import label, scores, show, show_time
 LOG = "log.txt"
 LOSSES = {"train_loss": "loss {}", "val_loss": "val {}"}
 SPEEDS = {"lr": "lr {}", "tokens_per_second": "{} tokens/s", "mfu": "MFU {}", "visited_share": "visited {}"}
-"""Wording of metrics in the bar and in the lines; scores of tasks come between the two."""
+"""Formats of metrics in the bar and in the lines; task scores come between the two."""
 
 
 class ProgressBar:
-    """Shows the progress of a run; `log` works at any time, the bar is there from `start` to `close`.
+    """Shows the progress of a run; `log` works at any time, the bar is shown from `start` to `close`.
 
     Args:
         run: folder whose log.txt gets every line, with the time; None: no log.
-        progress: whether to show anything on the screen.
-        console: where to show it; None: the standard output.
+        progress: whether to print anything.
+        console: where to print; None: standard output.
     """
 
     def __init__(self, run: Path | None = None, progress: bool = True, console: Console | None = None) -> None:
@@ -40,7 +40,7 @@ class ProgressBar:
         self._clock: tuple[int, float] | None = None
 
     def start(self, total_macro_batches: int, batches_per_macro_batch: int, done_batches: int = 0) -> None:
-        """Shows the bar of a run that has `done_batches` batches behind it."""
+        """Shows the bar of a run in which `done_batches` batches are done."""
         self._macro_batches, self._per_macro_batch = total_macro_batches, batches_per_macro_batch
         self._done = done_batches
         if self._console and self._console.is_interactive and self._console.file.isatty():
@@ -50,7 +50,7 @@ class ProgressBar:
             self._console.show_cursor(True)
 
     def update(self, batches_done: int, metrics: Mapping[str, Any]) -> None:
-        """Moves the bar to `batches_done` batches of the whole run and shows `metrics`; keys as in `METRICS`."""
+        """Moves the bar to `batches_done` batches of the run and shows `metrics`; keys as in `METRICS`."""
         self._done = batches_done
         self._metrics.update(metrics)
         # The first batches are slow (compilation, caches): the remaining time is estimated from here on.
@@ -58,7 +58,7 @@ class ProgressBar:
         self._draw()
 
     def record(self, metrics: Mapping[str, Any]) -> None:
-        """Shows the metrics of a finished macro-batch in one line; on a terminal, as much of it as fits."""
+        """Prints the metrics of a finished macro-batch in one line, on a terminal truncated to its width."""
         self._metrics.update(metrics)
         words = [f"macro-batch {metrics['macro_batch']}/{self._macro_batches or '?'}", *_words(metrics)]
         words += [show_time(metrics["time_trained"])] if metrics.get("time_trained") is not None else []
@@ -79,7 +79,7 @@ class ProgressBar:
                 live.stop()
 
     def time_left(self) -> float | None:
-        """Estimated seconds to the end of the run, at the speed of this session with validation and saving."""
+        """Estimated seconds to the end of the run, at this session's speed including validation and saving."""
         if self._clock is None or self._done <= self._clock[0]:
             return None
         left = self._macro_batches * self._per_macro_batch - self._done
@@ -93,7 +93,7 @@ class ProgressBar:
                 self._drop_screen(error)
 
     def _drop_screen(self, error: OSError) -> None:
-        """Stops writing to a screen that fails, such as a closed terminal; a full disk may have room again later."""
+        """Stops printing if the output fails, such as a closed terminal; a full disk may have room again later."""
         if error.errno not in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
             self.close()
             self._console = None
@@ -128,13 +128,13 @@ class ProgressBar:
 
 
 def log_to_stderr(run: Path | None, text: str) -> None:
-    """Prints a line to the standard error and appends it to the run's log.txt."""
+    """Prints a line to standard error and appends it to the run's log.txt."""
     _log(run, text)
     print(text, file=sys.stderr, flush=True)
 
 
 def _words(metrics: Mapping[str, Any]) -> list[str]:
-    """The known metrics in words, the most important first."""
+    """The known metrics as text, the most important first."""
     wording = LOSSES | {name: f"{label(name)} {{}}" for name in scores(metrics)} | SPEEDS
     known = {name: words for name, words in wording.items() if metrics.get(name) is not None}
     return [words.format(show(name, metrics[name])) for name, words in known.items()]
@@ -149,6 +149,6 @@ def _fit(words: list[str], width: int) -> str:
 
 def _log(run: Path | None, text: str) -> None:
     if run is not None:
-        # On a full disk the line is only on the screen: a log must not end the training.
+        # On a full disk the line is only printed: a log must not end the training.
         with suppress(OSError), (run / LOG).open("a", encoding="utf-8", errors="replace") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")

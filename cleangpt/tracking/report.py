@@ -29,14 +29,14 @@ from cleangpt.tracking.metrics import (
 from cleangpt.validation import flatten
 
 NEWEST_SAMPLES, LONGEST_SAMPLE = 12, 4000
-"""How many texts of a run are shown, and how many characters of each; samples.jsonl has all."""
+"""Number of sampled texts shown, and characters of each; samples.jsonl has all."""
 
 CAPTION = (
     "<p>Of a long run, the curves by step show the mean of neighboring steps, and a band around the middle "
     f"{100 * (plots.SPREAD[1] - plots.SPREAD[0]):.0f} % of them.</p>"
 )
 BY_STEP = {"train_loss": "loss", "training_batch_size": "batch_size"}
-"""Keys of metrics.jsonl that have another name in steps.jsonl."""
+"""Keys of metrics.jsonl that have other names in steps.jsonl."""
 
 
 @dataclass
@@ -58,7 +58,7 @@ def write_report(runs: list[Path], out: Path | None = None) -> Path:
 
     Args:
         runs: folders of one or more runs; several are compared.
-        out: folder for the report; None: the first run's. There, a comparison is called comparison.html and its plots
+        out: folder for the report; None: the first run's. A comparison is called comparison.html there, and its plots
             comparison_….png, so that the run keeps its own report.
 
     Returns:
@@ -78,7 +78,7 @@ def write_report(runs: list[Path], out: Path | None = None) -> Path:
 
 
 def _draw(runs: Sequence[Run], folder: Path, prefix: str) -> dict[str, Path]:
-    """Draws every plot for which there is data; returns the images by title."""
+    """Draws every plot that has data; returns the images by title."""
     rows, steps = {run.name: run.rows for run in runs}, {run.name: _by_step(run) for run in runs}
     drawn = {
         "Loss": plots.loss_plot(rows, steps, folder / f"{prefix}loss.png"),
@@ -93,7 +93,7 @@ def _draw(runs: Sequence[Run], folder: Path, prefix: str) -> dict[str, Path]:
 
 
 def _by_step(run: Run) -> list[dict[str, Any]]:
-    """The metrics by step; of a run without them, those by macro-batch under the names that they have by step."""
+    """The metrics by step; for a run without steps.jsonl, those by macro-batch, renamed."""
     if run.steps:
         return run.steps
     rows = [{BY_STEP.get(name, name): value for name, value in row.items()} for row in run.rows]
@@ -157,7 +157,7 @@ def _lead(runs: list[Run]) -> str:
 
 
 def summary(run: Run) -> dict[str, str]:
-    """The key facts of a run; unknown ones are missing."""
+    """The key facts of a run, without unknown ones."""
     first_best, last = plots.best(run.rows) or {}, run.rows[-1]
     model = run.experiment.get("model", {})
     facts: dict[str, Any] = {
@@ -249,7 +249,7 @@ def _metric(name: str, value: Any) -> str:
 
 
 def _names(facts: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The keys of all, each once, in the order in which they first occur."""
+    """All keys, without duplicates, in order of first occurrence."""
     return list(dict.fromkeys(name for part in facts for name in part))
 
 

@@ -1,7 +1,7 @@
 """Metrics and samples for TensorBoard: event files in RUN/tensorboard; needs cleangpt[tensorboard].
 
-Every metric is a scalar over steps. Losses are also there over tokens, to compare runs of different batch size: under
-the tag ``by_tokens/…``, in a folder of their own, because a resumed run removes points by their x coordinate.
+Every metric is a scalar over steps. Losses are also logged over tokens, to compare runs of different batch size: with
+the tag ``by_tokens/…``, in a separate folder, because a resumed run removes points by their x coordinate.
 """
 
 import json
@@ -24,10 +24,10 @@ class TensorBoardTracker:
         self._by_step: Any = None
         self._by_tokens: Any = None
         self._step = self._tokens = 0
-        """Of the last metrics written."""
+        """Step and tokens of the last metrics written."""
 
     def open(self, truncate_after: int | None, last_step: int | None) -> None:
-        """Starts new event files; readers drop what older ones hold of later steps."""
+        """Starts new event files; readers drop later steps in older ones."""
         from torch.utils.tensorboard import SummaryWriter
 
         if self._by_step is not None:
@@ -67,7 +67,7 @@ class TensorBoardTracker:
         self._tokens = state.get("tokens", 0)
 
     def _write(self, values: Mapping[str, Value]) -> None:
-        """Writes one point of each tag; the tags ``step`` and ``tokens`` are where."""
+        """Writes one point of each tag, at the x coordinates ``step`` and ``tokens``."""
         self._step, self._tokens = int(values["step"] or 0), int(values["tokens"] or 0)
         known = {name: value for name, value in values.items() if value is not None and name not in AXES}
         losses = {f"{BY_TOKENS}/{name}": value for name, value in known.items() if name.startswith(LOSSES)}
@@ -85,7 +85,7 @@ class TensorBoardTracker:
 
 
 def _add_scalars(writer: Any, values: Mapping[str, float | int], step: int) -> None:
-    """Writes scalars as one event; `add_scalar` would make one of each and take several times as long."""
+    """Writes scalars as one event; `add_scalar` would write one event each and take several times as long."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     if values:

@@ -1,10 +1,10 @@
 """Metrics and samples for Weights & Biases, online or offline; needs cleangpt[wandb].
 
 The id of the W&B run is chosen here and kept in the snapshot, so that a resumed run continues the same W&B run. W&B
-cannot take anything back, and its own step, which here is the optimizer's, must not fall: a point that it already has
-is not logged again. After a roll-back it therefore keeps the points of the abandoned steps.
+cannot delete points, and its own step, here the optimizer's, must not decrease: a point that it already has is not
+logged again. After a rollback it therefore keeps the points of the abandoned steps.
 
-Offline, every session of a run leaves a folder RUN/wandb/offline-run-…, all with one id; ``wandb sync --append``
+Offline, every session of a run writes a folder RUN/wandb/offline-run-…, all with one id; ``wandb sync --append``
 uploads them, oldest first, into one W&B run. If a session was killed, the steps since its last snapshot may be in two
 of them, with the same values.
 """
@@ -21,7 +21,7 @@ from cleangpt.errors import require
 from cleangpt.tracking.metrics import Value, step_tag, tag
 
 FINISH_SECONDS = 60
-"""How long the end of a run waits for the upload; what was not uploaded stays in RUN/wandb, for ``wandb sync``."""
+"""How long the end of a run waits for the upload; the rest stays in RUN/wandb, for ``wandb sync``."""
 
 
 class WandbTracker:
@@ -34,10 +34,10 @@ class WandbTracker:
         self._resumed = False
         self._run: Any = None
         self._step, self._logged_before = 0, -1
-        """The step of the last metrics, and the last step that W&B has had since before the run was resumed."""
+        """The step of the last metrics, and the last step that W&B already had when the run was resumed."""
 
     def open(self, truncate_after: int | None, last_step: int | None) -> None:
-        """Starts or resumes the W&B run; after a roll-back, waits for the first step that W&B does not have."""
+        """Starts or resumes the W&B run; after a rollback, waits for the first step that W&B does not have."""
         if self._run is not None:
             self._logged_before = max(self._logged_before, self._step)
             return
@@ -51,8 +51,8 @@ class WandbTracker:
             dir=str(self._folder),
             mode=self._config.wandb,
             resume="allow" if self._resumed and online else None,
-            # W&B's own capture of the terminal would break the progress bar; log.txt has what was printed. Without a
-            # timeout, finishing waits as long as it takes for a server that cannot be reached.
+            # W&B's own capture of the terminal would break the progress bar; log.txt has the output. Without a timeout,
+            # finishing would wait forever for a server that cannot be reached.
             settings=wandb.Settings(
                 console="off", quiet=True, finish_timeout=FINISH_SECONDS, finish_timeout_raises=True
             ),
@@ -90,12 +90,12 @@ class WandbTracker:
         return {"id": self._id}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes the id of the W&B run to continue; has no effect once that is open."""
+        """Restores the id of the W&B run to continue; has no effect once that is open."""
         if "id" in state and self._run is None:
             self._id, self._resumed = state["id"], True
 
     def _log(self, values: Mapping[str, Value]) -> None:
-        """Logs the finite values unless W&B has this step already; a NaN it would keep as the minimum."""
+        """Logs finite values, unless W&B has this step already; it would keep a NaN as the minimum."""
         if self._step > self._logged_before:
             known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
             self._run.log(known, step=self._step)

@@ -1,1 +1,1 @@
-"""The loop over macro-batches, and everything it must remember."""
+"""Training: the loop over macro-batches, its state, and how a run is put together."""

@@ -61,16 +61,16 @@ from cleangpt.training.trainer import Trainer
 from cleangpt.training.validator import Validator
 
 POINTS = 1000
-"""Points that steps.jsonl has at the end of a run, about, where `tracking.every` does not say."""
+"""Approximate number of rows of steps.jsonl in a complete run, unless `tracking.every` is set."""
 
 
 @dataclass(frozen=True)
 class PlacedModel:
-    """A model on its devices, and how it is called."""
+    """A model on its devices."""
 
     model: LanguageModel
     forward_model: LanguageModel
-    """Compiled and wrapped as its parallelism asks."""
+    """The module to call in training: compiled, and wrapped in DDP if it is used."""
     layout: Layout
     device: torch.device
     autocast: AbstractContextManager[Any]
@@ -80,19 +80,19 @@ def build_trainer(
     experiment: Experiment, run: Path, dataset: MixedDataset, progress: ProgressBar, ranks: Ranks | None = None,
     end: float | None = None, validate: bool = True,
 ) -> Trainer:  # fmt: skip
-    """The trainer of a run, where its newest snapshot left it.
+    """Builds the trainer of a run, restored from its newest snapshot.
 
     Args:
         experiment: resolved and checked.
         run: its folder.
         dataset: of its corpus.
-        progress: shows how it goes.
-        ranks: the processes; None: this one alone.
-        end: when the run must have saved and ended, in seconds since 1970; None: when it is done.
-        validate: whether the validation split is looked at.
+        progress: shows the progress.
+        ranks: the processes; None: a single one.
+        end: deadline by which the run must have saved and ended, in seconds since 1970; None: no deadline.
+        validate: whether to validate.
 
     Raises:
-        UserError: what it starts from is missing or corrupt.
+        UserError: its snapshot, or the weights it starts from, are missing or corrupt.
     """
     ranks = ranks or Ranks()
     training, log = experiment.training, progress.log
@@ -153,7 +153,7 @@ def build_trainer(
 
 
 def place_model(experiment: Experiment, ranks: Ranks, log: Callable[[str], None]) -> PlacedModel:
-    """The model with its initial weights, spread over the devices, in the precision and compilation asked for."""
+    """The model with its initial weights, on its devices, with the configured precision and compilation."""
     training, parallel, tuning = experiment.training, experiment.parallel, experiment.fine_tuning
     if training.threads is not None:
         torch.set_num_threads(training.threads)
@@ -178,14 +178,14 @@ def place_model(experiment: Experiment, ranks: Ranks, log: Callable[[str], None]
     forward_model = wrap_ddp(called, layout, device)
     scale_init(model, mup_scales(experiment.model, experiment.optimizer))
     if ranks.world_size > 1:
-        seed_everything(training.seed + ranks.rank)  # every process drops out activations of its own
+        seed_everything(training.seed + ranks.rank)  # dropout differs between processes
     return PlacedModel(model, forward_model, layout, device, autocast(device, torch.float32 if gathered else dtype))
 
 
 def _prepare(
     model: LanguageModel, precision: str, tuning: FineTuningConfig, recompute_every: int | None, compiled: bool
 ) -> None:
-    """What is done to a plain model before it is sharded."""
+    """Changes a plain model in place before it is sharded."""
     if precision == "fp8":
         use_fp8(model)
     freeze_and_add_lora(model, tuning)
@@ -205,7 +205,7 @@ def open_source(
 
 
 def build_optimizer(experiment: Experiment, model: LanguageModel) -> Optimizer:
-    """AdamW, or Muon for some, with the factors on learning rates that the experiment asks for."""
+    """AdamW, with Muon for some parameters, and the learning-rate factors of the experiment."""
     config = experiment.optimizer
     scales = mup_scales(experiment.model, config)
     return Optimizer(
@@ -218,7 +218,7 @@ def build_optimizer(experiment: Experiment, model: LanguageModel) -> Optimizer:
 def build_validator(
     experiment: Experiment, dataset: MixedDataset, placed: PlacedModel, ranks: Ranks, micro_batch_size: int
 ) -> Validator:
-    """Validation over the split val of every source."""
+    """Validation on the val split of every source."""
     data = experiment.data
     return Validator(
         placed.forward_model, experiment.objective, split_samples(dataset, "val", data.seq_len), mean_shares(dataset),
@@ -231,7 +231,7 @@ def build_recorder(
     experiment: Experiment, dataset: MixedDataset, placed: PlacedModel, ranks: Ranks, trackers: Trackers,
     progress: ProgressBar, source: DatasetSource, validator: Validator | None,
 ) -> Recorder:  # fmt: skip
-    """What tells trackers and progress bar how the run goes."""
+    """The recorder of metrics for trackers and progress bar."""
     model, device, tracking = placed.model, placed.device, experiment.tracking
     splits = {source.name: source.dataset.splits["val"] for source in dataset.sources}
 

@@ -11,7 +11,7 @@ FORMS = "MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS, DAYS-HOURS
 SLURM_END = "SLURM_JOB_END_TIME"
 """Environment variable with the time at which SLURM ends the job, in seconds since 1970."""
 SPARE = 5.0
-"""Seconds reserved for what is not measured, such as closing the trackers."""
+"""Seconds reserved for unmeasured work, such as closing the trackers."""
 WRITE_RATE = 100e6
 """Bytes per second assumed before a save has been measured: a slow disk."""
 
@@ -20,10 +20,10 @@ def read_time_limit(text: str, now: float) -> float:
     """The end of a time limit that starts `now`, both in seconds since 1970.
 
     Args:
-        text: a duration as SLURM writes it, one of `FORMS`; or `slurm`: the end of the job that this process is in.
+        text: a duration in SLURM's notation, one of `FORMS`; or `slurm`: the end of this process's job.
 
     Raises:
-        UserError: the text is neither, or there is no such job.
+        UserError: the text is neither, or this process is not in a job.
     """
     if text == "slurm":
         if not re.fullmatch(r"[0-9]+", os.environ.get(SLURM_END, "")):
@@ -44,13 +44,13 @@ def read_time_limit(text: str, now: float) -> float:
 class Deadline:
     """Decides when a run has to save and exit.
 
-    The reserve is measured: the longest time between two looks at the clock, in this macro-batch and the one before (so
-    that the first, which may compile, is forgotten), and twice the longest save, since one may be in progress when the
-    last one starts. Until a save has been measured, `first_save` seconds are assumed.
+    The reserve is measured: the longest time between two polls, in this macro-batch and the one before (so that the
+    first, which may compile, is forgotten), and twice the longest save, since one may be in progress when the last one
+    starts. Until a save has been measured, `first_save` seconds are assumed.
 
     Args:
-        end: in seconds since 1970; None: there is no limit.
-        first_save: in seconds.
+        end: in seconds since 1970; None: no limit.
+        first_save: estimated duration of a save in seconds.
     """
 
     def __init__(self, end: float | None, first_save: float) -> None:
@@ -59,7 +59,7 @@ class Deadline:
         self._looked = time.monotonic()
 
     def near(self, longest_save: float) -> bool:
-        """Whether the run has to save now; to be asked between any two pieces of work."""
+        """Whether the run has to save now; polled between any two pieces of work."""
         now = time.monotonic()
         self._longest[-1] = max(self._longest[-1], now - self._looked)
         self._looked = now

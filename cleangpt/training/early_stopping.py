@@ -1,4 +1,4 @@
-"""Early stopping after a number of macro-batches without a better validation loss."""
+"""Early stopping: ends a run after a number of macro-batches without a better validation loss."""
 
 import math
 from typing import Any
@@ -27,9 +27,9 @@ class EarlyStopping:
         return self.config.patience is not None and self.waited >= self.config.patience
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """The state for a snapshot."""
         return {"best": self.best, "waited": self.waited}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from `state_dict`."""
+        """Restores `state_dict`."""
         self.best, self.waited = state["best"], state["waited"]

@@ -41,7 +41,7 @@ def freeze_and_add_lora(model: LanguageModel, config: FineTuningConfig) -> None:
         if name in frozen:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError(f"fine_tuning.freeze is {config.freeze!r}; allowed: what leaves a parameter to train")
+        raise UserError(f"fine_tuning.freeze is {config.freeze!r}; allowed: patterns that leave a parameter to train")
 
 
 def frozen_names(model: LanguageModel, config: FineTuningConfig) -> set[str]:
@@ -81,7 +81,7 @@ def _folders(names: Iterable[str]) -> set[str]:
 
 # Learning rates -----------------------------------------------------------------------------------------------------
 def lr_factors(model: LanguageModel, config: OptimizerConfig, layer_decay: float) -> dict[str, float]:
-    """The factor on each parameter's learning rate: that of its layer times that of the first matching pattern.
+    """The factor on each parameter's learning rate: its layer's factor times that of the first matching pattern.
 
     Raises:
         UserError: a pattern matches no parameter, or the model has no layers.
@@ -123,7 +123,7 @@ def layer_factors(model: LanguageModel, decay: float) -> dict[str, float]:
 def check_fine_tuning(
     tuning: FineTuningConfig, config: ModelConfig, optimizer: OptimizerConfig, layout: Layout
 ) -> None:
-    """Checks that fine-tuning fits a model, whose vocabulary is known, before anything is made.
+    """Checks that fine-tuning fits a model, whose vocabulary is known, before anything is created.
 
     Raises:
         UserError: one line naming the field.
@@ -143,16 +143,16 @@ def start_from(
     source: str, model: LanguageModel, optimizer: Optimizer, config: ModelConfig, tokenizer: Tokenizer, ranks: Ranks,
     group: dist.ProcessGroup | None, log: Callable[[str], None], with_moments: bool,
 ) -> None:  # fmt: skip
-    """Takes the weights of a run, a checkpoint or a model of Hugging Face as far as they fit, and logs which do not.
+    """Loads the matching weights of a run, a checkpoint or a Hugging Face model, and logs those that do not match.
 
     Args:
-        source: as `Experiment.init_from` names it.
+        source: as in `Experiment.init_from`.
         model: to be filled; its configuration is `config`, its corpus's tokenizer `tokenizer`.
         optimizer: of the model.
         ranks: all processes call this together.
-        group: the process group that snapshots are read in.
-        log: told about each weight that does not fit.
-        with_moments: takes the optimizer's moments from the newest snapshot of the run as well.
+        group: the process group for reading snapshots.
+        log: called with a line about each weight that does not match.
+        with_moments: also load the optimizer's moments from the newest snapshot of the run.
 
     Raises:
         UserError: there is no such source, or no intact snapshot of it.
@@ -162,7 +162,7 @@ def start_from(
     differing = config_mismatches(checkpoint.config, config)
     differing += load_matching_weights(model, checkpoint.weights, same)
     if not same:
-        differing.append("its tokenizer is not the corpus's, so token ids may mean other texts")
+        differing.append("its tokenizer is not the corpus's, so token ids may stand for other texts")
     log(f"starting from the weights of {checkpoint.folder}")
     if with_moments:
         snapshot = find_newest(find_moments(source), ranks, log)

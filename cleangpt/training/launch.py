@@ -46,24 +46,24 @@ def train(
     deadline: float | None = None,
     resumed: Path | None = None,
 ) -> Path:
-    """Trains an experiment, preparing its corpus where needed; a run folder that exists is resumed.
+    """Trains an experiment, preparing its corpus if needed; an existing run folder is resumed.
 
     Args:
         experiment: what to train.
         source: its Python file, copied into the run.
-        overrides: words of the command line after the experiment, kept so that the run can be repeated.
-        deadline: when it must have saved and ended, in seconds since 1970; None: when it is done.
+        overrides: command-line arguments after the experiment, saved so that the run can be repeated.
+        deadline: time by which it must have saved and ended, in seconds since 1970; None: no deadline.
         resumed: the run to resume, whatever fields it had before; None: that of `experiment.run_dir`, or a new one.
 
     Returns:
         The folder of the run.
 
     Raises:
-        UserError: a field, or what the experiment starts from, is wrong; nothing has been created.
+        UserError: a field, or the source of initial weights, is wrong; nothing has been created.
         RunFailedError: the run cannot continue.
     """
     check_here(experiment)
-    # Before there is something to save, the signal that asks for it would end the process.
+    # SIGUSR1 asks to save; until there is something to save, it would kill the process.
     with ignore_signal(SAVE_SIGNAL), join(experiment.parallel.timeout) as ranks:
         if deadline is not None:
             deadline = float(ranks.across_restarts("end", str(deadline)))
@@ -85,7 +85,7 @@ def train(
 
 
 def prepare_dataset(experiment: Experiment, ranks: Ranks) -> tuple[Experiment, MixedDataset]:
-    """The experiment resolved and checked with its dataset, which is prepared first where needed."""
+    """Prepares the dataset if needed; returns the experiment, resolved and checked with it, and the dataset."""
     store = ranks.main_process_first(lambda: prepare(experiment.corpus, Path(experiment.data.folder)))
     experiment = resolve_with(experiment, store)
     check(experiment, layout_for(experiment.parallel, ranks.world_size), store=store)
@@ -93,14 +93,14 @@ def prepare_dataset(experiment: Experiment, ranks: Ranks) -> tuple[Experiment, M
 
 
 def _length_asked(experiment: Experiment) -> list[str]:
-    """A line about a length that is not given in macro-batches."""
+    """A line about the length of the run, if it is not given in macro-batches."""
     given = {name: value for name in LENGTHS[1:] if (value := getattr(experiment.training, name)) is not None}
-    return [f"asked    training.{name} {value:,}, rounded up to whole macro-batches" for name, value in given.items()]
+    return [f"given    training.{name} {value:,}, rounded up to full macro-batches" for name, value in given.items()]
 
 
 # Checks --------------------------------------------------------------------------------------------------------------
 def check_here(experiment: Experiment) -> None:
-    """`check` for the processes and the device on which the experiment is about to run, before its corpus is read."""
+    """`check` for this machine's processes and device, before the corpus is read."""
     layout = layout_for(experiment.parallel, world_size())
     check_devices(choose_device(experiment.training.device), world_size())
     check(experiment, layout, choose_device(experiment.training.device, local_rank()))
@@ -112,12 +112,12 @@ def check(
     device: torch.device | None = None,
     store: MixedDataset | None = None,
 ) -> None:
-    """Checks what the parts of an experiment demand of one another; each part has checked itself.
+    """Checks that the parts of an experiment fit together; each part has checked itself.
 
     Args:
-        experiment: with a `store`, its open fields are resolved.
+        experiment: resolved, if there is a `store`.
         layout: how processes share the model and each batch.
-        device: where this process is about to run it; None: it is planned only.
+        device: of this process; None: for planning only.
         store: the prepared dataset; None: not prepared yet.
 
     Raises:
@@ -143,7 +143,7 @@ def check(
 
 
 def _check_sizes(experiment: Experiment, layout: Layout) -> None:
-    """Sequence, batch, micro-batch and step."""
+    """Checks the sizes of sequence, batch, micro-batch and step."""
     data, model, training = experiment.data, experiment.model, experiment.training
     if model.max_seq_len is not None and data.seq_len > model.max_seq_len:
         raise UserError(
@@ -166,7 +166,7 @@ def _check_sizes(experiment: Experiment, layout: Layout) -> None:
 
 
 def _check_corpus(experiment: Experiment) -> None:
-    """The corpus by its own rules, and its rows against the samples."""
+    """Checks the corpus itself, and its row length against the sample length."""
     corpus, seq_len = experiment.corpus, experiment.data.seq_len
     if not isinstance(corpus, Corpus | Mixture):
         raise UserError(f"corpus is a {type(corpus).__name__}; allowed: a subclass of cleangpt.corpora.Corpus")
@@ -177,7 +177,7 @@ def _check_corpus(experiment: Experiment) -> None:
 
 
 def _check_objective(experiment: Experiment, stream: Stream) -> None:
-    """What the objective reads from batches, and the heads that it needs the model to have."""
+    """Checks that batches have what the objective reads, and that the model can have its heads."""
     objective, kind = experiment.objective, type(experiment.objective).__name__
     missing = sorted(objective.reads - stream.batch(0, 1).extras.keys()) if objective.reads else []
     if missing:
@@ -187,7 +187,7 @@ def _check_objective(experiment: Experiment, stream: Stream) -> None:
 
 
 def _check_optimization(experiment: Experiment) -> None:
-    """Schedules and optimizer."""
+    """Checks schedules and optimizer."""
     for name in ("lr", "weight_decay", "batch_size"):
         schedule: Schedule = getattr(experiment.schedule, name)
         if schedule.shape == "wsd" and schedule.warmup + schedule.decay > 1:
@@ -206,7 +206,7 @@ def _check_optimization(experiment: Experiment) -> None:
 
 
 def _check_fine_tuning(experiment: Experiment) -> None:
-    """Frozen parameters, adapters and moments against each other and `init_from`."""
+    """Checks frozen parameters, adapters and moments against each other and `init_from`."""
     tuning, source, rank = experiment.fine_tuning, experiment.init_from, experiment.fine_tuning.lora.rank
     if rank is not None and source is None:
         raise UserError(f"fine_tuning.lora.rank is {rank}; allowed without init_from: None, since weights are random")
@@ -221,7 +221,7 @@ def _check_fine_tuning(experiment: Experiment) -> None:
 
 
 def _check_source(experiment: Experiment) -> None:
-    """Whether the weights to start from exist; a run that is resumed does not need them any more."""
+    """Checks that the initial weights exist; a resumed run does not need them any more."""
     begun = experiment.run_dir is not None and list_snapshots(Path(experiment.run_dir) / "snapshots")
     if experiment.init_from is None or begun:
         return
@@ -234,7 +234,7 @@ def _check_source(experiment: Experiment) -> None:
 def summary(
     experiment: Experiment, run: Path, store: MixedDataset, model: LanguageModel, device: torch.device, layout: Layout
 ) -> list[str]:
-    """Lines about the run that is about to start: model, memory per device, data, length, device and precision."""
+    """The summary printed before a run starts: model, memory per device, data, length, device and precision."""
     data, training = experiment.data, experiment.training
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -256,7 +256,7 @@ def summary(
 
 
 def _data_lines(experiment: Experiment, store: MixedDataset) -> list[str]:
-    """A line for each source: its share of the samples of a mixture, its tokens, and how often they are visited."""
+    """A line for each source: its share of a mixture's samples, its tokens, and how often they are visited."""
     progress = open_stream(experiment, store).progress(total_samples(experiment))
     samples = split_samples(store, "train", experiment.data.seq_len)
     lines = []

@@ -16,14 +16,14 @@ class LossSums:
     """Sums of the losses of a step's micro-batches, on the device."""
 
     def __init__(self, device: torch.device, copies: int) -> None:
-        """`copies` is how many processes compute the same loss, as under tensor parallelism."""
+        """`copies` is the number of processes that compute the same loss, as under tensor parallelism."""
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.total = torch.zeros((), dtype=dtype, device=device)
         self.metrics: dict[str, Tensor] = {}
         self.copies = copies
 
     def add(self, loss: Loss) -> None:
-        """Adds a micro-batch. A loss that is not finite skips the step; kept out of the sum, it hides no other step."""
+        """Adds a micro-batch. A non-finite loss skips the step; it is kept out of the sum, which stays finite."""
         self.total += loss.total.detach().nan_to_num(0.0, 0.0, 0.0) / self.copies
         for name, value in loss.metrics.items():
             share = value.detach().to(self.total.dtype).nan_to_num(0.0, 0.0, 0.0) / self.copies
@@ -32,18 +32,18 @@ class LossSums:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What came of one optimizer step."""
+    """The result of one optimizer step."""
 
     loss: Tensor
-    """Of this process's rows, summed over what the objective counts; 0-dim, on the device."""
+    """Loss of this process's rows, summed over what the objective counts; 0-dim, on the device."""
     metrics: dict[str, Tensor]
-    """Of the objective, likewise."""
+    """Metrics of the objective, likewise summed."""
     count: float
-    """What the objective counted, over all processes."""
+    """The objective's count, over all processes."""
     grad_norm: Tensor
-    """Before clipping; 0-dim, on the device."""
+    """Gradient norm before clipping; 0-dim, on the device."""
     skipped: Tensor
-    """More than 0 where the gradient was not finite; 0-dim, on the device."""
+    """More than 0 if the gradient was not finite; 0-dim, on the device."""
     samples: int
     lr: float
     weight_decay: float
@@ -60,17 +60,17 @@ class Meter:
         """Starts a macro-batch."""
         dtype = torch.float32 if self._device.type == "mps" else torch.float64
         self.loss = torch.zeros((), dtype=dtype, device=self._device)
-        """Summed over this process's rows."""
+        """Loss summed over this process's rows."""
         self.grad_norm = torch.zeros_like(self.loss)
-        """Summed over steps."""
+        """Gradient norm summed over steps."""
         self.metrics: dict[str, Tensor] = {}
         self.count = 0.0
-        """Over all processes."""
+        """The objective's count, over all processes."""
         self.steps = self.samples = 0
         self.seconds = self.waited = 0.0
-        """Of training, and of it waiting for batches."""
+        """Time spent training, and the part of it spent waiting for batches."""
         self.lr = self.weight_decay = 0.0
-        """Of the last step."""
+        """Learning rate and weight decay of the last step."""
 
     def add(self, step: StepResult) -> None:
         """Adds a step."""
@@ -84,26 +84,26 @@ class Meter:
         self.lr, self.weight_decay = step.lr, step.weight_decay
 
     def mean_loss(self) -> float:
-        """Per counted thing, over all processes."""
+        """The mean loss per counted thing, over all processes."""
         return self._ranks.sum(self.loss.item() / max(self.count, 1))[0]
 
     def mean_metrics(self) -> dict[str, float]:
-        """The objective's metrics, likewise."""
+        """The means of the objective's metrics, likewise."""
         names = sorted(self.metrics)
         sums = self._ranks.sum(*(self.metrics[name].item() / max(self.count, 1) for name in names))
         return dict(zip(names, sums, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run resumed within a macro-batch needs: every process's own sums, for they are added in its order."""
+        """The state for a snapshot within a macro-batch: each process's own sums, to keep the order of additions."""
         sums = {"loss": self.loss.item(), **{name: value.item() for name, value in self.metrics.items()}}
         numbers = {name: value for name, value in vars(self).items() if isinstance(value, int | float)}
         return numbers | {"grad_norm": self.grad_norm.item(), "sums": self._ranks.all_gather(sums)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from `state_dict`; with another number of processes, the main one takes the sums of all.
+        """Restores `state_dict`; with another number of processes, the main one takes all sums.
 
         Raises:
-            ValueError: an entry is no number that it may be.
+            ValueError: an entry is not a number in its range.
         """
         self.reset()
         sums: list[dict[str, float]] = state["sums"]

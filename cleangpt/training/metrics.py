@@ -1,4 +1,4 @@
-"""What a run records: a point every few steps, and a row after each macro-batch."""
+"""The metrics that a run records: a row every few steps, and one after each macro-batch."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -16,31 +16,31 @@ from cleangpt.training.meter import Meter, StepResult
 from cleangpt.training.state import Position
 
 FLUSH = 64
-"""Points that are read from the device together."""
+"""Number of rows that are read from the device together."""
 Row = Mapping[str, float | int | None]
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """Turns samples per second into tokens per second and the share of the devices' peak."""
+    """Computes tokens per second and MFU, the share of the devices' peak FLOP/s."""
 
     seq_len: int
     flops_per_token: int
     peak_flops: float | None
-    """Of one device; None: not known."""
+    """Peak FLOP/s of one device; None: unknown."""
     devices: int
 
     def metrics(self, samples: int, seconds: float) -> dict[str, float | None]:
-        """Of so many samples in so many seconds, over all devices."""
+        """Tokens per second and MFU of training on `samples` in `seconds`, over all devices."""
         rate = samples * self.seq_len / seconds
         flops = rate * self.flops_per_token / self.devices
         return {"tokens_per_second": rate, "mfu": flops / self.peak_flops if self.peak_flops else None}
 
 
 class StepLog:
-    """Points of steps.jsonl: kept on the device and read together, so that no step waits for them.
+    """Rows of steps.jsonl: kept on the device and read together, so that no step waits for them.
 
-    Every process adds and flushes at the same steps; the main one has the trackers that write.
+    Every process adds and flushes at the same steps; only the main process's trackers write.
     """
 
     def __init__(self, every: int, seq_len: int, trackers: Trackers, ranks: Ranks) -> None:
@@ -49,7 +49,7 @@ class StepLog:
         self._since, self._samples = time.perf_counter(), 0
 
     def add(self, position: Position, step: StepResult) -> None:
-        """Takes the step that has led to a position."""
+        """Adds the step that ended at `position`."""
         self._samples += step.samples
         if position.step % self.every:
             return
@@ -65,11 +65,11 @@ class StepLog:
             self.flush()
 
     def restart_clock(self) -> None:
-        """Leaves out of the speed what is no training, such as validation."""
+        """Excludes the time since the last row, such as validation, from the speed."""
         self._since, self._samples = time.perf_counter(), 0
 
     def flush(self) -> None:
-        """Reads the points from the device and hands them to the trackers; all processes together."""
+        """Reads the rows from the device and passes them to the trackers; all processes together."""
         points, self._points = self._points, []
         if not points:
             return
@@ -91,24 +91,24 @@ class StepLog:
 
 
 class Recorder:
-    """Tells trackers and progress bar how a run goes."""
+    """Records a run's metrics in trackers and progress bar."""
 
     def __init__(
         self, trackers: Trackers, progress: ProgressBar, step_log: StepLog, throughput: Throughput, source: BatchSource,
         ranks: Ranks, device: torch.device, validation_metrics: Callable[[float], Row], scores: Callable[[], Row],
         sample: Callable[[int], str] | None,
     ) -> None:  # fmt: skip
-        """What is made of the validation loss, task scores and a text sampled from the model come from the caller."""
+        """The caller supplies metrics derived from the validation loss, task scores, and a sampled text."""
         self.trackers, self.progress, self.step_log, self.throughput = trackers, progress, step_log, throughput
         self.source, self.ranks, self.device = source, ranks, device
         self.validation_metrics, self.scores, self.sample = validation_metrics, scores, sample
 
     def update_progress(self, position: Position, meter: Meter, batches: int, seconds: float) -> None:
-        """Shows the macro-batch so far; reading the loss waits for the device, so not after every step."""
+        """Shows the macro-batch so far; not after every step, since reading the loss waits for the device."""
         self.progress.update(
             batches,
             {
-                # Of this process's rows, which stand for all.
+                # Only of this process's rows, as an estimate.
                 "train_loss": meter.loss.item() * self.ranks.world_size / max(meter.count, 1),
                 "lr": meter.lr,
                 "visited_share": self.source.metrics().get("visited_share"),
@@ -123,7 +123,7 @@ class Recorder:
         self.progress.record(row)
 
     def record_sample(self, macro_batch: int) -> None:
-        """Records a text sampled from the model, where that is asked for."""
+        """Records a text sampled from the model, if configured."""
         if self.sample is not None:
             self.trackers.sample(macro_batch, self.sample(macro_batch))
 

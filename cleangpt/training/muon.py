@@ -1,7 +1,7 @@
 """Muon (Jordan et al. 2024): the update of a matrix is its momentum, orthogonalized.
 
-Every direction of the matrix then moves equally far, not only the few that dominate most gradients. With the scale of
-Liu et al. 2025 ("Muon is scalable for LLM training", equation 4) an update has the RMS of one of AdamW, so that
+Every direction of the matrix is then updated equally, not only the few that dominate most gradients. With the scale of
+Liu et al. 2025 ("Muon is scalable for LLM training", equation 4) an update has the same RMS as AdamW's, so that
 learning rate and weight decay mean the same in both.
 """
 
@@ -70,7 +70,7 @@ class Muon(EagerOptimizer):
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "stacked": 1})
         self.momentum, self.iterations = momentum, iterations
         self.found_inf = torch.zeros(())
-        """More than 0: the step is skipped; on the device of the parameters, as GradScaler sets it."""
+        """The step is skipped if this is more than 0; on the parameters' device, as GradScaler sets it."""
 
     def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """The optimizer state of a parameter, initialised where there is none yet."""

@@ -40,17 +40,17 @@ from cleangpt.training.optimizer import is_hidden_matrix
 
 @dataclass(frozen=True)
 class MuPScale:
-    """What a parameter's initial values and its learning rate are multiplied by."""
+    """Factors on a parameter's initial values and on its learning rate."""
 
     initial: float = 1.0
     lr: float = 1.0
 
 
 def mup_scales(config: ModelConfig, optimizer: OptimizerConfig) -> dict[str, MuPScale]:
-    """The factors of muP for each parameter of a model; none without `optimizer.base_dim`.
+    """The muP factors for each parameter of a model; empty without `optimizer.base_dim`.
 
     Raises:
-        UserError: the model cannot be had at the base width, has convolutions, or neither a head nor a `final_norm`.
+        UserError: the model cannot have the base width, has convolutions, or neither an untied head nor a `final_norm`.
     """
     if optimizer.base_dim is None:
         return {}
@@ -73,13 +73,13 @@ def mup_scales(config: ModelConfig, optimizer: OptimizerConfig) -> dict[str, MuP
 
 
 def _matrix_shape(model: LanguageModel, name: str) -> tuple[int, int, int]:
-    """Rows and columns of a parameter `(..., rows, columns)`, and how many of the rows make a matrix of their own."""
+    """Rows and columns of a parameter `(..., rows, columns)`, and the rows of each matrix stacked in it."""
     rows, columns = model.get_parameter(name).shape[-2:]
     return rows, columns, rows // model.stacked_matrices(name)
 
 
 def _matrix_factor(shape: tuple[int, int, int], base: tuple[int, int, int], muon: bool) -> MuPScale:
-    """The factor of a matrix by its own shape and that at the base width, both from `_matrix_shape`."""
+    """The factor of a matrix, from its shape and that at the base width, both from `_matrix_shape`."""
     rows, columns, own_rows = (now / then for now, then in zip(shape, base, strict=True))
     initial = min(1.0, math.sqrt(rows / columns)) / math.sqrt(columns)
     if not muon:
@@ -89,20 +89,20 @@ def _matrix_factor(shape: tuple[int, int, int], base: tuple[int, int, int], muon
 
 
 def _tied_head(factors: Mapping[str, MuPScale], factor: float) -> dict[str, MuPScale]:
-    """The `factor` of a tied head, as the last norm takes it.
+    """Applies the `factor` of a tied head to the last norm instead.
 
     Raises:
         UserError: there is no such norm.
     """
     norm = [name for name in factors if name.startswith("final_norm.")]
     if not norm:
-        raise UserError("optimizer.base_dim needs a model with a head of its own, or a `final_norm` before a tied one")
+        raise UserError("optimizer.base_dim needs a model with an untied head, or a `final_norm` before a tied one")
     return dict.fromkeys(norm, MuPScale(factor, factor))
 
 
 @torch.no_grad()
 def scale_init(model: LanguageModel, factors: Mapping[str, MuPScale]) -> None:
-    """Multiplies initial weights by their factors; of a normal draw, that is another deviation."""
+    """Multiplies initial weights by their factors, which changes the standard deviation of normal ones."""
     for name, parameter in model.named_parameters():
         if name in factors:
             parameter.mul_(factors[name].initial)

@@ -14,7 +14,7 @@ from cleangpt.training.muon import EagerOptimizer, Muon
 
 
 class AdamW(EagerOptimizer, torch.optim.AdamW):
-    """PyTorch's AdamW, without the wrapper around its step either."""
+    """PyTorch's AdamW, also without the wrapper around its step."""
 
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
@@ -60,7 +60,7 @@ class Optimizer:
         device = self.parameters[0].device
         self.scaler = torch.amp.GradScaler(device.type, enabled=scale_loss)
         self.skipped = torch.zeros(3, device=device)
-        """Skipped steps: in total, in a row until now, and the longest row."""
+        """Skipped steps: in total, in the current streak, and in the longest streak."""
 
     def backward(self, loss: Tensor) -> None:
         """Accumulates the gradient of a loss, scaled for fp16."""
@@ -114,7 +114,7 @@ class Optimizer:
         return moments
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from `state_dict`, which may hold the same tensors; rates and decays come from the experiment."""
+        """Restores `state_dict`, which may contain the same tensors; rates and decays come from the experiment."""
         own = self.state_dict()["moments"]
         for name, entry in state["moments"].items():
             for key, value in entry.items():
@@ -125,7 +125,7 @@ class Optimizer:
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether a parameter is a matrix, or a stack of them, in the model's blocks: what Muon is designed for."""
+    """Whether a parameter is a matrix, or a stack of them, in the model's blocks, as Muon is designed for."""
     return name.startswith("blocks.") and parameter.dim() >= 2
 
 

@@ -1,4 +1,4 @@
-"""When numbers go wrong: losses that spike, weights that are not finite, and the way back to a good snapshot."""
+"""Recovery from loss spikes and non-finite weights by rolling back to a good snapshot."""
 
 import math
 from collections import deque
@@ -25,10 +25,10 @@ from cleangpt.training.state import Length, Position
 
 
 class SpikeDetector:
-    """Finds the step at which the loss spiked, or at which too many steps in a row were skipped.
+    """Finds the step at which the loss spiked, or at which too many consecutive steps were skipped.
 
-    Losses stay on the device until `detect` reads them, before anything is made of the weights. Which step is found
-    depends on the losses alone, not on when they are read, so a resumed run finds the same; see docs/reliability.md.
+    Losses stay on the device until `detect` reads them, before the weights are saved or validated. The result depends
+    on the losses alone, not on when they are read, so a resumed run finds the same step; see docs/reliability.md.
     """
 
     def __init__(self, config: TrainingConfig, ranks: Ranks) -> None:
@@ -37,20 +37,20 @@ class SpikeDetector:
         self.recent: deque[float] = deque(maxlen=config.spike_window)
         """Losses of the last steps, without skipped ones."""
         self.skipped = 0
-        """Steps skipped in a row until now."""
+        """Consecutive steps skipped until now."""
         self.rollbacks = 0
         self.found: int | None = None
-        """The position after the step that was found, in samples; None: none was."""
+        """The position in samples after the step that was found; None: no spike."""
         self._unread: list[tuple[int, Tensor]] = []
 
     def observe(self, end: int, step: StepResult) -> None:
-        """Takes the step that ended at a position."""
+        """Adds the step that ended at a position."""
         if self.enabled:
             loss = step.loss / max(step.count, 1)
             self._unread.append((end, torch.where(step.skipped > 0, math.nan, loss)))
 
     def detect(self) -> int | None:
-        """Reads the losses observed since the last time, on all processes together; returns `found`."""
+        """Reads the losses observed since the last call, on all processes together; returns `found`."""
         if not self._unread:
             return self.found
         ends, parts = zip(*self._unread, strict=True)
@@ -72,11 +72,11 @@ class SpikeDetector:
         return False
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, once all losses are read."""
+        """The state for a snapshot, after reading all losses."""
         return {"recent": list(self.recent), "skipped": self.skipped, "rollbacks": self.rollbacks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from `state_dict`."""
+        """Restores `state_dict`."""
         self.recent = deque(state["recent"], self.config.spike_window)
         self.skipped, self.rollbacks = state["skipped"], state["rollbacks"]
         self.found = None
@@ -84,27 +84,27 @@ class SpikeDetector:
 
 
 class Health:
-    """Whether weights and moments are finite, and gradients have been."""
+    """Checks whether weights, moments and gradients are finite."""
 
     def __init__(self, model: LanguageModel, optimizer: Optimizer, ranks: Ranks, max_skipped_steps: int) -> None:
         self.model, self.optimizer, self.ranks, self.max_skipped_steps = model, optimizer, ranks, max_skipped_steps
 
     def not_finite(self) -> str:
-        """The first weight or moment that is not finite, on any process; empty: all are."""
+        """The first weight or moment that is not finite, on any process; empty if all are finite."""
         moments = self.optimizer.state_dict()["moments"].items()
         tensors = dict(self.model.named_parameters())
         tensors |= {f"{key} of {name}": tensor for name, entry in moments for key, tensor in entry.items()}
         return next(filter(None, self.ranks.all_gather(first_not_finite(tensors))), "")
 
     def skipped_too_many(self) -> bool:
-        """Whether as many steps in a row were skipped as may be; waits for the device."""
+        """Whether the limit of consecutive skipped steps has been reached; waits for the device."""
         return int(self.optimizer.skipped[2].item()) >= self.max_skipped_steps
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str:
-    """The name of the first tensor that has a NaN or an infinity in this process's part; empty: none has.
+    """The name of the first tensor with a NaN or an infinity in this process's shard; empty if there is none.
 
-    The device is waited for once, unless there is one.
+    Synchronizes with the device once, unless there is one.
     """
     parts = {name: local_tensor(tensor).detach() for name, tensor in tensors.items()}
     parts = {name: part for name, part in parts.items() if part.is_floating_point() and part.numel()}
@@ -114,7 +114,7 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str:
 
 
 class Recovery:
-    """Returns to a snapshot where the loss has spiked, and skips the batches up to the spike.
+    """After a loss spike, returns to a snapshot and skips the batches that led to the spike.
 
     Chowdhery et al. 2022 ("PaLM", section 5.1) did so by hand.
     """
@@ -127,10 +127,10 @@ class Recovery:
         self.trackers, self.position, self.length = trackers, position, length
 
     def roll_back(self) -> bool:
-        """Rolls back if the loss has spiked, or if weights are not finite where spikes are watched for.
+        """Rolls back if the loss has spiked, or, with spike detection, if weights are not finite.
 
         Raises:
-            DivergedError: it has happened too often, or there is no snapshot to return to.
+            DivergedError: too many rollbacks, or no snapshot to return to.
         """
         found, position = self.spikes.detect(), self.position
         if self.spikes.enabled and found is None and self.health.not_finite():
@@ -152,12 +152,12 @@ class Recovery:
         return True
 
     def metrics(self) -> dict[str, int]:
-        """What spikes of the loss have cost, where they are watched for."""
+        """Rollbacks and skipped samples so far, with spike detection."""
         skipped = sum(end - start for start, end in self.source.state_dict().get("skipped_ranges", []))
         return {"rollbacks": self.spikes.rollbacks, "samples_left_out": skipped} if self.spikes.enabled else {}
 
     def check_weights(self) -> None:
-        """Ends the run before weights that are not finite take the place of good ones.
+        """Ends the run before non-finite weights replace good ones.
 
         Raises:
             DivergedError: names the first weight or moment that is not finite, and the last good snapshot.
@@ -166,7 +166,7 @@ class Recovery:
             raise DivergedError(f"{name} is not finite after step {self.position.step:,}; {self.saver.last_good()}")
 
     def check_skipped(self) -> None:
-        """Ends the run, or has the spike detector roll back, where too many steps in a row were skipped.
+        """Ends the run, or triggers a rollback, if too many consecutive steps were skipped.
 
         Raises:
             DivergedError: names the last good snapshot.
@@ -182,9 +182,9 @@ class Recovery:
         )
 
     def _snapshot_before(self, samples: int) -> Path | None:
-        """Of the intact snapshots at the end of macro-batches, the newest before a position, else the oldest.
+        """The newest intact snapshot at the end of a macro-batch before a position, else the oldest.
 
-        Those that a signal has left are passed over: a run without signals does not have them.
+        Snapshots saved on a signal are ignored, since a run without signals does not have them.
         """
         snapshots, ranks = self.saver.snapshots, self.health.ranks
         snapshots.wait()

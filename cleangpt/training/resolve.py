@@ -1,4 +1,4 @@
-"""What an experiment leaves to its data, filled in: vocabulary, context length, and the length of the run."""
+"""Fills in the fields that depend on the data: vocabulary, context length, and the length of the run."""
 
 import math
 from bisect import bisect_left
@@ -13,15 +13,15 @@ from cleangpt.training.schedules import accumulation, step_plan
 
 
 def resolve(experiment: Experiment, vocab_size: int, epoch: int | None = None) -> Experiment:
-    """The experiment with every field filled in that is left to the tokenizer and the data.
+    """The experiment with all fields filled in that depend on the tokenizer and the data.
 
     Args:
         experiment: as its author wrote it.
-        vocab_size: that of the tokenizer.
-        epoch: samples in the training split; None: not known, or there are several.
+        vocab_size: of the tokenizer.
+        epoch: samples in the training split; None: unknown, or a mixture.
 
     Raises:
-        UserError: the model's vocabulary is smaller than the tokenizer's, or an epoch is not known but asked for.
+        UserError: the model's vocabulary is smaller than the tokenizer's, or the length is in epochs of unknown size.
     """
     model = experiment.model
     if model.vocab_size is not None and model.vocab_size < vocab_size:
@@ -31,7 +31,7 @@ def resolve(experiment: Experiment, vocab_size: int, epoch: int | None = None) -
 
 
 def resolve_with(experiment: Experiment, store: MixedDataset) -> Experiment:
-    """`resolve` with the facts of a prepared dataset."""
+    """`resolve` with a prepared dataset."""
     samples = list(split_samples(store, "train", experiment.data.seq_len).values())
     return resolve(experiment, store.vocab_size, samples[0].num_training if len(samples) == 1 else None)
 
@@ -43,10 +43,10 @@ def with_length(experiment: Experiment, length: int) -> Experiment:
 
 
 def macro_batches(experiment: Experiment, epoch: int | None = None) -> int:
-    """Length of the run in macro-batches: the fewest that have the steps, tokens or epochs asked for.
+    """Length of the run in macro-batches: the fewest that contain the given steps, tokens or epochs.
 
     Raises:
-        UserError: an epoch is not known.
+        UserError: the size of an epoch is unknown.
     """
     training = experiment.training
     if training.macro_batches is not None:
@@ -71,7 +71,7 @@ def _macro_batches_of_steps(experiment: Experiment, steps: int) -> int:
     longest = -(-steps // -(-training.batches_per_macro_batch // largest))
     if batch_size.shape == "constant" and not batch_size.warmup:
         return longest
-    # While steps are smaller, a macro-batch has more of them: one for each of its batches at most.
+    # While steps are smaller, a macro-batch has more of them: at most one per batch.
     lengths = range(-(-steps // training.batches_per_macro_batch), longest + 1)
     return lengths[bisect_left(lengths, steps, key=lambda length: num_steps(with_length(experiment, length)))]
 
@@ -86,7 +86,7 @@ def num_steps(experiment: Experiment) -> int:
 
 
 def planned_steps(experiment: Experiment) -> int:
-    """About how many steps the run has: exactly, where every step has as many batches."""
+    """Estimated number of steps of the run; exact if every step has the same number of batches."""
     return math.ceil(total_samples(experiment) / (experiment.data.batch_size * experiment.training.accumulation))
 
 

@@ -1,4 +1,4 @@
-"""When snapshots of a run are saved, and which one it continues from."""
+"""Saving snapshots of a run, and restoring the newest."""
 
 import time
 from collections.abc import Callable, Collection
@@ -32,12 +32,12 @@ class Saver:
         self.run, self.state, self.position, self.length = run, state, position, length
         self.snapshots, self.ranks, self.log = snapshots, ranks, log
         self.saved = ""
-        """The name of the newest snapshot, as far as it is known to be on the disk or on its way there."""
+        """The name of the newest snapshot that is saved or being saved; empty if that failed."""
 
     def save(self, check: Callable[[], None]) -> None:
-        """Saves a snapshot where the run stands, unless there is one; it is written while training continues.
+        """Saves a snapshot of the current position, unless there is one; it is written while training continues.
 
-        One that could not be written is made up for by the next. `check` is called first where there is one to save.
+        If it cannot be written, training continues until the next. `check` is called before saving.
         """
         if self.snapshots.wait():
             self.saved = ""
@@ -49,8 +49,8 @@ class Saver:
             self.saved = name
 
     def save_last(self, check: Callable[[], None]) -> None:
-        """Saves where the run ends and waits for it; where the disk is full, tries again, for nothing else has the
-        state.
+        """Saves the last snapshot of a run and waits until it is written; on a full disk, retries, since no other copy
+        of the state exists.
 
         Raises:
             RunFailedError: it could not be saved within `saving.patience` seconds.
@@ -63,7 +63,7 @@ class Saver:
                 return
             self.saved = ""
             if waited == 0 and patience:
-                self.log(f"trying again for {patience} s; make room, or end without it by Ctrl-C twice")
+                self.log(f"trying again for {patience} s; free some space, or press Ctrl-C twice to end without it")
             if waited + PAUSE <= patience:
                 time.sleep(PAUSE)
         path, _ = newest_snapshot(self.snapshots.folder, self.ranks)
@@ -73,10 +73,10 @@ class Saver:
     def restore(self) -> dict[str, Any] | None:
         """Restores the newest intact snapshot and returns its state; None: the run has none.
 
-        Cleans up after a crash, and sets corrupt snapshots aside.
+        Cleans up after a crash, and quarantines corrupt snapshots.
 
         Raises:
-            UserError: there are snapshots, but every one is corrupt; restarting would overwrite what else there is.
+            UserError: every snapshot is corrupt; restarting would overwrite the rest of the run.
         """
         folder = self.snapshots.folder
         if self.ranks.is_main:
@@ -97,7 +97,7 @@ class Saver:
         return state
 
     def load(self, path: Path, without: Collection[str] = ()) -> dict[str, Any]:
-        """Restores every part from a snapshot, but for those named in `without`; returns the whole state."""
+        """Restores every part from a snapshot, except those in `without`; returns the full state."""
         with parsing(path):
             state = load_snapshot(path, self.state.tensors(), self.snapshots.group)
         with parsing(path, RuntimeError):
@@ -106,7 +106,7 @@ class Saver:
         return state
 
     def last_good(self) -> str:
-        """Where a run that has diverged may be continued from, for its message."""
+        """The advice for a run that has diverged: its last good snapshot, and what may help."""
         self.snapshots.wait()
         path, _ = newest_snapshot(self.snapshots.folder, self.ranks)
         where = f"the last good snapshot is {path}" if path else "there is no snapshot yet"

@@ -1,7 +1,7 @@
 """Schedules are functions of progress (design rule 4): nothing about them is ever saved.
 
-Progress is samples seen by samples in the whole run, so the learning rate, the weight decay and the training batch
-size stay together when the last of them grows.
+Progress is samples seen divided by samples in the whole run, so that all schedules stay in step when the training batch
+size grows.
 """
 
 import math
@@ -14,11 +14,11 @@ from cleangpt.experiment import Experiment, samples_per_macro_batch, total_sampl
 def factor(schedule: Schedule, progress: float, step_share: float = 0.0) -> float:
     """The schedule's factor at a progress from 0 to 1.
 
-    In the warm-up the factor rises linearly and reaches `initial` at its end; it counts the step that is about to be
-    made (`step_share` of the run), so that the first step is not lost on a rate of zero. After it, with t going from
-    0 to 1: linear, cosine (Loshchilov and Hutter 2017, "SGDR", equation 5, without restarts) and power, (1 - t)**power,
-    go from `initial` to `final`; wsd (Hu et al. 2024, "MiniCPM", section 4) stays at `initial` and falls linearly in
-    the last `decay` share of the run.
+    In the warm-up the factor rises linearly and reaches `initial` at its end; it includes the step about to be taken
+    (`step_share` of the run), so that the first step does not have a rate of zero. After it, with t from 0 to 1:
+    linear, cosine (Loshchilov and Hutter 2017, "SGDR", equation 5, without restarts) and power, (1 - t)**power, go from
+    `initial` to `final`; wsd (Hu et al. 2024, "MiniCPM", section 4) stays at `initial` and falls linearly in the last
+    `decay` share of the run.
     """
     initial, final = schedule.initial, schedule.final
     if progress < schedule.warmup:
@@ -39,16 +39,16 @@ def factor(schedule: Schedule, progress: float, step_share: float = 0.0) -> floa
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What the schedules say of a step."""
+    """The scheduled values of a step."""
 
     accumulation: int
-    """Batches in it."""
+    """Batches in the step."""
     lr: float
     weight_decay: float
 
 
 def step_plan(experiment: Experiment, samples: int) -> StepPlan:
-    """The step that begins after `samples` samples."""
+    """The step that starts after `samples` samples."""
     batches, total = accumulation(experiment, samples), total_samples(experiment)
     progress, step_share = samples / total, batches * experiment.data.batch_size / total
     lr, weight_decay = (
@@ -62,10 +62,10 @@ def step_plan(experiment: Experiment, samples: int) -> StepPlan:
 
 
 def accumulation(experiment: Experiment, samples: int) -> int:
-    """Batches in the step that begins after `samples` samples.
+    """Batches in the step that starts after `samples` samples.
 
-    At most what the schedule says, and never past the end of the macro-batch: the rest of a macro-batch is divided
-    evenly among as few steps as possible, so that no step is much smaller than its neighbours.
+    At most the scheduled number, and never past the end of the macro-batch: the rest of a macro-batch is divided evenly
+    among as few steps as possible, so that no step is much smaller than its neighbours.
     """
     scheduled = experiment.training.accumulation * factor(
         experiment.schedule.batch_size, samples / total_samples(experiment)

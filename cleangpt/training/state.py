@@ -1,4 +1,4 @@
-"""The state of a run: every part that a snapshot holds, and where the run stands."""
+"""The state of a run: every part of a snapshot, and the run's position."""
 
 import time
 from collections.abc import Collection, Mapping
@@ -7,13 +7,13 @@ from typing import Any, Protocol
 
 
 class Stateful(Protocol):
-    """A part of a run that a snapshot holds."""
+    """A part of a run that is saved in snapshots."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: a tree of dicts, lists, numbers, strings and tensors."""
+        """The state for a snapshot: a tree of dicts, lists, numbers, strings and tensors."""
 
     def load_state_dict(self, state: Any) -> Any:
-        """Continues from `state_dict`."""
+        """Restores `state_dict`."""
 
 
 class TrainState:
@@ -27,13 +27,13 @@ class TrainState:
         return {name: part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, state: Mapping[str, Any], without: Collection[str] = ()) -> None:
-        """Continues from `state_dict`, but for the parts named in `without`."""
+        """Restores `state_dict`, except for the parts in `without`."""
         for name, part in self.parts.items():
             if name not in without:
                 part.load_state_dict(state[name])
 
     def tensors(self) -> dict[str, Any]:
-        """The parts that are large and sharded; a snapshot is read straight into their tensors."""
+        """The large, sharded parts; a snapshot is read directly into their tensors."""
         return {name: self.parts[name].state_dict() for name in ("model", "optimizer")}
 
 
@@ -48,27 +48,27 @@ class Length:
 
     @property
     def samples_per_macro_batch(self) -> int:
-        """Over all devices."""
+        """Samples in a macro-batch, over all devices."""
         return self.batch_size * self.batches_per_macro_batch
 
 
 @dataclass
 class Position:
-    """Where a run stands."""
+    """The position of a run."""
 
     samples: int = 0
-    """Trained on so far."""
+    """Samples trained on so far."""
     step: int = 0
     macro_batch: int = 0
-    """Finished ones: trained, validated and recorded."""
+    """Macro-batches finished: trained, validated and recorded."""
     time_trained: float = 0.0
-    """Seconds, over all processes of the run that came one after another."""
+    """Seconds, over all sessions of the run."""
 
     def __post_init__(self) -> None:
         self._clock = time.perf_counter()
 
     def start_clock(self) -> None:
-        """Starts counting time from now."""
+        """Starts measuring time from now."""
         self._clock = time.perf_counter()
 
     def read_clock(self) -> float:
@@ -79,21 +79,21 @@ class Position:
         return self.time_trained
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """The state for a snapshot."""
         self.read_clock()
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from `state_dict`.
+        """Restores `state_dict`.
 
         Raises:
-            ValueError: an entry is no number that it may be.
+            ValueError: an entry is not a number in its range.
         """
         set_numbers(self, state)
 
 
 def set_numbers(target: object, state: Mapping[str, Any]) -> None:
-    """Sets attributes that `target` has, each to a number that may be one of its values."""
+    """Sets attributes that `target` has, after checking that each value is a number of the right type."""
     for name, value in state.items():
         kinds = (int,) if type(vars(target)[name]) is int else (int, float)
         if type(value) not in kinds or not 0 <= value < 2**63:

@@ -1,4 +1,4 @@
-"""Why and when a run stops: a signal, a time limit, early stopping, or its end."""
+"""When and why a run stops: a signal, a time limit, early stopping, or its end."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from cleangpt.training.state import Length, Position
 
 
 class Stopping:
-    """Asks every process whether to stop, save or fail, and gives all of them one answer."""
+    """Decides whether to stop, save or fail, the same on every process."""
 
     def __init__(
         self, early: EarlyStopping, deadline: Deadline, ranks: Ranks, length: Length, log: Callable[[str], None]
@@ -20,17 +20,17 @@ class Stopping:
         self.requested = False
         """Whether the run stops before its end, agreed on by all processes."""
         self.reason: str | None = None
-        """Why it does."""
+        """Why the run stops."""
         self.save_requested = self.failing = False
         """Whether any process was asked to save, or must fail, at the last poll."""
         self.must_fail = False
         """Whether this process has found a reason to fail."""
 
     def poll(self, longest_save: float) -> bool:
-        """Whether any process has been asked to stop or has no more time; between any two pieces of work.
+        """Whether any process has been asked to stop or is out of time; called between any two pieces of work.
 
         Args:
-            longest_save: seconds that a snapshot took at the most, 0: not known.
+            longest_save: longest duration of a save so far in seconds; 0: unknown.
         """
         asked, late, save, failing = self.ranks.sum(
             self.signals.requested is not None, self.deadline.near(longest_save), self.signals.save_requested,
@@ -46,7 +46,7 @@ class Stopping:
         return self.requested
 
     def saved(self) -> None:
-        """Takes note that what was asked for is saved."""
+        """Clears the request to save."""
         self.signals.save_requested = self.save_requested = False
 
     def status(self, position: Position) -> str:

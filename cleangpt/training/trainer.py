@@ -1,4 +1,4 @@
-"""The life of a run on one screen (`Trainer.train`), and of an optimizer step on another (`Trainer.step`)."""
+"""The trainer: a whole run on one screen (`Trainer.train`), and an optimizer step on another (`Trainer.step`)."""
 
 import contextlib
 import math
@@ -37,20 +37,20 @@ GLANCE = 0.25
 
 @dataclass(kw_only=True)
 class Trainer:
-    """Trains a run from where it stands; `build.py` puts it together."""
+    """Trains a run from its current position; `build.py` constructs it."""
 
     run: Path
     model: LanguageModel
     forward_model: LanguageModel
-    """What is called in training: the model, compiled and wrapped as its parallelism asks."""
+    """The module to call in training: the model, compiled, and wrapped in DDP if it is used."""
     objective: Objective
     source: BatchSource
     optimizer: Optimizer
     balancer: ExpertLoadBalancer
     validator: Validator | None
-    """None: nothing is validated, and no loss is among the best."""
+    """None: no validation, and no best checkpoints."""
     plan: Callable[[int], StepPlan]
-    """The step that begins after so many samples."""
+    """The plan of the step that starts after a number of samples."""
     length: Length
     micro_batch_size: int
     snapshot_every: int
@@ -68,7 +68,7 @@ class Trainer:
     stopping: Stopping
 
     def train(self) -> str:
-        """Runs macro-batches until the last, until early stopping or until a signal; returns which of these."""
+        """Runs macro-batches until the last, early stopping or a signal; returns which of these ended the run."""
         status = "failed"
         with self.stopping.signals:
             self._start()
@@ -93,7 +93,7 @@ class Trainer:
         return status
 
     def train_macro_batch(self) -> None:
-        """Makes steps to the end of the macro-batch, or until the run is asked to stop."""
+        """Takes steps to the end of the macro-batch, or until the run is asked to stop."""
         self.model.train()
         end = (self.position.macro_batch + 1) * self.length.samples_per_macro_batch
         started, waited, shown = time.perf_counter(), self.source.wait_time, time.perf_counter()
@@ -103,7 +103,7 @@ class Trainer:
             if time.perf_counter() - shown > GLANCE:
                 shown = time.perf_counter()
                 self._update_progress(self.meter.seconds + shown - started)
-        self.meter.loss.item()  # waits for the device, so that the time is that of the work
+        self.meter.loss.item()  # waits for the device, so that the time is that of finished work
         self.meter.seconds += time.perf_counter() - started
         self.meter.waited += self.source.wait_time - waited
         self.recorder.step_log.flush()
@@ -131,9 +131,9 @@ class Trainer:
         self.recorder.step_log.add(self.position, result)
 
     def _backward(self, batch: Batch, count: float, sums: LossSums, last: bool = True) -> None:
-        """Adds a batch to the gradient, a micro-batch at a time; the `last` one exchanges it with other processes.
+        """Accumulates the gradient of a batch, one micro-batch at a time; the `last` one all-reduces it.
 
-        The exchange takes the mean over the parts of the batch, where the sum is needed, hence the factor `parts`.
+        The all-reduce takes the mean over data-parallel ranks, where the sum is needed, hence the factor `parts`.
         """
         micro_batches = list(batch.to(self.device).split(self.micro_batch_size))
         for number, micro_batch in enumerate(micro_batches, start=1):
@@ -144,7 +144,7 @@ class Trainer:
             sums.add(loss)
 
     def validate(self) -> float:
-        """The validation loss; NaN when a signal cut it short, or where nothing is validated."""
+        """The validation loss; NaN if a signal interrupted it, or if there is no validator."""
         if self.validator is None:
             return math.nan
         val_loss = self.validator.validate(self._must_stop)
@@ -153,7 +153,7 @@ class Trainer:
         return val_loss
 
     def record(self, val_loss: float) -> None:
-        """Records the macro-batch just finished, and starts the next."""
+        """Records the metrics of the macro-batch just finished, and starts the next."""
         self.position.read_clock()
         skipped = int(self.optimizer.skipped[0].item())
         self.recorder.record(self.position, self.meter, val_loss, self.recovery.metrics(), skipped)
@@ -161,7 +161,7 @@ class Trainer:
         self.stopping.deadline.begin_macro_batch()
 
     def keep_checkpoint(self, val_loss: float) -> None:
-        """Saves a checkpoint, and a text that the model writes, if the loss is among the best."""
+        """Saves a checkpoint, and records a text sampled from the model, if the loss is among the best."""
         if self.checkpoints.offer(self.position.macro_batch, val_loss, self.model):
             self.recorder.record_sample(self.position.macro_batch)
 
@@ -171,7 +171,7 @@ class Trainer:
         self.saver.save(self.recovery.check_weights)
 
     def _must_stop(self) -> bool:
-        """Whether the run stops here, the same on all processes; saves or fails where any of them must."""
+        """Whether the run stops here, the same on all processes; saves or fails if any of them must."""
         stop = self.stopping.poll(self.saver.snapshots.longest_save)
         if self.stopping.failing:
             self.recovery.check_skipped()
@@ -192,7 +192,7 @@ class Trainer:
         self.position.start_clock()
         self._write_status(None)
         if self.spikes.enabled and not self.saver.saved:
-            self.save_snapshot()  # so that there is one to return to
+            self.save_snapshot()  # so that there is always one to return to
 
     def _end(self, status: str) -> None:
         self.saver.snapshots.close()
@@ -202,7 +202,7 @@ class Trainer:
         self.source.close()
 
     def _write_status(self, status: str | None) -> None:
-        """Notes how the run has ended, where there is room for it on the disk."""
+        """Writes how the run has ended to status.json, unless the disk is full."""
         if self.ranks.is_main:
             with contextlib.suppress(OSError):
                 write_status(self.run, status, self.stopping.reason)

@@ -1,8 +1,8 @@
 """Learning-rate search by short runs: `cleangpt tune`.
 
-Each rate gets a run of its own, with the same initial weights and the same samples in the same order. Its score is the
-mean training loss of its last quarter, on samples that most short runs see for the first time; the validation split is
-never used. The rates form a grid, and the search walks it downhill.
+Each rate gets its own run, with the same initial weights and the same samples in the same order. Its score is the mean
+training loss over its last quarter, on samples that most short runs see for the first time; the validation split is
+never used. The rates form a grid, which the search descends.
 """
 
 import math
@@ -25,9 +25,9 @@ from cleangpt.training.build import build_trainer
 
 RESULT = "tune.json"
 PARTS = 4
-"""Macro-batches of a short run; the last one is its score."""
+"""Macro-batches of a short run; the training loss of the last one is its score."""
 MOST_RATES = 20
-"""Rates that a search tries at most."""
+"""Maximum number of rates that a search tries."""
 
 
 class RunInterruptedError(Exception):
@@ -53,7 +53,7 @@ def search(loss: Callable[[int], float], most: int = MOST_RATES) -> dict[int, fl
 def short_run(experiment: Experiment, steps: int, width: int | None) -> Experiment:
     """Shortens the experiment to `steps` steps of the full batch size, with its schedules; optionally at another width.
 
-    It saves snapshots and metrics, and nothing else. At another width, muP makes the best rate that of the experiment's
+    It saves snapshots and metrics, and nothing else. At another width, muP transfers the best rate to the experiment's
     own width: the base is `model.dim`, unless `optimizer.base_dim` is given.
 
     Raises:
@@ -98,7 +98,7 @@ class Tuning:
         folder: an interrupted search continues from it.
         store: of the experiment's corpus.
         ranks: the processes; all call every method together.
-        log: told about each rate's loss.
+        log: called with a line about each rate's loss.
 
     Raises:
         UserError: the folder belongs to another experiment.
@@ -109,7 +109,7 @@ class Tuning:
     ) -> None:
         self.experiment, self.folder, self.store, self.ranks, self.log = experiment, folder, store, ranks, log
         self.losses: dict[float, float] = {}
-        """By rate; infinite where the run diverged."""
+        """Loss by rate; infinite if the run diverged."""
         found = ranks.is_main and (folder / RESULT).is_file()
         kept = ranks.broadcast(read_json(folder / RESULT) if found else None)
         if kept is not None:
@@ -133,7 +133,7 @@ class Tuning:
         """Final loss of the short run at this rate; reuses or resumes an earlier one; infinite if it diverges.
 
         Raises:
-            StoppedError: a signal stopped the run.
+            RunInterruptedError: a signal stopped the run.
         """
         if lr not in self.losses:
             run = self.folder / f"lr_{lr:g}"
@@ -172,7 +172,7 @@ def format_loss(loss: float) -> str:
 
 
 def _short(rate: float) -> float:
-    """Rounds a rate to what is printed, so that what is printed is what was tried."""
+    """Rounds a rate to its printed digits, so that the printed rate is the one tried."""
     return float(f"{rate:.6g}")
 
 

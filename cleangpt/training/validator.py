@@ -15,14 +15,14 @@ from cleangpt.objectives import Objective
 
 
 class Validator:
-    """The loss on the validation split; of a mixture, the mean of the sources' losses by their shares of the run."""
+    """The loss on the validation split; for a mixture, the mean over sources, weighted by their shares of the run."""
 
     def __init__(
         self, model: LanguageModel, objective: Objective, samples: Mapping[str, Samples], shares: Mapping[str, float],
         *, batch_size: int, limit: int | None, layout: Layout, ranks: Ranks, device: torch.device,
         autocast: AbstractContextManager[Any],
     ) -> None:  # fmt: skip
-        """`batch_size` samples at a time on each device, and `limit` of each source in all (None: every one)."""
+        """Validates on `limit` samples of each source (None: all), `batch_size` at a time on each device."""
         self.model, self.objective, self.samples, self.shares = model, objective, samples, shares
         self.batch_size, self.limit, self.layout, self.ranks = batch_size, limit, layout, ranks
         self.device, self.autocast = device, autocast
@@ -30,7 +30,7 @@ class Validator:
         """The loss and the objective's metrics of each source, at the last validation."""
 
     def validate(self, give_up: Callable[[], bool]) -> float:
-        """The loss per counted thing; NaN where `give_up` cut it short."""
+        """The mean loss per counted thing; NaN if `give_up` interrupted it."""
         for name, samples in self.samples.items():
             batches = validation_batches(
                 samples, self.batch_size, self.limit, rank=self.layout.dp_rank(self.ranks.rank),
@@ -46,7 +46,7 @@ class Validator:
         return {name: metrics["loss"] for name, metrics in self.metrics.items()}
 
     def mean_metrics(self) -> dict[str, float]:
-        """Loss and metrics in the mean over the sources, by their shares of the run."""
+        """Means of loss and metrics over the sources, weighted by their shares of the run."""
         names = next(iter(self.metrics.values()), {})
         shares = self.shares.items()
         return {name: sum(share * self.metrics[source][name] for source, share in shares) for name in names}

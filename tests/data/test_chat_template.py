@@ -392,7 +392,7 @@ def test_a_missing_template_is_told(tmp_path: Path) -> None:
         ([*SHORT, {"content": "a"}], "message 3 has no text as its role"),
         (["hello"], "message 1 has no text as its role"),
         ([{"role": "user", "content": None}], "message 1 has no text as its content"),
-        ([{"role": "user", "content": "\ufdd0"}], r"message 1 has U\+FDD0 or U\+FDD1, which are no characters"),
+        ([{"role": "user", "content": "\ufdd0"}], r"message 1 has U\+FDD0 or U\+FDD1, not characters"),
     ],
 )
 def test_messages_that_are_none_are_told_with_their_place(messages: object, message: str) -> None:

@@ -252,7 +252,7 @@ def test_weights_that_are_no_numbers_are_told_and_draw_no_token(place: Path, val
             {name: torch.full_like(tensor, value) for name, tensor in weights.items()}, f"{model}/model.safetensors"
         )
         assert outcome_of(f"sample hf:{model}")[1] == (
-            "error: the model's logits are not finite: it has diverged, or its weights are damaged"
+            "error: the model's logits are not finite: it has diverged, or its weights are corrupt"
         )
 
 

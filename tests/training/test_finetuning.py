@@ -162,7 +162,7 @@ def test_a_pattern_freezes_what_a_plain_search_finds(data: st.DataObject) -> Non
         (("block.0.*",), "fine_tuning.freeze: 'block.0.*' matches no parameter; did you mean 'blocks.0.*'?"),
         (("blocks.0.*", "embedding"), "'embedding' matches no parameter; did you mean 'token_embedding.*'?"),
         (("zzz",), "'zzz' matches no parameter; names begin with token_embedding, position_embedding, blocks, final"),
-        (("*",), "fine_tuning.freeze is ('*',); allowed: what leaves a parameter to train"),
+        (("*",), "fine_tuning.freeze is ('*',); allowed: patterns that leave a parameter to train"),
     ],
 )
 def test_a_pattern_that_matches_nothing_or_everything_is_refused_in_one_line(

@@ -159,7 +159,7 @@ def test_an_experiment_is_trained_and_its_model_asked_from_python(tiny: Build) -
     resolved = read_experiment(run)
     assert (resolved.training.macro_batches, resolved.training.epochs) == (3, None)
     log = (run / "log.txt").read_text()
-    assert "precision fp32" in log and "asked    training.epochs 1, rounded up to whole macro-batches" in log
+    assert "precision fp32" in log and "given    training.epochs 1, rounded up to full macro-batches" in log
     loaded = cleangpt.load(run)
     assert loaded.model.config == resolved.model and not loaded.model.training
     texts = [loaded.generate("12+34=", max_new_tokens=5, seed=seed, temperature=3.0) for seed in (1, 1, 2)]
