@@ -267,7 +267,7 @@ def test_a_chunk_is_refused_where_the_head_is_sharded_or_compiled_with_the_model
     check_loss_chunk(training, CONFIGS["gpt"], Layout(2, 2))
     check_loss_chunk(replace(training, loss_chunk=None, compile="model"), CONFIGS["gpt"], Layout(tensor=2))
     for changed, layout, message in (
-        (training, Layout(tensor=2), "where matrices are cut: None"),
+        (training, Layout(tensor=2), "with tensor parallelism: None"),
         (replace(training, compile="model"), Layout(), "with training.compile model: None"),
     ):
         with pytest.raises(UserError, match=rf"training\.loss_chunk is 4; allowed {message}"):
