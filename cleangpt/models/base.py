@@ -138,6 +138,9 @@ class LanguageModel(nn.Module):
         """
         inputs: dict[str, Any] = modalities if cache is None else {**modalities, "cache": cache}
         features = self.features(tokens, **inputs)
+        if logit_positions is not None and self.gather_logits is not None:
+            # Under tensor parallelism features are sharded along the sequence; only logits are gathered.
+            return gather_positions(self._logits(features), logit_positions)
         if logit_positions is not None:
             features = gather_positions(features, logit_positions)
         if targets is None:

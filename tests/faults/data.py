@@ -79,7 +79,7 @@ def other_text(folder: Path) -> None:
     assert run(folder, "prepare", "text", "--files", "a.txt", "--again") == 0, output(folder)
     before = len(output(folder))
     assert run(folder, "resume", "run") == 2
-    assert "train_00000.bin is not the one that this run began with" in output(folder)[before:], output(folder)
+    assert "train_00000.bin is not the one that this run started with" in output(folder)[before:], output(folder)
 
 
 def tokenizers(folder: Path) -> None:

@@ -10,6 +10,7 @@ from cleangpt import tracking
 from tests.faults import fault
 from tests.faults._runs import TRAIN, check_whole, output, run, start, victim
 from tests.faults._runs import finish as ended
+from tests.faults.signals import send
 
 CALLS = ("open", "log_steps", "record", "sample", "state_dict", "load_state_dict", "close")
 
@@ -58,8 +59,10 @@ def with_faulty(what: str) -> None:
 
 @fault("a tracker that fails at every call of one kind", short=2, long=len(CALLS))
 def faulty(seed: int, folder: Path) -> None:
+    """In a run that is resumed, since only such a run loads a state."""
     what = CALLS[(4 + seed) % len(CALLS)]
     victim(folder)
+    assert run(folder, *TRAIN, hook=functools.partial(send, ("SIGTERM",), "a step", 5)) == 0, output(folder)
     assert run(folder, *TRAIN, hook=functools.partial(with_faulty, what)) == 0, output(folder)
     line = f"faulty failed and is dropped, training continues without it: cannot {what}\n"
     assert output(folder).count(line) == 1, output(folder)

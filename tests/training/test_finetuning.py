@@ -33,7 +33,7 @@ from cleangpt.training.finetuning import (
     lr_factors,
     matching,
 )
-from cleangpt.training.launch import summary
+from cleangpt.training.launch import check, summary
 from cleangpt.training.optimizer import Optimizer
 from cleangpt.training.trainer import Trainer
 from tests.forked import run_together
@@ -194,7 +194,7 @@ def test_fields_that_do_not_fit_one_another_are_refused(
     tuning: FineTuningConfig, source: str | None, message: str, tiny: Build
 ) -> None:
     with pytest.raises(UserError) as refused:
-        check_tuning(tiny(fine_tuning=tuning, init_from=source))
+        check(tiny(fine_tuning=tuning, init_from=source))
     assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
