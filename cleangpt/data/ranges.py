@@ -1,4 +1,4 @@
-"""Parts of a stream that a run skips."""
+"""Ranges of a stream that a run skips."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ Ranges = Sequence[Sequence[int]]
 
 
 def add_range(ranges: Ranges, start: int, end: int) -> list[list[int]]:
-    """The ranges with another one, which may overlap them."""
+    """Adds a range to the ranges, merging those that overlap or touch."""
     merged: list[list[int]] = []
     for first, last in sorted([*map(tuple, ranges), (start, end)]):
         if merged and first <= merged[-1][1]:

@@ -1,4 +1,4 @@
-"""FLOPs of training, as far as frozen layers do not save them."""
+"""FLOPs of training, less those saved by frozen layers."""
 
 from torch import nn
 

@@ -1,4 +1,4 @@
-"""Models that have shapes but no memory, or no initial values."""
+"""Models on the meta device, and models without initialization."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

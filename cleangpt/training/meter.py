@@ -1,4 +1,4 @@
-"""What a step and a macro-batch have added up: losses, gradient norms and the objective's metrics."""
+"""Sums over a step and a macro-batch: losses, gradient norms and the objective's metrics."""
 
 import math
 from dataclasses import dataclass

@@ -62,7 +62,7 @@ def second(seed: int, folder: Path) -> None:
     check_whole(folder)
 
 
-@fault("two processes that begin the same run at once", short=1, long=20)
+@fault("two processes that start the same run at once", short=1, long=20)
 def at_once(seed: int, folder: Path) -> None:
     victim(folder)
     processes = [start(folder, *TRAIN)]
@@ -109,7 +109,7 @@ def preparing(seed: int, folder: Path) -> None:
     check_whole(folder)
 
 
-@fault("one that prepares is killed, and another waits for it", short=1, long=5)
+@fault("a process preparing a corpus is killed while another waits for it", short=1, long=5)
 def killed_preparing(seed: int, folder: Path) -> None:
     victim(folder)
     shutil.rmtree(folder / "data")

@@ -23,7 +23,7 @@ def train_file(folder: Path) -> Path:
     return path
 
 
-@fault("a token id beyond the vocabulary in the store", short=1, long=20)
+@fault("a token id beyond the vocabulary in the dataset", short=1, long=20)
 def beyond(seed: int, folder: Path) -> None:
     """It is named when it is met, and the run goes on when the store is well again."""
     victim(folder)
@@ -37,7 +37,7 @@ def beyond(seed: int, folder: Path) -> None:
     check_whole(folder)
 
 
-@fault("a store edited after the run began", short=1, long=20)
+@fault("a dataset edited after the run started", short=1, long=20)
 def edited(seed: int, folder: Path) -> None:
     victim(folder)
     process = start(folder, *TRAIN)
@@ -124,6 +124,6 @@ ODD: list[Callable[[Path], None]] = [
 ]  # fmt: skip
 
 
-@fault("another store in its place, other tokenizers, empty and short texts", short=len(ODD), long=len(ODD))
+@fault("another dataset in its place, other tokenizers, empty and short texts", short=len(ODD), long=len(ODD))
 def odd(seed: int, folder: Path) -> None:
     ODD[seed](folder)

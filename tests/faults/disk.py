@@ -114,7 +114,7 @@ def limit(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-@fault("files cut short by the system's limit", short=2, long=40)
+@fault("files truncated by the system's limit", short=2, long=40)
 def cut_short(seed: int, folder: Path) -> None:
     victim(folder)
     size = 3000 + (LONGEST - 3000) * (seed * 17 % 40) // 40
@@ -170,7 +170,7 @@ def files(folder: Path) -> dict[str, bytes]:
     }
 
 
-@fault("newest snapshot: a file flipped, cut short, empty or missing", short=4, long=64)
+@fault("newest snapshot: a file flipped, truncated, empty or missing", short=4, long=64)
 def newest_damaged(seed: int, folder: Path) -> None:
     newest = list_snapshots(finished(folder))[0]
     harm(newest / FILES[seed % 4], HARMS[seed // 4 % 4] if seed >= 4 else HARMS[seed], 7919 * seed)
@@ -180,7 +180,7 @@ def newest_damaged(seed: int, folder: Path) -> None:
     assert "resuming from run/snapshots/mb000002" in said
 
 
-@fault("all snapshots damaged", short=1, long=16)
+@fault("all snapshots corrupt", short=1, long=16)
 def all_damaged(seed: int, folder: Path) -> None:
     for number, path in enumerate(list_snapshots(finished(folder))):
         harm(path / FILES[(seed + number) % 4], HARMS[seed // 4 % 4], 104_729 * seed)
@@ -200,7 +200,7 @@ def newer(seed: int, folder: Path) -> None:
     )
 
 
-@fault("dataset: a file cut short, empty or missing", short=1, long=12)
+@fault("dataset: a file truncated, empty or missing", short=1, long=12)
 def store_damaged(seed: int, folder: Path) -> None:
     finished(folder)
     names = ("train_00000.bin", "train_00000.mask", "val_00000.bin", "tokenizer.json")
