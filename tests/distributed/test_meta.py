@@ -71,12 +71,12 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from cleangpt.config import ParallelConfig
 from cleangpt.models.llama import Llama, LlamaConfig
-from cleangpt.distributed.layout import layout
+from cleangpt.distributed.layout import layout_for
 from cleangpt.distributed.parallelize import parallelize
 
 dist.init_process_group("fake", store=FakeStore(), rank=5, world_size={world_size})
 config = LlamaConfig(vocab_size=4096, max_seq_len=128, n_layers=32, n_heads=16, dim=1024, hidden_dim=2816)
-place = layout(ParallelConfig(strategy="fsdp", tensor={tensor}), {world_size})
+place = layout_for(ParallelConfig(strategy="fsdp", tensor={tensor}), {world_size})
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 model = parallelize(lambda: Llama(config), place, torch.device("cpu"))
 whole = 4 * sum(parameter.numel() for parameter in model.parameters())

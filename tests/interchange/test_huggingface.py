@@ -250,6 +250,7 @@ def test_additional_tokens_and_positions_are_initialized_and_logged(
 PADDED = """
 from cleangpt.config import *
 from cleangpt.corpora.text import Text
+from cleangpt.experiment import Experiment
 from cleangpt.models.gpt import GPTConfig
 
 experiment = Experiment(
