@@ -110,7 +110,7 @@ def torchrun(processes: int, *words: str, restarts: int, **environment: str) -> 
 
 
 def train(run: str, processes: int, *words: str, **environment: str) -> None:
-    outcome = run_together(processes, "train", "uneven.py", "--run-dir", run, *words, **environment)
+    outcome = run_together(processes, "train", "uneven.py", "--run-dir", run, *words, timeout=240, **environment)
     assert outcome.returncode == 0, outcome.stderr[-3000:]
 
 
