@@ -10,7 +10,7 @@ from cleangpt.checkpoints.run_folder import acquire_run, check_folder, find_mome
 from cleangpt.checkpoints.snapshots import list_snapshots
 from cleangpt.config import LENGTHS, FineTuningConfig, Schedule, peak
 from cleangpt.corpora import Corpus, Mixture, prepare
-from cleangpt.data.loader import Stream
+from cleangpt.data.batch import Batch
 from cleangpt.data.mixing import MixedDataset, split_samples
 from cleangpt.distributed.device import check_precision, choose_device, choose_precision, describe_device
 from cleangpt.distributed.layout import (
@@ -26,6 +26,7 @@ from cleangpt.distributed.signals import SAVE_SIGNAL, ignore_signal
 from cleangpt.errors import UserError
 from cleangpt.experiment import Experiment, total_samples
 from cleangpt.interchange.huggingface import find
+from cleangpt.models import model_class
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.flops import flops_per_token
 from cleangpt.tracking import check_tracking
@@ -138,7 +139,7 @@ def check(
         if (tokens := total_samples(experiment) * experiment.data.seq_len) >= 2**63:
             raise UserError(f"the run has {tokens:,} tokens; allowed: less than 2**63")
         split_samples(store, "val", experiment.data.seq_len)
-        _check_objective(experiment, open_stream(experiment, store))
+        _check_batches(experiment, open_stream(experiment, store).batch(0, 1))
         check_fine_tuning(experiment.fine_tuning, experiment.model, experiment.optimizer, layout)
 
 
@@ -176,12 +177,17 @@ def _check_corpus(experiment: Experiment) -> None:
         raise UserError(f"data.seq_len is {seq_len}; allowed: {row_length - 1}, the corpus's row length - 1")
 
 
-def _check_objective(experiment: Experiment, stream: Stream) -> None:
-    """Checks that batches have what the objective reads, and that the model can have its heads."""
+def _check_batches(experiment: Experiment, batch: Batch) -> None:
+    """Checks that batches have what model and objective read, and that the model can have the objective's heads."""
     objective, kind = experiment.objective, type(experiment.objective).__name__
-    missing = sorted(objective.reads - stream.batch(0, 1).extras.keys()) if objective.reads else []
-    if missing:
+    if missing := sorted(objective.reads - batch.extras.keys()):
         raise UserError(f"objective {kind} reads {missing[0]!r}, which the batches of this corpus do not have")
+    model = model_class(experiment.model)
+    inputs = batch.inputs.keys() - {"tokens"}
+    if missing := sorted(model.inputs - inputs):
+        raise UserError(f"model {model.__name__} reads {missing[0]!r}, which the batches of this corpus do not have")
+    if unknown := sorted(inputs - model.inputs):
+        raise UserError(f"the batches of this corpus have the input {unknown[0]!r}; {model.__name__} does not read it")
     if objective.heads and not hasattr(experiment.model, "dim"):
         raise UserError(f"objective {kind} needs a head, and {type(experiment.model).__name__} has no dim to make one")
 

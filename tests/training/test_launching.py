@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,13 @@ from cleangpt.config import (
     TrainingConfig,
 )
 from cleangpt.corpora import prepare
+from cleangpt.data.batch import Batch
+from cleangpt.data.loader import SplitStream
 from cleangpt.distributed.device import choose_precision
 from cleangpt.distributed.layout import Layout
 from cleangpt.errors import UserError
 from cleangpt.experiment import Experiment
+from cleangpt.models.gpt import GPT
 from cleangpt.objectives import NextToken
 from cleangpt.tracking.metrics import read_metrics
 from cleangpt.training.launch import check, check_here
@@ -99,6 +103,33 @@ def test_an_objective_that_reads_what_the_batches_do_not_have_is_refused(tiny: B
     with pytest.raises(UserError, match="objective Preferred reads 'reward', which the batches of this corpus do not"):
         check(resolve_with(experiment, store), store=store)
     check(resolve_with(tiny(), store), store=store)
+
+
+@pytest.mark.parametrize(
+    ("read", "brought", "message"),
+    [
+        ({"stride"}, set(), "model GPT reads 'stride', which the batches of this corpus do not have"),
+        (set(), {"stride"}, "the batches of this corpus have the input 'stride'; GPT does not read it"),
+        ({"stride"}, {"stride"}, None),
+    ],
+)
+def test_inputs_that_the_model_reads_are_those_of_the_batches(
+    read: set[str], brought: set[str], message: str | None, tiny: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = tiny()
+    store = prepare(experiment.corpus, Path("data"))
+    resolved = resolve_with(experiment, store)
+    batch = SplitStream.batch
+
+    def with_inputs(stream: SplitStream, start: int, count: int) -> Batch:
+        found = batch(stream, start, count)
+        found.inputs.update(dict.fromkeys(brought, found.targets))
+        return found
+
+    monkeypatch.setattr(SplitStream, "batch", with_inputs)
+    monkeypatch.setattr(GPT, "inputs", frozenset(read))
+    with nullcontext() if message is None else pytest.raises(UserError, match=message):
+        check(resolved, store=store)
 
 
 # The length of a run -------------------------------------------------------------------------------------------------
