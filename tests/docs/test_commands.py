@@ -29,6 +29,8 @@ from tests.forked import run_together
 
 PROJECT = Path(__file__).parents[2]
 DOCUMENTS = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("*.md"))]
+LONG = ("cli", "distributed", "experiments", "fine_tuning")
+"""Documents of many commands, which CI runs and `make test` does not."""
 
 SHORT = shlex.split(
     "--training.macro-batches 1 --training.batches-per-macro-batch 2 --training.accumulation 1"
@@ -170,7 +172,10 @@ def reader(workplace: Path) -> Path:
     return workplace
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "document",
+    [pytest.param(path, marks=pytest.mark.slow if path.stem in LONG else (), id=path.stem) for path in DOCUMENTS],
+)
 def test_every_command_of_a_document_runs_in_its_order(
     document: Path, reader: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

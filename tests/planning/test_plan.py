@@ -52,6 +52,7 @@ def test_the_budget_is_the_length_of_the_run_and_sets_hours_and_cost(small: Expe
         assert two.hours / one.hours == pytest.approx(twice.tokens / plan.tokens)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_marked_and_settings_that_fit_are_advised(tiny: Callable[..., Experiment]) -> None:
     model = LlamaConfig(vocab_size=32000, max_seq_len=4096, n_layers=22, n_heads=32, dim=2048, hidden_dim=5632)
     experiment = tiny(model=model, data__seq_len=4096, data__batch_size=64, training__precision="bf16")

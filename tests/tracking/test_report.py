@@ -169,6 +169,7 @@ def test_a_comparison_in_a_runs_folder_leaves_its_own_report(tmp_path):
     assert (runs[0] / "plots" / "loss.png").read_bytes() == picture
 
 
+@pytest.mark.slow
 def test_a_long_run_stays_below_a_megabyte(tmp_path):
     run = make(tmp_path / "run", count=3000, samples=0)
     with (run / "samples.jsonl").open("w", encoding="utf-8") as file:

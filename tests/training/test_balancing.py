@@ -64,6 +64,7 @@ def load_after(config: LlamaConfig, steps: int) -> float:
     return sum(loads[-50:]) / 50
 
 
+@pytest.mark.slow
 def test_a_router_that_prefers_few_experts_comes_to_use_all() -> None:
     """With two of eight experts a token, 4 is the worst load and 1 the best."""
     assert load_after(replace(MIXED, bias_update_rate=None), 200) > 3

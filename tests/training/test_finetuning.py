@@ -487,6 +487,7 @@ def test_adapters_learn_on_cut_weights_in_bf16_and_compiled(workplace: Path, wor
     assert_frozen("cut", lambda name: True)
 
 
+@pytest.mark.slow
 def test_two_processes_with_copies_train_what_is_not_frozen(workplace: Path) -> None:
     (workplace / "several.py").write_text(SEVERAL)
     train(1, "base")

@@ -463,7 +463,9 @@ def test_recomputed_activations_change_nothing_but_the_memory(tiny: Build, train
 
 
 @pytest.mark.parametrize("compiled", ["model", "blocks"])
-@pytest.mark.parametrize("fields", [{}, {"training__recompute_every": 1}], ids=["plain", "recomputed"])
+@pytest.mark.parametrize(
+    "fields", [{}, pytest.param({"training__recompute_every": 1}, marks=pytest.mark.slow)], ids=["plain", "recomputed"]
+)
 def test_no_micro_batch_is_compiled_for_a_shape_of_its_own(
     tiny: Build, trainer: Open, monkeypatch: pytest.MonkeyPatch, compiled: str, fields: dict[str, Any]
 ) -> None:
