@@ -52,10 +52,11 @@ types: $(INSTALLED)
 benchmarks: $(INSTALLED)
 	$(BIN)/python -m benchmarks
 
-# --no-compile saves a minute: Python compiles the few modules that are imported, when they are imported
+# pip would compile the packages on one core; Python may be told never to do it itself, and then each process would again
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --no-compile --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -W ignore -c "import compileall, sysconfig; compileall.compile_dir(sysconfig.get_path('purelib'), quiet=2, workers=0)"
 	$(BIN)/python -c "open('$(INSTALLED)', 'w').close()"
 
 clean:
