@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cleangpt.config import Device
 from cleangpt.distributed.datasheets import identify_device
@@ -169,6 +169,12 @@ def keep_freed_memory(device: torch.device) -> None:
     if device.type == "cpu" and mallopt is not None:
         for parameter, value in MALLOC_SETTINGS.items():
             mallopt(parameter, value)
+
+
+def zero_sum(device: torch.device) -> Tensor:
+    """A 0-dim zero to add many numbers to: float64 if the device supports it."""
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    return torch.zeros((), dtype=dtype, device=device)
 
 
 def seed_everything(seed: int) -> None:

@@ -31,9 +31,7 @@ def mean_reward(
 
     def act(episode: Episode) -> None:
         prompt = episode.prompt
-        request_id = engine.submit(
-            episode.tokens, max_new_tokens=prompt.max_new_tokens, stop_ids=prompt.stop_ids
-        )  # fmt: skip
+        request_id = engine.submit(episode.tokens, max_new_tokens=prompt.max_new_tokens, stop_ids=prompt.stop_ids)
         acting[request_id] = (episode, [])
 
     for episode in episodes:

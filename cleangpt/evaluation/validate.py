@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cleangpt.data.batch import Batch
 from cleangpt.data.dataset import Split
+from cleangpt.distributed.device import zero_sum
 from cleangpt.models.base import LanguageModel
 from cleangpt.objectives import Objective
 from cleangpt.tracking.metrics import metric_key
@@ -38,9 +39,8 @@ def validate(
     """
     was_training = model.training
     model.eval()
-    # Long sums are in float64 if the device supports it.
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    sums = {"loss": torch.zeros((), dtype=dtype, device=device)}
+    sums = {"loss": zero_sum(device)}
+    dtype = sums["loss"].dtype
     count: float = 0
     for batch in batches:
         if stop():

@@ -7,7 +7,6 @@ from typing import Any, Protocol
 from cleangpt.config import TrackingConfig
 from cleangpt.errors import require
 from cleangpt.tracking.metrics import MetricsFiles, Value
-from cleangpt.tracking.progress import log_to_stderr
 
 FILES = "files"
 """Name of the metrics files among the states of the trackers."""
@@ -190,37 +189,3 @@ def create_trackers(
 
         others["tensorboard"] = TensorBoardTracker(experiment_json, run)
     return Trackers(MetricsFiles(run, log), others, log)
-
-
-def open_trackers(
-    config: TrackingConfig,
-    run: Path,
-    *,
-    name: str,
-    experiment_json: dict[str, Any],
-    state: dict[str, Any] | None = None,
-    truncate_after: int | None = None,
-    last_step: int | None = None,
-    log: Callable[[str], None] | None = None,
-) -> Trackers:
-    """Opens the configured trackers for the run in the folder `run`.
-
-    Args:
-        config: which trackers.
-        run: folder of the run.
-        name: of the experiment.
-        experiment_json: the experiment as JSON, logged next to the metrics.
-        state: the `Trackers.state_dict` in the snapshot from which the run is resumed; None: a new run.
-        truncate_after: last macro-batch of that snapshot; lines of later ones are removed. None: all lines.
-        last_step: last step of that snapshot; likewise.
-        log: called with a message if a tracker fails; None: print it to standard error and log.txt.
-
-    Raises:
-        UserError: the package of a tracker is not installed, or metrics.jsonl is corrupt.
-        OSError: lines that will be written again cannot be removed.
-    """
-    log = log or (lambda text: log_to_stderr(run, text))
-    trackers = create_trackers(config, run, name, experiment_json, log)
-    trackers.load_state_dict(state or {})
-    trackers.open(truncate_after, last_step)
-    return trackers

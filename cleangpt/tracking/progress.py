@@ -1,7 +1,6 @@
 """Progress of a run: a bar on a terminal, otherwise one line per macro-batch; all lines go to log.txt."""
 
 import errno
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -125,12 +124,6 @@ class ProgressBar:
         )
         width = self._console.width if self._console else 80
         return Group(line, Text(_fit(_words(self._metrics), width), no_wrap=True, style="dim"))
-
-
-def log_to_stderr(run: Path | None, text: str) -> None:
-    """Prints a line to standard error and appends it to the run's log.txt."""
-    _log(run, text)
-    print(text, file=sys.stderr, flush=True)
 
 
 def _words(metrics: Mapping[str, Any]) -> list[str]:

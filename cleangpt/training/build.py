@@ -234,7 +234,6 @@ def build_recorder(
     """The recorder of metrics for trackers and progress bar."""
     model, device, tracking = placed.model, placed.device, experiment.tracking
     splits = {source.name: source.dataset.splits["val"] for source in dataset.sources}
-
     found = environments(experiment.corpus, dataset) if tracking.score_samples else {}
 
     def validation_metrics(val_loss: float) -> Row:

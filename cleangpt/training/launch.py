@@ -1,6 +1,6 @@
 """From an experiment to a run: check, prepare, resolve, open, build, train."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from cleangpt.checkpoints.run_folder import acquire_run, check_folder, find_mome
 from cleangpt.checkpoints.snapshots import list_snapshots
 from cleangpt.config import LENGTHS, FineTuningConfig, Schedule, peak
 from cleangpt.corpora import Corpus, Mixture, prepare
-from cleangpt.data.batch import Batch
+from cleangpt.data.dataset import Column
 from cleangpt.data.mixing import MixedDataset, split_samples
 from cleangpt.distributed.device import check_precision, choose_device, choose_precision, describe_device
 from cleangpt.distributed.layout import (
@@ -139,7 +139,8 @@ def check(
         if (tokens := total_samples(experiment) * experiment.data.seq_len) >= 2**63:
             raise UserError(f"the run has {tokens:,} tokens; allowed: less than 2**63")
         split_samples(store, "val", experiment.data.seq_len)
-        _check_batches(experiment, open_stream(experiment, store).batch(0, 1))
+        open_stream(experiment, store)
+        _check_columns(experiment, store.columns)
         check_fine_tuning(experiment.fine_tuning, experiment.model, experiment.optimizer, layout)
 
 
@@ -177,13 +178,13 @@ def _check_corpus(experiment: Experiment) -> None:
         raise UserError(f"data.seq_len is {seq_len}; allowed: {row_length - 1}, the corpus's row length - 1")
 
 
-def _check_batches(experiment: Experiment, batch: Batch) -> None:
+def _check_columns(experiment: Experiment, columns: Mapping[str, Column]) -> None:
     """Checks that batches have what model and objective read, and that the model can have the objective's heads."""
+    inputs = {name for name, column in columns.items() if column.role == "input"}
     objective, kind = experiment.objective, type(experiment.objective).__name__
-    if missing := sorted(objective.reads - batch.extras.keys()):
+    if missing := sorted(objective.reads - (columns.keys() - inputs)):
         raise UserError(f"objective {kind} reads {missing[0]!r}, which the batches of this corpus do not have")
     model = model_class(experiment.model)
-    inputs = batch.inputs.keys() - {"tokens"}
     if missing := sorted(model.inputs - inputs):
         raise UserError(f"model {model.__name__} reads {missing[0]!r}, which the batches of this corpus do not have")
     if unknown := sorted(inputs - model.inputs):

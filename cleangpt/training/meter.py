@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cleangpt.distributed.device import zero_sum
 from cleangpt.distributed.processes import Ranks
 from cleangpt.objectives import Loss
 from cleangpt.training.state import set_numbers
@@ -17,8 +18,7 @@ class LossSums:
 
     def __init__(self, device: torch.device, copies: int) -> None:
         """`copies` is the number of processes that compute the same loss, as under tensor parallelism."""
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.total = torch.zeros((), dtype=dtype, device=device)
+        self.total = zero_sum(device)
         self.metrics: dict[str, Tensor] = {}
         self.copies = copies
 
@@ -27,7 +27,11 @@ class LossSums:
         self.total += loss.total.detach().nan_to_num(0.0, 0.0, 0.0) / self.copies
         for name, value in loss.metrics.items():
             share = value.detach().to(self.total.dtype).nan_to_num(0.0, 0.0, 0.0) / self.copies
-            self.metrics[name] = self.metrics[name] + share if name in self.metrics else share
+            _add(self.metrics, name, share)
+
+
+def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    sums[name] = sums[name] + value if name in sums else value
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,7 @@ class Meter:
 
     def reset(self) -> None:
         """Starts a macro-batch."""
-        dtype = torch.float32 if self._device.type == "mps" else torch.float64
-        self.loss = torch.zeros((), dtype=dtype, device=self._device)
+        self.loss = zero_sum(self._device)
         """Loss summed over this process's rows."""
         self.grad_norm = torch.zeros_like(self.loss)
         """Gradient norm summed over steps."""
@@ -77,7 +80,7 @@ class Meter:
         self.loss += step.loss
         self.grad_norm += step.grad_norm
         for name, value in step.metrics.items():
-            self.metrics[name] = self.metrics[name] + value if name in self.metrics else value
+            _add(self.metrics, name, value)
         self.count += step.count
         self.steps += 1
         self.samples += step.samples

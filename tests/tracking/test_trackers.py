@@ -9,12 +9,13 @@ import torch
 
 from cleangpt.config import TrackingConfig
 from cleangpt.errors import UserError
-from cleangpt.tracking import NullTracker, Trackers, open_trackers
+from cleangpt.tracking import NullTracker, Trackers
 from cleangpt.tracking.metrics import MetricsFiles, read_metrics, read_samples, read_steps
+from tests.tracking.opening import open_trackers
 
 
 def begin(run, log=None, **tracking):
-    return open_trackers(TrackingConfig(**tracking), run, name="tiny", experiment_json={"a": 1}, log=log)
+    return open_trackers(TrackingConfig(**tracking), run, experiment_json={"a": 1}, log=log)
 
 
 class Faulty:

@@ -11,7 +11,7 @@ wandb = pytest.importorskip("wandb")
 from wandb.proto import wandb_internal_pb2  # noqa: E402
 
 from cleangpt.config import TrackingConfig  # noqa: E402
-from cleangpt.tracking import open_trackers  # noqa: E402
+from tests.tracking.opening import open_trackers  # noqa: E402
 
 CONFIG = TrackingConfig(wandb="offline", wandb_project="proof")
 EXPERIMENT_JSON = {"name": "tiny", "optimizer": {"lr": 1e-3, "betas": [0.9, 0.95]}}
@@ -69,7 +69,6 @@ def begin(run, state=None, truncate_after=None, last_step=None):
     return open_trackers(
         CONFIG,
         run,
-        name="tiny",
         experiment_json=EXPERIMENT_JSON,
         state=state,
         truncate_after=truncate_after,

@@ -24,8 +24,7 @@ from cleangpt.config import (
     TrainingConfig,
 )
 from cleangpt.corpora import prepare
-from cleangpt.data.batch import Batch
-from cleangpt.data.loader import SplitStream
+from cleangpt.data.dataset import Column
 from cleangpt.distributed.device import choose_precision
 from cleangpt.distributed.layout import Layout
 from cleangpt.errors import UserError
@@ -119,14 +118,7 @@ def test_inputs_that_the_model_reads_are_those_of_the_batches(
     experiment = tiny()
     store = prepare(experiment.corpus, Path("data"))
     resolved = resolve_with(experiment, store)
-    batch = SplitStream.batch
-
-    def with_inputs(stream: SplitStream, start: int, count: int) -> Batch:
-        found = batch(stream, start, count)
-        found.inputs.update(dict.fromkeys(brought, found.targets))
-        return found
-
-    monkeypatch.setattr(SplitStream, "batch", with_inputs)
+    monkeypatch.setattr(store, "columns", dict.fromkeys(brought, Column(dtype="uint8", role="input")))
     monkeypatch.setattr(GPT, "inputs", frozenset(read))
     with nullcontext() if message is None else pytest.raises(UserError, match=message):
         check(resolved, store=store)
