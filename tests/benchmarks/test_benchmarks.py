@@ -135,6 +135,7 @@ def test_the_plain_write_holds_every_byte_of_the_state(tmp_path: Path) -> None:
     assert (tmp_path / "plain.bin").read_bytes() == b"".join(tensor.numpy().tobytes() for tensor in tensors)
 
 
+@pytest.mark.slow
 def test_a_command_that_fails_or_makes_no_step_is_no_measurement() -> None:
     with pytest.raises(RuntimeError, match="no step was taken"):
         call("benchmarks.first_step", "--version")

@@ -213,6 +213,7 @@ def weights_alone(path: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work_and_one_reads_it(tmp_path: Path) -> None:
     launch("ddp", 2, tmp_path)
     folder = tmp_path / "ddp" / "mb000001"

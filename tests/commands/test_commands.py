@@ -331,6 +331,7 @@ def test_sample_refuses_what_cannot_be(
     assert message in error_of(capsys, "sample", "run", *words)
 
 
+@pytest.mark.slow
 def test_report_writes_a_page_and_compares_runs(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", "run"]) == 0
     assert Path("run/report.html").exists() and list(Path("run/plots").glob("*.png"))
@@ -451,6 +452,7 @@ def test_nothing_in_the_package_unpickles() -> None:
         )
 
 
+@pytest.mark.slow
 def test_pytorchs_compiler_is_loaded_only_where_it_is_used() -> None:
     """It takes longer to load than the rest of the package."""
     found = "import cleangpt.training.trainer, sys; print('torch._dynamo' in sys.modules)"

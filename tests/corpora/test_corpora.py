@@ -424,6 +424,7 @@ def test_stories_come_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert document_ids(store, "val") == VALID
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "network", [{"HF_HUB_OFFLINE": "1"}, pytest.param({"HF_ENDPOINT": "http://127.0.0.1:9"}, marks=pytest.mark.torture)]
 )
@@ -475,9 +476,8 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "utf-8"}
 
 
-@pytest.mark.parametrize(
-    "tokenizer", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("byte", "bpe")), "arithmetic"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe", "arithmetic"])
 def test_a_killed_preparation_goes_on_and_ends_the_same(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,6 +45,7 @@ def test_a_device_that_there_cannot_be_is_one_line(name: str) -> None:
         choose_device(name)
 
 
+@pytest.mark.slow
 def test_a_run_on_one_device_loads_neither_the_compiler_nor_what_cuts_tensors(workplace: Path) -> None:
     """Each takes as long to load as half of PyTorch or all of it, and a run on one device needs neither."""
     script = """

@@ -213,6 +213,7 @@ SMALL = ["--corpus.digits", "2", "--corpus.train-samples", "90", "--corpus.val-s
          "--training.batches-per-macro-batch", "3", "--training.device", "cpu"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_terminal_that_has_gone_is_no_loss(workplace: Path) -> None:
     """A process that leads the session of a terminal, which is closed: it gets SIGHUP, and cannot write any more."""
     command = [sys.executable, "-m", "cleangpt", "train", "adder", *SMALL, "--run-dir", "run",

@@ -29,7 +29,7 @@ from tests.forked import run_together
 
 PROJECT = Path(__file__).parents[2]
 DOCUMENTS = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("*.md"))]
-LONG = ("cli", "distributed", "experiments", "fine_tuning")
+LONG = ("README", "cli", "distributed", "experiments", "fine_tuning", "generation", "planning", "tuning")
 """Documents of many commands, which CI runs and `make test` does not."""
 
 SHORT = shlex.split(

@@ -45,7 +45,7 @@ def slow_steps() -> None:
     Trainer.step = slowly  # type: ignore[method-assign]
 
 
-@fault("a second process on a run whose first is then killed", short=1, long=10)
+@fault("a second process on a run whose first is then killed", short=1, long=10, slow=True)
 def second(seed: int, folder: Path) -> None:
     """The second is refused and has changed nothing; the dead one holds nothing."""
     victim(folder)

@@ -63,7 +63,7 @@ def full_for_good(seed: int, folder: Path) -> None:
     check_goes_on(folder)
 
 
-@fault("room is made while the last snapshot waits for it", short=1, long=10)
+@fault("room is made while the last snapshot waits for it", short=1, long=10, slow=True)
 def full_until_the_end(seed: int, folder: Path) -> None:
     victim(folder, PATIENT)
     first = operations("full") // 2 + 7 * seed
@@ -101,7 +101,7 @@ def broken_for_a_moment(seed: int, folder: Path) -> None:
     check_goes_on(folder)
 
 
-@fault("disk slow to flush", short=1, long=5)
+@fault("disk slow to flush", short=1, long=5, slow=True)
 def slow(seed: int, folder: Path) -> None:
     assert go_wrong(folder, "slow", 0, FOR_GOOD) == 0
     check_whole(folder)

@@ -63,7 +63,7 @@ def power_cut_at_an_operation(seed: int, folder: Path) -> None:
     check_goes_on(folder)
 
 
-@fault("killed or cut off five times in one run", short=1, long=40)
+@fault("killed or cut off five times in one run", short=1, long=40, slow=True)
 def killed_again_and_again(seed: int, folder: Path) -> None:
     """Saving as training waits, with checkpoints kept for good; kills fall into the cleaning up after kills as well."""
     victim(folder, SYNCHRONOUS)
@@ -94,7 +94,7 @@ def dying(at: int) -> None:
     _disk.install("kill", at)
 
 
-@fault("one of two processes killed at an operation on the disk", short=1, long=40)
+@fault("one of two processes killed at an operation on the disk", short=1, long=40, slow=True)
 def one_of_two_killed(seed: int, folder: Path) -> None:
     """The other ends by itself, in one line, and both are started again."""
     rank = seed % 2

@@ -161,7 +161,7 @@ def check_went_back(folder: Path, reference: Path) -> None:
     assert list_snapshots(folder / "run" / "snapshots")[0].name == "mb000006"
 
 
-@fault("a spike of the loss, and a kill at an operation on the disk", short=2, long=60)
+@fault("a spike of the loss, and a kill at an operation on the disk", short=2, long=60, slow=True)
 def spike(seed: int, folder: Path) -> None:
     reference = spiked()
     victim(folder, WATCHED)

@@ -113,14 +113,12 @@ class Payload:
         return os.mkdir, ("owned",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "patterns",
     [
         ("hf-sums/*", "sums/checkpoints/val*/*.safetensors"),
-        *(
-            pytest.param((pattern,), marks=pytest.mark.slow)
-            for pattern in ("sums/**/*", "talk/**/*", "hf-*/*", "data/**/*")
-        ),
+        *((pattern,) for pattern in ("sums/**/*", "talk/**/*", "hf-*/*", "data/**/*")),
     ],
     ids=["a few", "a run", "a run of a chat", "exports", "datasets"],
 )

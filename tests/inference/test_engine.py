@@ -116,7 +116,7 @@ requests = st.tuples(
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(submitted=st.lists(requests, min_size=2, max_size=6), max_batch=st.integers(1, 4))
 def test_rows_that_join_and_leave_do_not_change_each_other(kind: str, submitted: list[Any], max_batch: int) -> None:
     ours = MODELS[kind]

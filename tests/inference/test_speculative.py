@@ -41,6 +41,7 @@ def test_a_perfect_draft_saves_passes() -> None:
     assert passes["passes"] == 4
 
 
+@pytest.mark.slow
 def test_drafted_tokens_are_distributed_as_those_of_the_larger_model() -> None:
     """Two tokens after token 0, from tables of which the exact distribution is known."""
     large, small = Bigrams(1), Bigrams(2)

@@ -222,8 +222,8 @@ def test_the_checkpoints_loss_is_that_of_the_model_in_training_and_another_run_s
     "fields",
     [
         {},
-        {"training__recompute_every": 1},
-        {"training__precision": "fp16"},
+        pytest.param({"training__recompute_every": 1}, marks=pytest.mark.slow),
+        pytest.param({"training__precision": "fp16"}, marks=pytest.mark.slow),
         pytest.param({"training__compile": "model"}, marks=pytest.mark.slow),
         pytest.param({"training__compile": "blocks", "training__recompute_every": 2}, marks=pytest.mark.slow),
     ],

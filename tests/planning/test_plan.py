@@ -29,6 +29,7 @@ def small(tiny: Callable[..., Experiment]) -> Experiment:
     return tiny(model__vocab_size=16, data__batch_size=32)
 
 
+@pytest.mark.slow
 def test_a_model_of_405_billion_parameters_is_planned_at_once(tiny: Callable[..., Experiment]) -> None:
     experiment = tiny(
         model=LARGE, data__seq_len=8192, data__batch_size=512, training__recompute_every=1, training__precision="bf16"
@@ -109,9 +110,8 @@ def test_tensor_parallelism_does_not_pay_for_a_small_model(tiny: Callable[..., E
     assert speed["ddp"] > speed["fsdp, tensor 2"] and plan.best(8).layout.tensor == 1
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == "adder" else pytest.mark.slow) for name in sorted(experiments())]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(experiments()))
 def test_every_experiment_of_the_project_is_planned(name: str) -> None:
     experiment = load_experiment(experiments()[name])
     experiment = replace(experiment, model=replace(experiment.model, vocab_size=512))
@@ -166,6 +166,7 @@ def test_the_vocabulary_size_comes_from_a_prepared_corpus(workplace: Path) -> No
     assert main(["plan", "adder"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1])
 def test_the_sessions_in_the_documents_are_what_the_command_prints(
     number: int, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -132,6 +132,7 @@ def table_row(row: Row) -> str:
     )
 
 
+@pytest.mark.slow
 def test_nearly_all_published_rows_are_within_15_percent() -> None:
     for row in ROWS:
         tokens, gib = planned(row)

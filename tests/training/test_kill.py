@@ -50,6 +50,7 @@ def metrics_lines() -> int:
     return len(read_metrics(Path("run"))) if Path("run/metrics.jsonl").exists() else 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX")
 def test_a_run_killed_at_several_points_ends_with_the_same_bits(workplace: Path) -> None:
     (workplace / "killed.py").write_text(EXPERIMENT)

@@ -66,7 +66,9 @@ def stop_after(trainer: Trainer, steps: int) -> None:
     trainer.step = step  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("steps", [5, 8, 14])
+@pytest.mark.parametrize(
+    "steps", [pytest.param(5, marks=pytest.mark.slow), 8, pytest.param(14, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("weights", [CURRICULUM, (5.0, 3.0, 2.0)], ids=["curriculum", "constant"])
 def test_a_mixture_of_three_stores_resumes_bit_for_bit(
     tiny: Build, trainer: Open, steps: int, weights: tuple[Any, ...]
@@ -114,6 +116,7 @@ def test_the_summary_says_each_source_s_share_of_the_run(tiny: Build, trainer: O
     ]
 
 
+@pytest.mark.slow
 def test_a_mixture_is_evaluated_by_source(tiny: Build, trainer: Open) -> None:
     run = trainer(three(tiny, (2.0, 1.0, 1.0)))
     run.train()
