@@ -9,7 +9,6 @@ import io
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,7 +31,8 @@ def decompressed(path: Path, raw: BinaryIO) -> Iterator[bytes]:
     Raises:
         UserError: it is corrupt or truncated, or its library is not installed.
     """
-    new, frame, rest, frames = _decompressor(path), None, b"", 0
+    new, rest, frames = _decompressor(path), b"", 0
+    frame: Any = None
     while data := rest or raw.read(INPUT):
         rest = b""
         if frame is None and not (data := data.lstrip(b"\0")):
@@ -75,9 +75,11 @@ class _Blocks(io.RawIOBase):
 def _decompressor(path: Path) -> Callable[[], Any]:
     """Makes an object that decompresses one frame, block by block."""
     suffix = path.suffix.lower()
-    if suffix == ".zst":
-        library: Any = require("zstandard", "zstd")
-        make: Callable[[], Any] = library.ZstdDecompressor().decompressobj
-        return make
-    return {".gz": partial(zlib.decompressobj, 16 + zlib.MAX_WBITS), ".bz2": bz2.BZ2Decompressor,
-            ".xz": partial(lzma.LZMADecompressor, lzma.FORMAT_XZ)}[suffix]  # fmt: skip
+    zstandard: Any = require("zstandard", "zstd") if suffix == ".zst" else None
+    makers: dict[str, Callable[[], Any]] = {
+        ".gz": lambda: zlib.decompressobj(16 + zlib.MAX_WBITS),
+        ".bz2": bz2.BZ2Decompressor,
+        ".xz": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ),
+        ".zst": lambda: zstandard.ZstdDecompressor().decompressobj(),
+    }
+    return makers[suffix]

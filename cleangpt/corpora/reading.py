@@ -60,7 +60,7 @@ class TextFile:
 def find_files(patterns: Iterable[str]) -> list[Path]:
     """The files matched by paths, globs (including `**`) and folders, sorted; hidden files only if named explicitly.
 
-    Links are followed, to files and to folders. A file that is found in several ways is read once, by its shortest path.
+    Links are followed, to files and to folders. A file found in several ways is read once, by its shortest path.
 
     Raises:
         UserError: a pattern matches no file, or what it finds cannot be read or is a link to nothing.
@@ -181,7 +181,7 @@ def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[dict[str,
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, after row {row:,}: not valid UTF-8: {error.reason}") from None
     except (arrow.ArrowException, OSError) as error:
-        if getattr(error, "errno", None) is not None:  # of the system; a damaged page is an OSError, too
+        if isinstance(error, OSError) and error.errno is not None:  # of the system; a damaged page is an OSError, too
             raise UserError(f"{path}: {os.strerror(error.errno)}") from None
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is not an intact Parquet file: {reason}") from None
