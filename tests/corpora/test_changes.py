@@ -171,7 +171,7 @@ def test_nothing_is_said_where_nothing_has_changed(corpus: Any, tokenizer: str) 
     assert opened(corpus)[1] == ""
 
 
-def test_another_python_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_python_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = Stdlib(max_bytes=200_000)
     opened(corpus, tmp_path)
     assert opened(corpus, tmp_path)[1] == ""
@@ -179,7 +179,7 @@ def test_another_python_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "is 3.99.0, and its source code may have changed" in opened(corpus, tmp_path)[1]
 
 
-def test_another_revision_on_the_hub_is_told(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_revision_on_the_hub_is_named(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = FineWebEdu(tokenizer="byte")
     dataset, _ = opened(TEXT)
     folder = dataset_folder(corpus, Path("data"))
