@@ -93,7 +93,7 @@ def prepare_dataset(
     restore(folder)
     if is_dataset(folder) and not again:
         dataset = TokenDataset(folder)
-        if changes := list(corpus.changes(dataset)):
+        if changes := list(corpus.changed_inputs(dataset)):
             more = f" (one of {len(changes)} changes)" if len(changes) > 1 else ""
             line = f"the older dataset {folder} is used, though {changes[0]}{more}; to use what is there now, "
             console.print(f"{line}run cleangpt prepare with --again", markup=False, soft_wrap=True)

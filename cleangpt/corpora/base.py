@@ -51,7 +51,7 @@ class Corpus(CorpusConfig):
         """Writes the dataset to `folder`, and shows progress on the console."""
         raise NotImplementedError
 
-    def changes(self, dataset: TokenDataset) -> Iterator[str]:
+    def changed_inputs(self, dataset: TokenDataset) -> Iterator[str]:
         """What has changed since the dataset was made from it, such as "a.txt has changed"; without a network."""
         return changed_files(dataset)
 

@@ -114,9 +114,9 @@ class Chat(TextCorpus):
             source={"files": stamps(files)}, row_length=self.row_length, chat_template=template,
         )  # fmt: skip
 
-    def changes(self, dataset: TokenDataset) -> Iterator[str]:
+    def changed_inputs(self, dataset: TokenDataset) -> Iterator[str]:
         """What has changed since the dataset was made: also the chat template."""
-        yield from super().changes(dataset)
+        yield from super().changed_inputs(dataset)
         yield from changed_template(dataset, self.chat_template, self.tokenizer_file)
 
     def _pieces(self, path: Path, name: str, template: ChatTemplate, tokenizer: Tokenizer) -> Iterator[Piece]:

@@ -167,9 +167,9 @@ class HubText(TextCorpus):
         shards = Shards(self.hub_dataset(), folder, self.keep_shards)
         return write_shards(self, folder, shards, self._remote, console, self.max_tokens)
 
-    def changes(self, dataset: TokenDataset) -> Iterator[str]:
+    def changed_inputs(self, dataset: TokenDataset) -> Iterator[str]:
         """What has changed since the dataset was made: also the repository, folder or revision to download."""
-        yield from super().changes(dataset)
+        yield from super().changed_inputs(dataset)
         now = {} if self.files else asdict(self.hub_dataset())
         for name, value in now.items():
             if (before := dataset.source.get(name, value)) != value:

@@ -53,7 +53,7 @@ class ShakespeareChar(Corpus):
         tokenizer = self._tokenizer(whole)
         return write_texts(self, folder, [parts], tokenizer, console)
 
-    def changes(self, dataset: TokenDataset) -> Iterator[str]:
+    def changed_inputs(self, dataset: TokenDataset) -> Iterator[str]:
         """Whether the text or the tokenizer has changed since the dataset was made."""
         yield from changed_files(dataset)
         yield from changed_tokenizer(dataset, self.tokenizer_file)

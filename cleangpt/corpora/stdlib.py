@@ -40,11 +40,11 @@ class Stdlib(TextCorpus):
         files = self.files(Path(sysconfig.get_path("stdlib")))
         return self.write(folder, files, console, python=platform.python_version())
 
-    def changes(self, dataset: TokenDataset) -> Iterator[str]:
+    def changed_inputs(self, dataset: TokenDataset) -> Iterator[str]:
         """Whether modules have changed since the dataset was made, or Python is another."""
         if (before := dataset.source.get("python")) != platform.python_version():
             yield f"Python was {before}, is {platform.python_version()}, and its source code may have changed"
-        yield from super().changes(dataset)
+        yield from super().changed_inputs(dataset)
 
     def files(self, library: Path) -> list[TextFile]:
         """The modules to use, sorted by path; those with the lowest path hashes, at least one, are for validation.

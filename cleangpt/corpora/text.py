@@ -69,7 +69,7 @@ class TextCorpus(Corpus):
             return train_bpe(_sample(files), self.vocab_size)
         return CharTokenizer(characters(files) + END_CHARACTER, END_CHARACTER)
 
-    def changes(self, dataset: TokenDataset) -> Iterator[str]:
+    def changed_inputs(self, dataset: TokenDataset) -> Iterator[str]:
         """What has changed since the dataset was made: files, also new and removed ones, and the tokenizer."""
         yield from changed_files(dataset, vars(self).get("files", ()))
         yield from changed_tokenizer(dataset, self.tokenizer_file)
