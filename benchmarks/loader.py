@@ -31,13 +31,13 @@ LOADED_AHEAD = 5
 
 def run(setup: Setup) -> list[Row]:
     """The rows of the benchmark."""
-    store = make_store(setup.folder / "store", 100_000 if setup.quick else 1_000_000)
+    dataset = make_store(setup.folder / "dataset", 100_000 if setup.quick else 1_000_000)
     shapes = [(12, 64), (4, 256)] if setup.quick else [(12, 64), (32, 1024)]
     rows = []
     for number, experiment in enumerate(experiments(setup.quick)):
-        rows += waits(experiment, store, setup.folder / f"run{number}", setup.repetitions)
+        rows += waits(experiment, dataset, setup.folder / f"run{number}", setup.repetitions)
     for batch_size, seq_len in shapes:
-        rows += against_peers(store, batch_size, seq_len, setup)
+        rows += against_peers(dataset, batch_size, seq_len, setup)
     return rows
 
 
@@ -55,12 +55,12 @@ def experiments(quick: bool) -> list[Experiment]:
     return [small, large]
 
 
-def waits(experiment: Experiment, store: TokenDataset, run: Path, repetitions: int) -> list[Row]:
+def waits(experiment: Experiment, dataset: TokenDataset, run: Path, repetitions: int) -> list[Row]:
     """The time a training step waits for data, and the time to load its batch alone."""
     data, model = experiment.data, experiment.model
     label = f"{data.batch_size} × {data.seq_len}, {getattr(model, 'n_layers', '?')} × {getattr(model, 'dim', '?')}"
-    trainer = make_trainer(experiment, store, run)
-    loader = batch_loader(store, data.batch_size, data.seq_len)
+    trainer = make_trainer(experiment, dataset, run)
+    loader = batch_loader(dataset, data.batch_size, data.seq_len)
     steps = experiment.training.batches_per_macro_batch
 
     def both() -> tuple[float, float, float]:
@@ -76,10 +76,10 @@ def waits(experiment: Experiment, store: TokenDataset, run: Path, repetitions: i
     ]
 
 
-def against_peers(store: TokenDataset, batch_size: int, seq_len: int, setup: Setup) -> list[Row]:
+def against_peers(dataset: TokenDataset, batch_size: int, seq_len: int, setup: Setup) -> list[Row]:
     """The cost of a batch when nothing but loading happens."""
-    path, dtype = store.folder / "train_00000.bin", np.dtype(store.description["dtype"])
-    ours = batch_loader(store, batch_size, seq_len)
+    path, dtype = dataset.folder / "train_00000.bin", np.dtype(dataset.description["dtype"])
+    ours = batch_loader(dataset, batch_size, seq_len)
     makers: dict[str, Callable[[], object]] = {
         "ours": ours.next,
         "numpy memmap": lambda: random_windows(path, dtype, batch_size, seq_len),
@@ -104,9 +104,9 @@ def timed(make: Callable[[], object], count: int) -> float:
     return (time.perf_counter() - start) / count
 
 
-def batch_loader(store: TokenDataset, batch_size: int, seq_len: int) -> DatasetSource:
+def batch_loader(dataset: TokenDataset, batch_size: int, seq_len: int) -> DatasetSource:
     """Ours, as the trainer makes it."""
-    return DatasetSource(SplitStream(Samples(store.splits["train"], seq_len), seed=1337), batch_size)
+    return DatasetSource(SplitStream(Samples(dataset.splits["train"], seq_len), seed=1337), batch_size)
 
 
 def random_windows(path: Path, dtype: np.dtype[np.generic], batch_size: int, seq_len: int) -> tuple[Tensor, Tensor]:

@@ -27,14 +27,14 @@ def main(way: str, folder: Path, size: str, checkout: Path | None = None) -> Non
     training = {"batches_per_macro_batch": 2, "macro_batches": 10, "device": "cpu", **WAYS[way]}
     data = DataConfig(seq_len=seq_len, batch_size=1)
     experiment = shipped("shakespeare_char_cpu", data, model=SIZES[size], training=training)
-    store = make_store(folder / f"store_{way}", 100_000)
+    dataset = make_store(folder / f"store_{way}", 100_000)
     if checkout is not None:
-        loader = batch_loader(store, 1, seq_len)
+        loader = batch_loader(dataset, 1, seq_len)
         batch = loader.next()
         loader.close()
         nanogpt_loop(checkout, experiment, [(batch.inputs["tokens"], batch.targets)])(2)
     else:
-        trainer = make_trainer(experiment, store, folder / f"run_{way}")
+        trainer = make_trainer(experiment, dataset, folder / f"run_{way}")
         train_macro_batch(trainer)
         close(trainer)
     print(peak_resident_bytes())

@@ -41,11 +41,11 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 def run(setup: Setup) -> list[Row]:
     """The rows of the benchmark."""
     steps = 3 if setup.quick else 40
-    store = make_store(setup.folder / "store", 1_000_000)
+    dataset = make_store(setup.folder / "dataset", 1_000_000)
     experiment = shipped("shakespeare_char_cpu", training={"batches_per_macro_batch": steps, "macro_batches": 1000})
-    trainer = make_trainer(experiment, store, setup.folder / "run")
-    experiment = resolve(experiment, store.vocab_size)
-    loader = batch_loader(store, experiment.data.batch_size, experiment.data.seq_len)
+    trainer = make_trainer(experiment, dataset, setup.folder / "run")
+    experiment = resolve(experiment, dataset.vocab_size)
+    loader = batch_loader(dataset, experiment.data.batch_size, experiment.data.seq_len)
     batches = [(batch.inputs["tokens"], batch.targets) for batch in (loader.next() for _ in range(100))]
     loader.close()
     loops = {BARE: bare_loop(experiment, build_model(experiment.model), batches)}

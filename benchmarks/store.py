@@ -63,7 +63,7 @@ def loading(small: TokenDataset, large: TokenDataset, setup: Setup) -> list[Row]
     """The time of a batch from the large dataset against one from the small."""
     rows = []
     for batch_size, seq_len, count in [(12, 64, 20)] if setup.quick else [(12, 64, 300), (32, 1024, 60)]:
-        loaders = {store.folder.name: batch_loader(store, batch_size, seq_len) for store in (small, large)}
+        loaders = {dataset.folder.name: batch_loader(dataset, batch_size, seq_len) for dataset in (small, large)}
         measures = {name: partial(timed, loader.next, count) for name, loader in loaders.items()}
         taken = interleave(measures, setup.repetitions)
         for loader in loaders.values():
@@ -73,9 +73,9 @@ def loading(small: TokenDataset, large: TokenDataset, setup: Setup) -> list[Row]
     return rows
 
 
-def words(store: TokenDataset) -> str:
+def words(dataset: TokenDataset) -> str:
     """The length of a dataset's training split, for a label."""
-    return f"{store.splits['train'].tokens:,} tokens"
+    return f"{dataset.splits['train'].tokens:,} tokens"
 
 
 def token_files(folder: Path) -> list[Path]:

@@ -118,18 +118,18 @@ def compare(runs: Mapping[str, Sequence[Outcome]]) -> list[Row]:
     return rows
 
 
-def copy_of_peer(checkout: Path, folder: Path, store: TokenDataset) -> Path:
+def copy_of_peer(checkout: Path, folder: Path, dataset: TokenDataset) -> Path:
     """A checkout of nanoGPT with Shakespeare prepared by its own script, in a folder where nothing else is touched."""
     nanogpt_module(checkout)
     shutil.copytree(checkout, folder, ignore=shutil.ignore_patterns(".git", "*.bin", "*.pkl"))
     data = folder / "data" / "shakespeare_char"
-    tokens = np.concatenate([store.splits[split].read(0, store.splits[split].tokens) for split in ("train", "val")])
-    (data / "input.txt").write_text(store.tokenizer.decode(tokens.tolist()), encoding="utf-8", newline="")
+    tokens = np.concatenate([dataset.splits[split].read(0, dataset.splits[split].tokens) for split in ("train", "val")])
+    (data / "input.txt").write_text(dataset.tokenizer.decode(tokens.tolist()), encoding="utf-8", newline="")
     checked([sys.executable, "prepare.py"], data)
     return folder
 
 
-def run_of_peer(peer: Path, seed: int, store: TokenDataset, quick: bool) -> Outcome:
+def run_of_peer(peer: Path, seed: int, dataset: TokenDataset, quick: bool) -> Outcome:
     """nanoGPT's recipe from start to end; its last checkpoint is then evaluated over the whole validation split."""
     script, out = peer / "train.py", peer / f"out{seed}"
     seeded = script.read_text(encoding="utf-8").replace("manual_seed(1337", f"manual_seed({seed}")
@@ -145,14 +145,14 @@ def run_of_peer(peer: Path, seed: int, store: TokenDataset, quick: bool) -> Outc
     def loss(inputs: Tensor, targets: Tensor) -> Tensor:
         return cast(Tensor, model(inputs, targets.masked_fill(targets == IGNORED, -1))[1])  # -1 is what it ignores
 
-    return Outcome(seconds, swept_loss(loss, store))
+    return Outcome(seconds, swept_loss(loss, dataset))
 
 
 @torch.no_grad()
-def swept_loss(loss: Loss, store: TokenDataset, seq_len: int = 64) -> float:
+def swept_loss(loss: Loss, dataset: TokenDataset, seq_len: int = 64) -> float:
     """The mean over the validation split, in adjacent windows, of a `loss` that is the mean over a batch."""
     total, count = 0.0, 0
-    for batch in validation_batches(split_samples(MixedDataset([MixtureSource(store)]), "val", seq_len)[""], 64):
+    for batch in validation_batches(split_samples(MixedDataset([MixtureSource(dataset)]), "val", seq_len)[""], 64):
         total += float(loss(batch.inputs["tokens"], batch.targets)) * batch.num_targets
         count += batch.num_targets
     return total / count
@@ -199,15 +199,15 @@ def start(peer: Path, folder: Path, words: Sequence[str], setup: Setup) -> Row:
 def steps(experiment: Experiment, setup: Setup) -> list[Row]:
     """A step of one model against the peers' step, and against the time of its matrix products alone."""
     count = 2 if setup.quick or (isinstance(experiment.model, GPTConfig) and experiment.model.dim > 128) else 20
-    store = make_store(setup.folder / f"store{experiment.data.seq_len}", 1_000_000)
+    dataset = make_store(setup.folder / f"dataset{experiment.data.seq_len}", 1_000_000)
     changed = dataclasses.replace(
         experiment, training=dataclasses.replace(experiment.training, batches_per_macro_batch=count, macro_batches=1000)
     )
-    trainer = make_trainer(changed, store, setup.folder / f"run{experiment.data.seq_len}")
-    experiment = resolve(changed, store.vocab_size)
+    trainer = make_trainer(changed, dataset, setup.folder / f"run{experiment.data.seq_len}")
+    experiment = resolve(changed, dataset.vocab_size)
     data, model = experiment.data, experiment.model
     assert isinstance(model, GPTConfig)
-    loader = batch_loader(store, data.batch_size, data.seq_len)
+    loader = batch_loader(dataset, data.batch_size, data.seq_len)
     batches = [(batch.inputs["tokens"], batch.targets) for batch in (loader.next() for _ in range(20))]
     loader.close()
     loops = peers(experiment, batches, setup)
@@ -293,7 +293,7 @@ def growth(setup: Setup) -> list[Row]:
     """How a step's time grows with width, depth, context and batch, compared with its FLOPs."""
     base = {"n_layers": 4, "dim": 128, "seq_len": 64, "batch_size": 12}
     changes: list[dict[str, int]] = [{"dim": 512}, {"n_layers": 16}, {"seq_len": 512}, {"batch_size": 96}]
-    store = make_store(setup.folder / "store_growth", 1_000_000)
+    dataset = make_store(setup.folder / "store_growth", 1_000_000)
     trainers = {}
     for number, change in enumerate([{}, *(changes[:1] if setup.quick else changes)]):
         size = base | change
@@ -302,7 +302,7 @@ def growth(setup: Setup) -> list[Row]:
         training = {"batches_per_macro_batch": 1 if setup.quick else 6, "macro_batches": 1000}
         experiment = shipped("shakespeare_char_cpu", data, model=model, training=training)
         name = ", ".join(f"{field} {base[field]} → {value}" for field, value in change.items())
-        trainers[name] = make_trainer(experiment, store, setup.folder / f"growth{number}")
+        trainers[name] = make_trainer(experiment, dataset, setup.folder / f"growth{number}")
 
     def measure(trainer: Trainer) -> float:
         return train_macro_batch(trainer)[0]

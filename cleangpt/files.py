@@ -46,7 +46,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_text(path: Path) -> str:
-    """The UTF-8 text in `path`.
+    """The UTF-8 text in `path`, without a byte-order mark.
 
     Raises:
         UserError: the file is missing, not a regular file, larger than `MAX_TEXT_BYTES`, or not UTF-8.
@@ -55,7 +55,7 @@ def read_text(path: Path) -> str:
     if (size := path.stat().st_size) > MAX_TEXT_BYTES:
         raise UserError(f"{path} has {size:,} bytes; allowed: at most {MAX_TEXT_BYTES:,}")
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not valid UTF-8: {error.reason} at byte {error.start:,}") from None
 

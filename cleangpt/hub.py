@@ -22,6 +22,24 @@ def local_path(text: str) -> Path:
     return fetch(text) if is_huggingface(text) else Path(text).expanduser()
 
 
+def is_local(text: str) -> bool:
+    """Whether ``hf:...`` is a folder here."""
+    name = text.removeprefix(PREFIX)
+    return bool(name) and Path(name).expanduser().is_dir()
+
+
+def path_offline(text: str) -> Path | None:
+    """`local_path` without a network; None: a model that is not in the cache."""
+    name = text.removeprefix(PREFIX)
+    if not is_huggingface(text) or is_local(text):
+        return Path(name).expanduser()
+    try:
+        library = require("huggingface_hub", "hub")
+        return Path(library.snapshot_download(name, allow_patterns=list(FILES), local_files_only=True))
+    except Exception:  # it passes through errors of several packages
+        return None
+
+
 def fetch(text: str) -> Path:
     """The local folder of ``hf:...``; a model is downloaded once, and then cached by `huggingface_hub`.
 
@@ -29,9 +47,8 @@ def fetch(text: str) -> Path:
         UserError: there is no such folder, or the download failed; explains how to provide the files offline.
     """
     name = text.removeprefix(PREFIX)
-    folder = Path(name).expanduser()
-    if name and folder.is_dir():
-        return folder
+    if is_local(text):
+        return Path(name).expanduser()
     if not name or name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise UserError(f"{text}: {name!r} is not a folder; allowed: hf:FOLDER, hf:NAME or hf:OWNER/NAME")
     library = require("huggingface_hub", "hub")

@@ -10,6 +10,7 @@ from cleangpt.files import (
     commit_folder,
     find_corruption,
     read_json,
+    read_text,
     recover_folder,
     remove_folder,
     restore,
@@ -172,6 +173,13 @@ def test_json_that_is_none_is_told_in_one_line(tmp_path: Path) -> None:
     write_json(tmp_path / "x", {"ä": [1, None]})
     assert read_json(tmp_path / "x") == {"ä": [1, None]}
     assert len(sha256(tmp_path / "x")) == 64
+
+
+def test_a_byte_order_mark_is_no_character(tmp_path: Path) -> None:
+    """As some editors write it, for instance into a chat template or a tokenizer.json."""
+    write_bytes(tmp_path / "x", '{"ä": "\ufeff"}'.encode("utf-8-sig"))
+    assert read_text(tmp_path / "x") == '{"ä": "\ufeff"}'
+    assert read_json(tmp_path / "x") == {"ä": "\ufeff"}
 
 
 def test_the_nearest_right_name_is_offered() -> None:

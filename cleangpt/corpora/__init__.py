@@ -2,14 +2,16 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from cleangpt.config import CorpusConfig
 from cleangpt.corpora.adder import Adder
 from cleangpt.corpora.adder_chat import AdderChat
-from cleangpt.corpora.base import CORPORA, Corpus, as_json, lock_folder, stale_source, user_errors
+from cleangpt.corpora.base import CORPORA, Corpus, as_json, has_relative_paths, lock_folder, user_errors
 from cleangpt.corpora.conversations import Chat
 from cleangpt.corpora.fables import Fables
 from cleangpt.corpora.fineweb_edu import FineWebEdu
@@ -43,10 +45,24 @@ CORPORA |= {
 
 
 def dataset_folder(corpus: CorpusConfig, data_folder: Path) -> Path:
-    """The folder of a corpus's dataset, named after its kind and a hash of its fields."""
+    """The folder of a corpus's dataset, named after its kind and a hash of its fields.
+
+    Where they name files relative to the current folder, and datasets are not kept in a folder of that one, the hash is
+    also of the way from one to the other: another project's files of the same names are others.
+    """
     entry = as_json(corpus)
-    digest = hashlib.sha256(json.dumps(entry, sort_keys=True).encode("utf-8")).hexdigest()
+    key: Any = entry
+    if has_relative_paths(corpus) and (way := _way(data_folder.resolve(), Path.cwd())) != "..":
+        key = [entry, way]
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode("utf-8")).hexdigest()
     return data_folder / f"{entry['kind']}-{digest[:8]}"
+
+
+def _way(start: Path, end: Path) -> str:
+    try:
+        return Path(os.path.relpath(end, start)).as_posix()
+    except ValueError:  # on another drive of Windows
+        return end.as_posix()
 
 
 def prepare(
@@ -77,10 +93,10 @@ def prepare_dataset(
     restore(folder)
     if is_dataset(folder) and not again:
         dataset = TokenDataset(folder)
-        if file := stale_source(dataset):
-            console.print(
-                f"{file} has changed since {folder} was prepared; prepare again to use it", markup=False, soft_wrap=True
-            )
+        if changes := list(corpus.changed_inputs(dataset)):
+            more = f" (one of {len(changes)} changes)" if len(changes) > 1 else ""
+            line = f"the older dataset {folder} is used, though {changes[0]}{more}; to use what is there now, "
+            console.print(f"{line}run cleangpt prepare with --again", markup=False, soft_wrap=True)
         return dataset
     try:
         with lock_folder(folder, console):

@@ -10,10 +10,11 @@ import contextlib
 import errno
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from filelock import FileLock, Timeout
 from rich.console import Console
@@ -21,13 +22,15 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from cleangpt.config import CorpusConfig
 from cleangpt.corpora.card import card
+from cleangpt.corpora.reading import find_files
 from cleangpt.data.chat_template import ChatTemplate
 from cleangpt.data.dataset import DATASET, Column, TokenDataset
-from cleangpt.data.tokenizers import Tokenizer
-from cleangpt.data.writer import DatasetWriter, Groups
+from cleangpt.data.tokenizers import Tokenizer, load_tokenizer
+from cleangpt.data.writer import DatasetWriter, Groups, SplitFacts
 from cleangpt.environments.base import Environment
 from cleangpt.errors import UserError, parsing
 from cleangpt.files import PARTIAL
+from cleangpt.hub import PREFIX, is_huggingface, is_local, path_offline
 from cleangpt.validation import to_json
 
 COMMIT_SECONDS = 2.0
@@ -36,7 +39,10 @@ COMMIT_SECONDS = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus(CorpusConfig):
-    """How to make a dataset; its content depends on the fields alone."""
+    """How to make a dataset; its content depends on the fields, and on the files that they name."""
+
+    local_fields: ClassVar[tuple[str, ...]] = ("files", "file", "tokenizer_file", "chat_template")
+    """Which fields, where a corpus has them, name local files."""
 
     def check(self) -> None:
         """Raises UserError for a field out of range; types have been checked already."""
@@ -45,6 +51,10 @@ class Corpus(CorpusConfig):
         """Writes the dataset to `folder`, and shows progress on the console."""
         raise NotImplementedError
 
+    def changed_inputs(self, dataset: TokenDataset) -> Iterator[str]:
+        """What has changed since the dataset was made from it, such as "a.txt has changed"; without a network."""
+        return changed_files(dataset)
+
     def environment(self, dataset: TokenDataset) -> Environment | None:
         """The environment that scores checkpoints on the corpus's tasks; None: they are scored by the loss alone."""
         return None
@@ -52,6 +62,14 @@ class Corpus(CorpusConfig):
 
 CORPORA: dict[str, type[Corpus]] = {}
 """Corpora by name; registered in `corpora/__init__.py`, one line each."""
+
+
+def has_relative_paths(corpus: CorpusConfig) -> bool:
+    """Whether a field of a corpus names a local file relative to the current folder."""
+    values = [vars(corpus).get(name) for name in getattr(corpus, "local_fields", ())]
+    texts = [text for value in values if value for text in ([value] if isinstance(value, str) else value)]
+    paths = [text.removeprefix(PREFIX) for text in texts if not is_huggingface(text) or is_local(text)]
+    return any(not Path(path).is_absolute() and not path.startswith("~") for path in paths)
 
 
 def as_json(corpus: CorpusConfig) -> dict[str, Any]:
@@ -113,11 +131,25 @@ def write_dataset(
                     break
         for split in ("train", "val"):
             if split not in writer.splits or not writer.splits[split].tokens:
-                fraction = getattr(corpus, "val_fraction", None)
-                raise UserError(f"the split {split} is empty; change corpus.val_fraction, which is {fraction}")
+                raise UserError(_why_empty(split, writer.splits, getattr(corpus, "val_fraction", None)))
         return writer.finish(lambda facts: card(folder.name, facts, tokenizer))
     finally:
         writer.close()
+
+
+def _why_empty(split: str, splits: Mapping[str, SplitFacts], val_fraction: float | None) -> str:
+    """Why a split has no tokens, and what to do."""
+    some = any(facts.tokens for facts in splits.values())
+    counts: Counter[str] = Counter()
+    for name, facts in splits.items():
+        counts.update(facts.counts if name == split or not some else {})
+    if any(counts.values()):
+        reasons = ", ".join(f"{name}: {count:,}" for name, count in counts.items() if count)
+        return f"{f'the split {split}' if some else 'the dataset'} is empty, since everything was left out ({reasons})"
+    if not some:
+        return "the dataset is empty: there is no text, or every document is empty"
+    change = "" if val_fraction is None else f" or change corpus.val_fraction, which is {val_fraction}"
+    return f"the split {split} is empty; give more documents{change}"
 
 
 def _enough(writer: DatasetWriter, max_tokens: int | None) -> bool:
@@ -168,14 +200,37 @@ def user_errors(folder: Path) -> Iterator[None]:
         raise UserError(f"{error.filename or folder}: {error.strerror or error}") from None
 
 
-def stale_source(dataset: TokenDataset) -> str:
-    """The first source file that has changed since the dataset was made from it, or an empty string."""
+def stamp(path: Path) -> tuple[int, int]:
+    """Size and modification time of a file, by which a change is noticed."""
+    facts = path.stat()
+    return facts.st_size, facts.st_mtime_ns
+
+
+def changed_files(dataset: TokenDataset, patterns: Sequence[str] = ()) -> Iterator[str]:
+    """Which files of text have changed since the dataset was made from them.
+
+    With the patterns by which they were found, also those that are new or removed; without, they may be elsewhere.
+    """
     with parsing(dataset.folder / DATASET):
-        for name, size, modified in dataset.source.get("files", []):
-            path = Path(name)
-            if path.is_file() and (path.stat().st_size, path.stat().st_mtime_ns) != (size, modified):
-                return str(path)
-    return ""
+        before = {Path(name): (size, modified) for name, size, modified in dataset.source.get("files", [])}
+    try:
+        now = {path: stamp(path) for path in (find_files(patterns) if patterns else filter(Path.is_file, before))}
+    except (UserError, OSError) as error:
+        yield str(error)
+        return
+    yield from (f"{path} has changed" for path in sorted(before.keys() & now.keys()) if now[path] != before[path])
+    yield from (f"{path} is a new file" for path in sorted(now.keys() - before.keys()))
+    yield from (f"{path} was removed" for path in sorted(before.keys() - now.keys()) if patterns)
+
+
+def changed_tokenizer(dataset: TokenDataset, file: str | None) -> Iterator[str]:
+    """Whether the tokenizer in a file, if it is here, is no longer the one with which the dataset was made."""
+    if file is not None and (path := path_offline(file)) is not None:
+        try:
+            if load_tokenizer(path).to_json() != dataset.tokenizer.to_json():
+                yield f"the tokenizer {file} has changed"
+        except UserError as error:
+            yield str(error)
 
 
 def _progress(console: Console) -> Progress:

@@ -18,14 +18,15 @@ from rich.console import Console
 from cleangpt.corpora.base import write_dataset
 from cleangpt.corpora.packing import pack
 from cleangpt.corpora.reading import (
+    FORMS,
     Piece,
     TextFile,
     checked,
     find_files,
     is_plain,
-    json_lines,
-    parquet_rows,
+    read_entries,
     split_documents,
+    text_in,
 )
 from cleangpt.corpora.text import END_CHARACTER, TextCorpus, grouped, stamps, text_files
 from cleangpt.data.chat_template import (
@@ -43,7 +44,7 @@ from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from cleangpt.data.writer import Chunk, Groups
 from cleangpt.errors import UserError, nearest
-from cleangpt.hub import local_path
+from cleangpt.hub import local_path, path_offline
 
 ROLES = {"human": "user", "gpt": ASSISTANT, "bot": ASSISTANT, "model": ASSISTANT}
 """Other names that datasets use for roles."""
@@ -67,7 +68,7 @@ class Chat(TextCorpus):
     """
 
     files: tuple[str, ...]
-    """Paths, globs or folders: .jsonl, .jsonl.gz, .jsonl.zst, .parquet."""
+    """Paths, globs or folders: .jsonl or .json, also with .gz, .bz2, .xz or .zst, and .parquet."""
     messages_field: str = "messages"
     """Field or column with the list of messages."""
     role_field: str = "role"
@@ -102,27 +103,21 @@ class Chat(TextCorpus):
         """Writes both splits."""
         paths = find_files(self.files)
         if plain := next(filter(is_plain, paths), None):
-            raise UserError(f"{plain} has no conversations; allowed: .jsonl, .jsonl.gz, .jsonl.zst, .parquet")
-        given = None if self.tokenizer_file is None else load_tokenizer(self.tokenizer_file)
-        # A tokenizer learned from the rendered text has the same special tokens as these stand-ins.
-        known = given or (CharTokenizer(END_CHARACTER, END_CHARACTER) if self.tokenizer == "char" else ByteTokenizer())
-        template = self._template(known)
+            raise UserError(f"{plain} has no conversations; allowed: {FORMS}")
+        given, known = known_tokenizer(self)
+        template = choose_template(self.chat_template, self.tokenizer_file, known)
         files = text_files(paths, partial(self._pieces, template=template, tokenizer=known))
-        tokenizer = given or self.choose_tokenizer(_plain(files, known), console)
+        tokenizer = given or self.choose_tokenizer(without_special(files, known), console)
         return write_dataset(
             self, folder, tokenizer, lambda start: encode_conversations(files, tokenizer, start, self.row_length),
             sum(file.bytes for file in files), console,
             source={"files": stamps(files)}, row_length=self.row_length, chat_template=template,
         )  # fmt: skip
 
-    def _template(self, tokenizer: Tokenizer) -> ChatTemplate:
-        if self.chat_template is not None:
-            return load_template(self.chat_template, tokenizer)
-        if self.tokenizer_file is not None:
-            path = local_path(self.tokenizer_file)
-            if found := find_template(path if path.is_dir() else path.parent):
-                return found
-        return plain_template(tokenizer)
+    def changed_inputs(self, dataset: TokenDataset) -> Iterator[str]:
+        """What has changed since the dataset was made: also the chat template."""
+        yield from super().changed_inputs(dataset)
+        yield from changed_template(dataset, self.chat_template, self.tokenizer_file)
 
     def _pieces(self, path: Path, name: str, template: ChatTemplate, tokenizer: Tokenizer) -> Iterator[Piece]:
         special = special_tokens(tokenizer)
@@ -132,10 +127,8 @@ class Chat(TextCorpus):
         return split_documents(rendered, name, self.val_fraction)
 
     def _entries(self, path: Path) -> Iterator[tuple[Any, str, int]]:
-        if path.suffix.lower() == ".parquet":
-            columns = [*self.prompt_fields, self.response_field] if self.prompt_fields else [self.messages_field]
-            return parquet_rows(path, columns)
-        return json_lines(path)
+        fields = [*self.prompt_fields, self.response_field] if self.prompt_fields else [self.messages_field]
+        return read_entries(path, fields)
 
     def _messages(self, entry: Any, location: str) -> list[dict[str, Any]]:
         """The conversation of one line or row.
@@ -230,7 +223,39 @@ def _piece(
     return Piece(text, True, read, answers=tuple(answers))
 
 
-def _plain(files: list[TextFile], tokenizer: Tokenizer) -> list[TextFile]:
+def known_tokenizer(corpus: TextCorpus) -> tuple[Tokenizer | None, Tokenizer]:
+    """The tokenizer of `tokenizer_file`, or None if it is to be learned; and one with the same special tokens."""
+    if corpus.tokenizer_file is not None:
+        given = load_tokenizer(corpus.tokenizer_file)
+        return given, given
+    return None, CharTokenizer(END_CHARACTER, END_CHARACTER) if corpus.tokenizer == "char" else ByteTokenizer()
+
+
+def choose_template(given: str | None, tokenizer_file: str | None, tokenizer: Tokenizer) -> ChatTemplate:
+    """The chat template given, or the one next to the tokenizer's file, or a plain one."""
+    if given is not None:
+        return load_template(given, tokenizer)
+    if tokenizer_file is not None:
+        path = local_path(tokenizer_file)
+        if found := find_template(path if path.is_dir() else path.parent):
+            return found
+    return plain_template(tokenizer)
+
+
+def changed_template(dataset: TokenDataset, given: str | None, tokenizer_file: str | None) -> Iterator[str]:
+    """Whether `choose_template` would no longer choose the template with which the dataset was made."""
+    named = given or tokenizer_file
+    if named is not None and (path := path_offline(named)) is not None:
+        try:
+            if choose_template(given and str(path), tokenizer_file and str(path), dataset.tokenizer) != (
+                dataset.chat_template
+            ):
+                yield f"the chat template of {named} has changed"
+        except UserError as error:
+            yield str(error)
+
+
+def without_special(files: list[TextFile], tokenizer: Tokenizer) -> list[TextFile]:
     """The files with the names of special tokens removed from their text, to train a tokenizer on."""
 
     def without(file: TextFile) -> Iterator[Piece]:
@@ -245,9 +270,6 @@ def _plain(files: list[TextFile], tokenizer: Tokenizer) -> list[TextFile]:
 
 def _field(entry: Any, name: str, location: str, field: str) -> str:
     """The text in a field of a line or row; empty where it is null."""
-    if not isinstance(entry, dict) or name not in entry:
-        hint = nearest(name, entry) if isinstance(entry, dict) else ""
-        raise UserError(f"{location}: no field {name!r}; set corpus.{field}{hint}")
-    text = checked(entry[name] or "", location, f"corpus.{field}")
+    text = text_in(entry, name, location, f"corpus.{field}")
     check_messages([{"role": "user", "content": text}], location)
     return text

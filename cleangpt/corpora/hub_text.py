@@ -6,7 +6,7 @@ Even a terabyte corpus needs disk space for one shard and its tokens only. A tok
 import errno
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -15,7 +15,7 @@ from rich.console import Console
 
 from cleangpt.corpora import text as text_corpus
 from cleangpt.corpora.base import write_dataset
-from cleangpt.corpora.reading import Piece, TextFile, find_files, read_parquet, read_pieces, split_documents
+from cleangpt.corpora.reading import Piece, TextFile, find_files, read_documents, read_pieces, split_documents
 from cleangpt.corpora.text import TextCorpus, encode_group, grouped, text_files
 from cleangpt.data.dataset import JOURNAL, TOKENIZER, TokenDataset
 from cleangpt.data.tokenizers import Tokenizer, load_tokenizer
@@ -105,7 +105,7 @@ class Shards:
 
     def source(self) -> dict[str, Any]:
         """The dataset's source, for dataset.json."""
-        return {"repository": self.dataset.repository, "commit": self.commit, "shards": list(self.sizes)}
+        return {**asdict(self.dataset), "commit": self.commit, "shards": list(self.sizes)}
 
     def _pieces(self, name: str, pieces: Callable[[Path, str], Iterator[Piece]]) -> Iterator[Piece]:
         path = self.folder / name
@@ -136,7 +136,8 @@ class HubText(TextCorpus):
     """Web pages, each a document. Needs cleangpt[bpe], and [hub,parquet] to download."""
 
     files: tuple[str, ...] = ()
-    """Local files, globs or folders: .parquet, .jsonl, .jsonl.gz, .jsonl.zst; empty: download, shard by shard."""
+    """Local files, globs or folders, of .parquet or .jsonl, also .jsonl.gz and .jsonl.zst; empty: download, shard by
+    shard."""
     max_tokens: int | None = 1_000_000_000
     """Stop at this many training tokens, at the end of a group of about two million characters; None: all documents."""
     keep_shards: bool = False
@@ -166,11 +167,19 @@ class HubText(TextCorpus):
         shards = Shards(self.hub_dataset(), folder, self.keep_shards)
         return write_shards(self, folder, shards, self._remote, console, self.max_tokens)
 
+    def changed_inputs(self, dataset: TokenDataset) -> Iterator[str]:
+        """What has changed since the dataset was made: also the repository, folder or revision to download."""
+        yield from super().changed_inputs(dataset)
+        now = {} if self.files else asdict(self.hub_dataset())
+        for name, value in now.items():
+            if (before := dataset.source.get(name, value)) != value:
+                yield f"the {name} on the Hub was {before}, is {value}, so the text has changed"
+
     def _local(self, path: Path, name: str) -> Iterator[Piece]:
         return split_documents(read_pieces(path), name, self.val_fraction)
 
     def _remote(self, path: Path, name: str) -> Iterator[Piece]:
-        return split_documents(read_parquet(path, "text"), name, self.val_fraction)
+        return split_documents(read_documents(path), name, self.val_fraction)
 
 
 def write_shards(

@@ -1,21 +1,24 @@
 """Files of text, read as a stream of pieces in bounded memory.
 
 A plain text file comes in pieces of at most two blocks, split at line ends where possible, so that a tokenizer never
-sees half a word; a document of JSON or Parquet comes in one piece, so the longest must fit into memory. Errors in a
-file are reported in one line with their location.
+sees half a word; a document of JSON or Parquet comes in one piece, so the longest must fit into memory. A missing text,
+null, is no document, nor is an empty one, whatever the format. Errors in a file are reported in one line that names it.
 """
 
-import gzip
+import codecs
+import contextlib
 import hashlib
-import io
+import itertools
 import json
-import zlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from glob import glob, has_magic
+from functools import partial
+from glob import escape, glob, has_magic
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from cleangpt.corpora.compression import SUFFIXES, as_file, decompressed, is_compressed
 from cleangpt.errors import UserError, nearest, require
 
 BLOCK = 2**16
@@ -23,7 +26,10 @@ BLOCK = 2**16
 LONGEST = 2**26
 """Maximum length of a document between separators, in characters."""
 LONGEST_LINE = 2**28
-"""Maximum length of a line of JSON in bytes, since a small compressed file may contain a very long one."""
+"""Maximum length of a line or an array of JSON in bytes, since a small compressed file may contain a very long one."""
+JSON, LINES, PARQUET = ".json", (".jsonl", ".ndjson"), ".parquet"
+FORMS = f"{', '.join((*LINES, JSON))} (also with {', '.join(SUFFIXES)}) and {PARQUET}"
+"""Suffixes of files with fields, for messages."""
 
 
 @dataclass(frozen=True)
@@ -54,45 +60,51 @@ class TextFile:
 def find_files(patterns: Iterable[str]) -> list[Path]:
     """The files matched by paths, globs (including `**`) and folders, sorted; hidden files only if named explicitly.
 
+    Links are followed, to files and to folders. A file found in several ways is read once, by its shortest path.
+
     Raises:
-        UserError: a pattern matches no file.
+        UserError: a pattern matches no file, or what it finds cannot be read or is a link to nothing.
     """
     found: set[Path] = set()
     for pattern in patterns:
-        path = Path(pattern).expanduser()
-        if path.is_file():
-            files = [path]
-        elif path.is_dir():
-            files = [file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path))]
-        elif has_magic(pattern):
-            # Path.glob refuses absolute patterns.
-            files = [file for file in map(Path, glob(str(path), recursive=True)) if file.is_file()]  # noqa: PTH207
-        else:
-            raise UserError(f"corpus.files: {pattern} does not exist")
-        if not files:
-            raise UserError(f"corpus.files: {pattern} names no file")
+        with naming(Path(pattern)):
+            paths = list(_matches(pattern))
+            if lost := next((path for path in paths if not path.exists()), None):
+                raise UserError(f"corpus.files: {lost} is a link to a file that does not exist")
+            if not (files := [path for path in paths if path.is_file()]):
+                raise UserError(f"corpus.files: {pattern} names no file")
         found.update(files)
     if not found:
         raise UserError("corpus.files is empty; give at least one file, glob or folder")
-    return sorted(found)
+    folders = {folder: folder.resolve() for folder in {path.parent for path in found}}
+    once = {
+        path.resolve() if path.is_symlink() else folders[path.parent] / path.name: path
+        for path in sorted(found, key=lambda path: (len(path.parts), path), reverse=True)
+    }
+    return sorted(once.values())
 
 
-def read_pieces(path: Path, text_field: str = "text") -> Iterator[Piece]:
-    """The pieces of a file by its suffix: .jsonl, .jsonl.gz, .jsonl.zst, .parquet; any other is plain text."""
-    if is_plain(path):
-        return read_text(path)
-    return read_parquet(path, text_field) if path.suffix.lower() == ".parquet" else read_jsonl(path, text_field)
+def read_pieces(path: Path, text_field: str | None = None) -> Iterator[Piece]:
+    """The pieces of a file, by its suffix: `read_documents` of JSON or Parquet; any other is plain text.
+
+    Raises:
+        UserError: it is plain text, or Parquet, and compressed.
+    """
+    return read_text(path) if is_plain(path) else read_documents(path, text_field)
 
 
 def is_plain(path: Path) -> bool:
     """Whether `read_pieces` reads the file as one document of plain text."""
-    return not path.name.lower().endswith((".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"))
+    return _suffix(path) not in (JSON, *LINES, PARQUET)
 
 
 def read_text(path: Path) -> Iterator[Piece]:
-    """A plain text file, which is one document; an empty file has none."""
-    with path.open("rb") as file:
-        at, carried, block = 0, b"", file.read(BLOCK)
+    """A plain text file, which is one document; an empty file has none. A byte-order mark is no part of it."""
+    _check_uncompressed(path)
+    with naming(path), path.open("rb") as file:
+        block = file.read(BLOCK)
+        at = mark_length(block, path)
+        carried, block = b"", block[at:]
         while block:
             following = file.read(BLOCK)
             data = carried + block
@@ -114,51 +126,67 @@ def read_separated(path: Path, separator: str) -> Iterator[Piece]:
             raise UserError(f"{path}: no {separator} in {LONGEST:,} characters; separate the documents by it")
 
 
-def read_jsonl(path: Path, text_field: str) -> Iterator[Piece]:
-    """A file with one JSON object per line, plain or compressed; each non-empty `text_field` is a document."""
-    for entry, location, read in json_lines(path):
-        if text := _field(entry, text_field, location):
+def read_documents(path: Path, text_field: str | None = None) -> Iterator[Piece]:
+    """A file of JSON or Parquet: each `text_field` that is not empty is a document; None: text, which is not chosen."""
+    name, setting = text_field or "text", "corpus.text_field" if text_field else ""
+    for entry, location, read in read_entries(path, [name]):
+        if text := text_in(entry, name, location, setting):
             yield Piece(text, True, read)
 
 
-def read_parquet(path: Path, text_field: str) -> Iterator[Piece]:
-    """A Parquet file; each `text_field` is a document, empty and missing ones are skipped. Needs cleangpt[parquet]."""
-    for entry, location, read in parquet_rows(path, [text_field]):
-        if entry[text_field]:
-            yield Piece(checked(entry[text_field], location, "corpus.text_field"), True, read)
+def read_entries(path: Path, fields: Sequence[str]) -> Iterator[tuple[Any, str, int]]:
+    """What a file of JSON or Parquet lists, the location of each entry for messages, and the bytes read so far.
+
+    Of Parquet, only the columns that `fields` names.
+    """
+    if _suffix(path) == PARQUET:
+        return parquet_rows(path, fields)
+    return json_entries(path) if _suffix(path) == JSON else json_lines(path)
 
 
 def json_lines(path: Path) -> Iterator[tuple[Any, str, int]]:
     """The value in each line of JSON, plain or compressed, its location for messages, and the bytes read so far."""
-    with path.open("rb") as raw:
-        try:
-            for number, line in enumerate(_decompressed(path, raw), start=1):
-                location = f"{path}, line {number:,}"
-                if len(line) > LONGEST_LINE:
-                    raise UserError(f"{location} has more than {LONGEST_LINE:,} bytes; shorten it")
-                if line.strip():
-                    yield _parsed(line, location), location, raw.tell()
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise UserError(f"{path} is corrupt: {error}") from None
+    with naming(path), path.open("rb") as raw:
+        yield from _json_lines(path, _content(path, raw), raw)
+
+
+def json_entries(path: Path) -> Iterator[tuple[Any, str, int]]:
+    """As `json_lines`, for a file that may have one array instead of lines."""
+    with naming(path), path.open("rb") as raw:
+        blocks = _content(path, raw)
+        start = next((block for block in blocks if block.strip()), b"")
+        blocks = itertools.chain([start], blocks)
+        if start.lstrip().startswith(b"["):
+            for number, entry in enumerate(_json_array(path, blocks), start=1):
+                yield entry, f"{path}, entry {number:,}", raw.tell()
+            return
+        yield from _json_lines(path, blocks, raw, f"; allowed in {JSON}: an array, or a value per line")
 
 
 def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[dict[str, Any], str, int]]:
     """The columns of each row of a Parquet file, its location for messages, and the bytes read so far (estimated)."""
+    _check_uncompressed(path)
     arrow, parquet = require("pyarrow", "parquet"), require("pyarrow.parquet", "parquet")
     row, size = 0, path.stat().st_size
     try:
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            rows = file.metadata.num_rows
             for column in columns:
                 if column not in file.schema_arrow.names:
                     raise UserError(f"{path} has no column {column!r}{nearest(column, file.schema_arrow.names)}")
             for batch in file.iter_batches(batch_size=256, columns=list(columns)):
                 for entry in batch.to_pylist():
                     row += 1
-                    yield entry, f"{path}, row {row:,}", size * row // file.metadata.num_rows
+                    yield entry, f"{path}, row {row:,}", size * row // rows
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, after row {row:,}: not valid UTF-8: {error.reason}") from None
-    except (arrow.ArrowInvalid, arrow.ArrowNotImplementedError) as error:
-        raise UserError(f"{path} is not an intact Parquet file: {str(error).splitlines()[0]}") from None
+    except (arrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the system; a damaged page is an OSError, too
+            raise UserError(f"{path}: {os.strerror(error.errno)}") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is not an intact Parquet file: {reason}") from None
+    if row != rows:
+        raise UserError(f"{path} is not an intact Parquet file: {row:,} of its {rows:,} rows can be read")
 
 
 def split_tail(pieces: Iterable[Piece], start: int) -> Iterator[Piece]:
@@ -196,8 +224,69 @@ def unit_hash(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:6], "big") / 2**48
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _matches(pattern: str) -> Iterator[Path]:
+    """What one path, glob or folder leads to, folders and links to nothing included."""
+    path = Path(os.path.expanduser(pattern))  # noqa: PTH111 - Path's own raises an error for unknown users
+    if path.is_dir():
+        yield from _expand(Path(escape(str(path)), "**"))
+    elif path.exists():
+        yield path
+    elif has_magic(pattern):
+        yield from _expand(path)
+    else:
+        raise UserError(f"corpus.files: {pattern} does not exist")
+
+
+def _expand(pattern: Path) -> Iterator[Path]:
+    """The matches of a glob; unlike in `glob.glob`, links that lead back in a circle are followed once."""
+    if "**" not in pattern.parts:
+        yield from map(Path, glob(str(pattern)))  # noqa: PTH207 - Path.glob refuses absolute patterns
+        return
+    at = pattern.parts.index("**")
+    for start in _expand(Path(*pattern.parts[:at])):
+        for folder in _folders(start):
+            yield from _expand(Path(escape(str(folder)), *(pattern.parts[at + 1 :] or ["*"])))
+
+
+def _folders(start: Path) -> Iterator[Path]:
+    """A folder and those below it that are not hidden, each once."""
+    waiting, visited = [start], set()
+    while waiting:
+        folder = waiting.pop(0)
+        if folder.is_dir() and (real := folder.resolve()) not in visited:
+            visited.add(real)
+            waiting += sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+            yield folder
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Reports an error of the system in one line that names the file that is being read, not the one being written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: {error.strerror or error}") from None
+
+
+def mark_length(start: bytes, path: Path) -> int:
+    """Length in bytes of the byte-order mark that a file in UTF-8 may have at its start.
+
+    Raises:
+        UserError: the mark is that of another encoding.
+    """
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
+        raise UserError(f"{path} is in UTF-16 or UTF-32, by its byte-order mark; convert it to UTF-8")
+    return len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0
+
+
+def _suffix(path: Path) -> str:
+    """The suffix of a file in lower case, without that of its compression."""
+    return Path(path.stem if is_compressed(path) else path.name).suffix.lower()
+
+
+def _check_uncompressed(path: Path) -> None:
+    if is_compressed(path):
+        raise UserError(f"{path} is compressed, which is read for JSON alone; decompress it")
 
 
 def _cut(data: bytes) -> int:
@@ -233,51 +322,64 @@ def _decode(data: bytes, path: Path, at: int) -> str:
         ) from None
 
 
-def _decompressed(path: Path, raw: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file, decompressed if necessary; overlong lines are truncated to the limit + 1."""
-    if path.suffix.lower() == ".gz":
-        with gzip.open(raw) as file:
-            yield from _lines(file)
-    elif path.suffix.lower() == ".zst":
-        library = require("zstandard", "zstd")
-        try:
-            stream = library.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-            yield from _lines(io.BufferedReader(stream, BLOCK))
-        except library.ZstdError as error:
-            raise UserError(f"{path} is corrupt: {error}") from None
-    else:
-        yield from _lines(raw)
+def _content(path: Path, raw: BinaryIO) -> Iterator[bytes]:
+    """The bytes of a file in blocks, decompressed if necessary, without a byte-order mark."""
+    blocks = decompressed(path, raw) if is_compressed(path) else iter(partial(raw.read, BLOCK), b"")
+    start = b""
+    for block in blocks:
+        start += block
+        if len(start) >= len(codecs.BOM_UTF32_BE):
+            break
+    yield start[mark_length(start, path) :]
+    yield from blocks
 
 
-def _lines(file: Any) -> Iterator[bytes]:
-    while line := file.readline(LONGEST_LINE + 1):
-        yield line
+def _json_lines(path: Path, blocks: Iterator[bytes], raw: BinaryIO, hint: str = "") -> Iterator[tuple[Any, str, int]]:
+    file = as_file(blocks)
+    for number in itertools.count(1):
+        location = f"{path}, line {number:,}"
+        if not (line := file.readline(LONGEST_LINE + 1)):
+            return
+        if len(line) > LONGEST_LINE:
+            raise UserError(f"{location} has more than {LONGEST_LINE:,} bytes; shorten it")
+        if line.strip():
+            yield _parsed(line, location, hint), location, raw.tell()
 
 
-def _parsed(line: bytes, location: str) -> Any:
-    """The value in one line of JSON."""
+def _json_array(path: Path, blocks: Iterator[bytes]) -> list[Any]:
+    content = as_file(blocks).read(LONGEST_LINE + 1)
+    if len(content) > LONGEST_LINE:
+        raise UserError(f"{path} is an array of more than {LONGEST_LINE:,} bytes; convert it to JSON lines")
+    entries: list[Any] = _parsed(content, str(path))
+    return entries
+
+
+def _parsed(data: bytes, location: str, hint: str = "") -> Any:
+    """The value in JSON; the message about an error ends with the hint."""
     try:
-        return json.loads(line.decode("utf-8"))
+        return json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{location}: not valid UTF-8 at byte {error.start:,} of the line; convert it to UTF-8"
-        ) from None
+        raise UserError(f"{location}: not valid UTF-8 at byte {error.start:,}; convert it to UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{location}: not valid JSON: {error}") from None
+        raise UserError(f"{location}: not valid JSON: {error}{hint}") from None
 
 
-def _field(entry: Any, text_field: str, location: str) -> str:
-    """The text in a field of a line of JSON."""
-    if not isinstance(entry, dict) or not isinstance(entry.get(text_field), str):
-        hint = nearest(text_field, entry) if isinstance(entry, dict) else ""
-        raise UserError(f"{location}: no text in a field {text_field!r}; set corpus.text_field{hint}")
-    return checked(entry[text_field], location, "corpus.text_field")
+def text_in(entry: Any, name: str, location: str, setting: str) -> str:
+    """The text in a field of an entry; empty where it is null.
+
+    Raises:
+        UserError: the entry has no such field, or the field has something else; `setting`, if any, chooses the field.
+    """
+    if not isinstance(entry, dict) or name not in entry:
+        hint = nearest(name, entry) if isinstance(entry, dict) else ""
+        raise UserError(f"{location}: no field {name!r}{setting and f'; set {setting}'}{hint}")
+    return "" if entry[name] is None else checked(entry[name], location, setting)
 
 
-def checked(text: object, location: str, field: str) -> str:
-    """Checks that a value is text that could also be in a plain text file."""
+def checked(text: object, location: str, setting: str) -> str:
+    """Checks that a value is text that could also be in a plain text file; `setting`, if any, chooses its field."""
     if not isinstance(text, str):
-        raise UserError(f"{location}: {type(text).__name__} where text should be; set {field}")
+        raise UserError(f"{location}: {type(text).__name__} where text should be{setting and f'; set {setting}'}")
     if "\0" in text:
         raise UserError(f"{location}: a zero character; remove it")
     try:

@@ -2,6 +2,7 @@
 
 import platform
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,6 +39,12 @@ class Stdlib(TextCorpus):
         """Writes both splits."""
         files = self.files(Path(sysconfig.get_path("stdlib")))
         return self.write(folder, files, console, python=platform.python_version())
+
+    def changed_inputs(self, dataset: TokenDataset) -> Iterator[str]:
+        """Whether modules have changed since the dataset was made, or Python is another."""
+        if (before := dataset.source.get("python")) != platform.python_version():
+            yield f"Python was {before}, is {platform.python_version()}, and its source code may have changed"
+        yield from super().changed_inputs(dataset)
 
     def files(self, library: Path) -> list[TextFile]:
         """The modules to use, sorted by path; those with the lowest path hashes, at least one, are for validation.

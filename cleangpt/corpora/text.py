@@ -1,4 +1,4 @@
-"""Any text of your own: plain files, JSON lines or Parquet, by path, glob or folder."""
+"""Any text of your own: plain files, JSON or Parquet, by path, glob or folder."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from cleangpt.corpora.base import Corpus, write_dataset
+from cleangpt.corpora.base import Corpus, changed_files, changed_tokenizer, stamp, write_dataset
 from cleangpt.corpora.packing import packed
 from cleangpt.corpora.reading import Piece, TextFile, find_files, is_plain, read_pieces, split_documents, split_tail
 from cleangpt.data.dataset import TokenDataset
@@ -69,6 +69,11 @@ class TextCorpus(Corpus):
             return train_bpe(_sample(files), self.vocab_size)
         return CharTokenizer(characters(files) + END_CHARACTER, END_CHARACTER)
 
+    def changed_inputs(self, dataset: TokenDataset) -> Iterator[str]:
+        """What has changed since the dataset was made: files, also new and removed ones, and the tokenizer."""
+        yield from changed_files(dataset, vars(self).get("files", ()))
+        yield from changed_tokenizer(dataset, self.tokenizer_file)
+
     def write(self, folder: Path, files: list[TextFile], console: Console, **options: Any) -> TokenDataset:
         """`write_texts` with the tokenizer from `choose_tokenizer`."""
         return write_texts(self, folder, files, self.choose_tokenizer(files, console), console, **options)
@@ -111,8 +116,8 @@ def write_texts(
 
 
 def stamps(files: list[TextFile]) -> list[list[Any]]:
-    """Path, size and modification time of each file, for `stale_source` to detect changes."""
-    return [[str(file.path), file.bytes, file.path.stat().st_mtime_ns] for file in files]
+    """Path, size and modification time of each file, for `changed_files`."""
+    return [[str(file.path), *stamp(file.path)] for file in files]
 
 
 def encode_files(files: list[TextFile], tokenizer: Tokenizer, start: int) -> Groups:
@@ -187,16 +192,17 @@ FEW = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Text(TextCorpus):
-    """Your own text: each plain text file, line of JSON or row of Parquet is a document.
+    """Your own text: each plain text file, entry of JSON or row of Parquet is a document.
 
     Up to 100 plain text files are each split in two, the first part for training, the rest for validation. With more
     files, and with JSON and Parquet, a hash of its position assigns each document to a split.
     """
 
     files: tuple[str, ...]
-    """Paths, globs or folders: .jsonl, .jsonl.gz, .jsonl.zst, .parquet; files with any other suffix are plain text."""
+    """Paths, globs or folders: .jsonl or .json, also with .gz, .bz2, .xz or .zst, and .parquet; files with any other
+    suffix are plain text."""
     text_field: str = "text"
-    """Field of JSON lines, or column of Parquet, with the text."""
+    """Field of JSON, or column of Parquet, with the text."""
     pack: int | None = None
     """Pack documents into samples of this many tokens, padding the rest; data.seq_len must be equal to it; None:
     samples are windows that ignore document boundaries."""

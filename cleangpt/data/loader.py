@@ -32,7 +32,9 @@ class Samples:
         UserError: the split is too short, or its rows have another length; with `pad_rows`, they may be shorter.
     """
 
-    def __init__(self, split: Split, seq_len: int, name: str = "split", *, pad_rows: bool = False) -> None:
+    def __init__(
+        self, split: Split, seq_len: int, name: str = "split", *, pad_rows: bool = False, training: bool = True
+    ) -> None:
         self.split, self.seq_len = split, seq_len
         self._window = min(seq_len + 1, split.row_length or seq_len + 1)
         if split.row_length is not None:
@@ -45,8 +47,9 @@ class Samples:
         else:
             self.num_training = split.tokens // seq_len - 1
             self.num_validation = -(-(split.tokens - 1) // seq_len)
-        if min(self.num_training, self.num_validation) < 1:
-            needed = "one row" if split.row_length is not None else f"{2 * seq_len:,} tokens (twice data.seq_len)"
+        if (self.num_training if training else self.num_validation) < 1:
+            tokens = f"{2 * seq_len:,} tokens (twice data.seq_len)" if training else "2 tokens"
+            needed = tokens if split.row_length is None else "one row"
             raise UserError(f"the {name} split has {split.tokens:,} tokens; allowed: at least {needed}")
 
     def batch(self, samples: NDArray[np.int64], offsets: NDArray[np.int64]) -> Batch:

@@ -334,6 +334,7 @@ def split_samples(dataset: MixedDataset, split: str, seq_len: int) -> dict[str, 
             seq_len,
             f"{split} (of {source.name})" if source.name else split,
             pad_rows=bool(source.name),
+            training=split == "train",
         )
         for source in dataset.sources
     }

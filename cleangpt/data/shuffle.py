@@ -4,6 +4,7 @@ A Feistel network (Luby and Rackoff 1988, "How to construct pseudorandom permuta
 of a fixed count of bits whatever its round function; walking its cycle until the value falls below n (Black and
 Rogaway 2002, "Ciphers with arbitrary finite domains", section 3) makes it a bijection on range(n). The bits are chosen
 so that fewer than two evaluations are expected. Any position costs the same, and the memory is that of the answer.
+On few bits its permutations are mostly even, or mostly odd, so a range of up to `FEW` numbers is sorted by random keys.
 """
 
 from dataclasses import dataclass
@@ -12,9 +13,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-ROUNDS = 8
-
-
+ROUNDS, FEW = 8, 64
 WORD = 2**64 - 1
 
 
@@ -32,6 +31,9 @@ def permute(positions: NDArray[np.integer], n: int, key: int, back: bool = False
     values = np.asarray(positions, dtype=np.int64).astype(np.uint64)
     if values.size and values.max() >= n:
         raise ValueError(f"a position is {np.asarray(positions).max()} of {n}")
+    if n <= FEW:
+        order = np.array(sorted(range(n), key=lambda number: mix(key, number)), np.int64)
+        return (np.argsort(order) if back else order)[values]
     flat = _feistel(values.reshape(-1), n, key, back)
     while (outside := np.flatnonzero(flat >= n)).size:
         flat[outside] = _feistel(flat[outside], n, key, back)

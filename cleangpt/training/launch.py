@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from cleangpt.checkpoints.run_folder import acquire_run, check_folder, find_moments, open_run
 from cleangpt.checkpoints.snapshots import list_snapshots
@@ -87,7 +88,8 @@ def train(
 
 def prepare_dataset(experiment: Experiment, ranks: Ranks) -> tuple[Experiment, MixedDataset]:
     """Prepares the dataset if needed; returns the experiment, resolved and checked with it, and the dataset."""
-    store = ranks.main_process_first(lambda: prepare(experiment.corpus, Path(experiment.data.folder)))
+    console = Console(stderr=True, quiet=not ranks.is_main)
+    store = ranks.main_process_first(lambda: prepare(experiment.corpus, Path(experiment.data.folder), console=console))
     experiment = resolve_with(experiment, store)
     check(experiment, layout_for(experiment.parallel, ranks.world_size), store=store)
     return experiment, store

@@ -16,6 +16,7 @@ from cleangpt.config import Source
 from cleangpt.corpora import prepare, prepare_dataset
 from cleangpt.corpora.conversations import Chat
 from cleangpt.corpora.mixture import Mixture
+from cleangpt.corpora.reading import unit_hash
 from cleangpt.data.batch import IGNORED
 from cleangpt.data.chat_template import PLAIN, encode_chat
 from cleangpt.data.dataset import CARD, TokenDataset
@@ -120,7 +121,7 @@ FORMS: dict[str, tuple[dict[str, Any], Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
 @pytest.mark.parametrize("form", FORMS)
 def test_the_forms_of_the_field_are_read(form: str, suffix: str, tmp_path: Path) -> None:
     fields, entry = FORMS[form]
@@ -128,6 +129,8 @@ def test_the_forms_of_the_field_are_read(form: str, suffix: str, tmp_path: Path)
     path = tmp_path / f"asked.{suffix}"
     if suffix == "jsonl":
         write_jsonl(path, entries)
+    elif suffix == "json":
+        path.write_text(json.dumps(entries), encoding="utf-8")
     else:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(entries), path)
     store = make(tmp_path, files=(str(path),), **fields)
@@ -195,6 +198,50 @@ def test_what_is_no_conversation_is_one_line_and_leaves_nothing(
         make(tmp_path, files=(write_jsonl(tmp_path / "a.jsonl", entries),), **fields)
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "data").exists() or not list((tmp_path / "data").iterdir())
+
+
+UNANSWERED = [{"role": "user", "content": "?"}]
+SPELLED = [{"role": "user", "content": "<|endoftext|>"}, {"role": "assistant", "content": "y"}]
+LONG = [{"role": "user", "content": "?" * 500}, {"role": "assistant", "content": "x"}]
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [(UNANSWERED, "no answer in the row"), (LONG, "no answer in the row"), (SPELLED, "a special token in the text")],
+)
+def test_where_all_conversations_are_left_out_it_says_why(messages: Any, reason: str, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": messages}] * 40)
+    with pytest.raises(UserError) as caught:
+        make(tmp_path, files=(path,))
+    assert str(caught.value) == (
+        f"the dataset is empty, since everything was left out (conversations: 40, conversations skipped, {reason}: 40)"
+    )
+
+
+def test_where_all_conversations_of_a_split_are_left_out_it_says_why(tmp_path: Path) -> None:
+    held_out = [unit_hash(f"0:{number}") < 0.2 for number in range(40)]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": UNANSWERED if out else ASKED[0]} for out in held_out])
+    with pytest.raises(UserError) as caught:
+        make(tmp_path, files=(path,), val_fraction=0.2)
+    count = sum(held_out)
+    assert str(caught.value) == (
+        f"the split val is empty, since everything was left out (conversations: {count}, conversations skipped, "
+        f"no answer in the row: {count})"
+    )
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
+@pytest.mark.parametrize(("value", "kind"), [(0, "int"), (False, "bool"), ([], "list")])
+def test_a_field_that_is_not_text_is_refused_even_if_it_is_false(
+    value: Any, kind: str, suffix: str, tmp_path: Path
+) -> None:
+    entries, path = [{"prompt": value, "response": "b"}], tmp_path / f"a.{suffix}"
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(entries), path)
+    else:
+        path.write_text(json.dumps(entries if suffix == "json" else entries[0]), encoding="utf-8")
+    with pytest.raises(UserError, match=f"1: {kind} where text should be; set corpus.prompt_fields"):
+        make(tmp_path, files=(str(path),), prompt_fields=("prompt",))
 
 
 def test_plain_text_is_no_conversation(tmp_path: Path) -> None:

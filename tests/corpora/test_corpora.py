@@ -113,7 +113,7 @@ def test_again_makes_it_anew(tmp_path: Path) -> None:
     write(tmp_path / "a.txt", ROMAN * 2)
     said = io.StringIO()
     assert prepare_dataset(corpus, tmp_path / "data", console=Console(file=said)).splits["train"].documents == 1
-    assert "a.txt has changed since" in said.getvalue()
+    assert "a.txt has changed; to use what is there now, run cleangpt prepare with --again" in said.getvalue()
     store = prepare_dataset(corpus, tmp_path / "data", again=True, console=QUIET)
     assert sum(split.text_bytes for split in store.splits.values()) == 2 * len(ROMAN)
     assert [path.name for path in (tmp_path / "data").iterdir()] == [store.folder.name]
@@ -544,9 +544,13 @@ def assert_refused(corpus: Corpus, folder: Path, message: str) -> None:
         ("a.txt", ROMAN.encode() + b"\xff", r"a\.txt is not valid UTF-8 at byte"),
         ("a.txt", ROMAN.encode() + b"\0", r"a\.txt is a binary file"),
         ("a.txt", b"", "it is empty"),
-        ("a.jsonl", b'{"text": ""}\n', "the split train is empty"),
+        ("a.jsonl", b'{"text": ""}\n{"text": null}\n', "the dataset is empty: there is no text, or every document is"),
         ("a.jsonl", b'{"text": "x"}\n' * 9 + b"{", r"a\.jsonl, line 10: not valid JSON"),
-        ("a.jsonl", b'{"text": "one document"}\n', "the split val is empty; change corpus.val_fraction"),
+        (
+            "a.jsonl",
+            b'{"text": "one document"}\n',
+            "the split val is empty; give more documents or change corpus",
+        ),
         ("a.txt", b"x", "the split train is empty"),
     ],
 )

@@ -1,11 +1,17 @@
 """Reading: the pieces of a file are its text, cut at line ends, and every fault is told with its place."""
 
+import codecs
+import errno
 import gzip
+import io
 import json
+import os
+import re
 import tracemalloc
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pyarrow as arrow
 import pyarrow.parquet as parquet
@@ -13,8 +19,9 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
-from cleangpt.corpora import reading
+from cleangpt.corpora import Text, prepare_dataset, reading
 from cleangpt.corpora.reading import find_files, read_pieces, read_separated, read_text, split_tail
 from cleangpt.errors import UserError
 
@@ -146,9 +153,19 @@ def test_a_file_without_separators_is_not_gathered_in_memory(
         ("a.txt", b"some lines\n" * 2 + b"a\0b", "binary file .*at byte 23"),
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', "line 2: not valid JSON"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', "line 2: not valid UTF-8 at byte 10"),
-        ("a.jsonl", b'{"texts": "x"}\n', "line 1: no text in a field 'text'.*did you mean 'texts'"),
-        ("a.jsonl", b'{"text": 5}\n', "line 1: no text in a field 'text'"),
-        ("a.jsonl", b"[1]\n", "line 1: no text"),
+        ("a.jsonl", b'{"texts": "x"}\n', "line 1: no field 'text'; set corpus.text_field; did you mean 'texts'"),
+        ("a.jsonl", b'{"text": 5}\n', "line 1: int where text should be"),
+        ("a.jsonl", b"[1]\n", "line 1: no field 'text'"),
+        ("a.json", b'[{"text": "x"}, {"text": ["y"]}]', "entry 2: list where text should be"),
+        ("a.json", b'[{"text": "x"}, {"text": "y"}', r"a\.json: not valid JSON"),
+        ("a.json", b'[{"text": "x"}]\n[{"text": "y"}]\n', r"a\.json: not valid JSON: Extra data"),
+        (
+            "a.json",
+            b'{\n  "text": "x"\n}\n',
+            "line 1: not valid JSON.*; allowed in .json: an array, or a value per line",
+        ),
+        ("a.json", b"some text\n", "line 1: not valid JSON.*; allowed in .json: an array, or a value per line"),
+        ("a.json", b'[{"text": "\xff"}]', r"a\.json: not valid UTF-8 at byte 11"),
         ("a.jsonl", b'{"text": "a\\u0000"}\n', "line 1: a zero character"),
         ("a.jsonl", b'{"text": "a\\ud800"}\n', "line 1: an unpaired surrogate"),
         ("a.jsonl", b"[" * 100_000, "line 1: not valid JSON"),
@@ -163,7 +180,7 @@ def test_a_faulty_file_is_told_in_one_line_with_the_place(
 ) -> None:
     path = write(tmp_path / name, content)
     with pytest.raises(UserError, match=message) as caught:
-        list(read_pieces(path))
+        list(read_pieces(path, "text"))
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -172,8 +189,129 @@ def test_a_parquet_file_without_the_column_is_told(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"no column 'txt'; did you mean 'text'"):
         list(read_pieces(tmp_path / "a.parquet", "txt"))
-    with pytest.raises(UserError, match="row 1: int where text should be"):
-        list(read_pieces(tmp_path / "a.parquet", "n"))
+
+
+# The same content in every format ------------------------------------------------------------------------------------
+def write_entries(path: Path, values: list[Any]) -> Path:
+    """A file of entries with the field text, in the format of its suffix."""
+    entries = [{"text": value} for value in values]
+    if path.suffix == ".parquet":
+        parquet.write_table(arrow.table({"text": arrow.array(values)}), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(entries, indent=2), encoding="utf-8")
+    else:
+        path.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+    return path
+
+
+ENTRIES = ["a.jsonl", "a.ndjson", "a.json", "a.parquet"]
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_a_missing_or_empty_text_is_no_document(name: str, tmp_path: Path) -> None:
+    pieces = read_pieces(write_entries(tmp_path / name, ["one", None, "", "two", None]))
+    assert [piece.text for piece in pieces] == ["one", "two"]
+    assert list(read_pieces(write_entries(tmp_path / name, [None, None]))) == []
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize("value", [0, False, 0.0, 7, [], ["text"], {"n": None}])
+def test_a_value_that_is_not_text_is_refused_even_if_it_is_false(name: str, value: Any, tmp_path: Path) -> None:
+    path = write_entries(tmp_path / name, [value])
+    with pytest.raises(UserError, match=rf"1: {type(value).__name__} where text should be; set corpus\.text_field$"):
+        list(read_pieces(path, "text"))
+    with pytest.raises(UserError, match=rf"1: {type(value).__name__} where text should be$"):
+        list(read_pieces(path))
+
+
+@pytest.mark.parametrize("layout", [{}, {"indent": 2}, {"separators": (",", ":")}])
+def test_json_may_be_an_array(layout: Any, tmp_path: Path) -> None:
+    content = " \n" + json.dumps([{"text": text} for text in TEXTS], **layout) + "\n"
+    pieces = list(read_pieces(write(tmp_path / "a.json", content.encode())))
+    assert [piece.text for piece in pieces] == TEXTS
+    assert all(piece.ends for piece in pieces)
+    assert (
+        list(read_pieces(write(tmp_path / "a.json", b"[]"))) == list(read_pieces(write(tmp_path / "b.json", b""))) == []
+    )
+
+
+def test_an_array_too_long_for_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "LONGEST_LINE", 1000)
+    path = write_entries(tmp_path / "a.json", ["x" * 100] * 100)
+    with pytest.raises(UserError, match="is an array of more than 1,000 bytes; convert it to JSON lines"):
+        list(read_pieces(path))
+
+
+# Byte-order marks ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("block", [8, 2**16])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.jsonl.gz"])
+def test_a_byte_order_mark_is_no_character(
+    name: str, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "BLOCK", block)
+    text = "one\n\ufeff two"  # the second mark is a character of the text
+    content = text.encode("utf-8-sig") if name == "a.txt" else json.dumps({"text": text}).encode("utf-8-sig")
+    path = write(tmp_path / name, gzip.compress(content) if name.endswith(".gz") else content)
+    assert "".join(piece.text for piece in read_pieces(path)) == text
+    assert list(read_text(write(tmp_path / "mark.txt", codecs.BOM_UTF8))) == []
+
+
+def test_places_in_a_file_count_its_byte_order_mark(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not valid UTF-8 at byte 7"):
+        list(read_text(write(tmp_path / "a.txt", codecs.BOM_UTF8 + b"text\xff")))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "utf-32-be"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.jsonl.gz"])
+def test_another_encoding_is_refused_by_its_name(name: str, encoding: str, tmp_path: Path) -> None:
+    content = ("\ufeff" * encoding.endswith("-be") + '{"text": "x"}\n').encode(encoding)
+    path = write(tmp_path / name, gzip.compress(content) if name.endswith(".gz") else content)
+    with pytest.raises(UserError, match=r"is in UTF-16 or UTF-32, by its byte-order mark; convert it to UTF-8"):
+        list(read_pieces(path))
+
+
+# The file that is wrong ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["a.txt", *ENTRIES, "a.jsonl.gz"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_an_error_of_the_system_names_the_file(
+    name: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"text")
+
+    def broken(*_: object, **__: object) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "open", broken)
+    monkeypatch.setattr(parquet, "ParquetFile", broken)
+    with pytest.raises(UserError) as caught:
+        list(read_pieces(path))
+    assert str(caught.value) == f"{path}: {os.strerror(number)}"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.jsonl.gz"])
+def test_an_error_in_the_middle_of_a_file_names_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(io.BytesIO):
+        def read(self, *_: Any) -> bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "open", lambda *_: Broken())
+    with pytest.raises(UserError, match=rf"^{re.escape(str(tmp_path / name))}: Input/output error$"):
+        list(read_pieces(tmp_path / name))
+
+
+@pytest.mark.parametrize("place", [50, 120, 200, -60, -30, -5])
+def test_of_many_parquet_files_the_damaged_one_is_named(place: int, tmp_path: Path) -> None:
+    for number in range(3):
+        texts = [f"shard {number} document {row} and more words" for row in range(300)]
+        parquet.write_table(arrow.table({"text": texts}), tmp_path / f"{number}.parquet", write_page_checksum=True)
+    damaged = bytearray((tmp_path / "1.parquet").read_bytes())
+    end = place + 40 if place > 0 else None
+    damaged[place:end] = b"\xff" * len(damaged[place:end])
+    (tmp_path / "1.parquet").write_bytes(damaged)
+    with pytest.raises(UserError, match=r"1\.parquet is not an intact Parquet file: ") as caught:
+        prepare_dataset(Text(files=(str(tmp_path / "*.parquet"),)), tmp_path / "data", console=Console(quiet=True))
+    assert "\n" not in str(caught.value)
 
 
 def test_files_are_found_by_path_glob_and_folder(tmp_path: Path) -> None:
@@ -195,6 +333,75 @@ def test_files_are_found_by_path_glob_and_folder(tmp_path: Path) -> None:
             found(pattern)
     with pytest.raises(UserError, match="give at least one"):
         find_files([])
+
+
+# Links ---------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def linked(tmp_path: Path) -> Path:
+    """A folder with a linked folder, a linked file, and links that lead back in circles."""
+    for name in ("texts/a.txt", "texts/deep/b.txt", "elsewhere/c.txt", "elsewhere/more/d.txt", "single.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x", encoding="utf-8")
+    for link, target in [
+        ("texts/linked", "elsewhere"),
+        ("texts/one.txt", "single.txt"),
+        ("texts/loop", "texts"),
+        ("texts/deep/up", "texts"),
+        ("elsewhere/back", "texts"),
+        ("texts/again.txt", "texts/a.txt"),
+    ]:
+        (tmp_path / link).symlink_to(tmp_path / target)
+    return tmp_path
+
+
+FOUND = ["texts/a.txt", "texts/deep/b.txt", "texts/linked/c.txt", "texts/linked/more/d.txt", "texts/one.txt"]
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        ["texts"],
+        ["texts/"],
+        ["texts/**"],
+        ["texts/**/*"],
+        ["texts/**/*.txt"],
+        ["texts/**/**/*.txt"],
+        ["tex?s/**/*.txt"],
+        ["texts/*.txt", "texts/*/*.txt", "texts/linked/more/d.txt"],
+        ["texts", "elsewhere", "single.txt"],
+    ],
+    ids=lambda patterns: " ".join(patterns),
+)
+def test_folders_and_globs_find_the_same_files_through_links_each_once(patterns: list[str], linked: Path) -> None:
+    found = [path.relative_to(linked).as_posix() for path in find_files(str(linked / pattern) for pattern in patterns)]
+    contents = sorted((linked / name).resolve() for name in found)
+    assert contents == sorted((linked / name).resolve() for name in FOUND)
+    if patterns[0].startswith("texts/**") or patterns == ["texts"]:
+        assert found == FOUND
+
+
+@pytest.mark.parametrize("pattern", ["texts", "texts/*", "texts/**/*.txt"])
+@pytest.mark.parametrize("target", ["nothing.txt", "lost.txt"])
+def test_a_link_to_nothing_is_not_passed_over(pattern: str, target: str, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    write(tmp_path / "texts" / "a.txt", b"x")
+    (tmp_path / "texts" / "lost.txt").symlink_to(tmp_path / "texts" / target)
+    with pytest.raises(UserError, match=r"lost\.txt is a link to a file that does not exist"):
+        find_files([str(tmp_path / pattern)])
+
+
+def test_names_with_the_characters_of_globs_are_found(tmp_path: Path) -> None:
+    for name in ("a[1]/b.txt", "a[1]/c/d.txt", "a[1]/[x].txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name, b"x")
+    for pattern in ("a[1]", "a[[]1]/**/*.txt", "a*/**"):
+        assert len(find_files([str(tmp_path / pattern)])) == 3
+    assert find_files([str(tmp_path / "a[1]/[x].txt")]) == [tmp_path / "a[1]/[x].txt"]
+
+
+def test_files_of_an_unknown_user_are_refused_in_one_line() -> None:
+    with pytest.raises(UserError, match=r"corpus\.files: ~nobody-here/a\.txt does not exist"):
+        find_files(["~nobody-here/a.txt"])
 
 
 def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(

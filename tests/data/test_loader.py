@@ -142,9 +142,28 @@ def test_columns_are_zero_in_padding() -> None:
     assert SplitStream(samples, 7).batch(0, 1).inputs["place"].tolist() == [[9, 9, 9, 9, 0, 0]]
 
 
-def test_a_short_split_is_refused_in_one_line() -> None:
-    with pytest.raises(UserError, match=r"the val split has 19 tokens; allowed: at least 20 tokens"):
-        Samples(Memory(np.arange(19)), 10, "val")  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("tokens", "training", "words"),
+    [
+        (19, True, r"20 tokens \(twice data.seq_len\)"),
+        (1, True, r"20 tokens \(twice data.seq_len\)"),
+        (1, False, "2 tokens"),
+        (0, False, "2 tokens"),
+    ],
+)
+def test_a_short_split_is_refused_in_one_line(tokens: int, training: bool, words: str) -> None:
+    with pytest.raises(UserError, match=rf"the x split has {tokens} tokens; allowed: at least {words}$"):
+        Samples(Memory(np.arange(tokens)), 10, "x", training=training)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 10, 11, 12, 19, 20, 21])
+@pytest.mark.parametrize("seq_len", [1, 10])
+def test_validation_needs_no_more_than_one_target(tokens: int, seq_len: int) -> None:
+    """Every token but the first is a target once, however short the split."""
+    samples = Samples(Memory(np.arange(100, 100 + tokens)), seq_len, training=False)  # type: ignore[arg-type]
+    batches = list(validation_batches(samples, 4))
+    targets = torch.cat([batch.targets[batch.targets != IGNORED] for batch in batches])
+    assert targets.tolist() == list(range(101, 100 + tokens))
 
 
 def test_a_sequence_that_is_not_the_row_is_refused() -> None:

@@ -1,5 +1,9 @@
 """The order of samples is a permutation of them, computed at any position, fresh every epoch."""
 
+import itertools
+import math
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,6 +12,7 @@ from hypothesis import strategies as st
 from cleangpt.data.shuffle import Order, mix, permute
 
 keys = st.integers(0, 2**64 - 1)
+RECORDED = [340, 725, 757, 77, 82, 702, 770, 928]
 
 
 @given(n=st.integers(1, 3000), key=keys)
@@ -46,6 +51,35 @@ def test_images_look_drawn_at_random() -> None:
     draws = np.array([permute(np.array([0]), 10, mix(key))[0] for key in range(5000)])
     counts = np.bincount(draws, minlength=10)
     assert ((counts - 500) ** 2 / 500).sum() < 27.9
+
+
+def is_odd(order: list[int]) -> bool:
+    """Whether a permutation takes an odd number of exchanges, counted by making them."""
+    order, exchanges = list(order), 0
+    for place in range(len(order)):
+        while (at := order[place]) != place:
+            order[place], order[at] = order[at], at
+            exchanges += 1
+    return exchanges % 2 == 1
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 7, 8, 9, 10, 12, 15, 16, 30, 32, 63, 64])
+def test_orders_of_few_samples_are_as_often_odd_as_even(n: int) -> None:
+    odd = sum(is_odd(permute(np.arange(n), n, key).tolist()) for key in range(1000))
+    assert abs(odd - 500) < 5 * math.sqrt(1000 / 4)
+
+
+@pytest.mark.parametrize(("n", "quantile"), [(2, 10.8), (3, 20.5), (4, 49.7)])
+def test_every_order_of_few_samples_is_equally_likely(n: int, quantile: float) -> None:
+    """Chi-square with n! - 1 degrees of freedom, 99.9 % quantile."""
+    drawn = Counter(tuple(permute(np.arange(n), n, key).tolist()) for key in range(3000))
+    expected = 3000 / math.factorial(n)
+    assert sum((drawn[order] - expected) ** 2 / expected for order in itertools.permutations(range(n))) < quantile
+
+
+def test_the_order_of_many_samples_is_that_of_earlier_versions() -> None:
+    """Runs resume in the order in which they began."""
+    assert permute(np.arange(8), 1000, 7).tolist() == RECORDED
 
 
 def test_neighbours_are_scattered() -> None:

@@ -100,7 +100,7 @@ def empty_documents(folder: Path) -> None:
 
 def only_empty_documents(folder: Path) -> None:
     written(folder, 'Text(files=("a.jsonl",))', a_jsonl='{"text": ""}\n' * 9)
-    refused(folder, "the split train is empty; change corpus.val_fraction")
+    refused(folder, "the dataset is empty: there is no text, or every document is empty")
 
 
 def empty_packed(folder: Path) -> None:
