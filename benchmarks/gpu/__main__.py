@@ -25,6 +25,10 @@ BACK = ("failed", "timed out", UNFINISHED)
 """Rows that a second call tries again, after those that were never run."""
 
 
+TOY_PATIENCE = 5
+"""Factor on the time limits of rows in a toy run, on what may be a busy machine."""
+
+
 @dataclass
 class Options:
     """What to measure, and for how long."""
@@ -63,11 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     before = read(setup.results).get(setup.card, {})
     left: list[str] = []
     for number, row in enumerate(missing(chosen, {} if options.again else before)):
-        seconds = deadline - time.monotonic()
-        if seconds < row.seconds / 4:
-            left.append(f"{row.name} (not started: {max(seconds, 0):.0f} s left, may take {row.seconds})")
+        seconds, limit = deadline - time.monotonic(), row.seconds * setup.size(1, TOY_PATIENCE)
+        if seconds < limit / 4:
+            left.append(f"{row.name} (not started: {max(seconds, 0):.0f} s left, may take {limit})")
             continue
-        run_row(row, replace(setup, folder=setup.folder / f"{os.getpid()}_{number}"), min(seconds, row.seconds))
+        run_row(row, replace(setup, folder=setup.folder / f"{os.getpid()}_{number}"), min(seconds, limit))
         write_table(setup.results.with_suffix(TABLE), read(setup.results), [row.name for row in ROWS])
     outcomes = read(setup.results).get(setup.card, {})
     return report(chosen, outcomes, left)

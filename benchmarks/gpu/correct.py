@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -24,7 +25,7 @@ from cleangpt.inference.engine import Engine
 from cleangpt.models import build_model
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.gpt import GPTConfig
-from cleangpt.models.layers import attention, block_mask, document_ids, document_mask, window_mask
+from cleangpt.models.layers import AttentionMask, attention, block_mask, document_ids, document_mask, window_mask
 from cleangpt.models.llama import LlamaConfig
 from cleangpt.models.moe import MixtureOfExperts
 from cleangpt.objectives import NextToken
@@ -132,13 +133,14 @@ def random_batch(rows: int, seq_len: int) -> Batch:
 
 def train(model: LanguageModel, optimizer: Optimizer, batches: Sequence[Batch], context: Any) -> tuple[Tensor, Tensor]:
     """A step on each batch; returns the losses, and the gradient of the first as one vector, on the host."""
-    losses, gradient = [], torch.empty(0)
+    losses: list[Tensor] = []
+    gradient = torch.empty(0)
     device = optimizer.parameters[0].device
     for batch in batches:
         with context:
             loss = NextToken()(model, batch.to(device)).total / batch.num_targets
         optimizer.backward(loss)
-        scale = optimizer.scaler.get_scale() if optimizer.scaler.is_enabled() else 1.0  # type: ignore[no-untyped-call]
+        scale = optimizer.scaler.get_scale() if optimizer.scaler.is_enabled() else 1.0
         if not losses:
             gradient = torch.cat([cast(Tensor, entry.grad).flatten().cpu() / scale for entry in optimizer.parameters])
         optimizer.step(1e-3, 0.1)
@@ -149,7 +151,7 @@ def train(model: LanguageModel, optimizer: Optimizer, batches: Sequence[Batch], 
 def error_of(found: Tensor, right: Tensor) -> float:
     """The norm of the difference over the norm of what is right."""
     found, right = found.detach().cpu().double(), right.detach().cpu().double()
-    return ((found - right).norm() / right.norm()).item()
+    return float((found - right).norm() / right.norm())
 
 
 # Parts ---------------------------------------------------------------------------------------------------------------
@@ -170,17 +172,21 @@ def masks(setup: Setup) -> Iterator[Measurement]:
         "window": (None, window, near),
     }
     for name, (ids, size, dense) in cases.items():
-        right = gradients(lambda *qkv, dense=dense: attention(*qkv, dense), inputs, outer)
+        right = gradients(partial(_attend, dense), inputs, outer)
         ids = None if ids is None else ids.to(setup.device)
         blocks = block_mask(ids, size, seq=seq, device=setup.device)
         for dtype, most in ((torch.float32, 3e-3), (torch.bfloat16, 2e-2)):
             *moved, gradient = [entry.to(setup.device, dtype) for entry in (*inputs, outer)]
             if setup.device.type == "cuda":
-                found = gradients(lambda *qkv, blocks=blocks: attention(*qkv, blocks), moved, gradient)
+                found = gradients(partial(_attend, blocks), moved, gradient)
             else:  # where FlexAttention has no backward pass
-                found = [attention(*moved, blocks)]
+                found = [_attend(blocks, *moved)]
             for part, ours, theirs in zip(("output", *(f"d {key}" for key in shapes)), found, right, strict=False):
                 yield Measurement(f"{name}, {str(dtype)[6:]}: {part}", error_of(ours, theirs), most=most)
+
+
+def _attend(mask: AttentionMask, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return attention(query, key, value, mask)
 
 
 def gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], outer: Tensor) -> list[Tensor]:
@@ -274,7 +280,7 @@ def _captured(start: LanguageModel, gradient: list[Tensor], device: torch.device
     for parameter, value in zip(model.parameters(), gradient, strict=True):
         parameter.grad = value.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, capturable=True, fused=True)
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # the state is made outside of the graph
         optimizer.step()

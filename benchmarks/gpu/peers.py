@@ -120,23 +120,18 @@ def transformers_model(config: ModelConfig) -> Any:
     """A random model of Transformers of the same shape, with PyTorch's fused attention, on the default device."""
     import transformers
 
-    common: dict[str, Any] = {
+    sizes: dict[str, Any] = {
         "vocab_size": config.vocab_size, "bos_token_id": None, "eos_token_id": None, "attn_implementation": "sdpa",
     }  # fmt: skip
     if isinstance(config, GPTConfig):
-        dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
-        entries = transformers.GPT2Config(
-            n_positions=config.max_seq_len, n_layer=config.n_layers, n_head=config.n_heads, n_embd=config.dim,
-            **dropout, **common,
-        )  # fmt: skip
-        return transformers.GPT2LMHeadModel(entries)
+        sizes |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
+        sizes |= {"n_layer": config.n_layers, "n_head": config.n_heads, "n_embd": config.dim}
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_positions=config.max_seq_len or 0, **sizes))
     assert isinstance(config, LlamaConfig)
-    entries = transformers.LlamaConfig(
-        hidden_size=config.dim, intermediate_size=config.mlp_size, num_hidden_layers=config.n_layers,
-        num_attention_heads=config.n_heads, num_key_value_heads=config.num_kv_heads, tie_word_embeddings=config.tied,
-        max_position_embeddings=config.max_seq_len, **common,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(entries)
+    sizes |= {"hidden_size": config.dim, "intermediate_size": config.mlp_size, "num_hidden_layers": config.n_layers}
+    sizes |= {"num_attention_heads": config.n_heads, "num_key_value_heads": config.num_kv_heads}
+    sizes |= {"tie_word_embeddings": config.tied, "max_position_embeddings": config.max_seq_len}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
 
 
 def transformers_loop(planned: Experiment, device: torch.device) -> Loop:

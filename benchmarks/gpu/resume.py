@@ -41,7 +41,7 @@ experiment = Experiment(
 
 def resume(setup: Setup) -> Iterator[Measurement]:
     """The runs, with deterministic algorithms and without."""
-    for deterministic in (True, False):
+    for deterministic in setup.size((True, False), (True,)):
         kind = "deterministic algorithms" if deterministic else "fastest algorithms"
         folder = setup.folder / kind.replace(" ", "_")
         folder.mkdir()

@@ -7,9 +7,10 @@ steps.jsonl, snapshots.
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.gpu.models import data_for, experiment
@@ -50,7 +51,7 @@ def synchronisation(setup: Setup) -> Iterator[Measurement]:
 
 def cases(setup: Setup) -> dict[str, Experiment]:
     """Experiments that between them use everything a step can."""
-    sizes = setup.size(
+    sizes: dict[str, Any] = setup.size(
         {"vocab_size": 512, "max_seq_len": 256, "n_layers": 2, "n_heads": 4, "dim": 256},
         {"vocab_size": 96, "max_seq_len": 32, "n_layers": 1, "n_heads": 2, "dim": 32},
     )
@@ -60,7 +61,7 @@ def cases(setup: Setup) -> dict[str, Experiment]:
         "Llama, documents and window": LlamaConfig(**sizes, separator=0, sliding_window=16, global_every=2),
         "Llama, experts": LlamaConfig(**sizes, n_experts=4, bias_update_rate=1e-3),
     }
-    shape = {"seq_len": sizes["max_seq_len"], "batch_size": 4, "steps": 100}
+    shape: dict[str, Any] = {"seq_len": sizes["max_seq_len"], "batch_size": 4, "steps": 100}
     found = {
         name: experiment(setup, "waits", model, optimizer=muon, spike_threshold=1.0, micro_batch_size=2, **shape)
         for name, model in models.items()

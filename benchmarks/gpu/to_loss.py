@@ -11,12 +11,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.journal import Outcome, read
 from benchmarks.gpu.setup import PROJECT, LeftOut, Measurement, Setup
 from benchmarks.step import nanogpt_module
 from cleangpt.corpora import prepare_dataset
@@ -53,22 +53,22 @@ TOY_PEER = (
 def shakespeare_char(setup: Setup) -> Iterator[Measurement]:
     """Ours by nanoGPT's recipe, then nanoGPT."""
     text = text_of(setup)
-    ours = yield from run_of_ours("ours, nanoGPT's recipe", (*RECIPE, *setup.size((), TOY)), text, setup)
+    ours, measured = run_of_ours("ours, nanoGPT's recipe", (*RECIPE, *setup.size((), TOY)), text, setup)
+    yield from measured
     if setup.peer is None:
         yield Measurement(PEER_TIME, note="needs --peer")
         return
-    theirs, measurements = run_of_peer(text, setup)
-    yield from measurements
-    if ours is not None and theirs:
+    theirs, measured = run_of_peer(text, setup)
+    yield from measured
+    if ours is not None:
         most = None if setup.toy else 1
         yield Measurement("ours over nanoGPT: time to its loss", ours / theirs, "×", most=most)
 
 
 def fast(setup: Setup) -> Iterator[Measurement]:
     """Our own recipe for the card, against the time that nanoGPT took in the row `shakespeare_char`."""
-    from benchmarks.gpu.journal import Outcome, read
-
-    ours = yield from run_of_ours("ours, fast", (*FAST, *setup.size((), TOY)), text_of(setup), setup)
+    ours, measured = run_of_ours("ours, fast", (*FAST, *setup.size((), TOY)), text_of(setup), setup)
+    yield from measured
     before = read(setup.results)[setup.card].get("shakespeare_char", Outcome()).measurements
     theirs = next((entry.value for entry in before if entry.what == PEER_TIME), None)
     if theirs is None or ours is None:
@@ -96,10 +96,8 @@ def text_of(setup: Setup) -> Path:
     return there
 
 
-def run_of_ours(
-    what: str, words: Sequence[str], text: Path, setup: Setup
-) -> Iterator[Any]:  # a generator with a result, which `Iterator[Measurement]` cannot say
-    """An experiment from start to end, by the command line; the result is the seconds to the target, or None."""
+def run_of_ours(what: str, words: Sequence[str], text: Path, setup: Setup) -> tuple[float | None, list[Measurement]]:
+    """An experiment from start to end, by the command line; returns the seconds to the target, None without."""
     run = setup.folder / "ours"
     command = [
         sys.executable, "-m", "cleangpt", "train", "shakespeare_char", "--run-dir", str(run),
@@ -112,10 +110,11 @@ def run_of_ours(
     best = min(row["val_loss"] for row in rows)
     target = TARGET if not setup.toy else best
     there = next((started + row["time_trained"] for row in rows if row["val_loss"] <= target), None)
-    yield Measurement(f"{what}: whole run", lines[-1][0], "s")
-    yield Measurement(f"{what}: best validation loss", best, "nats", most=None if setup.toy else TARGET)
-    yield Measurement(f"{what}: {TIME}", there, "s", note="" if there else f"{TARGET} not reached")
-    return there
+    return there, [
+        Measurement(f"{what}: whole run", lines[-1][0], "s"),
+        Measurement(f"{what}: best validation loss", best, "nats", most=None if setup.toy else TARGET),
+        Measurement(f"{what}: {TIME}", there, "s", note="" if there else f"{TARGET} not reached"),
+    ]
 
 
 def run_of_peer(text: Path, setup: Setup) -> tuple[float, list[Measurement]]:

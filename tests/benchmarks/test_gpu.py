@@ -146,9 +146,9 @@ def test_a_row_that_fails_takes_no_other_with_it_and_a_second_call_goes_on(
 def test_a_row_that_takes_too_long_ends_with_all_its_processes_and_the_rest_goes_on(
     tmp_path: Path, words: list[str]
 ) -> None:
-    assert run((*rows("endless", seconds=2), *rows("quick")), words) == 1
+    assert run((*rows("endless", seconds=1), *rows("quick")), words) == 1
     found = read(tmp_path / "gpu.jsonl")[CARD]
-    assert (found["endless"].status, found["endless"].reason) == ("timed out", "after 2 s")
+    assert (found["endless"].status, found["endless"].reason) == ("timed out", "after 5 s")
     assert found["quick"].status == "done"
     wait_for(lambda: not runs(found["endless"].measurements[0].value or 0))
 
@@ -156,7 +156,7 @@ def test_a_row_that_takes_too_long_ends_with_all_its_processes_and_the_rest_goes
 def test_what_has_no_time_is_named_and_left_for_the_next_call(
     tmp_path: Path, words: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert run((*rows("quick", seconds=4000), *rows("other", seconds=60)), [*words, "--minutes", "1"]) == 0
+    assert run((*rows("quick", seconds=800), *rows("other", seconds=60)), [*words, "--minutes", "1"]) == 0
     assert "left out: quick (not started: 60 s left, may take 4000)" in capfd.readouterr().out
     assert list(read(tmp_path / "gpu.jsonl")[CARD]) == ["other"]
 
