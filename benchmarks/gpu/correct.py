@@ -79,7 +79,7 @@ def compiled(setup: Setup) -> Iterator[Measurement]:
         raise LeftOut("there is no compiler")
     for name, model in list(models(setup).items())[: setup.size(None, 1)]:
         reference = Reference(setup, model)
-        for what in ("model", "blocks"):
+        for what in setup.size(("model", "blocks"), ("blocks",)):
             yield from reference.compare(f"{name}, bf16, compiled {what}", "bf16", what)
 
 
