@@ -21,21 +21,25 @@ from cleangpt.training.launch import check
 from cleangpt.training.resolve import resolve
 from cleangpt.training.trainer import Trainer
 
-CHARACTERS = "".join(map(chr, range(48, 48 + 65)))
-"""65 characters, as in Tiny Shakespeare."""
 WRITTEN = 1_000_000
 """Training tokens that are really written; the rest of a larger dataset is a hole in its sparse files."""
 
 
-def make_store(folder: Path, tokens: int) -> TokenDataset:
-    """A dataset of 65 characters: `tokens` to train on, random where they are written, and 10,000 to validate."""
-    writer = DatasetWriter(folder, {"kind": "made"}, CharTokenizer(CHARACTERS))
+def make_store(folder: Path, tokens: int, vocab_size: int = 65, val_tokens: int = 10_000) -> TokenDataset:
+    """Random tokens of `vocab_size` characters: `tokens` to train on, some of them 0, and `val_tokens` to validate."""
+    writer = DatasetWriter(folder, {"kind": "made"}, CharTokenizer(characters(vocab_size)))
     random = np.random.default_rng(0)
-    for split, count in (("train", min(tokens, WRITTEN)), ("val", 10_000)):
-        ids = random.integers(len(CHARACTERS), size=count)
+    for split, count in (("train", min(tokens, WRITTEN)), ("val", val_tokens)):
+        ids = random.integers(vocab_size, size=count)
         writer.append(split, ids, np.array([count]), text_bytes=count)
     store = writer.finish(lambda _: "made for a benchmark\n")
     return _stretch(folder, tokens) if tokens > WRITTEN else store
+
+
+def characters(count: int) -> str:
+    """`count` characters; beyond some thousands from planes of Unicode without surrogates."""
+    first = 48 if count < 10_000 else 2**16
+    return "".join(map(chr, range(first, first + count)))
 
 
 def _stretch(folder: Path, tokens: int) -> TokenDataset:

@@ -62,8 +62,8 @@ def copy_to_host(tensors: Mapping[Key, Tensor], host: dict[Key, Tensor]) -> None
         if key not in host or host[key].shape != tensor.shape:
             host[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         host[key].copy_(tensor, non_blocking=tensor.is_cuda)
-    if any(tensor.is_cuda for tensor in tensors.values()):
-        torch.cuda.synchronize()
+    for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
+        torch.cuda.synchronize(device)  # which need not be the current one
 
 
 def write_full_tensors(

@@ -64,15 +64,12 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 def set_fp32_precision(precision: str) -> None:
-    """Sets the precision of fp32 matrix products: IEEE for fp32, else TF32 where the device has it."""
-    exact = precision == "fp32"
-    if hasattr(torch.backends, "fp32_precision"):
-        # A library may have set matrix products alone, which overrides the global setting.
-        backends = cast(Any, torch.backends)
-        for settings in (backends, backends.cuda.matmul, backends.mkldnn.matmul):
-            settings.fp32_precision = "ieee" if exact else "tf32"
-    else:
-        torch.set_float32_matmul_precision("highest" if exact else "high")
+    """Sets the precision of fp32 matrix products: IEEE for fp32, else TF32 where the device has it.
+
+    Not by `torch.backends.cuda.matmul.fp32_precision`, after which PyTorch 2.9 to 2.13 refuse to read the older
+    settings, as their compiler does for CUDA devices. The function used here sets both.
+    """
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
 
 
 def check_precision(precision: str, device: torch.device) -> None:

@@ -293,5 +293,7 @@ class Engine:
             else:
                 generators = [self._running[row].generator for row in rows]
                 tokens = sample(distribution(part, sampling, seen), generators)
+            if len(groups) == 1:
+                return tokens
             sampled[rows] = tokens
         return sampled

@@ -2,7 +2,7 @@
 
 A mask says which tokens each token attends to. On CUDA devices, FlexAttention (Dong et al. 2024, "Flex attention: a
 programming model for generating optimized attention kernels") skips blocks of the mask that are empty, so that a
-sample of many short documents costs what the documents cost.
+sample of many short documents costs what the documents cost, and a sliding window what it sees.
 """
 
 import math
@@ -69,11 +69,12 @@ def attention_masks(
     """
     seq = tokens.shape[1]
     documents = None if separator is None else document_ids(tokens, separator)
-    if documents is not None and tokens.is_cuda:
-        return {window: document_blocks(documents, window) for window in windows}
+    limits = {window: window if window and seq > window else None for window in windows}
+    if tokens.is_cuda:
+        return {window: block_mask(documents, limit, seq, tokens.device) for window, limit in limits.items()}
     within_documents = None if documents is None else document_mask(documents)
     positions = torch.arange(seq, device=tokens.device)
-    within_windows = {window: window_mask(positions, window) if window and seq > window else None for window in windows}
+    within_windows = {window: window_mask(positions, limit) if limit else None for window, limit in limits.items()}
     return {window: and_masks(within_documents, mask) for window, mask in within_windows.items()}
 
 
@@ -99,17 +100,29 @@ def and_masks(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return other if one is None else one if other is None else one & other
 
 
-def document_blocks(documents: Tensor, window: int | None = None) -> "BlockMask":
-    """`document_mask`, within a sliding window where there is one, as FlexAttention's blocks."""
+def block_mask(documents: Tensor | None, window: int | None, seq: int, device: torch.device) -> "BlockMask | None":
+    """`document_mask` and `window_mask`, where there are documents and a window, as FlexAttention's blocks.
+
+    Args:
+        documents: `(batch, seq)` from `document_ids`; None: one.
+        window: tokens that a token attends to, itself included; None: all before it.
+        seq: tokens in a sample.
+        device: of the queries.
+
+    Returns:
+        None without documents and window: causal, for which there are faster kernels.
+    """
+    if documents is None and window is None:
+        return None
     from torch.nn.attention.flex_attention import create_block_mask
 
-    batch, seq = documents.shape
-
     def attends(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        same = (documents[sample, query] == documents[sample, key]) & (key <= query)
-        return same if window is None else same & (query - key < window)
+        seen = key <= query
+        if window is not None:
+            seen = seen & (query - key < window)
+        return seen if documents is None else seen & (documents[sample, query] == documents[sample, key])
 
-    return create_block_mask(attends, batch, None, seq, seq, device=str(documents.device))
+    return create_block_mask(attends, None if documents is None else len(documents), None, seq, seq, device=str(device))
 
 
 # Rotary positions -----------------------------------------------------------------------------------------------------

@@ -71,17 +71,47 @@ class MixtureOfExperts(nn.Module):
         """`(batch, seq, dim)` to the same shape, position by position."""
         tokens = x.flatten(0, 1)
         expert_ids, router_weights = self.route(tokens)
-        order = expert_ids.flatten().argsort(stable=True)
-        counts = expert_ids.flatten().bincount(minlength=len(self.up))
+        chosen, n_experts = expert_ids.flatten(), len(self.up)
+        order = chosen.argsort(stable=True)
+        # On CUDA, `bincount` would wait for the device.
+        counts = count_sorted(chosen[order], n_experts) if x.is_cuda else chosen.bincount(minlength=n_experts)
         if self.tokens_per_expert is not None and self.training:
             self.tokens_per_expert += counts
-        parts = torch.split(tokens[order // self.experts_per_token], counts.tolist())
-        by_expert = torch.cat([self._expert(index, part) for index, part in enumerate(parts)])
+        sorted_tokens = tokens[order // self.experts_per_token]
+        by_expert = self.grouped(sorted_tokens, counts) if self.can_group(x) else self.one_by_one(sorted_tokens, counts)
         by_token = by_expert[order.argsort()].view(*router_weights.shape, -1)
         mixed = (by_token * router_weights[..., None].to(by_token.dtype)).sum(dim=1).view_as(x)
         return mixed if self.shared is None else mixed + self.shared(x)
+
+    def can_group(self, x: Tensor) -> bool:
+        """Whether all experts can be computed in one grouped product: in bf16 on CUDA, by PyTorch 2.10 or newer."""
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+        fits = self.up.shape[1] % 8 == self.up.shape[2] % 8 == 0  # rows are to be multiples of 16 bytes
+        return x.is_cuda and dtype == torch.bfloat16 and fits and hasattr(F, "grouped_mm")
+
+    def grouped(self, tokens: Tensor, counts: Tensor) -> Tensor:
+        """All experts at once, in bf16: `tokens` `(tokens, dim)`, sorted by expert, of which each has `counts`."""
+        ends = counts.cumsum(0, dtype=torch.int32)
+
+        def product(inputs: Tensor, weights: Tensor) -> Tensor:
+            return F.grouped_mm(inputs, weights.bfloat16().transpose(1, 2), offs=ends)
+
+        inputs = tokens.bfloat16()
+        gate = None if self.gate is None else product(inputs, self.gate)
+        return product(mlp_activation(gate, product(inputs, self.up)), self.down)
+
+    def one_by_one(self, tokens: Tensor, counts: Tensor) -> Tensor:
+        """The same by one product after another, in any dtype; on a GPU, the host waits for the counts."""
+        parts = torch.split(tokens, counts.tolist())
+        return torch.cat([self._expert(index, part) for index, part in enumerate(parts)])
 
     def _expert(self, index: int, tokens: Tensor) -> Tensor:
         """One expert; without tokens it is computed too, so that its weights get a gradient, which is zero."""
         gate = None if self.gate is None else F.linear(tokens, self.gate[index])
         return F.linear(mlp_activation(gate, F.linear(tokens, self.up[index])), self.down[index])
+
+
+def count_sorted(expert_ids: Tensor, n_experts: int) -> Tensor:
+    """How many of the sorted `expert_ids` `(tokens,)` are each of the experts `(n_experts,)`, int64."""
+    ends = torch.searchsorted(expert_ids, torch.arange(n_experts, device=expert_ids.device), right=True)
+    return ends.diff(prepend=ends.new_zeros(1))

@@ -189,6 +189,7 @@ class _Planner:
                 )
         except RuntimeError as error:
             raise UserError(f"the model cannot be built: {str(error).splitlines()[0]}") from None
+        self.model.loss_chunk = training.loss_chunk
         self.flops = flops_per_token(self.model, experiment.data.seq_len)
         self.measured: dict[tuple[int, bool], Workload] = {}
 

@@ -65,20 +65,23 @@ print("loaded:", sorted(heavy & sys.modules.keys()))
 @pytest.fixture
 def exact() -> Iterator[None]:
     """Leaves PyTorch's settings as they were found."""
-    levels = (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    before = [settings.fp32_precision for settings in levels]
+    before = torch.get_float32_matmul_precision()
     yield
-    for settings, value in zip(levels, before, strict=True):
-        settings.fp32_precision = value
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize(
     ("precision", "setting"), [("fp32", "ieee"), ("tf32", "tf32"), ("bf16", "tf32"), ("auto", "tf32")]
 )
 def test_fp32_matrices_are_multiplied_exactly_only_with_fp32(exact: None, precision: str, setting: str) -> None:
-    torch.set_float32_matmul_precision("high" if setting == "ieee" else "highest")  # as some library might have
+    other = "tf32" if setting == "ieee" else "ieee"
+    for settings in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+        settings.fp32_precision = other  # as some library might have
     set_fp32_precision(precision)
     assert torch.backends.cuda.matmul.fp32_precision == torch.backends.mkldnn.matmul.fp32_precision == setting
+    # PyTorch's compiler reads the older settings as well, and that raises where they differ from the newer ones.
+    assert torch.backends.cuda.matmul.allow_tf32 == (setting == "tf32")
+    assert torch.get_float32_matmul_precision() == ("high" if setting == "tf32" else "highest")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import NemotronConfig
 from transformers.models.nemotron.modeling_nemotron import NemotronMLP
 
-from cleangpt.models.layers import MLP, attention, document_blocks, document_ids, document_mask, window_mask
+from cleangpt.models.layers import MLP, attention, block_mask, document_ids, document_mask, window_mask
 from cleangpt.models.llama import Llama, LlamaConfig
 
 SMALL = LlamaConfig(vocab_size=23, max_seq_len=64, n_layers=3, n_heads=4, n_kv_heads=2, dim=48, hidden_dim=80)
@@ -93,7 +93,7 @@ def test_attention_over_blocks_equals_attention_with_the_mask(data: st.DataObjec
     if window is not None:
         mask = mask & window_mask(torch.arange(seq), window)
     query, key, value = torch.randn(batch, 4, seq, 8), torch.randn(batch, 2, seq, 8), torch.randn(batch, 2, seq, 8)
-    by_blocks = attention(query, key, value, document_blocks(documents, window))
+    by_blocks = attention(query, key, value, block_mask(documents, window, seq, query.device))
     torch.testing.assert_close(by_blocks, attention(query, key, value, mask), atol=1e-5, rtol=1e-5)
 
 

@@ -15,7 +15,7 @@ from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import Ernie4_5_MoeS
 
 from cleangpt.models.layers import MLP
 from cleangpt.models.llama import Llama, LlamaConfig
-from cleangpt.models.moe import MixtureOfExperts
+from cleangpt.models.moe import MixtureOfExperts, count_sorted
 
 
 def mixture(**changes: Any) -> MixtureOfExperts:
@@ -157,3 +157,27 @@ def test_it_learns(shared: int) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.2 * losses[0]
+
+
+# On a GPU -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_grouped_product_computes_what_one_product_after_another_does(gated: bool) -> None:
+    """What CUDA devices do in bf16, here on the CPU; the third expert has no tokens, and gets a gradient of zero."""
+    model, counts = mixture(dim=16, hidden_dim=24, n_experts=4, gated=gated).bfloat16(), torch.tensor([5, 1, 0, 9])
+    tokens, outer = torch.randn(2, 15, 16, dtype=torch.bfloat16)
+    results = []
+    for compute in (model.grouped, model.one_by_one):
+        model.zero_grad()
+        output = compute(tokens, counts)
+        output.backward(outer)
+        results.append([output, *(weight.grad for name, weight in model.named_parameters() if name != "router.weight")])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-2, rtol=2e-2)
+    assert not results[0][1][2].any()
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=40))
+def test_sorted_experts_are_counted_as_bincount_counts_them(ids: list[int]) -> None:
+    assert torch.equal(count_sorted(torch.tensor(sorted(ids)), 7), torch.tensor(ids).bincount(minlength=7))
