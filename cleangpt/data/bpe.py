@@ -55,9 +55,13 @@ class BPETokenizer:
         self.vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self.vocabulary.values(), default=-1) + 1
         self.leading_blank = self._loses_blank = False
+        self._word: list[int] = []  # the tokens of some word
+        with contextlib.suppress(UserError):  # unknown, so that a probe will fail
+            self._word = self._raw("a")
         self.prefix = self._put_before()
         self._settle(stated)
-        self.leading_blank = self._joined(self._raw("a")) == " a" and self._tokenizer.decode(self._raw("a")) == "a"
+        with _library():
+            self.leading_blank = self._tokenizer.decode(self._word) == "a" and self._joined(self._word) == " a"
         self._loses_blank = self._decoded(" a") == "a"
         for probe in LOSSLESS_PROBES:
             if (decoded := self._decoded(probe)) != probe:
@@ -80,11 +84,12 @@ class BPETokenizer:
         self._is_plain = (self.bos_id, self.eos_id) == (named_bos, named_eos) and self.stop_ids <= {named_eos}
         around = {self.bos_id, self.eos_id, *self.prefix} - set(self.special.values())
         names = [name for name, token in self.vocabulary.items() if token in around]
-        self._tokenizer.add_special_tokens(names)
-        if self._put_before(whole=True) != self.prefix:
-            content = json.loads(self._tokenizer.to_str())
-            content["post_processor"] = _putting([(self._tokenizer.id_to_token(token), token) for token in self.prefix])
-            self._tokenizer = _of_library(json.dumps(content))
+        with _library():
+            self._tokenizer.add_special_tokens(names)
+            if self._put_before(whole=True) != self.prefix:
+                content = json.loads(self._tokenizer.to_str())
+                before = [(self._tokenizer.id_to_token(token), token) for token in self.prefix]
+                self._tokenizer = _of_library(json.dumps(content | {"post_processor": _putting(before)}))
         self.special = self._special()
         self._bytes: dict[int, bytes] = {}
 
@@ -110,14 +115,13 @@ class BPETokenizer:
 
     def _put_before(self, whole: bool = False) -> tuple[int, ...]:
         """What the post-processor puts before a text; with `whole`, what follows the text, too."""
-        try:
-            plain = self._raw("a")
-        except UserError:  # unknown, so that a probe will fail
+        size = len(self._word)
+        if not size:
             return ()
-        ids: list[int] = self._tokenizer.encode("a").ids
-        found = (start for start in range(len(ids)) if ids[start : start + len(plain)] == plain)
-        start = next(found, 0)
-        return (*ids[:start], *(ids[start + len(plain) :] if whole else []))
+        with _library():
+            ids: list[int] = self._tokenizer.encode("a").ids
+        start = next((start for start in range(len(ids)) if ids[start : start + size] == self._word), 0)
+        return (*ids[:start], *(ids[start + size :] if whole else []))
 
     # Text to tokens --------------------------------------------------------------------------------------------------
     def _decoded(self, text: str) -> str:
@@ -189,7 +193,7 @@ class BPETokenizer:
             return bytes([int(name[3:5], 16)])
         # After another token, since some decoders treat the first one of a text differently.
         with _library():
-            before, both = (self._tokenizer.decode([*self._raw("a"), *more]) for more in ([], [token]))
+            before, both = (self._tokenizer.decode([*self._word, *more]) for more in ([], [token]))
         return str(both)[len(before) :].encode("utf-8")
 
     # JSON ------------------------------------------------------------------------------------------------------------

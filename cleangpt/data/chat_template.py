@@ -116,7 +116,9 @@ class ChatTemplate:
             after = self.render([*messages, {"role": ASSISTANT, "content": STAND_IN}])
         except UserError:
             return "", ""
-        written, _, rest = after.partition(STAND_IN)
+        if STAND_IN not in after:
+            return "", ""
+        written, _, rest = after.rpartition(STAND_IN)
         return written[len(before) :] if written.startswith(before) else "", rest
 
     @property
