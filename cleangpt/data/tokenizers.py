@@ -154,6 +154,11 @@ class StreamDecoder:
             data, self._drop_blank = data.removeprefix(b" "), False
         return self._buffer.decode(data)
 
+    @property
+    def whole(self) -> bool:
+        """Whether the text so far ends with a whole character."""
+        return not self._buffer.getstate()[0]
+
     def flush(self, cut: bool = False) -> str:
         """The rest of the text: U+FFFD for a character that stays incomplete; nothing if more tokens were `cut` off."""
         return "" if cut else self._buffer.decode(b"", final=True)

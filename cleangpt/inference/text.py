@@ -32,12 +32,17 @@ def sample_text(
 
 
 def validation_prompt(dataset: TokenDataset) -> Tensor:
-    """The start of the validation split: the question of its first row, or its first 16 tokens."""
+    """The start of the validation split: the question of its first row, or at most 16 tokens, of whole characters."""
     split = dataset.splits["val"]
-    length = min(PROMPT_TOKENS, split.tokens)
     if split.masked and split.row_length is not None:
         length = int(split.read_mask(0, split.row_length).argmax())
-    return torch.from_numpy(split.read(0, length).astype("int64"))
+        return torch.from_numpy(split.read(0, length).astype("int64"))
+    tokens = split.read(0, min(PROMPT_TOKENS, split.tokens)).astype("int64")
+    decoder, length = StreamDecoder(dataset.tokenizer), 1
+    for number, token in enumerate(tokens.tolist(), start=1):
+        decoder.push(token)
+        length = number if decoder.whole else length
+    return torch.from_numpy(tokens[:length])
 
 
 def stream_tokens(

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -13,7 +14,15 @@ from cleangpt.data.bpe import BPETokenizer
 from cleangpt.data.tokenizers import ByteTokenizer, CharTokenizer
 from cleangpt.errors import UserError
 from cleangpt.inference.sampling import GREEDY, Sampling
-from cleangpt.inference.text import TextChunk, TextStreamer, complete, prompt_tokens, sample_text, stream
+from cleangpt.inference.text import (
+    TextChunk,
+    TextStreamer,
+    complete,
+    prompt_tokens,
+    sample_text,
+    stream,
+    validation_prompt,
+)
 from cleangpt.models.gpt import GPT, GPTConfig
 from tests.scripted import Scripted
 from tests.sentence_piece import METASPACE, PREPENDING
@@ -124,6 +133,15 @@ def test_a_sample_of_a_run_ends_with_a_whole_character(count: int) -> None:
     dataset: Any = SimpleNamespace(tokenizer=ByteTokenizer(), vocab_size=257)
     text = sample_text(model, dataset, "A", count, CPU, seed=1)
     assert "\ufffd" not in text and text.startswith("A")
+
+
+@pytest.mark.parametrize("text", ["plain text, and more of it", "日本語の文章です", "né日🙂 né日🙂 né日🙂", "🙂"])
+def test_a_run_is_sampled_from_whole_characters(text: str) -> None:
+    tokens = np.array([*text.encode()])
+    split = SimpleNamespace(tokens=len(tokens), masked=False, read=lambda start, length: tokens[start : start + length])
+    dataset: Any = SimpleNamespace(tokenizer=ByteTokenizer(), splits={"val": split})
+    prompt = bytes(validation_prompt(dataset).tolist())
+    assert prompt == text.encode()[:16].decode("utf-8", "ignore").encode()
 
 
 def test_a_character_that_the_model_itself_leaves_incomplete_is_shown_as_such() -> None:
