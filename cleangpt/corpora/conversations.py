@@ -4,7 +4,6 @@ Only the assistant's answers are targets, with the token that ends each (`data/c
 """
 
 import itertools
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -29,9 +28,11 @@ from cleangpt.corpora.reading import (
     text_in,
 )
 from cleangpt.corpora.text import END_CHARACTER, TextCorpus, grouped, stamps, text_files
+from cleangpt.data import spelling
 from cleangpt.data.chat_template import (
     ASSISTANT,
     ChatTemplate,
+    answer_ends,
     answer_mask,
     check_messages,
     encode_chat,
@@ -46,14 +47,18 @@ from cleangpt.data.writer import Chunk, Groups
 from cleangpt.errors import UserError, nearest
 from cleangpt.hub import local_path, path_offline
 
-ROLES = {"human": "user", "gpt": ASSISTANT, "bot": ASSISTANT, "model": ASSISTANT}
-"""Other names that datasets use for roles."""
+ROLES = {role: role for role in spelling.ROLES}
+ROLES |= {"human": "user", "gpt": ASSISTANT, "bot": ASSISTANT, "model": ASSISTANT}
+"""Names that datasets use for roles, in any case."""
+SEEN = 100
+"""Conversations in which the tokens that end answers are looked for."""
 
 
-NO_ANSWER, SPECIAL, CUT = (
+NO_ANSWER, SPECIAL, CUT, ENDLESS = (
     "conversations skipped, no answer in the row",
     "conversations skipped, a special token in the text",
     "conversations truncated to a row",
+    "conversations with an answer whose end is not a target",
 )
 """Counts on the card, besides the number of conversations."""
 
@@ -64,7 +69,8 @@ class Chat(TextCorpus):
 
     A hash of its position assigns each to a split. The targets are the assistant's answers, with the token that ends
     each. A conversation longer than a sample is truncated, and skipped if it then has no answer. It is also skipped if
-    its text contains the name of a special token, which would be encoded as that token. The card counts all of these.
+    a message, in any field that the template writes, contains the name of a special token, which would be encoded as
+    that token. The card counts all of these.
     """
 
     files: tuple[str, ...]
@@ -72,9 +78,10 @@ class Chat(TextCorpus):
     messages_field: str = "messages"
     """Field or column with the list of messages."""
     role_field: str = "role"
-    """Field of a message with its role: system, user or assistant; human, gpt, bot and model are understood too."""
+    """Field of a message with its role: system, user or assistant; human, gpt, bot and model are understood too, in
+    capitals or not."""
     content_field: str = "content"
-    """Field of a message with its text."""
+    """Field of a message with its text, or with parts that are text; it may be null beside tool calls."""
     prompt_fields: tuple[str, ...] = ()
     """For data without a list of messages: fields, such as instruction and input, whose non-empty texts are joined into
     the user's only message."""
@@ -107,12 +114,19 @@ class Chat(TextCorpus):
         given, known = known_tokenizer(self)
         template = choose_template(self.chat_template, self.tokenizer_file, known)
         files = text_files(paths, partial(self._pieces, template=template, tokenizer=known))
+        template = replace(template, ends=_ends(files, known))
         tokenizer = given or self.choose_tokenizer(without_special(files, known), console)
-        return write_dataset(
+        dataset = write_dataset(
             self, folder, tokenizer, lambda start: encode_conversations(files, tokenizer, start, self.row_length),
             sum(file.bytes for file in files), console,
             source={"files": stamps(files)}, row_length=self.row_length, chat_template=template,
         )  # fmt: skip
+        if endless := sum(split["counts"].get(ENDLESS, 0) for split in dataset.description["splits"].values()):
+            console.print(
+                f"{ENDLESS}: {endless:,}, so the model will not learn to end it; {_remedy(template)}",
+                markup=False, soft_wrap=True,
+            )  # fmt: skip
+        return dataset
 
     def changed_inputs(self, dataset: TokenDataset) -> Iterator[str]:
         """What has changed since the dataset was made: also the chat template."""
@@ -121,8 +135,7 @@ class Chat(TextCorpus):
 
     def _pieces(self, path: Path, name: str, template: ChatTemplate, tokenizer: Tokenizer) -> Iterator[Piece]:
         special = special_tokens(tokenizer)
-        spelled = re.compile("|".join(map(re.escape, special)) or "(?!)")
-        rendered = (_piece(self._messages(entry, location), location, read, template, spelled, special)
+        rendered = (_piece(self._messages(entry, location), location, read, template, special)
                     for entry, location, read in self._entries(path))  # fmt: skip
         return split_documents(rendered, name, self.val_fraction)
 
@@ -162,9 +175,10 @@ class Chat(TextCorpus):
             else message
             for message in listed
         ]
-        for message in check_messages(messages, location):
-            message["role"] = ROLES.get(message["role"], message["role"])
-            checked(message["content"], location, "corpus.content_field")
+        messages = check_messages(messages, location)
+        for message in messages:
+            message["role"] = ROLES.get(message["role"].strip().lower(), message["role"])
+            checked(message["content"] or "", location, "corpus.content_field")
         return messages
 
 
@@ -183,7 +197,8 @@ def encode_conversations(files: list[TextFile], tokenizer: Tokenizer, start: int
 
 def _chunk(split: str, pieces: list[Piece], tokenizer: Tokenizer, row_length: int) -> Chunk:
     """The conversations of one split in rows; each ends with the end-of-text token, where the tokenizer has one."""
-    counts = Counter({"conversations": len(pieces), SPECIAL: 0, NO_ANSWER: 0, CUT: 0})
+    counts = Counter({"conversations": len(pieces), SPECIAL: 0, NO_ANSWER: 0, CUT: 0, ENDLESS: 0})
+    ends = tokenizer.stop_ids.union(special_tokens(tokenizer).values())
     counts.update(piece.skip_reason for piece in pieces if piece.skip_reason)
     pieces = [piece for piece in pieces if not piece.skip_reason]
     documents, masks, text_bytes = [], [], 0
@@ -191,6 +206,7 @@ def _chunk(split: str, pieces: list[Piece], tokenizer: Tokenizer, row_length: in
         mask = answer_mask(places, list(piece.answers))
         if tokenizer.eos_id is not None and ids[-1:].tolist() != [tokenizer.eos_id]:
             ids, mask = np.append(ids, tokenizer.eos_id), np.append(mask, 0)
+        counts[ENDLESS] += not ends.issuperset(ids[mask == 1][-1:].tolist())
         if not mask[1:row_length].any():
             counts[NO_ANSWER] += 1
             continue
@@ -208,15 +224,14 @@ def _piece(
     location: str,
     read: int,
     template: ChatTemplate,
-    spelled: re.Pattern[str],
     special: Mapping[str, int],
 ) -> Piece:
     """A conversation as text."""
-    if any(spelled.search(message["content"]) for message in messages):
-        return Piece("", True, read, skip_reason=SPECIAL)
     if all(message["role"] != ASSISTANT for message in messages):
         return Piece("", True, read, skip_reason=NO_ANSWER)
     try:
+        if template.render_guarded(messages, special) is not None:
+            return Piece("", True, read, skip_reason=SPECIAL)
         text, answers = template.render_answers(messages, special)
     except UserError as error:
         raise UserError(f"{location}: {error}") from None
@@ -253,6 +268,20 @@ def changed_template(dataset: TokenDataset, given: str | None, tokenizer_file: s
                 yield f"the chat template of {named} has changed"
         except UserError as error:
             yield str(error)
+
+
+def _ends(files: list[TextFile], tokenizer: Tokenizer) -> tuple[str, ...]:
+    """The special tokens that end answers, as seen in the first conversations."""
+    special = special_tokens(tokenizer)
+    answered = (piece for file in files for piece in file.pieces() if piece.answers)
+    seen = (answer_ends(piece.text, list(piece.answers), special) for piece in itertools.islice(answered, SEEN))
+    return tuple(sorted(set().union(*seen)))
+
+
+def _remedy(template: ChatTemplate) -> str:
+    if template.marks_answers:
+        return "put {% endgeneration %} after the token that ends an answer in the chat template"
+    return "let the chat template write eos_token after an answer"
 
 
 def without_special(files: list[TextFile], tokenizer: Tokenizer) -> list[TextFile]:

@@ -46,6 +46,8 @@ class Piece:
     """For a conversation: the character span of each answer."""
     skip_reason: str = ""
     """Why a conversation is skipped; empty if it is not."""
+    begins: bool = True
+    """Whether the document begins with this text; set by `corpora.text.grouped`."""
 
 
 @dataclass(frozen=True)

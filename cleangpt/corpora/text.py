@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -127,8 +127,14 @@ def encode_files(files: list[TextFile], tokenizer: Tokenizer, start: int) -> Gro
 
 
 def encode_group(pieces: list[Piece], tokenizer: Tokenizer) -> list[Chunk]:
-    """Encodes pieces into chunks; each document ends with the end-of-text token, if the tokenizer has one."""
-    return _chunks(pieces, _encode(tokenizer, [piece.text for piece in pieces]), tokenizer.eos_id)
+    """Encodes pieces into chunks.
+
+    Each document begins with the tokenizer's prefix, and ends with the end-of-text token, if there is one.
+    """
+    arrays = _encode(tokenizer, [piece.text for piece in pieces])
+    continuing = len(tokenizer.prefix)
+    arrays = [array if piece.begins else array[continuing:] for piece, array in zip(pieces, arrays, strict=True)]
+    return _chunks(pieces, arrays, tokenizer.eos_id)
 
 
 def characters(files: list[TextFile]) -> str:
@@ -145,8 +151,10 @@ def grouped(files: list[TextFile]) -> Iterator[tuple[int, list[Piece]]]:
     before, size = 0, 0
     group: list[Piece] = []
     for file in files:
+        begins = True
         for piece in file.pieces():
-            group.append(piece)
+            group.append(piece if begins else replace(piece, begins=False))
+            begins = piece.ends
             size += len(piece.text)
             if size >= GROUP:
                 yield before + piece.read, group

@@ -12,7 +12,7 @@ from cleangpt.corpora.hub_text import HubDataset, Shards, ask_hub, check_budget,
 from cleangpt.corpora.reading import Piece, find_files, is_plain, read_pieces, read_separated, split_documents
 from cleangpt.corpora.text import TextCorpus, text_files
 from cleangpt.data.dataset import TokenDataset
-from cleangpt.data.tokenizers import END_OF_TEXT
+from cleangpt.data.special_tokens import END_OF_TEXT
 from cleangpt.errors import require
 
 REPOSITORY = "roneneldan/TinyStories"

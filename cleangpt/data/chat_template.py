@@ -18,31 +18,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cleangpt.data.rendering import BEGIN, END, Renderer, TemplateError, render_here
-from cleangpt.data.tokenizers import (
-    BOS_TOKENS,
-    END_OF_TEXT,
-    BPETokenizer,
-    ByteTokenizer,
-    CharTokenizer,
-    Tokenizer,
-    eos_ids,
-)
+from cleangpt.data.special_tokens import END_OF_TEXT, HF_CONFIG, named_tokens
+from cleangpt.data.spelling import GUARD, guarded, pattern, special_in, texts
+from cleangpt.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 from cleangpt.errors import UserError, parsing, require
 from cleangpt.files import read_json, read_text
 from cleangpt.hub import local_path
 
-CHAT_TEMPLATE = "chat_template.json"
-
-
-HF_TEMPLATE, HF_CONFIG = "chat_template.jinja", "tokenizer_config.json"
-
-
+CHAT_TEMPLATE, HF_TEMPLATE = "chat_template.json", "chat_template.jinja"
 ASSISTANT = "assistant"
-
-
 RENDERER = Renderer()
-
-
+STAND_IN = "\ufdd3"
+"""Stands for an answer that is not known yet; a noncharacter of Unicode."""
 PLAIN = """\
 {%- for message in messages -%}
 {{ message['role'] + '\\n' }}
@@ -58,10 +45,7 @@ PLAIN = """\
 """
 """For a tokenizer without a template: each message below its role; an answer ends with the end-of-text token."""
 
-
 Message = Mapping[str, Any]
-
-
 Spans = list[tuple[int, int]]
 """First character of each answer, and the one after its last."""
 
@@ -72,6 +56,8 @@ class ChatTemplate:
 
     source: str
     special: Mapping[str, str] = field(default_factory=dict)
+    ends: tuple[str, ...] = field(default=(), compare=False)
+    """The special tokens that it was seen to end answers with, when the conversations of a dataset were rendered."""
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """The text of a conversation; with `add_generation_prompt`, up to where the assistant's next answer starts.
@@ -106,6 +92,35 @@ class ChatTemplate:
                 spans.append((len(before), end))
         return text, spans
 
+    def render_guarded(
+        self, messages: Sequence[Message], special: Collection[str], add_generation_prompt: bool = False
+    ) -> str | None:
+        """The text with guards in the `special` tokens that the messages spell; None if they spell none.
+
+        Raises:
+            UserError: as `render`.
+        """
+        protected = guarded(messages, special)
+        if protected == list(messages):
+            return None
+        plain, safe = (self._render(each, add_generation_prompt) for each in (messages, protected))
+        return None if special_in(plain, special) == special_in(safe, special) else _unmarked(safe)[0]
+
+    def around_answer(self, messages: Sequence[Message]) -> tuple[str, str]:
+        """What the template writes between the generation prompt and the next answer, and what after the answer.
+
+        Both are empty if the template does not let that be seen.
+        """
+        try:
+            before = self.render(messages, add_generation_prompt=True)
+            after = self.render([*messages, {"role": ASSISTANT, "content": STAND_IN}])
+        except UserError:
+            return "", ""
+        if STAND_IN not in after:
+            return "", ""
+        written, _, rest = after.rpartition(STAND_IN)
+        return written[len(before) :] if written.startswith(before) else "", rest
+
     @property
     def marks_answers(self) -> bool:
         """Whether the template marks answers with ``{% generation %}``."""
@@ -113,10 +128,19 @@ class ChatTemplate:
 
     def to_json(self) -> str:
         """The template as JSON text, for `find_template`."""
-        return json.dumps({"template": self.source, **self.special}, ensure_ascii=False, indent=2) + "\n"
+        facts: dict[str, Any] = {"template": self.source, **self.special}
+        return json.dumps(facts | ({"ends": self.ends} if self.ends else {}), ensure_ascii=False, indent=2) + "\n"
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         require("jinja2", "chat")
+        for number, message in enumerate(messages, start=1):
+            if any(BEGIN in text or END in text for text in texts(message)):
+                raise UserError(f"message {number} has U+FDD0 or U+FDD1, not characters; remove them")
+            if self.source == PLAIN and (message.get("tool_calls") or not isinstance(message.get("content"), str)):
+                raise UserError(
+                    f"message {number} has {'tool calls' if message.get('tool_calls') else 'no text'}, for which the "
+                    "plain chat template has no form; give the chat template of a model that has"
+                )
         values = {
             "messages": [dict(message) for message in messages], "add_generation_prompt": add_generation_prompt,
             "tools": None, "documents": None, **self.special,
@@ -162,11 +186,12 @@ def find_template(folder: Path) -> ChatTemplate | None:
     """
     if (folder / CHAT_TEMPLATE).is_file():
         content = read_json(folder / CHAT_TEMPLATE)
-        if not isinstance(content, dict) or not all(
-            isinstance(content.get(key), str) for key in {"template", *content}
+        ends = content.pop("ends", []) if isinstance(content, dict) else None
+        if not isinstance(ends, list) or not all(
+            isinstance(text, str) for text in (content.get("template"), *content.values(), *ends)
         ):
             raise UserError(f"{folder / CHAT_TEMPLATE} is not a chat template: it needs a text in each of its fields")
-        return ChatTemplate(content.pop("template"), content)
+        return ChatTemplate(content.pop("template"), content, tuple(ends))
     config = read_json(folder / HF_CONFIG) if (folder / HF_CONFIG).is_file() else {}
     if not isinstance(config, dict):
         raise UserError(f"{folder / HF_CONFIG} is not a JSON object")
@@ -176,24 +201,14 @@ def find_template(folder: Path) -> ChatTemplate | None:
             source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
     if (folder / HF_TEMPLATE).is_file():
         source = _read(folder / HF_TEMPLATE)
-    return ChatTemplate(source, _special_of(config)) if isinstance(source, str) else None
-
-
-def _special_of(config: Mapping[str, Any]) -> dict[str, str]:
-    """The special tokens in a `tokenizer_config.json`, each given as text or as an object with its content."""
-    entries = {key: value for key, value in config.items() if key.endswith("_token")}
-    names = {key: value.get("content") if isinstance(value, dict) else value for key, value in entries.items()}
-    return {key: name for key, name in names.items() if isinstance(name, str)}
+    return ChatTemplate(source, named_tokens(folder)) if isinstance(source, str) else None
 
 
 def _names(tokenizer: Tokenizer) -> dict[str, str]:
     """The tokens that start and end a text, by their names in Hugging Face's templates."""
-    special = special_tokens(tokenizer)
-    names = {
-        "bos_token": next((name for name in BOS_TOKENS if name in special), None),
-        "eos_token": next((name for name, token in special.items() if token == tokenizer.eos_id), None),
-    }
-    return {key: name for key, name in names.items() if name is not None}
+    names = {token: name for name, token in special_tokens(tokenizer).items()}
+    around = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    return {key: names[token] for key, token in around.items() if token in names}
 
 
 def _read(path: Path) -> str:
@@ -205,20 +220,39 @@ def _read(path: Path) -> str:
 
 # Tokens --------------------------------------------------------------------------------------------------------------
 def check_messages(messages: object, place: str) -> list[dict[str, Any]]:
-    """The messages of a conversation that came from a file.
+    """The messages of a conversation that came from a file, as templates expect them.
+
+    Content in parts that are all text becomes one text; it may be null beside tool calls. Fields that are null, as in
+    Parquet those that a message lacks, are left out.
 
     Raises:
-        UserError: one is not an object with role and content as text; the message starts with `place`.
+        UserError: one is not an object with role and content; the message starts with `place`.
     """
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{place}: no list of messages")
+    checked = []
     for number, message in enumerate(messages, start=1):
-        for key in ("role", "content"):
-            if not isinstance(message, dict) or not isinstance(message.get(key), str):
-                raise UserError(f"{place}: message {number} has no text as its {key}")
-            if BEGIN in message[key] or END in message[key]:
-                raise UserError(f"{place}: message {number} has U+FDD0 or U+FDD1, not characters; remove them")
-    return messages
+        where = f"{place}: message {number}"
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise UserError(f"{where} has no text as its role")
+        given = {key: value for key, value in message.items() if value is not None}
+        checked.append(given | {"content": _content(message, where)})
+        if any(BEGIN in text or END in text for text in texts(given)):
+            raise UserError(f"{where} has U+FDD0 or U+FDD1, not characters; remove them")
+    return checked
+
+
+def _content(message: dict[str, Any], where: str) -> str | None:
+    content = message.get("content")
+    if isinstance(content, str) or (content is None and message.get("tool_calls")):
+        return content
+    if not isinstance(content, list) or not content:
+        raise UserError(f"{where} has no text as its content")
+    parts = [part if isinstance(part, dict) else {"text": part} for part in content]
+    for part in parts:
+        if not isinstance(part.get("text"), str):
+            raise UserError(f"{where} has a part of type {part.get('type')!r} in its content; allowed: text")
+    return "".join(part["text"] for part in parts)
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
@@ -256,18 +290,51 @@ def answer_mask(places: NDArray[np.int64], spans: Spans) -> NDArray[np.uint8]:
     return mask
 
 
-def stop_tokens(template: ChatTemplate, tokenizer: Tokenizer) -> set[int]:
-    """The tokens that end an answer: end of text, and the special token that the template puts after an answer.
+def encode_prompt(template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """The tokens of a conversation up to where the assistant's next answer starts.
+
+    Special tokens are those that the template writes; where a message spells one, it is text.
 
     Raises:
-        UserError: the template cannot write a conversation of one question and one answer.
+        UserError: as `ChatTemplate.render` and `encode_chat`; or a message has the character that ends a text.
     """
     special = special_tokens(tokenizer)
-    text, spans = template.render_answers(
-        [{"role": "user", "content": "1"}, {"role": ASSISTANT, "content": "2"}], special
-    )
-    ((ids, places),) = encode_chat(tokenizer, [text])
-    return eos_ids(tokenizer) | set(ids[answer_mask(places, spans) == 1][-1:].tolist()) & set(special.values())
+    safe = template.render_guarded(messages, special, add_generation_prompt=True)
+    if safe is None:
+        ((ids, _),) = encode_chat(tokenizer, [template.render(messages, add_generation_prompt=True)])
+        return [int(token) for token in ids]
+    if isinstance(tokenizer, CharTokenizer):
+        raise UserError(f"a message has {next(iter(special))!r}, which ends a text for this tokenizer; leave it out")
+    tokens: list[int] = []
+    for number, part in enumerate(pattern(special).split(safe)):  # every second one is a special token
+        text = part.replace(GUARD, "")
+        tokens += [special[part]] if number % 2 else tokenizer.encode(text)[len(tokenizer.prefix) :].tolist()
+    return tokens
+
+
+def answer_ends(text: str, spans: Spans, special: Collection[str]) -> set[str]:
+    """The special tokens that end answers in a rendered conversation: the last of each, else the one that follows."""
+    ends = set()
+    for begin, end in spans:
+        last = next((name for name in special if text[begin:end].rstrip().endswith(name)), None)
+        found = pattern(special).match(text[end:].lstrip())
+        ends |= {last} if last is not None else {found[0]} if found else set()
+    return ends
+
+
+def stop_tokens(template: ChatTemplate, tokenizer: Tokenizer) -> set[int]:
+    """The tokens that end an answer: those that end any text, and those that the template was seen to put there."""
+    special = special_tokens(tokenizer)
+    return set(tokenizer.stop_ids) | {special[name] for name in template.ends if name in special}
+
+
+def adds_blank(tokenizer: Tokenizer, text: str) -> bool:
+    """Whether the tokenizer would put a blank of its own before a word that follows this rendered text."""
+    if not isinstance(tokenizer, BPETokenizer) or not tokenizer.leading_blank:
+        return False
+    (before, _), (both, _) = tokenizer.encode_special([text, text + "a"])
+    added = both[len(before) :].tolist()
+    return both[: len(before)].tolist() == before.tolist() and b"".join(map(tokenizer.token_bytes, added)) == b" a"
 
 
 def _encode_bytes(tokenizer: ByteTokenizer, text: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -10,7 +10,7 @@ progress are constant within stretches of it, and the same rule gives the sample
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 
@@ -278,6 +278,10 @@ class MixedDataset:
                     f"the sources {chats[0].name} and {source.name} have different chat templates; allowed: one for "
                     "all, given to each as chat_template"
                 )
+        if self.chat_template is not None:
+            templates = [source.dataset.chat_template for source in self.sources]
+            ends = {name for template in templates if template is not None for name in template.ends}
+            self.chat_template = replace(self.chat_template, ends=tuple(sorted(ends)))
 
 
 class MixedStream:

@@ -4,26 +4,22 @@ A tokenizer is one JSON text, stored as `tokenizer.json` in every dataset and ch
 that library's own format, for exchange. All three are lossless: `decode` returns exactly what `encode` was given.
 """
 
-import contextlib
+import codecs
 import json
-from collections.abc import Iterable, Iterator
-from functools import cached_property
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cleangpt.data.bpe import BPETokenizer as BPETokenizer
+from cleangpt.data.bpe import train_bpe as train_bpe
+from cleangpt.data.bpe import utf8
+from cleangpt.data.special_tokens import NOTHING_STATED, TOKENIZER, StatedTokens, stated_tokens
 from cleangpt.errors import UserError, require
 from cleangpt.files import parse_json, read_text
 from cleangpt.hub import local_path
-
-END_OF_TEXT = "<|endoftext|>"
-EOS_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
-BOS_TOKENS = ("<|begin_of_text|>", "<s>", "<bos>")
-REPLACEMENT = "\ufffd"
-LOSSLESS_PROBES = ("a Bc, 12 déjà 漢字 🙂\n\tx = 1\n", " a  b ", "\n\n", "ﬁ①Ａ")
-"""Texts with multi-byte characters, whitespace that some tokenizers drop, and letters that some replace."""
 
 
 class Tokenizer(Protocol):
@@ -33,12 +29,27 @@ class Tokenizer(Protocol):
     """Number of different tokens; all ids are less."""
     eos_id: int | None
     """The end-of-text token, which ends a document; None if there is none."""
+    bos_id: int | None
+    """The beginning-of-text token; None if there is none. `prefix` says whether a text begins with it."""
+    stop_ids: frozenset[int]
+    """All tokens that end a generated text: `eos_id`, and others that a model's files name."""
+    prefix: tuple[int, ...]
+    """The tokens that stand before every text, in training, sampling and export alike."""
+    leading_blank: bool
+    """Whether `encode` puts a blank before every text, which `decode` drops, as SentencePiece does."""
 
     def encode(self, text: str) -> NDArray[np.int64]:
-        """Token ids `(length,)` of a text, without an end-of-text token; raises UserError at an unknown character."""
+        """Token ids `(length,)` of a text, `prefix` included, without an end-of-text token.
+
+        Raises:
+            UserError: the text has an unknown character.
+        """
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token adds to a text, in UTF-8; maybe only a part of a character."""
 
     def to_json(self) -> str:
         """The tokenizer as JSON text, for `from_json`."""
@@ -61,6 +72,10 @@ class CharTokenizer:
         self.characters, self.end_of_text_character = characters, end_of_text_character
         self.vocab_size = len(characters)
         self.eos_id = None if end_of_text_character is None else characters.index(end_of_text_character)
+        self.bos_id: int | None = None
+        self.stop_ids = frozenset(() if self.eos_id is None else (self.eos_id,))
+        self.prefix: tuple[int, ...] = ()
+        self.leading_blank = False
         codes = _codes(characters)
         self._ids = np.full(int(codes.max()) + 2, -1, np.int64)
         self._ids[codes] = np.arange(len(codes))
@@ -80,6 +95,10 @@ class CharTokenizer:
         """The characters, joined; the end-of-text character is one of them."""
         return "".join([self.characters[token] for token in ids])
 
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of the character."""
+        return self.characters[token].encode("utf-8")
+
     def to_json(self) -> str:
         """Our own small format."""
         facts = {"kind": "char", "characters": self.characters, "end_of_text_character": self.end_of_text_character}
@@ -91,169 +110,62 @@ class ByteTokenizer:
 
     vocab_size = 257
     eos_id: int | None = 256
+    bos_id: int | None = None
+    stop_ids = frozenset({256})
+    prefix: tuple[int, ...] = ()
+    leading_blank = False
 
     def encode(self, text: str) -> NDArray[np.int64]:
         """One id per byte."""
-        return np.frombuffer(_utf8(text), np.uint8).astype(np.int64)
+        return np.frombuffer(utf8(text), np.uint8).astype(np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the bytes; end-of-text tokens are omitted."""
         return bytes([token for token in ids if token != self.eos_id]).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        """The byte itself; nothing for the end of text."""
+        return b"" if token == self.eos_id else bytes([token])
 
     def to_json(self) -> str:
         """Our own small format."""
         return json.dumps({"kind": "byte"}, indent=2) + "\n"
 
 
-class BPETokenizer:
-    """A tokenizer of Hugging Face's `tokenizers`, from its JSON text; needs cleangpt[bpe].
-
-    The names of special tokens are not parsed (`<|endoftext|>` in a text is text like any other), special tokens are
-    omitted when decoding, and none is added to a text, whatever the tokenizer's post-processor would do. A
-    SentencePiece-like tokenizer, which adds a space before every text, does so even if the text starts with a space, as
-    SentencePiece does; `tokenizers` may not, and would lose that space.
-
-    Raises:
-        UserError: the library does not understand the JSON, or the tokenizer is lossy, such as one that lowercases.
-    """
-
-    def __init__(self, text: str) -> None:
-        library = require("tokenizers", "bpe")
-        with _library():
-            self._tokenizer = library.Tokenizer.from_str(text)
-        self._tokenizer.encode_special_tokens = True
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self.vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(self.vocabulary.values(), default=-1) + 1
-        self.eos_id = next((self.vocabulary[name] for name in EOS_TOKENS if name in self.vocabulary), None)
-        added = self._tokenizer.get_added_tokens_decoder()
-        self.special: dict[str, int] = {token.content: number for number, token in added.items() if token.special}
-        """Ids of special tokens by name."""
-        self._loses_blank = False
-        self._loses_blank = self._decoded(" a") == "a"
-        for probe in LOSSLESS_PROBES:
-            if (decoded := self._decoded(probe)) != probe:
-                raise UserError(
-                    f"this tokenizer loses text when it encodes: {probe!r} becomes {decoded!r}; allowed: lossless "
-                    "ones, such as byte-level BPE"
-                )
-
-    def _decoded(self, text: str) -> str:
-        """The text after encoding and decoding; empty if it cannot be encoded."""
-        try:
-            return self.decode(self.encode(text).tolist())
-        except UserError:  # such as an unknown character
-            return ""
-
-    def encode(self, text: str) -> NDArray[np.int64]:
-        """Token ids by the learned merges."""
-        return self.encode_all([text])[0]
-
-    def encode_all(self, texts: list[str]) -> list[NDArray[np.int64]]:
-        """`encode` for many texts, on all cores by the library's own threads."""
-        for text in texts:
-            _utf8(text)
-        if self._loses_blank:
-            texts = [f" {text}" if text.startswith(" ") else text for text in texts]
-        with _library():
-            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, np.int64) for encoding in encodings]
-
-    def encode_special(self, texts: list[str]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """Token ids `(length,)` of texts, parsing special tokens, and each token's character span `(length, 2)`."""
-        for text in texts:
-            _utf8(text)
-        with _library():
-            encodings = self._reading_special.encode_batch(texts, add_special_tokens=False)
-        return [
-            (np.array(encoding.ids, np.int64), np.array(encoding.offsets, np.int64).reshape(-1, 2))
-            for encoding in encodings
-        ]
-
-    @cached_property
-    def _reading_special(self) -> Any:
-        reading = require("tokenizers", "bpe").Tokenizer.from_str(self.to_json())
-        reading.encode_special_tokens = False
-        return reading
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of the tokens; special tokens are omitted."""
-        with _library():
-            return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
-
-    def to_json(self) -> str:
-        """The library's own format."""
-        return str(self._tokenizer.to_str(pretty=True))
-
-
-@contextlib.contextmanager
-def _library() -> Iterator[None]:
-    """Reports errors of `tokenizers` in one line: bare Exceptions, and Rust panics, which are not Exceptions."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        raise UserError(f"this is not a tokenizer of Hugging Face's tokenizers: {error}") from None
-
-
-def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
-    """Trains a byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2) with at most `vocab_size` tokens.
-
-    The first token is `<|endoftext|>`, the next 256 are the bytes. If the texts are too short for that many merges,
-    there are fewer tokens. The same texts give the same tokenizer.
-    """
-    if vocab_size < 257:
-        raise UserError(f"vocab_size is {vocab_size}; allowed: 257 or more (256 bytes and {END_OF_TEXT})")
-    library = require("tokenizers", "bpe")
-    tokenizer = library.Tokenizer(library.models.BPE())
-    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = library.decoders.ByteLevel()
-    trainer = library.trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(library.pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return BPETokenizer(tokenizer.to_str())
-
-
 class StreamDecoder:
     """Decodes tokens one by one, returning text as soon as its last character is complete.
 
-    The joined results of `push` and `flush` equal `decode` of all tokens.
+    The joined results of `push` and `flush` equal `decode` of all tokens, if these begin a text.
+
+    Args:
+        tokenizer: of the tokens.
+        begins: whether the tokens begin a text, whose leading blank is not a part of it; else they continue one.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, begins: bool = True) -> None:
         self._tokenizer = tokenizer
-        self._shown: list[int] = []
-        self._pending: list[int] = []
+        self._buffer = codecs.getincrementaldecoder("utf-8")("replace")
+        self._drop_blank = begins and tokenizer.leading_blank
 
     def push(self, token: int) -> str:
         """The text that `token` completes; empty while bytes of a character are missing."""
-        self._pending.append(token)
-        text = self._text()
-        if text.endswith(REPLACEMENT):
-            return ""
-        self._shown, self._pending = self._pending, []
-        return text
+        data = self._tokenizer.token_bytes(token)
+        if self._drop_blank and data:
+            data, self._drop_blank = data.removeprefix(b" "), False
+        return self._buffer.decode(data)
 
-    def flush(self) -> str:
-        """The text of the remaining tokens; bytes that are not UTF-8 become U+FFFD."""
-        text = self._text()
-        self._shown, self._pending = [], []
-        return text
+    @property
+    def whole(self) -> bool:
+        """Whether the text so far ends with a whole character."""
+        return not self._buffer.getstate()[0]
 
-    def _text(self) -> str:
-        # Decoded together with the last tokens shown: some decoders treat the first token of a text differently.
-        shown = len(self._tokenizer.decode(self._shown))
-        return self._tokenizer.decode(self._shown + self._pending)[shown:]
+    def flush(self, cut: bool = False) -> str:
+        """The rest of the text: U+FFFD for a character that stays incomplete; nothing if more tokens were `cut` off."""
+        return "" if cut else self._buffer.decode(b"", final=True)
 
 
-def from_json(text: str) -> Tokenizer:
-    """The tokenizer that `to_json` wrote, or any of Hugging Face's `tokenizers`.
+def from_json(text: str, stated: StatedTokens = NOTHING_STATED) -> Tokenizer:
+    """The tokenizer that `to_json` wrote, or any of Hugging Face's `tokenizers`, with what files next to it state.
 
     Raises:
         UserError: the text is not JSON, or not a tokenizer.
@@ -265,18 +177,20 @@ def from_json(text: str) -> Tokenizer:
     if not isinstance(facts, dict):
         raise UserError("the tokenizer is not a JSON object")
     if "model" in facts:
-        return BPETokenizer(text)
+        return BPETokenizer(text, stated)
     kind, characters, end = facts.get("kind"), facts.get("characters"), facts.get("end_of_text_character")
     if kind == "byte":
         return ByteTokenizer()
+    if kind == "bpe":
+        names = {key: name for key in ("bos_token", "eos_token") if isinstance(name := facts.get(key), str)}
+        stops = facts.get("stop_ids")
+        stated = StatedTokens(names, eos_ids=tuple(stops) if isinstance(stops, list) else ())
+        return BPETokenizer(json.dumps(facts.get("tokenizer")), stated)
     if kind == "char" and isinstance(characters, str) and isinstance(end, str | None):
         return CharTokenizer(characters, end)
-    raise UserError(f"the tokenizer is of kind {kind!r}, or lacks a field; allowed: char, byte, or one of tokenizers")
-
-
-def eos_ids(tokenizer: Tokenizer) -> set[int]:
-    """The tokens that end a text: one, or none."""
-    return set() if tokenizer.eos_id is None else {tokenizer.eos_id}
+    raise UserError(
+        f"the tokenizer is of kind {kind!r}, or lacks a field; allowed: char, byte, bpe, or one of tokenizers"
+    )
 
 
 def same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
@@ -289,17 +203,20 @@ def same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
 def load_tokenizer(path: Path | str) -> Tokenizer:
     """The tokenizer in a JSON file, in a folder in Hugging Face's layout, or of ``hf:NAME``.
 
+    Which tokens begin and end a text is read from the files next to it.
+
     Raises:
         UserError: the file is missing, not UTF-8, or not a tokenizer; names the file.
     """
     path = local_path(str(path))
     if path.is_dir():
-        if not (path / "tokenizer.json").is_file() and (path / "merges.txt").is_file():
-            return _read_merges(path)
-        path = path / "tokenizer.json"
+        path = path / TOKENIZER
+    if not path.is_file() and (path.parent / "merges.txt").is_file():
+        return _read_merges(path.parent)
     text = read_text(path)
+    stated = stated_tokens(path.parent) if path.name == TOKENIZER else NOTHING_STATED
     try:
-        return from_json(text)
+        return from_json(text, stated)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -314,17 +231,7 @@ def _read_merges(folder: Path) -> BPETokenizer:
     tokenizer = library.Tokenizer(model)
     tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = library.decoders.ByteLevel()
-    if tokenizer.token_to_id(END_OF_TEXT) is not None:
-        tokenizer.add_special_tokens([END_OF_TEXT])
-    return BPETokenizer(tokenizer.to_str())
-
-
-def _utf8(text: str) -> bytes:
-    """The UTF-8 bytes of a text; raises UserError for an unpaired surrogate, which is not a character."""
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{text[error.start]!r} is not a character; give valid Unicode text") from None
+    return BPETokenizer(tokenizer.to_str(), stated_tokens(folder))
 
 
 def _codes(text: str) -> NDArray[np.uint32]:

@@ -1,10 +1,21 @@
-"""A conversation with a model that was trained on conversations: messages in, the assistant's next answer out."""
+"""A conversation with a model that was trained on conversations: messages in, the assistant's next answer out.
 
-from collections.abc import Iterator, Sequence
+The answer is what a message of the assistant would have as its content: without what the template writes before it.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from cleangpt.data.chat_template import ChatTemplate, Message, encode_chat, stop_tokens
+from cleangpt.data.chat_template import (
+    ChatTemplate,
+    Message,
+    adds_blank,
+    answer_ends,
+    encode_prompt,
+    special_tokens,
+    stop_tokens,
+)
 from cleangpt.data.tokenizers import Tokenizer
 from cleangpt.inference.engine import Engine
 from cleangpt.inference.sampling import Sampling
@@ -27,10 +38,30 @@ def answer(
     Raises:
         UserError: the template fails, or the tokenizer does not know a character of a message.
     """
+    prompt, special = encode_prompt(template, tokenizer, messages), special_tokens(tokenizer)
+    lead, rest = template.around_answer(messages)
+    ends = stop_tokens(template, tokenizer) | {special[name] for name in answer_ends(rest, [(0, 0)], special)}
     text = template.render(messages, add_generation_prompt=True)
-    ((ids, _),) = encode_chat(tokenizer, [text])
-    engine = Engine(model, device, vocab_size=tokenizer.vocab_size, eos_ids=stop_tokens(template, tokenizer))
-    streamer = TextStreamer(tokenizer)
-    for token in stream_tokens(engine, ids.tolist(), max_new_tokens, sampling):
-        yield streamer.push(token.id)
-    yield streamer.flush()
+    streamer = TextStreamer(tokenizer, begins=adds_blank(tokenizer, text + lead))
+    engine = Engine(model, device, vocab_size=tokenizer.vocab_size, eos_ids=ends)
+
+    def pieces() -> Iterator[str]:
+        count = 0
+        for token in stream_tokens(engine, prompt, max_new_tokens, sampling):
+            count += 1
+            yield streamer.push(token.id)
+        yield streamer.flush(cut=count == max_new_tokens)
+
+    yield from _without(lead, pieces())
+
+
+def _without(lead: str, pieces: Iterable[str]) -> Iterator[str]:
+    """The pieces of a text without `lead` at its start, where it starts so."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        if len(held) < len(lead) and lead.startswith(held):
+            continue
+        yield held.removeprefix(lead)
+        held = lead = ""
+    yield held

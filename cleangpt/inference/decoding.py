@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cleangpt.errors import UserError
+from cleangpt.inference.sampling import NOT_FINITE
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.cache import KVCache
 
@@ -129,4 +130,4 @@ def check_prompt(model: LanguageModel, tokens: Sequence[int]) -> None:
 def check_finite(logprobs: Iterable[float]) -> None:
     """Raises UserError if the logits were not finite, so that no token can be sampled."""
     if any(map(math.isnan, logprobs)):
-        raise UserError("the model's logits are not finite: it has diverged, or its weights are corrupt")
+        raise UserError(NOT_FINITE)

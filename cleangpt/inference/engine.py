@@ -288,7 +288,7 @@ class Engine:
             penalised = sampling.repetition_penalty != 1
             seen = self._state.seen_tokens(logits.shape[-1])[rows] if penalised else None
             part = logits if len(groups) == 1 else logits[rows]
-            if sampling.temperature == 0:
+            if sampling.greedy:
                 tokens = penalize(part, sampling.repetition_penalty, seen).argmax(dim=-1)
             else:
                 generators = [self._running[row].generator for row in rows]

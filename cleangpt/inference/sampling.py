@@ -7,9 +7,14 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from cleangpt.errors import UserError
 from cleangpt.validation import Bounds, Checked, Count, CountOrZero, NonNegative, Positive
 
 Probability = Annotated[float, Bounds(above=0, most=1)]
+GREEDY_BELOW = 1e-5
+"""Temperatures below this one are greedy decoding: the likeliest token has practically all of the probability."""
+SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+NOT_FINITE = "the model's logits are not finite: it has diverged, or its weights are corrupt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +22,7 @@ class Sampling(Checked):
     """How the next token is sampled; the settings are applied in this order."""
 
     temperature: NonNegative = 1.0
-    """Sampling temperature; 0: greedy decoding."""
+    """Sampling temperature; 0, or less than 0.00001: greedy decoding."""
     top_k: Count | None = None
     """Sample from the k most likely tokens (Fan et al. 2018); None: from all."""
     top_p: Probability | None = None
@@ -31,12 +36,17 @@ class Sampling(Checked):
     seed: CountOrZero = field(default=1337, compare=False)
     """Random seed; rows of a batch have this seed and the following ones."""
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature < GREEDY_BELOW
+
 
 GREEDY = Sampling(temperature=0)
 
 
 def distribution(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
-    """The probabilities `(batch, vocab)`, float32, of the next token.
+    """The probabilities `(batch, vocab)`, float32, of the next token; they are finite where the logits are.
 
     Args:
         logits: `(batch, vocab)`.
@@ -44,9 +54,10 @@ def distribution(logits: Tensor, sampling: Sampling, seen: Tensor | None = None)
         seen: which tokens are in each row's context `(batch, vocab)`, bool; for a repetition penalty.
     """
     logits = penalize(logits.float(), sampling.repetition_penalty, seen)
-    if sampling.temperature == 0:
+    if sampling.greedy:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
-    logits = logits / sampling.temperature
+    # Differences to the largest one, which stay finite at small temperatures.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / min(sampling.temperature, LARGEST)
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         least = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -60,17 +71,23 @@ def distribution(logits: Tensor, sampling: Sampling, seen: Tensor | None = None)
 
 
 def penalize(logits: Tensor, repetition_penalty: float, seen: Tensor | None) -> Tensor:
-    """Applies the repetition penalty to the logits `(batch, vocab)` of `seen` tokens; None: no penalty."""
+    """Applies the repetition penalty to the logits `(batch, vocab)` of `seen` tokens; None: no penalty.
+
+    However large or small it is, they stay finite.
+    """
     if seen is None:
         return logits
-    return torch.where(seen, torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
+    factor = max(min(repetition_penalty, LARGEST), SMALLEST)
+    penalized = torch.where(logits > 0, logits / factor, logits * factor).clamp(-LARGEST, LARGEST)
+    return torch.where(seen, penalized, logits)
 
 
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     """Keeps the smallest set of most likely tokens that reaches `top_p`; all others get probability 0."""
     ordered, ids = probabilities.sort(dim=-1, descending=True)
-    # A token is kept if those before it have not reached top_p, so the most likely one always is.
+    # A token is kept if those before it have not reached top_p.
     dropped = ordered.cumsum(dim=-1) - ordered >= top_p
+    dropped[..., 0] = False  # where top_p is 0 in float32
     return probabilities.masked_fill(torch.zeros_like(dropped).scatter_(-1, ids, dropped), 0.0)
 
 
@@ -91,8 +108,13 @@ def sample(probabilities: Tensor, generators: Sequence[torch.Generator]) -> Tens
     Args:
         probabilities: `(batch, vocab)`; they need not sum to 1.
         generators: one for each row.
+
+    Raises:
+        UserError: a row is not a distribution, since logits are not finite.
     """
     cumulative = probabilities.double().cumsum(dim=-1)
+    if not bool((cumulative[:, -1] > 0).all()):  # of NaN, too
+        raise UserError(NOT_FINITE)
     threshold = uniform(generators).to(cumulative.device)[:, None] * cumulative[:, -1:]
-    # right=True: a token of probability 0 is never sampled. The clamp is for NaN, whose index would be out of range.
-    return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=cumulative.shape[1] - 1)
+    # right=True: a token of probability 0 is never sampled.
+    return torch.searchsorted(cumulative, threshold, right=True)[:, 0]

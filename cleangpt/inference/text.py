@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cleangpt.data.dataset import TokenDataset
-from cleangpt.data.tokenizers import StreamDecoder, Tokenizer, eos_ids
+from cleangpt.data.tokenizers import StreamDecoder, Tokenizer
 from cleangpt.errors import UserError
 from cleangpt.inference.engine import Engine, Token
 from cleangpt.inference.sampling import Sampling
@@ -24,20 +24,25 @@ def sample_text(
     tokens = (torch.from_numpy(dataset.tokenizer.encode(prompt)) if prompt else validation_prompt(dataset)).tolist()
     was_training = model.training
     model.eval()
-    engine = Engine(model, device, vocab_size=dataset.vocab_size, eos_ids=eos_ids(dataset.tokenizer))
-    generated = stream_tokens(engine, tokens, count, Sampling(temperature=0.8, seed=seed))
-    text = dataset.tokenizer.decode([*tokens, *(token.id for token in generated)])
+    engine = Engine(model, device, vocab_size=dataset.vocab_size, eos_ids=dataset.tokenizer.stop_ids)
+    generated = [token.id for token in stream_tokens(engine, tokens, count, Sampling(temperature=0.8, seed=seed))]
     model.train(was_training)
-    return text
+    streamer = TextStreamer(dataset.tokenizer)
+    return "".join(map(streamer.push, [*tokens, *generated])) + streamer.flush(cut=len(generated) == count)
 
 
 def validation_prompt(dataset: TokenDataset) -> Tensor:
-    """The start of the validation split: the question of its first row, or its first 16 tokens."""
+    """The start of the validation split: the question of its first row, or at most 16 tokens, of whole characters."""
     split = dataset.splits["val"]
-    length = min(PROMPT_TOKENS, split.tokens)
     if split.masked and split.row_length is not None:
         length = int(split.read_mask(0, split.row_length).argmax())
-    return torch.from_numpy(split.read(0, length).astype("int64"))
+        return torch.from_numpy(split.read(0, length).astype("int64"))
+    tokens = split.read(0, min(PROMPT_TOKENS, split.tokens)).astype("int64")
+    decoder, length = StreamDecoder(dataset.tokenizer), 1
+    for number, token in enumerate(tokens.tolist(), start=1):
+        decoder.push(token)
+        length = number if decoder.whole else length
+    return torch.from_numpy(tokens[:length])
 
 
 def stream_tokens(
@@ -65,10 +70,11 @@ class TextStreamer:
     Args:
         tokenizer: of the tokens.
         stop: texts that end the row; a possible start of one is held back until it is certain.
+        begins: whether the row begins a text; else it continues a prompt.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self._decoder, self._stop, self._held = StreamDecoder(tokenizer), tuple(stop), ""
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), begins: bool = True) -> None:
+        self._decoder, self._stop, self._held = StreamDecoder(tokenizer, begins), tuple(stop), ""
         self.stopped = False
         """Whether a stop text has been generated."""
 
@@ -76,9 +82,9 @@ class TextStreamer:
         """Adds a token; returns the text that can be shown now."""
         return self._release(self._decoder.push(token), last=False)
 
-    def flush(self) -> str:
-        """The remaining text, after the last token."""
-        return self._release(self._decoder.flush(), last=True)
+    def flush(self, cut: bool = False) -> str:
+        """The remaining text, after the last token; without half a character if more tokens were `cut` off."""
+        return self._release(self._decoder.flush(cut), last=True)
 
     def _release(self, text: str, last: bool) -> str:
         if self.stopped:
@@ -119,7 +125,7 @@ def stream(
     Raises:
         UserError: the tokenizer does not know a character of the prompt.
     """
-    tokens, ends = prompt_tokens(tokenizer, prompt), eos_ids(tokenizer)
+    tokens, ends = prompt_tokens(tokenizer, prompt), tokenizer.stop_ids
     if draft is not None:
         generated = speculate(
             model, draft, tokens, device, max_new_tokens=max_new_tokens, draft_tokens=draft_tokens, sampling=sampling,
@@ -130,12 +136,13 @@ def stream(
             model, device, vocab_size=tokenizer.vocab_size, eos_ids=ends, cached=cached, compiled=compiled
         )  # fmt: skip
         generated = stream_tokens(engine, tokens, max_new_tokens, sampling)
-    streamer = TextStreamer(tokenizer, stop)
+    streamer, count = TextStreamer(tokenizer, stop, begins=not prompt), 0
     for token in generated:
+        count += 1
         yield TextChunk(streamer.push(token.id), token)
         if streamer.stopped:
             return
-    yield TextChunk(streamer.flush(), None)
+    yield TextChunk(streamer.flush(cut=count == max_new_tokens), None)
 
 
 def complete(
@@ -156,9 +163,10 @@ def complete(
         UserError: the tokenizer does not know a character of a prompt.
     """
     engine = Engine(
-        model, device, vocab_size=tokenizer.vocab_size, eos_ids=eos_ids(tokenizer), cached=cached, compiled=compiled
+        model, device, vocab_size=tokenizer.vocab_size, eos_ids=tokenizer.stop_ids, cached=cached, compiled=compiled
     )  # fmt: skip
-    streamers, chunks = [TextStreamer(tokenizer, stop) for _ in prompts], [list[TextChunk]() for _ in prompts]
+    streamers = [TextStreamer(tokenizer, stop, begins=not prompt) for prompt in prompts]
+    chunks = [list[TextChunk]() for _ in prompts]
     rows = {
         engine.submit(
             prompt_tokens(tokenizer, prompt), max_new_tokens=max_new_tokens, sampling=sampling, seed=sampling.seed + row
@@ -174,17 +182,19 @@ def complete(
                 engine.cancel(request_id)
     for streamer, row in zip(streamers, chunks, strict=True):
         if not streamer.stopped:
-            row.append(TextChunk(streamer.flush(), None))
+            row.append(TextChunk(streamer.flush(cut=len(row) == max_new_tokens), None))
     return chunks
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str | None) -> list[int]:
-    """The tokens of a prompt, at least one: without a text, the token that precedes a document.
+    """The tokens of a prompt, at least one: without a text, those that precede the first of a document.
 
-    That is the end of text, else a line end, else the first token of the vocabulary.
+    These are the tokenizer's prefix, else the end of text, else a line end, else the first token of the vocabulary.
     """
     if prompt:
         return [int(token) for token in tokenizer.encode(prompt)]
+    if tokenizer.prefix:
+        return list(tokenizer.prefix)
     if tokenizer.eos_id is not None:
         return [tokenizer.eos_id]
     try:

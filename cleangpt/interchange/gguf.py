@@ -11,10 +11,11 @@ from torch import Tensor
 
 from cleangpt.checkpoints.checkpoint import Checkpoint
 from cleangpt.config import ModelConfig
+from cleangpt.data.bpe import byte_letters
 from cleangpt.data.tokenizers import CharTokenizer, Tokenizer
 from cleangpt.errors import UserError, require
-from cleangpt.interchange.huggingface import mapping_of
-from cleangpt.interchange.vocabularies import byte_letters, special_ids, to_tokenizers, word_split
+from cleangpt.interchange.huggingface import check_vocabulary, mapping_of, stop_ids
+from cleangpt.interchange.vocabularies import special_ids, to_tokenizers, word_split
 
 MAGIC = b"GGUF"
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
@@ -34,11 +35,14 @@ def write_gguf(checkpoint: Checkpoint, path: Path) -> None:
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
     assert config.vocab_size is not None
     architecture: str = mapping_of(config).gguf_architecture(config)
+    check_vocabulary(checkpoint)
     vocabulary = vocabulary_of(tokenizer, config.vocab_size)
     writer = library.GGUFWriter(path, architecture)
     try:
         _add_sizes(writer, config)
         _add_vocabulary(writer, vocabulary, special_ids(tokenizer))
+        if others := sorted(stop_ids(checkpoint) - {tokenizer.eos_id}):
+            writer.add_eot_token_id(others[0])
         for name, tensor in tensors_of(config, checkpoint.weights, architecture).items():
             writer.add_tensor(name, tensor.float().contiguous().numpy())
         writer.write_header_to_file()
@@ -106,13 +110,15 @@ def vocabulary_of(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
     types = dict.fromkeys(names, NORMAL)
     types |= {token: CONTROL if entry["special"] else USER_DEFINED for token, entry in added.items()}
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]]
-    bos = names[special_ids(tokenizer)["bos_token"]]
+    if tokenizer.prefix not in ((), (tokenizer.bos_id,)):
+        before = [names[token] for token in tokenizer.prefix]
+        raise UserError(f"the tokenizer puts {before} before a text; allowed in GGUF: bos_token, once")
     return Vocabulary(
         tokens=[names.get(token, f"[PAD{token}]") for token in range(vocab_size)],
         types=[types.get(token, UNUSED) for token in range(vocab_size)],
         merges=merges or [IMPOSSIBLE_MERGE],
         pre_tokenizer=pre_tokenizer,
-        add_bos=repr(bos) in repr(content["post_processor"]),
+        add_bos=bool(tokenizer.prefix),
     )
 
 

@@ -108,6 +108,20 @@ def mapping_of(config: ModelConfig) -> ModuleType:
     return MAPPINGS[type(config)]
 
 
+def check_vocabulary(checkpoint: Checkpoint) -> None:
+    """Checks that the model has an embedding for every token; other programs would fail where they read another.
+
+    Raises:
+        UserError: the tokenizer has more tokens.
+    """
+    known, rows = checkpoint.tokenizer.vocab_size, checkpoint.config.vocab_size
+    if rows is not None and known > rows:
+        raise UserError(
+            f"the tokenizer has {known:,} tokens, the model's embedding {rows:,} rows; allowed: as many rows or more, "
+            f"as after training with model.vocab_size={known} and --init-from"
+        )
+
+
 def write_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
     """Writes a checkpoint into an empty `folder`, for `AutoModelForCausalLM` and `AutoTokenizer`.
 
@@ -115,13 +129,14 @@ def write_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
         UserError: Hugging Face does not support the model or its tokenizer.
     """
     mapping = mapping_of(checkpoint.config)
-    special = {f"{name}_id": token for name, token in special_ids(checkpoint.tokenizer).items()}
+    check_vocabulary(checkpoint)
+    special = _special_ids(checkpoint)
     dtype = str(next(iter(checkpoint.weights.values())).dtype).removeprefix("torch.")
     entries = mapping.config_to_huggingface(checkpoint.config) | special | {"torch_dtype": dtype}
     tokenizer = to_tokenizers(checkpoint.tokenizer)
     _check_word_split(entries["model_type"], tokenizer)
     write_json(folder / CONFIG, entries)
-    write_json(folder / GENERATION_CONFIG, special | _stops(checkpoint))
+    write_json(folder / GENERATION_CONFIG, special)
     write_json(folder / TOKENIZER, tokenizer)
     write_json(folder / TOKENIZER_CONFIG, _tokenizer_config(checkpoint))
     if checkpoint.chat_template is not None:
@@ -144,11 +159,18 @@ def _check_word_split(kind: str, tokenizer: dict[str, Any]) -> None:
         )
 
 
-def _stops(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The tokens that end an answer, for a model with a chat template."""
-    if checkpoint.chat_template is None:
-        return {}
-    return {"eos_token_id": sorted(stop_tokens(checkpoint.chat_template, checkpoint.tokenizer))}
+def stop_ids(checkpoint: Checkpoint) -> set[int]:
+    """All tokens that end a text of a model, or an answer."""
+    template, tokenizer = checkpoint.chat_template, checkpoint.tokenizer
+    return set(tokenizer.stop_ids) if template is None else stop_tokens(template, tokenizer)
+
+
+def _special_ids(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The tokens before a text as it was trained on, and all tokens that end a text or an answer."""
+    tokenizer = checkpoint.tokenizer
+    before = [*tokenizer.prefix, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])]
+    ids = {"bos_token_id": before[:1], "eos_token_id": sorted(stop_ids(checkpoint))}
+    return {name: tokens[0] if len(tokens) == 1 else tokens for name, tokens in ids.items() if tokens}
 
 
 def _tokenizer_config(checkpoint: Checkpoint) -> dict[str, Any]:

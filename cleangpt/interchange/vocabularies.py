@@ -8,16 +8,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cleangpt.data.bpe import byte_letters
 from cleangpt.data.dataset import TOKENIZER
-from cleangpt.data.tokenizers import (
-    BOS_TOKENS,
-    END_OF_TEXT,
-    BPETokenizer,
-    ByteTokenizer,
-    CharTokenizer,
-    Tokenizer,
-    load_tokenizer,
-)
+from cleangpt.data.special_tokens import END_OF_TEXT
+from cleangpt.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from cleangpt.errors import UserError, parsing
 from cleangpt.files import read_json
 
@@ -25,16 +19,6 @@ CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {CONTRACTIONS + r"\p{N}{1,3}" + REST: "llama-bpe", CONTRACTIONS + r"\p{N}" + REST: "qwen2"}
 """llama.cpp's names of the patterns that split a text into words before byte pairs are merged."""
-
-
-def byte_letters() -> list[str]:
-    """The character that represents each byte in a byte-level BPE (Radford et al. 2019, as released).
-
-    Visible characters of Latin-1 represent themselves; the other bytes get the characters from U+0100 on.
-    """
-    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return [chr(byte) if byte in visible else chr(0x100 + hidden.index(byte)) for byte in range(256)]
 
 
 def name_of(tokenizer: Tokenizer, token: int) -> str:
@@ -45,15 +29,13 @@ def name_of(tokenizer: Tokenizer, token: int) -> str:
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """The ids of `bos_token` and `eos_token`, which begin and end a document; empty if there are none.
+    """The ids of `bos_token` and `eos_token`, which begin and end a document; without those that there are not.
 
     Without a token for the beginning, both are the same, as in GPT-2.
     """
-    if tokenizer.eos_id is None:
-        return {}
-    known = tokenizer.vocabulary if isinstance(tokenizer, BPETokenizer) else {}
-    bos = next((known[name] for name in BOS_TOKENS if name in known), tokenizer.eos_id)
-    return {"bos_token": bos, "eos_token": tokenizer.eos_id}
+    bos = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    around = {"bos_token": bos, "eos_token": tokenizer.eos_id}
+    return {name: token for name, token in around.items() if token is not None}
 
 
 def to_tokenizers(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -63,7 +45,7 @@ def to_tokenizers(tokenizer: Tokenizer) -> dict[str, Any]:
         UserError: the tokenizer cannot be expressed there.
     """
     if isinstance(tokenizer, BPETokenizer):
-        content: dict[str, Any] = json.loads(tokenizer.to_json())
+        content: dict[str, Any] = json.loads(tokenizer.library_json())
         return content
     if isinstance(tokenizer, CharTokenizer):
         parts = _characters(tokenizer.characters)

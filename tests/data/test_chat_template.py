@@ -1,6 +1,7 @@
 """Chat templates render as Hugging Face renders them, tell answers from questions, and can do no harm."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from cleangpt.data.chat_template import (
     PLAIN,
     ChatTemplate,
+    answer_ends,
     answer_mask,
     check_messages,
     encode_chat,
@@ -234,12 +236,13 @@ def test_an_older_folder_has_its_template_among_the_settings(entry: Any, tmp_pat
     [("chatml", "", "<|im_end|>"), ("headers", "", "<|eot_id|>"), ("brackets", " ", "</s>"), ("lines", "", "</s>")],
 )
 def test_an_answer_is_what_the_assistant_says_and_the_token_that_ends_it(name: str, begin: str, end: str) -> None:
-    template = ours(TEMPLATES[name])
+    template = replace(ours(TEMPLATES[name]), ends=(end,))
     answers = learned(template, BPE, LONG)
     said = [message["content"] for message in LONG if message["role"] == "assistant"]
     assert [BPE.decode(ids) for ids in answers] == [begin + content for content in said]
     assert {ids[-1] for ids in answers} == {BPE.special[end]}
     assert stop_tokens(template, BPE) == {BPE.special[end], BPE.eos_id}
+    assert answer_ends(*template.render_answers(LONG, BPE.special), BPE.special) == {end}
 
 
 CHAR = CharTokenizer(
@@ -354,6 +357,10 @@ def test_a_template_survives_its_file(tmp_path: Path) -> None:
     template = ours(CHATML)
     (tmp_path / "chat_template.json").write_text(template.to_json(), encoding="utf-8")
     assert find_template(tmp_path) == template
+    ending = replace(template, ends=("<|im_end|>", "</s>"))
+    (tmp_path / "chat_template.json").write_text(ending.to_json(), encoding="utf-8")
+    found = find_template(tmp_path)
+    assert found == template and found is not None and found.ends == ending.ends
     assert load_template(str(tmp_path), BPE) == template
 
 
@@ -391,6 +398,13 @@ def test_a_missing_template_is_told(tmp_path: Path) -> None:
         ([{"role": "user"}], "message 1 has no text as its content"),
         ([*SHORT, {"content": "a"}], "message 3 has no text as its role"),
         (["hello"], "message 1 has no text as its role"),
+        ([{"role": "user", "content": []}], "message 1 has no text as its content"),
+        ([{"role": "user", "content": 5}], "message 1 has no text as its content"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": "a"}]}],
+            "message 1 has a part of type 'image_url' in its content; allowed: text",
+        ),
+        ([{"role": "user", "content": "a", "name": "\ufdd1"}], r"message 1 has U\+FDD0 or U\+FDD1, not characters"),
         ([{"role": "user", "content": None}], "message 1 has no text as its content"),
         ([{"role": "user", "content": "\ufdd0"}], r"message 1 has U\+FDD0 or U\+FDD1, not characters"),
     ],
@@ -398,3 +412,37 @@ def test_a_missing_template_is_told(tmp_path: Path) -> None:
 def test_messages_that_are_none_are_told_with_their_place(messages: object, message: str) -> None:
     with pytest.raises(UserError, match=f"^line 7: {message}"):
         check_messages(messages, "line 7")
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (
+            {"role": "user", "content": [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]},
+            {"content": "a b"},
+        ),
+        ({"role": "user", "content": ["a", {"text": "b", "type": None}]}, {"content": "ab"}),
+        ({"role": "user", "content": "a", "name": None, "tool_calls": None}, {"content": "a"}),
+        (
+            {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]},
+            {"content": None, "tool_calls": [{"type": "function"}]},
+        ),
+    ],
+)
+def test_messages_of_the_field_are_brought_into_the_form_of_templates(
+    message: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    assert check_messages([message], "line 7") == [{"role": message["role"], **expected}]
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ({"role": "assistant", "content": None, "tool_calls": [{}]}, "message 2 has tool calls"),
+        ({"role": "assistant", "content": "a", "tool_calls": [{}]}, "message 2 has tool calls"),
+        ({"role": "assistant", "content": None}, "message 2 has no text"),
+    ],
+)
+def test_the_plain_template_loses_nothing_in_silence(message: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=f"^{told}, for which the plain chat template has no form"):
+        plain_template(BPE).render([SHORT[0], message])

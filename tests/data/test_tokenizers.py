@@ -24,6 +24,7 @@ from cleangpt.data.tokenizers import (
     train_bpe,
 )
 from cleangpt.errors import UserError
+from tests.sentence_piece import BLANK, METASPACE, PREPENDING
 
 LETTERS = "abc déñ漢🙂\n"
 STORY = "the cat sat on the mat, the other cat sat on that hat. " * 20
@@ -144,8 +145,10 @@ def test_json_keeps_everything(tokenizer: Tokenizer, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"kind": "char"}', '{"kind": "char", "characters": 5}', '{"model": {}}', "[" * 10**5]
-)
+    "text",
+    ["", "{", "[]", "{}", '{"kind": "char"}', '{"kind": "char", "characters": 5}', '{"model": {}}', "[" * 10**5,
+     '{"kind": "bpe"}', '{"kind": "bpe", "stop_ids": 5, "tokenizer": {}}'],
+)  # fmt: skip
 def test_a_malformed_file_is_one_line(text: str, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text(text, encoding="utf-8")
@@ -185,41 +188,8 @@ def test_streaming_shows_whole_characters_at_once(text: str) -> None:
 
 # In SentencePiece's manner -------------------------------------------------------------------------------------------
 
-BLANK = "\u2581"
-"""Stands for a blank within such a tokenizer."""
-
-
-def sentence_piece(normalizer: object = None, pre_tokenizer: object = None) -> str:
-    """A tokenizer of the form of Llama 2's: a blank before every text, bytes for what the vocabulary lacks."""
-    letters = f"{BLANK}acehmnost"
-    vocabulary = dict.fromkeys(["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters])
-    merges = [("t", "h"), ("th", "e"), (BLANK, "the"), ("a", "t"), ("c", "at"), (BLANK, "cat")]
-    vocabulary |= dict.fromkeys("".join(pair) for pair in merges)
-    peer = library.Tokenizer(
-        library.models.BPE(
-            {name: number for number, name in enumerate(vocabulary)}, merges, unk_token="<unk>", byte_fallback=True
-        )
-    )
-    if normalizer is not None:
-        peer.normalizer = normalizer
-    if pre_tokenizer is not None:
-        peer.pre_tokenizer = pre_tokenizer
-    decoders = library.decoders
-    peer.decoder = decoders.Sequence(
-        [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    peer.add_special_tokens(["<unk>", "<s>", "</s>"])
-    peer.post_processor = library.processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
-    return peer.to_str()
-
-
-PREPENDING = sentence_piece(
-    library.normalizers.Sequence([library.normalizers.Prepend(BLANK), library.normalizers.Replace(" ", BLANK)])
-)
-METASPACE = sentence_piece(None, library.pre_tokenizers.Metaspace(prepend_scheme="first", split=False))
 blank_text = valid_text.filter(lambda text: BLANK not in text)
+LOADED = {content: BPETokenizer(content) for content in (PREPENDING, METASPACE, BPE.to_json())}
 
 
 @pytest.mark.parametrize("content", [PREPENDING, METASPACE], ids=["prepending", "metaspace"])
@@ -250,10 +220,55 @@ def test_special_tokens_in_a_conversation_are_read_as_transformers_reads_them(co
     assert places.tolist() == [list(place) for place in theirs["offset_mapping"]]
 
 
-def test_a_text_gets_no_token_that_a_post_processor_adds() -> None:
+def test_a_text_begins_as_a_post_processor_has_it_and_does_not_end() -> None:
     peer = library.Tokenizer.from_str(PREPENDING)
-    assert peer.encode("the cat").ids == [1, *BPETokenizer(PREPENDING).encode("the cat").tolist(), 2]
-    assert BPETokenizer(PREPENDING).eos_id == 2
+    assert peer.encode("the cat").ids == [*BPETokenizer(PREPENDING).encode("the cat").tolist(), 2]
+    assert (BPETokenizer(PREPENDING).prefix, BPETokenizer(PREPENDING).eos_id) == ((1,), 2)
+
+
+@pytest.mark.parametrize("content", [PREPENDING, METASPACE, BPE.to_json()], ids=["prepending", "metaspace", "bytes"])
+@given(texts=st.lists(blank_text, max_size=3), places=st.lists(st.integers(0, 2), max_size=3))
+def test_streaming_is_decoding_where_special_tokens_stand_within(
+    content: str, texts: list[str], places: list[int]
+) -> None:
+    tokenizer, theirs = LOADED[content], library.Tokenizer.from_str(content)
+    special = list(tokenizer.special.values())
+    ids = [special[place % len(special)] for place in places]
+    for text in texts:
+        ids += [*tokenizer.encode(text).tolist(), special[-1]]
+    decoder = StreamDecoder(tokenizer)
+    streamed = "".join([decoder.push(token) for token in ids] + [decoder.flush()])
+    assert streamed == tokenizer.decode(ids) == theirs.decode(ids)
+
+
+@pytest.mark.parametrize("content", [PREPENDING, METASPACE], ids=["prepending", "metaspace"])
+@given(data=st.binary(max_size=12))
+def test_bytes_that_are_no_character_leave_their_neighbours_whole(content: str, data: bytes) -> None:
+    """`tokenizers` decodes a run of bytes to U+FFFD throughout if one of them is wrong."""
+    tokenizer = LOADED[content]
+    ids = [tokenizer.vocabulary[f"<0x{byte:02X}>"] for byte in data]
+    assert tokenizer.decode(tokenizer.encode("the").tolist() + ids) == "the" + data.decode("utf-8", "replace")
+
+
+CUT = {"bytes": ByteTokenizer(), "byte pairs": BPE, "byte fallback": BPETokenizer(PREPENDING)}
+
+
+@pytest.mark.parametrize("tokenizer", CUT.values(), ids=CUT)
+@given(text=st.text("aé漢🙂", max_size=8), kept=st.integers(0, 40))
+def test_a_text_that_is_cut_loses_the_character_it_is_cut_in_and_no_other(
+    tokenizer: Tokenizer, text: str, kept: int
+) -> None:
+    ids = tokenizer.encode(text).tolist()[:kept]
+    decoder = StreamDecoder(tokenizer)
+    shown = "".join(map(decoder.push, ids)) + decoder.flush(cut=True)
+    assert text.startswith(shown)
+    assert b"".join(map(tokenizer.token_bytes, ids)).removeprefix(b" ").decode("utf-8", "ignore") == shown
+
+
+def test_a_character_that_can_never_be_whole_is_shown_as_such() -> None:
+    decoder = StreamDecoder(ByteTokenizer())
+    assert [decoder.push(token) for token in (0xE6, 0x97, 0x41)] == ["", "", "\ufffdA"]
+    assert (decoder.push(0xE6), decoder.flush()) == ("", "\ufffd")
 
 
 @pytest.mark.parametrize(

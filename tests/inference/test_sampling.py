@@ -16,6 +16,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from cleangpt.errors import UserError
 from cleangpt.inference.sampling import Sampling, distribution, sample, seeded
 
 THEIRS = {
@@ -46,6 +47,55 @@ def test_the_distribution_is_that_of_hugging_face(fields: dict[str, Any], penalt
 def test_temperature_0_leaves_the_most_likely_token_alone() -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, -1.0, 0.0]])
     assert distribution(logits, Sampling(temperature=0)).tolist() == [[0, 1, 0], [1, 0, 0]]
+
+
+LOGITS = torch.tensor([[4.0, 5.0, 3.0, -2.0], [-1.0, -3.0, 0.5, -0.5]])
+SEEN = torch.tensor([[False, True, False, True], [True, False, True, False]])
+EXTREMES: list[dict[str, float]] = [
+    *({name: value} for name in ("top_p", "min_p") for value in (5e-324, 1e-45, 1e-38, 1e-7, 1.0)),
+    *({"temperature": value} for value in (5e-324, 1e-45, 1e-38, 1e-37, 1e-20, 1e-6, 1e38, 1e39, 1.7e308)),
+    *({"repetition_penalty": value} for value in (5e-324, 1e-45, 1e-38, 1e38, 1e39, 1.7e308)),
+    {"temperature": 1e-4, "repetition_penalty": 1e38, "top_p": 1e-45, "min_p": 1.0},
+]
+
+
+@pytest.mark.parametrize("fields", EXTREMES, ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30, 0.0])
+def test_every_setting_within_its_range_gives_a_distribution(fields: dict[str, Any], scale: float) -> None:
+    probabilities = distribution(LOGITS * scale, Sampling(**fields), SEEN)
+    assert (probabilities >= 0).all()
+    torch.testing.assert_close(probabilities.sum(-1), torch.ones(2))
+
+
+@pytest.mark.parametrize("temperature", [0, 5e-324, 1e-45, 1e-38, 1e-37, 1e-20, 9e-6])
+def test_a_very_small_temperature_is_greedy(temperature: float) -> None:
+    sampling = Sampling(temperature=temperature)
+    assert sampling.greedy and distribution(LOGITS, sampling).argmax(-1).tolist() == [1, 2]
+    ties = torch.tensor([[1.0, 3.0, 3.0, 0.0]])
+    assert distribution(ties, sampling).tolist() == distribution(ties, Sampling(temperature=0)).tolist()
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"top_p": 5e-324}, [1, 2]),
+        ({"min_p": 1.0}, [1, 2]),
+        ({"temperature": 1e-3}, [1, 2]),
+        ({"repetition_penalty": 1e300}, [0, 2]),
+        ({"repetition_penalty": 1e-300}, [1, 2]),
+    ],
+    ids=str,
+)
+def test_extremes_take_the_token_that_their_limit_takes(fields: dict[str, Any], expected: list[int]) -> None:
+    assert distribution(LOGITS, Sampling(**fields), SEEN).argmax(-1).tolist() == expected
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("temperature", [0.5, 1e30])
+def test_logits_that_are_not_finite_are_told_rather_than_sampled_from(value: float, temperature: float) -> None:
+    logits = torch.tensor([[0.0, value, 1.0]])
+    with pytest.raises(UserError, match="logits are not finite"):
+        sample(distribution(logits, Sampling(temperature=temperature)), [seeded(1)])
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

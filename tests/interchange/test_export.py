@@ -1,6 +1,7 @@
 """`cleangpt export`: where it writes, what it replaces, and what it leaves behind when it fails."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from cleangpt.checkpoints.checkpoint import Checkpoint
 from cleangpt.commands import main
 from cleangpt.data.tokenizers import ByteTokenizer
+from cleangpt.errors import UserError
 from cleangpt.experiment import Experiment
 from cleangpt.interchange import huggingface
 from cleangpt.interchange.export import export
@@ -68,6 +70,16 @@ def test_nothing_is_left_of_an_export_that_failed(checkpoint: Checkpoint, monkey
     monkeypatch.setattr(huggingface, "save_file", fail)
     with pytest.raises(OSError, match="no space"):
         export(checkpoint, "hf", Path("out"))
+    assert not any(Path().iterdir())
+
+
+@pytest.mark.parametrize("kind", ["hf", "gguf"])
+def test_a_tokenizer_larger_than_the_embedding_is_refused(kind: str, workplace: Path) -> None:
+    pytest.importorskip("gguf")
+    config = replace(CONFIG, vocab_size=256)
+    checkpoint = Checkpoint(workplace / "mine", config, ByteTokenizer(), dict(build_model(config).state_dict()), {})
+    with pytest.raises(UserError, match="the tokenizer has 257 tokens, the model's embedding 256 rows"):
+        export(checkpoint, kind, Path("out"))
     assert not any(Path().iterdir())
 
 

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers as library
 import torch
 
 from cleangpt.checkpoints.checkpoint import Checkpoint
 from cleangpt.config import ModelConfig
+from cleangpt.data.special_tokens import StatedTokens
 from cleangpt.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, train_bpe
 from cleangpt.errors import UserError
 from cleangpt.interchange.export import export
@@ -79,6 +81,36 @@ def test_a_file_names_its_model_and_its_tensors(tmp_path: Path) -> None:
     assert len(tensors) == len(checkpoint.weights)
     stacked = torch.from_numpy(tensors["blk.1.ffn_down_exps.weight"].copy())
     assert torch.equal(stacked, checkpoint.weights["blocks.1.mlp.down"])
+
+
+def surrounded(before: str) -> BPETokenizer:
+    """Byte pairs with several ends of text; `before` is what a post-processor puts before a text."""
+    peer = library.Tokenizer.from_str(BPE.to_json())
+    peer.add_special_tokens(["<B>", "<E>", "<T>"])
+    ids = [(name, peer.token_to_id(name)) for name in ("<B>", "<E>")]
+    peer.post_processor = library.processors.TemplateProcessing(single=f"{before} $A <E>".strip(), special_tokens=ids)
+    names = {"bos_token": "<B>", "eos_token": "<E>"}
+    return BPETokenizer(peer.to_str(), StatedTokens(names, eos_ids=(peer.token_to_id("<T>"),)))
+
+
+@pytest.mark.parametrize("before", ["", "<B>"])
+def test_a_file_says_what_begins_and_ends_a_text(before: str, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    tokenizer = surrounded(before)
+    export(checkpoint_of(LLAMA_SMALL, tokenizer), "gguf", tmp_path / "model.gguf")
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    found = {name: fields[f"tokenizer.ggml.{name}"].contents() for name in
+             ("add_bos_token", "bos_token_id", "eos_token_id", "eot_token_id")}  # fmt: skip
+    special = tokenizer.special
+    assert found == {"add_bos_token": bool(before), "bos_token_id": special["<B>"], "eos_token_id": special["<E>"],
+                     "eot_token_id": special["<T>"]}  # fmt: skip
+
+
+def test_what_llama_cpp_would_not_put_before_a_text_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"the tokenizer puts \['<B>', '<B>'\] before a text; allowed in GGUF: bos_token"
+    ):
+        vocabulary_of(surrounded("<B> <B>"), 448)
 
 
 def test_only_an_earlier_export_is_replaced(tmp_path: Path) -> None:
