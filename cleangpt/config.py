@@ -180,9 +180,9 @@ class LoRAConfig(Checked, section="fine_tuning.lora"):
     """Scale of the adapters: their output is multiplied by alpha / rank."""
     dropout: ShareBelowOne = 0.0
     """Dropout probability of the adapters' inputs in training."""
-    targets: tuple[str, ...] = ("blocks.*",)
-    """Name patterns of the linear layers that get adapters, such as blocks.*.attention.*; routers and stacked experts
-    never do."""
+    targets: tuple[str, ...] = ()
+    """Name patterns of the linear layers that get adapters, such as blocks.*.attention.*; empty: all in the model's
+    blocks. Routers and stacked experts never do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +243,8 @@ class TrainingConfig(Checked, section="training"):
     recompute_every: Count | None = None
     """Activation checkpointing of every n-th block, which recomputes its activations in the backward pass; 1: all
     blocks; None: off."""
+    recompute: Literal["full", "selective"] = "full"
+    """What such a block recomputes: everything from its input, or everything but matrix products and attention."""
     loss_chunk: Count | None = None
     """Compute the loss in chunks of this many tokens, to save the memory of their logits with a large vocabulary;
     None: all tokens of a micro-batch at once."""
@@ -266,6 +268,8 @@ class TrainingConfig(Checked, section="training"):
         if len(given) != 1:
             found = " and ".join(f"training.{name} {value}" for name, value in given.items()) or "none of them"
             raise UserError(f"the run's length is {found}; allowed: one of training.{', training.'.join(LENGTHS)}")
+        if self.recompute == "selective" and self.recompute_every is None:
+            raise UserError("training.recompute is 'selective'; allowed without training.recompute_every: full")
 
     @property
     def num_macro_batches(self) -> int:

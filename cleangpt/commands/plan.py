@@ -11,6 +11,7 @@ from cleangpt.distributed.datasheets import find_device
 from cleangpt.errors import UserError
 from cleangpt.files import write_json
 from cleangpt.planning.plan import make_plan
+from cleangpt.planning.published import show_published
 from cleangpt.planning.tables import show
 
 FIELDS: list[tuple[str, Any, Any]] = [
@@ -19,12 +20,20 @@ FIELDS: list[tuple[str, Any, Any]] = [
     ("devices_per_node", Annotated[int, tyro.conf.arg(help="Devices per machine.")], 8),
     ("tokens", Annotated[int | None, tyro.conf.arg(help="Token budget; None: the experiment's length.")], None),
     ("price", Annotated[float | None, tyro.conf.arg(help="Dollars per device and hour; None: an estimate.")], None),
+    (
+        "published",
+        Annotated[bool, tyro.conf.arg(help="Compare plans with published measurements, and plan nothing.")],
+        False,
+    ),
     ("json", Annotated[str | None, tyro.conf.arg(help="Also write the plan to this JSON file.")], None),
 ]
 
 
 def command(words: Sequence[str]) -> None:
-    """Prints a plan as a table."""
+    """Prints a plan as a table, or with `--published` a table of plans beside measurements."""
+    if "--published" in words:
+        show_published()
+        return
     chosen: Any = parse_experiment(words, "plan", "Memory, time and cost of training {}, from data sheets", FIELDS)
     if chosen.json is not None and (not Path(chosen.json).parent.is_dir() or Path(chosen.json).is_dir()):
         raise UserError(f"--json is {chosen.json!r}; allowed: a file in a folder that exists")

@@ -26,6 +26,12 @@ class Device:
     bf16: float = 0.0
     fp16: float = 0.0
     fp8: float = 0.0
+    matmul_share: float = 0.50
+    """Share of the peak FLOP/s that programs reach in large matrix products: 0.50 on an H100, and assumed where nothing
+    was measured; an A100 comes closer to its peak. Both were set looking at rows of docs/planning.md."""
+    attention_share: float = 0.35
+    """Share of the peak 16-bit FLOP/s in fused attention: FlashAttention-2's on an H100 (Shah et al. 2024,
+    "FlashAttention-3"), on an A100 0.60 (Dao 2023, "FlashAttention-2", section 4.1)."""
     link: float
     """Bandwidth to other devices of the machine, in bytes/s per direction."""
     hop: float = 3.4e-6
@@ -77,12 +83,12 @@ _TABLE = [
     Device(
         name="a100", product="A100", memory=80 * GIB, bandwidth=2.039e12,
         fp32=19.5e12, tf32=156e12, bf16=312e12, fp16=312e12,
-        link=300e9, network=25e9, price=1.8,
+        link=300e9, network=25e9, matmul_share=0.70, attention_share=0.60, price=1.8,
     ),
     Device(
         name="a100-40gb", product="A100", memory=40 * GIB, bandwidth=1.555e12,
         fp32=19.5e12, tf32=156e12, bf16=312e12, fp16=312e12,
-        link=300e9, network=12.5e9, price=1.3,
+        link=300e9, network=12.5e9, matmul_share=0.70, attention_share=0.60, price=1.3,
     ),
     Device(
         name="l40s", product="L40S", memory=48 * GIB, bandwidth=864e9,

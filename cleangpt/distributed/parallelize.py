@@ -16,11 +16,18 @@ another strategy and on another number of devices.
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from cleangpt.distributed.layout import Layout
 from cleangpt.distributed.tensors import distribute_like, full_tensor
@@ -105,23 +112,46 @@ def wrap_ddp(model: LanguageModel, layout: Layout, device: torch.device) -> Lang
     return cast(LanguageModel, wrapped)
 
 
-def apply_activation_checkpointing(model: LanguageModel, every: int | None) -> None:
+def apply_activation_checkpointing(model: LanguageModel, every: int | None, selective: bool = False) -> None:
     """Checkpoints activations of every `every`-th block: only its input is kept, the rest recomputed in backward.
 
-    Chen et al. 2016, "Training deep nets with sublinear memory cost". Results do not change, dropout included. The
-    block's `forward` is replaced rather than wrapped in a module, which would rename its parameters.
+    Chen et al. 2016, "Training deep nets with sublinear memory cost". With `selective`, the results of matrix products
+    and of attention are kept as well, so that nothing expensive is computed twice. Results do not change, dropout
+    included. The block's `forward` is replaced rather than wrapped in a module, which would rename its parameters.
     """
+    contexts = partial(create_selective_checkpoint_contexts, keep_products) if selective else noop_context_fn
     for block in list(model.layers())[::every] if every else []:
-        block.forward = _checkpointed(block.forward)
+        block.forward = _checkpointed(block.forward, contexts)
 
 
-def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _checkpointed(forward: Callable[..., Any], contexts: Callable[[], Any]) -> Callable[..., Any]:
     """A function, not a `partial`: torch.compile silently skips a block whose `forward` is a partial."""
 
     def checkpointed(*inputs: Any) -> Any:
-        return checkpoint(forward, *inputs, use_reentrant=False)
+        return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts)
 
     return checkpointed
+
+
+PRODUCTS = {
+    getattr(torch.ops.aten, name)
+    for name in (
+        "mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+    )
+}  # fmt: skip
+"""PyTorch's matrix products and fused attention; FlexAttention is recomputed."""
+
+
+def keep_products(context: SelectiveCheckpointContext, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Keeps the results of PRODUCTS, but not those of attention with dropout: the recomputation draws every random
+    number again, and would draw others for what comes after it."""
+    if getattr(operation, "overloadpacket", None) not in PRODUCTS:
+        return CheckpointPolicy.PREFER_RECOMPUTE
+    names = [argument.name for argument in operation._schema.arguments]
+    random = (dict(zip(names, args, strict=False)) | kwargs).get("dropout_p", 0.0) > 0
+    return CheckpointPolicy.PREFER_RECOMPUTE if random else CheckpointPolicy.MUST_SAVE
 
 
 def gradient_sync(model: LanguageModel, last: bool) -> AbstractContextManager[Any]:

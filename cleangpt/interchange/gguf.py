@@ -20,6 +20,8 @@ from cleangpt.interchange.vocabularies import special_ids, to_tokenizers, word_s
 MAGIC = b"GGUF"
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 """Token types in GGUF."""
+MOST = 512
+"""Layers and experts that llama.cpp has room for."""
 IMPOSSIBLE_MERGE = "<|endoftext|> <|endoftext|>"
 """GGUF has no empty lists, and llama.cpp no vocabulary without merges; this one never applies, since neither part is a
 byte letter."""
@@ -36,6 +38,9 @@ def write_gguf(checkpoint: Checkpoint, path: Path) -> None:
     assert config.vocab_size is not None
     architecture: str = mapping_of(config).gguf_architecture(config)
     check_vocabulary(checkpoint)
+    for field in ("n_layers", "n_experts"):
+        if (count := vars(config).get(field) or 0) > MOST:
+            raise UserError(f"model.{field} is {count}; allowed in GGUF: at most {MOST}")
     vocabulary = vocabulary_of(tokenizer, config.vocab_size)
     writer = library.GGUFWriter(path, architecture)
     try:

@@ -1,9 +1,11 @@
 """Reads and writes checkpoints in Hugging Face's layout: `config.json`, safetensors, `tokenizer.json`."""
 
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,6 +29,9 @@ MAPPINGS: dict[type[ModelConfig], ModuleType] = {GPTConfig: gpt, LlamaConfig: ll
 """The module that converts each architecture, by configuration class."""
 MODEL_TYPES: dict[str, ModuleType] = {"gpt2": gpt, **dict.fromkeys(llama.HF_FAMILIES, llama)}
 """The same by Hugging Face's `model_type`."""
+HEAD = "lm_head.weight"
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Of weights; other floats come with scales."""
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -66,12 +71,47 @@ def read_huggingface(folder: Path) -> Checkpoint:
     mapping = MODEL_TYPES[kind]
     try:
         with parsing(CONFIG):
+            _check_plain(entries)
             config: ModelConfig = mapping.config_from_huggingface(entries)
         with parsing(WEIGHTS, RuntimeError):
-            weights: dict[str, Tensor] = mapping.from_huggingface(config, _read_weights(folder))
+            found = _read_weights(folder)
+            weights: dict[str, Tensor] = mapping.from_huggingface(config, found)
+            _check_weights(
+                found, mapping.used_weights(config), mapping.UNUSED_WEIGHTS, weights["token_embedding.weight"]
+            )
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     return Checkpoint(folder, config, read_tokenizer(folder), weights, {"model_type": kind}, find_template(folder))
+
+
+def _check_plain(entries: dict[str, Any]) -> None:
+    """Checks that weights mean themselves: that they are not quantized."""
+    for name in ("quantization_config", "compression_config"):
+        if entries.get(name):
+            raise UserError(f"config.json has a {name}; allowed: none, since quantized weights are not read")
+
+
+def _check_weights(found: dict[str, Tensor], used: set[str], ignored: str, embedding: Tensor) -> None:
+    """Checks that the model uses all weights of a file, as they are.
+
+    Args:
+        found: the weights of the file, by Hugging Face's names.
+        used: names of weights that the model reads.
+        ignored: regular expression of names that are not weights.
+        embedding: of tokens, which a tied head has to equal.
+
+    Raises:
+        UserError: there is a weight that the configuration knows nothing of, such as a bias, or one is quantized.
+    """
+    unused = sorted(name for name in found if name not in used and not re.fullmatch(ignored, name))
+    if unused == [HEAD] and torch.equal(found[HEAD], embedding):
+        unused = []
+    if unused:
+        tied = " and tie_word_embeddings true" if unused[0] == HEAD else ""
+        raise UserError(f"the weights have {unused[0]!r}, which a model with this config.json{tied} does not use")
+    for name in sorted(used & found.keys()):
+        if found[name].dtype not in DTYPES:
+            raise UserError(f"{name} is stored as {found[name].dtype}; allowed: floats of 16 bits or more")
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

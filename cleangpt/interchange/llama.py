@@ -1,4 +1,7 @@
-"""Llama, Mistral, Mixtral, Qwen 2 and Qwen 3 as Hugging Face and GGUF store them: configuration, names, weights."""
+"""Llama, Mistral, Mixtral, Qwen 2 and Qwen 3 as Hugging Face and GGUF store them: configuration, names, weights.
+
+More than 400 lines, since six families share it, each with its own defaults.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -64,6 +67,51 @@ FIELDS = {
     "hidden_dim": "intermediate_size",
 }
 """Fields of `LlamaConfig` and their names in every `config.json`."""
+
+_COMMON: dict[str, Any] = {
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "hidden_size": 4096,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "partial_rotary_factor": 1.0,
+    "sliding_window": None,
+}
+_MISTRAL = {"vocab_size": 32000, "max_position_embeddings": 131072, "intermediate_size": 14336}
+_QWEN = {"vocab_size": 151936, "max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096}
+_DENSE_QWEN = {"intermediate_size": 22016, "num_key_value_heads": 32, "max_window_layers": 28}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": _COMMON | {"vocab_size": 32000, "max_position_embeddings": 2048, "intermediate_size": 11008},
+    "mistral": _COMMON | _MISTRAL | {"num_key_value_heads": 8, "sliding_window": 4096},
+    "mixtral": _COMMON
+    | _MISTRAL
+    | {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
+    | {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "qwen2": _COMMON | _QWEN | _DENSE_QWEN,
+    "qwen3": _COMMON | _QWEN | _DENSE_QWEN | {"head_dim": 128},
+    "qwen3_moe": _COMMON
+    | _QWEN
+    | {"hidden_size": 2048, "num_hidden_layers": 24, "intermediate_size": 6144, "num_key_value_heads": 4}
+    | {"num_local_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": False}
+    | {"decoder_sparse_step": 1, "mlp_only_layers": None},
+}
+"""What Transformers takes for an entry that `config.json` leaves out, by `model_type`."""
+
+ALLOWED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "partial_rotary_factor": (1,),
+    "decoder_sparse_step": (1,),
+    "mlp_only_layers": (None, []),
+}
+"""Entries of `config.json` with the values that `Llama` computes."""
 
 ROPE_FIELDS = {
     "rope_factor": "factor",
@@ -153,18 +201,17 @@ def config_from_huggingface(entries: Mapping[str, Any]) -> LlamaConfig:
     """
     if (kind := entries.get("model_type")) not in HF_FAMILIES:
         raise UserError(f"model_type is {kind!r}; allowed: {', '.join(HF_FAMILIES)}")
-    refused = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "decoder_sparse_step": 1}
-    for name, allowed in refused.items():
-        if entries.get(name, allowed) != allowed:
-            raise UserError(f"{name} is {entries[name]!r}; allowed: {allowed!r}")
-    if entries.get("mlp_only_layers"):
-        raise UserError(f"mlp_only_layers is {entries['mlp_only_layers']!r}; allowed: an empty list")
+    renamed = {"num_experts": "num_local_experts"}
+    entries = DEFAULTS[kind] | {renamed.get(name, name): value for name, value in entries.items()}
+    for name, allowed in ALLOWED.items():
+        if name in entries and entries[name] not in allowed:
+            raise UserError(f"{name} is {entries[name]!r}; allowed: {' or '.join(map(repr, allowed))}")
     return LlamaConfig(
-        **{name: _entry(entries, hf_name) for name, hf_name in FIELDS.items()},
-        n_kv_heads=entries.get("num_key_value_heads"),
+        **{name: entries[hf_name] for name, hf_name in FIELDS.items()},
+        n_kv_heads=entries["num_key_value_heads"],
         head_dim=_head_dim(entries),
-        norm_eps=entries.get("rms_norm_eps", 1e-6),
-        tied=entries.get("tie_word_embeddings", False),
+        norm_eps=entries["rms_norm_eps"],
+        tied=entries["tie_word_embeddings"],
         qkv_bias=kind == "qwen2",
         qk_norm=kind in ("qwen3", "qwen3_moe"),
         **_rope_fields(entries),
@@ -173,56 +220,60 @@ def config_from_huggingface(entries: Mapping[str, Any]) -> LlamaConfig:
     )
 
 
-def _entry(entries: Mapping[str, Any], name: str) -> Any:
-    if name not in entries:
-        raise UserError(f"config.json has no {name!r}, which a model of type {entries.get('model_type')} needs")
-    return entries[name]
-
-
 def _head_dim(entries: Mapping[str, Any]) -> int | None:
-    """None if it equals dim / n_heads; Qwen 3 defaults to 128."""
-    head_dim: int | None = entries.get("head_dim") or (128 if entries["model_type"] == "qwen3" else None)
+    """None if it equals dim / n_heads."""
+    head_dim: int | None = entries["head_dim"]
     implied = head_dim is not None and head_dim * entries["num_attention_heads"] == entries["hidden_size"]
     return None if implied else head_dim
 
 
 def _rope_fields(entries: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary parameters are in `rope_parameters` or, before Transformers 5, in two entries."""
-    rope = {"rope_theta": entries.get("rope_theta", 10_000.0)}
+    rope = {"rope_theta": entries["rope_theta"]}
     rope |= (entries.get("rope_scaling") or {}) | (entries.get("rope_parameters") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise UserError(f"rope_type is {kind!r}; allowed: default, llama3")
-    scaling = {name: _entry(rope, hf_name) for name, hf_name in ROPE_FIELDS.items()} if kind == "llama3" else {}
-    return {"rope_theta": rope["rope_theta"], **scaling}
+    if (rotated := rope.get("partial_rotary_factor", 1)) != 1:
+        raise UserError(f"partial_rotary_factor is {rotated!r}; allowed: 1")
+    if kind == "default":
+        return {"rope_theta": rope["rope_theta"]}
+    if missing := [name for name in ROPE_FIELDS.values() if name not in rope]:
+        raise UserError(f"config.json has no {missing[0]!r} for rope_type 'llama3'")
+    return {"rope_theta": rope["rope_theta"]} | {name: rope[hf_name] for name, hf_name in ROPE_FIELDS.items()}
 
 
 def _window_fields(entries: Mapping[str, Any]) -> dict[str, Any]:
     """Sliding windows must be in all layers, or in all but every n-th."""
-    has_window = entries.get("use_sliding_window", entries["model_type"] in ("mistral", "mixtral"))
-    if not has_window or entries.get("sliding_window") is None:
+    kind, window = entries["model_type"], entries["sliding_window"]
+    if kind == "llama" or window is None or not entries.get("use_sliding_window", True):
         return {}
-    n_layers = _entry(entries, "num_hidden_layers")
-    first = entries.get("max_window_layers", 0) if entries["model_type"] in ("qwen2", "qwen3") else 0
-    types = entries.get("layer_types") or ["full_attention"] * first + ["sliding_attention"] * (n_layers - first)
-    global_layers = [layer + 1 for layer in range(n_layers) if types[layer] == "full_attention"]
+    n_layers, types = entries["num_hidden_layers"], None
+    if kind in ("qwen2", "qwen3"):
+        first = entries["max_window_layers"]
+        types = entries.get("layer_types") or [
+            "sliding_attention" if layer >= first else "full_attention" for layer in range(n_layers)
+        ]
+        if len(types) != n_layers or not set(types) <= {"sliding_attention", "full_attention"}:
+            raise UserError(f"layer_types is {types}; allowed: full_attention or sliding_attention, {n_layers} times")
+    global_layers = [layer + 1 for layer, name in enumerate(types or []) if name == "full_attention"]
+    if len(global_layers) == n_layers:
+        return {}
     every = global_layers[0] if global_layers else None
     if every is not None and global_layers != list(range(every, n_layers + 1, every)):
         raise UserError(f"layers {global_layers} have full attention; allowed: none, or every n-th")
-    return {"sliding_window": entries["sliding_window"], "global_every": every}
+    return {"sliding_window": window, "global_every": every}
 
 
 def _expert_fields(entries: Mapping[str, Any]) -> dict[str, Any]:
-    kind = entries["model_type"]
-    if kind == "mixtral":
-        n_experts, width, normalize = _entry(entries, "num_local_experts"), None, True
-    elif kind == "qwen3_moe":
-        n_experts = entries.get("num_experts") or _entry(entries, "num_local_experts")
-        width, normalize = _entry(entries, "moe_intermediate_size"), entries.get("norm_topk_prob", False)
-    else:
+    if (kind := entries["model_type"]) not in ("mixtral", "qwen3_moe"):
         return {}
-    top_k = {"n_experts": n_experts, "experts_per_token": _entry(entries, "num_experts_per_tok")}
-    return top_k | {"expert_hidden_dim": width, "normalize_router_weights": normalize}
+    return {
+        "n_experts": entries["num_local_experts"],
+        "experts_per_token": entries["num_experts_per_tok"],
+        "expert_hidden_dim": entries["moe_intermediate_size"] if kind == "qwen3_moe" else None,
+        "normalize_router_weights": entries["norm_topk_prob"] if kind == "qwen3_moe" else True,
+    }
 
 
 def names_in_huggingface(config: LlamaConfig) -> dict[str, str]:
@@ -262,6 +313,20 @@ def _mlp_names(kind: str) -> dict[str, str]:
     return {f"mlp.{part}.weight": f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
 
 
+def _of_all_experts(config: LlamaConfig, hf_name: str) -> list[str]:
+    """The name of each expert's matrix, where ``{}`` stands for its number; else the name alone."""
+    return [hf_name.format(expert) for expert in range(config.n_experts or 1)] if "{}" in hf_name else [hf_name]
+
+
+UNUSED_WEIGHTS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+"""Frequencies that earlier versions of Transformers saved with the weights."""
+
+
+def used_weights(config: LlamaConfig) -> set[str]:
+    """Hugging Face's names of the weights that are read."""
+    return {name for hf_name in names_in_huggingface(config).values() for name in _of_all_experts(config, hf_name)}
+
+
 def from_huggingface(config: LlamaConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our state dict from Hugging Face's.
 
@@ -270,8 +335,7 @@ def from_huggingface(config: LlamaConfig, weights: Mapping[str, Tensor]) -> dict
     """
     converted = {}
     for name, hf_name in names_in_huggingface(config).items():
-        stacked = "{}" in hf_name
-        hf_names = [hf_name.format(expert) for expert in range(config.n_experts or 1)] if stacked else [hf_name]
+        stacked, hf_names = "{}" in hf_name, _of_all_experts(config, hf_name)
         if missing := [name for name in hf_names if name not in weights]:
             raise UserError(f"the weights have no {missing[0]!r}, which a model of type {model_type(config)} needs")
         tensors = [weights[name] for name in hf_names]
@@ -320,7 +384,17 @@ def gguf_architecture(config: LlamaConfig) -> str:
         )
     if not config.normalize_router_weights:
         raise UserError("model.normalize_router_weights is False; allowed in GGUF: True")
-    return GGUF_ARCHITECTURES[model_type(config)]
+    architecture = GGUF_ARCHITECTURES[model_type(config)]
+    if architecture != "llama" and config.rope_factor is not None:
+        raise UserError(
+            f"model.rope_factor is {config.rope_factor}; allowed in GGUF: None, as llama.cpp's {architecture} has no "
+            "scaled rotary positions"
+        )
+    if architecture == "qwen2" and config.head_size * config.n_heads != config.dim:
+        raise UserError(
+            f"model.head_dim is {config.head_dim}; allowed in GGUF with model.qkv_bias: model.dim / model.n_heads"
+        )
+    return architecture
 
 
 def add_gguf_sizes(writer: Any, config: LlamaConfig) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cleangpt.config import ModelConfig
 from cleangpt.models.cache import KVCache
-from cleangpt.models.head import TokenScores, token_scores
+from cleangpt.models.head import TokenScores, gather_positions, token_scores
 
 
 class LanguageModel(nn.Module):
@@ -170,8 +170,3 @@ class LanguageModel(nn.Module):
         """Initializes all parameters, in their order."""
         for name, parameter in self.named_parameters():
             self.init_parameter(name, parameter)
-
-
-def gather_positions(features: Tensor, positions: Tensor) -> Tensor:
-    """The features `(batch, seq, dim)` at `positions` `(batch, count)` of each sequence: `(batch, count, dim)`."""
-    return features.gather(1, positions[..., None].expand(*positions.shape, features.shape[-1]))

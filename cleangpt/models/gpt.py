@@ -1,10 +1,11 @@
 """GPT-2 (Radford et al. 2019, "Language models are unsupervised multitask learners"), exact to its released weights.
 
-Learned position embeddings, pre-LayerNorm blocks, tanh GELU, embedding and head tied.
+Learned position embeddings, pre-LayerNorm blocks, tanh GELU, embedding and head tied. Fields whose defaults are GPT-2's
+make it one of its relatives, such as Cerebras-GPT.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from cleangpt.config import Layers, ModelConfig, Width
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.cache import BlockCache, KVCache
-from cleangpt.models.layers import attention
-from cleangpt.validation import ShareBelowOne
+from cleangpt.models.layers import MLP, attention
+from cleangpt.validation import Positive, ShareBelowOne
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +28,27 @@ class GPTConfig(ModelConfig):
     """Attention heads; a divisor of dim."""
     dim: Width
     """Width of the residual stream."""
+    hidden_dim: Width | None = None
+    """Hidden width of the MLP; None: 4 x dim."""
+    activation: Literal["gelu_tanh", "gelu", "relu", "silu"] = "gelu_tanh"
+    """Of the MLP; GPT-2 approximates GELU by tanh, Cerebras-GPT does not."""
+    norm_eps: Positive = 1e-5
+    """Epsilon of LayerNorm, added to the variance."""
+    tied: bool = True
+    """Tie embedding and head: one matrix for both."""
     bias: bool = True
-    """Biases in linear layers and LayerNorms; GPT-2 has them."""
+    """Biases in linear layers and LayerNorms, but not in the head; GPT-2 has them."""
+    scale_attention: bool = True
+    """Divide attention scores by the square root of the size of a head."""
+    scale_attention_by_layer: bool = False
+    """Divide the attention scores of the n-th block by n as well (Karamcheti et al. 2021, "Mistral")."""
     dropout: ShareBelowOne = 0.0
     """Dropout probability in training: of embeddings, attention weights, and the outputs of attention and MLP."""
+
+    @property
+    def mlp_size(self) -> int:
+        """Hidden width of the MLP."""
+        return self.hidden_dim or 4 * self.dim
 
 
 class Attention(nn.Module):
@@ -43,36 +61,20 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.head_dim, self.dropout = config.dim // config.n_heads, config.dropout
+        self.scale = None if config.scale_attention else 1.0
         self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=config.bias)
         self.out = nn.Linear(config.dim, config.dim, bias=config.bias)
 
-    def forward(self, x: Tensor, past: BlockCache | None = None) -> Tensor:
-        """`(batch, seq, dim)` to the same shape; each position attends to itself and all before, in `past` too."""
+    def forward(self, x: Tensor, past: BlockCache | None = None, divisor: Tensor | None = None) -> Tensor:
+        """`(batch, seq, dim)` to the same shape; each position attends to itself and all before, in `past` too; a
+        `divisor`, 0-dim, divides the scores."""
         batch, seq, _ = x.shape
-        heads = self.qkv(x).view(batch, seq, -1, 3, self.head_dim)
-        query, key, value = heads.permute(3, 0, 2, 1, 4)
+        query, key, value = self.qkv(x).view(batch, seq, -1, 3, self.head_dim).permute(3, 0, 2, 1, 4)
+        query, mask = query if divisor is None else query / divisor, None
         if past is not None:
-            attended = attention(query, *past.extend(key, value))
-        else:
-            dropout = self.dropout if self.training else 0.0
-            attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
-        projected: Tensor = self.out(attended.transpose(1, 2).flatten(2))
-        return F.dropout(projected, self.dropout, self.training)
-
-
-class MLP(nn.Module):
-    """Two linear layers with a hidden width of 4 x dim."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.dropout = config.dropout
-        self.up = nn.Linear(config.dim, 4 * config.dim, bias=config.bias)
-        self.down = nn.Linear(4 * config.dim, config.dim, bias=config.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(batch, seq, dim)` to the same shape, position by position."""
-        hidden = F.gelu(self.up(x), approximate="tanh")
-        return F.dropout(self.down(hidden), self.dropout, self.training)
+            key, value, mask = past.extend(key, value)
+        attended = attention(query, key, value, mask, self.dropout if self.training else 0.0, self.scale)
+        return self.out(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -80,15 +82,17 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.dim, bias=config.bias)
+        self.dropout = config.dropout
+        self.attention_norm = nn.LayerNorm(config.dim, config.norm_eps, bias=config.bias)
         self.attention = Attention(config)
-        self.mlp_norm = nn.LayerNorm(config.dim, bias=config.bias)
-        self.mlp = MLP(config)
+        self.mlp_norm = nn.LayerNorm(config.dim, config.norm_eps, bias=config.bias)
+        self.mlp = MLP(config.dim, config.mlp_size, gated=False, activation=config.activation, bias=config.bias)
 
-    def forward(self, x: Tensor, past: BlockCache | None = None) -> Tensor:
-        """`(batch, seq, dim)` to the same shape."""
-        x = x + self.attention(self.attention_norm(x), past)
-        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, past: BlockCache | None = None, divisor: Tensor | None = None) -> Tensor:
+        """`(batch, seq, dim)` to the same shape; for the arguments, see `Attention`."""
+        attended = self.attention(self.attention_norm(x), past, divisor)
+        x = x + F.dropout(attended, self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
 
 
 class GPT(LanguageModel):
@@ -104,6 +108,7 @@ class GPT(LanguageModel):
         "blocks.*.mlp.up": "column",
         "blocks.*.mlp.down": "row",
         "final_norm": "sequence",
+        "head": "logits",
     }
     deferred_init: ClassVar[bool] = True
     config: GPTConfig
@@ -114,7 +119,8 @@ class GPT(LanguageModel):
         self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
         self.position_embedding = nn.Embedding(config.max_seq_len, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.final_norm = nn.LayerNorm(config.dim, bias=config.bias)
+        self.final_norm = nn.LayerNorm(config.dim, config.norm_eps, bias=config.bias)
+        self.head = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
         self.reset_parameters()
 
     def layers(self) -> nn.ModuleList:
@@ -127,17 +133,18 @@ class GPT(LanguageModel):
         positions = torch.arange(tokens.shape[1], device=tokens.device) if cache is None else cache.begin(tokens)
         x = self.token_embedding(tokens) + self.position_embedding(positions)
         x = F.dropout(x, self.config.dropout, self.training)
-        for block, block_cache in zip(self.blocks, past, strict=True):
-            x = block(x, block_cache)
+        for layer, block in enumerate(self.blocks):
+            divisor = positions.new_full((), layer + 1) if self.config.scale_attention_by_layer else None
+            x = block(x, past[layer], divisor)
         return self.final_norm(x)  # type: ignore[no-any-return]
 
     def to_logits(self, features: Tensor) -> Tensor:
-        """Features `(..., dim)` to logits `(..., vocab)`, by the transposed embedding."""
-        return F.linear(features, self.token_embedding.weight)
+        """Features `(..., dim)` to logits `(..., vocab)`."""
+        return F.linear(features, self.token_embedding.weight) if self.head is None else self.head(features)
 
     def head_parameters(self) -> list[Tensor]:
-        """The embedding, which is tied to the head."""
-        return [self.token_embedding.weight]
+        """The head's matrix, or the embedding's where they are tied."""
+        return [self.token_embedding.weight if self.head is None else self.head.weight]
 
     def new_cache(self, rollback_tokens: int = 0) -> KVCache:
         """An empty cache for generation that can forget its last `rollback_tokens` tokens."""
@@ -155,20 +162,22 @@ class GPT(LanguageModel):
     def flops_per_token(self, seq_len: int) -> int:
         """FLOPs to train on one token: 6 per weight and 12 x layers x dim x seq for attention.
 
-        Chowdhery et al. 2022 (PaLM), appendix B. Position embeddings are looked up, not multiplied, and do not count;
-        token embeddings count once, as the head.
+        Chowdhery et al. 2022 (PaLM), appendix B. Embeddings are looked up, not multiplied, and do not count, except
+        as a tied head.
         """
-        weights = sum(parameter.numel() for parameter in self.parameters()) - self.position_embedding.weight.numel()
+        looked_up = [self.position_embedding] if self.head is None else [self.position_embedding, self.token_embedding]
+        weights = sum(parameter.numel() for parameter in self.parameters())
+        weights -= sum(embedding.weight.numel() for embedding in looked_up)
         return 6 * weights + 12 * self.config.n_layers * self.config.dim * seq_len
 
     def activation_bytes(self, batch: int, seq_len: int) -> int:
         """Bytes that one fp32 forward pass without dropout saves for the backward pass, logits included.
 
-        Per token and layer 16 x dim numbers: the inputs of two norms and of four linear layers (1 + 1 and
-        1 + 1 + 1 + 4), query, key and value (3) and the input of GELU (4); and one per head. At the end, the final
-        norm's input and output (2 x dim) and the log-probabilities (vocab).
+        Per token and layer: the inputs of two norms and of three linear layers, query, key and value (8 x dim), input
+        and output of the activation function (2 x hidden width), and one number per head. At the end, the final norm's
+        input and output (2 x dim) and the log-probabilities (vocab).
         """
         config = self.config
         assert config.vocab_size is not None
-        per_layer = 16 * config.dim + config.n_heads + 4
+        per_layer = 8 * config.dim + 2 * config.mlp_size + config.n_heads + 4
         return 4 * batch * seq_len * (config.n_layers * per_layer + 2 * config.dim + 2 + config.vocab_size)

@@ -38,6 +38,11 @@ class TokenScores(NamedTuple):
     """Outputs of scalar heads `(batch, seq)` at every position, IGNORED or not, by name; never summed."""
 
 
+def gather_positions(features: Tensor, positions: Tensor) -> Tensor:
+    """The features `(batch, seq, dim)` at `positions` `(batch, count)` of each sequence: `(batch, count, dim)`."""
+    return features.gather(1, positions[..., None].expand(*positions.shape, features.shape[-1]))
+
+
 OPTIONAL_SCORES = ("log_z", "entropy", "mean_logprob")
 """Fields of `TokenScores` that are computed on request."""
 

@@ -7,7 +7,7 @@ sample of many short documents costs what the documents cost, and a sliding wind
 
 import math
 from collections.abc import Callable, Collection
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
@@ -24,7 +24,9 @@ AttentionMask: TypeAlias = "Tensor | BlockMask | None"
 # Attention ------------------------------------------------------------------------------------------------------------
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask) -> Tensor:
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, dropout: float = 0.0, scale: float | None = None
+) -> Tensor:
     """Scaled dot-product attention; groups of query heads may share a head of keys and values (GQA).
 
     Args:
@@ -32,18 +34,22 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask) ->
         key: of all tokens `(batch, kv_heads, total, head_dim)`; kv_heads divides heads.
         value: as `key`.
         mask: broadcast to `(batch, heads, seq, total)`; None: causal.
+        dropout: probability of dropping an attention weight; not with FlexAttention's blocks.
+        scale: factor on the products of queries and keys; None: 1 / sqrt(head_dim).
 
     Returns:
         `(batch, heads, seq, head_dim)`.
     """
     if mask is not None and not isinstance(mask, Tensor):
-        return flex_attention(query.is_cuda)(query, key, value, block_mask=mask, enable_gqa=True)
+        return flex_attention(query.is_cuda)(query, key, value, block_mask=mask, scale=scale, enable_gqa=True)
     if query.shape[2] > 1:
-        causal = mask is None
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=True)
+        shared = query.shape[1] != key.shape[1]
+        return F.scaled_dot_product_attention(
+            query, key, value, mask, dropout, is_causal=mask is None, scale=scale, enable_gqa=shared
+        )
     # With a single query per head, the heads that share a key become its sequence, so that no key is copied.
     grouped = query.reshape(len(query), key.shape[1], -1, query.shape[3])
-    return F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask).reshape_as(query)
+    return F.scaled_dot_product_attention(grouped, key, value, mask, dropout, scale=scale).reshape_as(query)
 
 
 @cache
@@ -170,22 +176,37 @@ def apply_rope(x: Tensor, cos_sin: Tensor) -> Tensor:
 
 # The MLP --------------------------------------------------------------------------------------------------------------
 
+Activation: TypeAlias = Callable[[Tensor], Tensor]
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "silu": F.silu,
+}
+"""Activation functions by name: GELU (Hendrycks and Gimpel 2016) exact and approximated by tanh, as in GPT-2; ReLU; its
+square (So et al. 2021, "Primer"); SiLU, also called Swish."""
 
-def mlp_activation(gate: Tensor | None, up: Tensor) -> Tensor:
-    """SwiGLU of the gate and up projections (Shazeer 2020); without a gate, ReLU² (So et al. 2021). Same shape."""
-    return up.relu().square() if gate is None else F.silu(gate) * up
+
+def mlp_activation(gate: Tensor | None, up: Tensor, activation: Activation = ACTIVATIONS["relu2"]) -> Tensor:
+    """SwiGLU of the gate and up projections (Shazeer 2020); without a gate, an activation function. Same shape."""
+    return activation(up) if gate is None else F.silu(gate) * up
 
 
 class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020, "GLU variants improve transformer", equation 6), or without a gate ReLU²."""
+    """SwiGLU (Shazeer 2020, "GLU variants improve transformer", equation 6), or without a gate two linear layers with
+    an activation function between them."""
 
-    def __init__(self, dim: int, hidden_dim: int, gated: bool = True) -> None:
+    def __init__(
+        self, dim: int, hidden_dim: int, gated: bool = True, activation: str = "relu2", bias: bool = False
+    ) -> None:
         super().__init__()
-        self.gate = nn.Linear(dim, hidden_dim, bias=False) if gated else None
-        self.up = nn.Linear(dim, hidden_dim, bias=False)
-        self.down = nn.Linear(hidden_dim, dim, bias=False)
+        self.activation = ACTIVATIONS[activation]
+        self.gate = nn.Linear(dim, hidden_dim, bias=bias) if gated else None
+        self.up = nn.Linear(dim, hidden_dim, bias=bias)
+        self.down = nn.Linear(hidden_dim, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(batch, seq, dim)` to the same shape, position by position."""
         gate = None if self.gate is None else self.gate(x)
-        return self.down(mlp_activation(gate, self.up(x)))  # type: ignore[no-any-return]
+        return self.down(mlp_activation(gate, self.up(x), self.activation))  # type: ignore[no-any-return]

@@ -1,13 +1,9 @@
-"""Time that devices take to communicate, and how close programs come to the data sheets."""
+"""Time that devices take to communicate, and how close programs come to the data sheets of any device."""
 
 from dataclasses import dataclass
 
 from cleangpt.distributed.datasheets import Device
 
-MATMUL_SHARE = 0.50
-"""Of the peak FLOP/s, in large matrix products. Set once, between the compiled rows of docs/planning.md."""
-ATTENTION_SHARE = 0.35
-"""Of the peak 16-bit FLOP/s, in fused attention: FlashAttention-2 on an H100 (Shah et al. 2024, "FlashAttention-3")."""
 BANDWIDTH_SHARE = 0.80
 """Of the bandwidth of memory and links, in large transfers."""
 LAUNCH_SECONDS = 5e-6

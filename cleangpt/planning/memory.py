@@ -58,10 +58,11 @@ def static_bytes(parameters: int, layout: Layout) -> float:
     return 16 * parameters / (layout.shards * layout.tensor)
 
 
-def kinds_of_blocks(workload: Workload, recompute_every: int | None) -> Blocks:
-    """Blocks that save their activations and blocks that recompute them, by `training.recompute_every`."""
+def kinds_of_blocks(workload: Workload, recompute_every: int | None, selective: bool = False) -> Blocks:
+    """Blocks that save their activations and blocks that recompute them, by `training.recompute_every`; `selective` is
+    `training.recompute`."""
     recomputed = len(range(0, workload.blocks, recompute_every)) if recompute_every else 0
-    return [(workload.blocks - recomputed, workload.block), (recomputed, workload.recomputed_block())]
+    return [(workload.blocks - recomputed, workload.block), (recomputed, workload.recomputed_block(selective))]
 
 
 def device_memory(
@@ -82,9 +83,10 @@ def device_memory(
     unsharded = 4 * workload.parameters / layout.tensor if accumulates else 0.0
     activations = sum(count * _saved_activations(passes, workload, layout.tensor) for count, passes in blocks)
     logits = (workload.rest.saved_activations + workload.transient) / step.logits_shards
-    if any(count and passes.recomputed.kernels for count, passes in blocks):
-        # Recomputing a block needs the memory of its activations, when the logits have been freed.
-        logits = max(logits, _saved_activations(workload.block, workload, layout.tensor))
+    # Recomputing a block needs the memory of the activations that it did not save, when the logits have been freed.
+    whole = _saved_activations(workload.block, workload, layout.tensor)
+    recomputed = [passes for count, passes in blocks if count and passes.recomputed.kernels]
+    logits = max([logits, *(whole - _saved_activations(passes, workload, layout.tensor) for passes in recomputed)])
     gathered = _gathered(workload, layout, weight_bytes, step.reshard_after_forward) if layout.shards > 1 else 0.0
     gradients, moments = trained * (state + unsharded), trained * 2 * state
     used = state + gradients + moments + gathered + activations + logits

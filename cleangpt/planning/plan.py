@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -30,6 +30,8 @@ from cleangpt.training.resolve import resolve, resolve_with
 
 TENSOR_DEGREES = (2, 4, 8)
 """Degrees of tensor parallelism worth trying."""
+RECOMPUTED: tuple[tuple[int, Literal["full", "selective"]], ...] = ((1, "selective"), (1, "full"))
+"""`training.recompute_every` and `training.recompute` worth trying where nothing fits."""
 
 
 class Candidate(NamedTuple):
@@ -251,7 +253,7 @@ class _Planner:
         micro_batch = self.micro_batch(layout, training)
         in_step = training.accumulation * data.batch_size
         work = self.workload(micro_batch, layout)
-        blocks = kinds_of_blocks(work, training.recompute_every)
+        blocks = kinds_of_blocks(work, training.recompute_every, training.recompute == "selective")
         step = StepConfig(in_step // layout.dp_size // micro_batch, parallel.reshard_after_forward)
         memory = device_memory(work, blocks, layout, step, self.machine.weight_bytes, self.trained)
         time = step_time(work, blocks, layout, step, self.machine)
@@ -279,10 +281,10 @@ class _Planner:
         training = self.experiment.training
         largest = max(self.micro_batch(layout, training) for _, _, layout in candidates)
         found = []
-        for every in dict.fromkeys([training.recompute_every, 1]):
-            option = f" --training.recompute-every {every}" if every else ""
+        for every, recompute in dict.fromkeys([(training.recompute_every, training.recompute), *RECOMPUTED]):
+            option = f" --training.recompute-every {every} --training.recompute {recompute}" if every else ""
             for size in (2**power for power in range(largest.bit_length())):
-                changed = replace(training, recompute_every=every, micro_batch_size=size)
+                changed = replace(training, recompute_every=every, recompute=recompute, micro_batch_size=size)
                 found += [(self.estimate(count, candidate, changed), option) for candidate in candidates]
         fitting = [entry for entry in found if entry[0].fits]
         if not fitting:

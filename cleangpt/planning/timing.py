@@ -4,13 +4,7 @@ from dataclasses import dataclass, replace
 
 from cleangpt.distributed.datasheets import Device
 from cleangpt.distributed.layout import Layout
-from cleangpt.planning.communication import (
-    ATTENTION_SHARE,
-    BANDWIDTH_SHARE,
-    LAUNCH_SECONDS,
-    MATMUL_SHARE,
-    ProcessGroup,
-)
+from cleangpt.planning.communication import BANDWIDTH_SHARE, LAUNCH_SECONDS, ProcessGroup
 from cleangpt.planning.memory import Blocks, StepConfig
 from cleangpt.planning.workload import Work, Workload
 
@@ -65,8 +59,8 @@ class Machine:
         bandwidth = self.device.bandwidth * BANDWIDTH_SHARE
         peak = self.device.flops("fp8" if fp8 else self.base)
         # Small matrix products are limited by reading operands and writing results.
-        products = max(work.matmul_flops / (peak * MATMUL_SHARE), work.fused_bytes / bandwidth)
-        attention = work.attention_flops / (self.device.flops(self.base) * ATTENTION_SHARE)
+        products = max(work.matmul_flops / (peak * self.device.matmul_share), work.fused_bytes / bandwidth)
+        attention = work.attention_flops / (self.device.flops(self.base) * self.device.attention_share)
         moved = (work.fused_bytes if compiled else work.bytes) + FP8_BYTES * fp8 * work.operands
         launches = LAUNCH_SECONDS * (2 * work.products if compiled else work.kernels)
         return max(products + attention + moved / bandwidth, launches)

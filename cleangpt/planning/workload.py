@@ -2,6 +2,7 @@
 
 The model runs with one and with two of its blocks. The difference is a block; what remains is the rest: embedding,
 last norm, head and loss. So a model of any depth takes a second or two, and the count is that of the code that trains.
+More than 400 lines, since what is counted and how it is counted are read together.
 """
 
 import copy
@@ -52,6 +53,8 @@ class Work:
     """The same if everything between two products is fused, as when compiled: what products write and read."""
     operands: float = 0.0
     """Elements that enter matrix products."""
+    results: float = 0.0
+    """Bytes that matrix products and fused attention write."""
     communication: float = 0.0
     """Bytes between devices under tensor parallelism."""
     collectives: float = 0.0
@@ -104,9 +107,15 @@ class Workload:
         """Parameters of the whole model."""
         return self.blocks * self.block_parameters + self.rest_parameters
 
-    def recomputed_block(self) -> Passes:
-        """A block under activation checkpointing: it saves its input and runs forward twice."""
-        return replace(self.block, saved_activations=self.block_input, recomputed=self.block.forward)
+    def recomputed_block(self, selective: bool = False) -> Passes:
+        """A block under activation checkpointing: it saves its input and runs forward twice; if `selective`, it also
+        saves the results of matrix products and attention, and does not compute these again."""
+        if not selective:
+            return replace(self.block, saved_activations=self.block_input, recomputed=self.block.forward)
+        forward = self.block.forward
+        again = replace(forward, matmul_flops=0.0, attention_flops=0.0, kernels=forward.kernels - forward.products)
+        again = replace(again, products=forward.products / 2)  # the kernels between them, when compiled
+        return replace(self.block, saved_activations=self.block_input + forward.results, recomputed=again)
 
 
 def measure(
@@ -286,8 +295,8 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         operation = func._overloadpacket
         if operation in flop_registry:
             flops = flop_registry[operation](*args, **(kwargs or {}), out_val=result)
-            elements = sum(entry.numel() for entry in inputs[-2:])
-            self.work += Work(matmul_flops=flops, operands=elements, kernels=1, products=1)
+            elements, written = sum(entry.numel() for entry in inputs[-2:]), sum(map(_bytes, outputs))
+            self.work += Work(matmul_flops=flops, operands=elements, results=written, kernels=1, products=1)
             self.count_activations(inputs, outputs)
         elif outputs and not _is_free(func, inputs, outputs):
             touched = outputs if operation in LOOKUPS else inputs + outputs
@@ -359,7 +368,8 @@ class _Attention(torch.autograd.Function):
         ctx.counter = counter
         ctx.flops = 2 * share * query.numel() // query.shape[-1] * key.shape[-2] * (key.shape[-1] + value.shape[-1])
         touched = sum(map(_bytes, (query, key, value, result)))
-        counter.work += Work(attention_flops=ctx.flops, fused_bytes=touched, kernels=1, products=1)
+        written = _bytes(result) + _bytes(rows)
+        counter.work += Work(attention_flops=ctx.flops, fused_bytes=touched, results=written, kernels=1, products=1)
         return result
 
     @staticmethod

@@ -12,7 +12,7 @@ import torch
 from cleangpt.checkpoints.checkpoint import Checkpoints
 from cleangpt.checkpoints.run_folder import experiment_json
 from cleangpt.checkpoints.snapshots import Snapshots
-from cleangpt.config import FineTuningConfig
+from cleangpt.config import FineTuningConfig, TrainingConfig
 from cleangpt.corpora.mixture import environments
 from cleangpt.data.loader import DatasetSource
 from cleangpt.data.mixing import MixedDataset, mean_shares, split_samples
@@ -169,7 +169,7 @@ def place_model(experiment: Experiment, ranks: Ranks, log: Callable[[str], None]
     gathered = layout.shards > 1 and dtype == torch.bfloat16
     model = parallelize(
         lambda: build_model(experiment.model, experiment.objective.heads), layout, device,
-        lambda plain: _prepare(plain, training.precision, tuning, training.recompute_every, compiled == "blocks"),
+        lambda plain: _prepare(plain, training, tuning, compiled == "blocks"),
         gather_dtype=dtype if gathered else None, reshard_after_forward=parallel.reshard_after_forward,
         timeout=ranks.timeout,
     )  # fmt: skip
@@ -182,14 +182,12 @@ def place_model(experiment: Experiment, ranks: Ranks, log: Callable[[str], None]
     return PlacedModel(model, forward_model, layout, device, autocast(device, torch.float32 if gathered else dtype))
 
 
-def _prepare(
-    model: LanguageModel, precision: str, tuning: FineTuningConfig, recompute_every: int | None, compiled: bool
-) -> None:
+def _prepare(model: LanguageModel, training: TrainingConfig, tuning: FineTuningConfig, compiled: bool) -> None:
     """Changes a plain model in place before it is sharded."""
-    if precision == "fp8":
+    if training.precision == "fp8":
         use_fp8(model)
     freeze_and_add_lora(model, tuning)
-    apply_activation_checkpointing(model, recompute_every)
+    apply_activation_checkpointing(model, training.recompute_every, training.recompute == "selective")
     if compiled:
         compile_blocks(model)
 

@@ -1,15 +1,16 @@
 """Fine-tuning: frozen parameters, LoRA, layer-wise learning rates; applied from outside the model (design rule 7)."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import nn
 
 from cleangpt.checkpoints.checkpoint import config_mismatches, load_matching_weights
 from cleangpt.checkpoints.run_folder import find_moments
 from cleangpt.checkpoints.snapshots import fill_tensors, saved_shapes
-from cleangpt.config import FineTuningConfig, ModelConfig, OptimizerConfig
+from cleangpt.config import FineTuningConfig, LoRAConfig, ModelConfig, OptimizerConfig
 from cleangpt.data.tokenizers import Tokenizer, same_tokens
 from cleangpt.distributed.layout import Layout
 from cleangpt.distributed.processes import Ranks
@@ -17,6 +18,7 @@ from cleangpt.errors import UserError, nearest
 from cleangpt.interchange.huggingface import open_checkpoint
 from cleangpt.models import build_model
 from cleangpt.models.base import LanguageModel
+from cleangpt.models.blocks import block_numbers, hidden_matrices
 from cleangpt.models.lora import add_adapter, is_adapter, linear_layers
 from cleangpt.models.meta import on_meta
 from cleangpt.training.mup import mup_scales
@@ -34,7 +36,7 @@ def freeze_and_add_lora(model: LanguageModel, config: FineTuningConfig) -> None:
     lora = config.lora
     if lora.rank is not None:
         layers = linear_layers(model)
-        for name in matching(lora.targets, layers, "fine_tuning.lora.targets", "linear layer"):
+        for name in _adapted(model, lora, layers):
             add_adapter(layers[name], lora)
     frozen = frozen_names(model, config)
     for name, parameter in model.named_parameters():
@@ -42,6 +44,19 @@ def freeze_and_add_lora(model: LanguageModel, config: FineTuningConfig) -> None:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"fine_tuning.freeze is {config.freeze!r}; allowed: patterns that leave a parameter to train")
+
+
+def _adapted(model: LanguageModel, lora: LoRAConfig, layers: Mapping[str, nn.Linear]) -> set[str]:
+    """The names of the linear `layers` that get adapters: those that match, or without patterns those in blocks."""
+    if lora.targets:
+        return matching(lora.targets, layers, "fine_tuning.lora.targets", "linear layer")
+    in_blocks = block_numbers(model)
+    if not (found := {name for name in layers if f"{name}.weight" in in_blocks}):
+        raise UserError(
+            f"fine_tuning.lora.targets is (); allowed for {type(model).__name__}, whose layers() have no linear layer: "
+            f"patterns that match one of {', '.join(layers) or 'none'}"
+        )
+    return found
 
 
 def frozen_names(model: LanguageModel, config: FineTuningConfig) -> set[str]:
@@ -96,34 +111,33 @@ def lr_factors(model: LanguageModel, config: OptimizerConfig, layer_decay: float
 def layer_factors(model: LanguageModel, decay: float) -> dict[str, float]:
     """Layer-wise learning rates: `decay` to the power of the number of layers above a parameter.
 
-    Howard and Ruder 2018, "Universal language model fine-tuning", section 3.2. Everything before the blocks (the
-    embeddings) is the lowest layer, each block is one, and everything after them is the highest.
+    Howard and Ruder 2018, "Universal language model fine-tuning", section 3.2. Each of the model's `layers()` is one;
+    embeddings, and everything else before them, are the lowest layer; everything after them is the highest.
 
     Raises:
         UserError: the model has no layers.
     """
-    names = [name for name, _ in model.named_parameters()]
     if decay == 1:
-        return dict.fromkeys(names, 1.0)
-    blocks = model.layers()
-    if not len(blocks):
-        kind = type(model).__name__
-        raise UserError(f"fine_tuning.layer_decay is {decay}; allowed for {kind}, which has no ModuleList `blocks`: 1")
-    factors, above = {}, len(blocks) + 1
-    for name in names:
-        if name.startswith("blocks."):
-            above = len(blocks) - int(name.split(".")[1])
-        elif above <= len(blocks):
-            above = 0
+        return {name: 1.0 for name, _ in model.named_parameters()}
+    numbers, blocks = block_numbers(model), len(model.layers())
+    if not blocks:
+        raise UserError(
+            f"fine_tuning.layer_decay is {decay}; allowed for {type(model).__name__}, whose layers() are empty: 1"
+        )
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    embeddings = {id(parameter) for table in tables for parameter in table.parameters()}
+    factors: dict[str, float] = {}
+    for name, parameter in model.named_parameters():
+        before = id(parameter) in embeddings or not numbers.keys() & factors.keys()
+        above = blocks - numbers[name] if name in numbers else blocks + 1 if before else 0
         factors[name] = decay**above
     return factors
 
 
 # At the start ---------------------------------------------------------------------------------------------
-def check_fine_tuning(
-    tuning: FineTuningConfig, config: ModelConfig, optimizer: OptimizerConfig, layout: Layout
-) -> None:
-    """Checks that fine-tuning fits a model, whose vocabulary is known, before anything is created.
+def check_parameters(tuning: FineTuningConfig, config: ModelConfig, optimizer: OptimizerConfig, layout: Layout) -> None:
+    """Checks that a model, whose vocabulary is known, has the parameters that fields speak of, before anything is
+    created: name patterns, layers, hidden matrices for Muon.
 
     Raises:
         UserError: one line naming the field.
@@ -136,6 +150,11 @@ def check_fine_tuning(
         model = build_model(config)
     freeze_and_add_lora(model, tuning)
     lr_factors(model, optimizer, tuning.layer_decay)
+    if optimizer.muon.lr is not None and not hidden_matrices(model):
+        raise UserError(
+            f"optimizer.muon.lr is {optimizer.muon.lr}; allowed for {type(model).__name__}, whose layers() have no "
+            "matrices: None"
+        )
     mup_scales(config, optimizer)
 
 

@@ -34,7 +34,7 @@ from cleangpt.tracking import check_tracking
 from cleangpt.tracking.metrics import metric_key
 from cleangpt.tracking.progress import ProgressBar
 from cleangpt.training.build import build_trainer
-from cleangpt.training.finetuning import check_fine_tuning
+from cleangpt.training.finetuning import check_parameters
 from cleangpt.training.resolve import open_stream, resolve, resolve_with
 
 __all__ = ["check", "check_here", "prepare_dataset", "resolve", "summary", "train"]
@@ -143,7 +143,7 @@ def check(
         split_samples(store, "val", experiment.data.seq_len)
         open_stream(experiment, store)
         _check_columns(experiment, store.columns)
-        check_fine_tuning(experiment.fine_tuning, experiment.model, experiment.optimizer, layout)
+        check_parameters(experiment.fine_tuning, experiment.model, experiment.optimizer, layout)
 
 
 def _check_sizes(experiment: Experiment, layout: Layout) -> None:

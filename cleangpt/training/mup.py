@@ -34,8 +34,8 @@ from cleangpt.config import ModelConfig, OptimizerConfig
 from cleangpt.errors import UserError
 from cleangpt.models import build_model
 from cleangpt.models.base import LanguageModel
+from cleangpt.models.blocks import block_numbers, hidden_matrices
 from cleangpt.models.meta import on_meta
-from cleangpt.training.optimizer import is_hidden_matrix
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,18 @@ def mup_scales(config: ModelConfig, optimizer: OptimizerConfig) -> dict[str, MuP
         model, base = build_model(config), build_model(config.at_width(optimizer.base_dim))
     if any(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules()):
         raise UserError(f"optimizer.base_dim is {optimizer.base_dim}; allowed for a model with convolutions: None")
-    with_muon = optimizer.muon.lr is not None
+    by_muon = hidden_matrices(model) if optimizer.muon.lr is not None else set()
     looked_up = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     factors = {}
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2 or name in looked_up:
             factors[name] = MuPScale()
         else:
-            muon = with_muon and is_hidden_matrix(name, parameter)
-            factors[name] = _matrix_factor(_matrix_shape(model, name), _matrix_shape(base, name), muon)
-    if not any(isinstance(module, nn.Linear) for name, module in model.named_modules() if "blocks." not in name):
+            shape, base_shape = _matrix_shape(model, name), _matrix_shape(base, name)
+            factors[name] = _matrix_factor(shape, base_shape, name in by_muon)
+    inside = block_numbers(model)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if all(f"{name}.weight" in inside for name in linear):
         factors |= _tied_head(factors, optimizer.base_dim / cast(Any, config).dim)
     return factors
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from cleangpt.config import OptimizerConfig
 from cleangpt.distributed.tensors import full_tensor
 from cleangpt.models.base import LanguageModel
+from cleangpt.models.blocks import hidden_matrices
 from cleangpt.training.muon import EagerOptimizer, Muon
 
 
@@ -45,8 +46,8 @@ class Optimizer:
         self.config = config
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
-        with_muon = config.muon.lr is not None
-        hidden = {name: parameter for name, parameter in named if with_muon and is_hidden_matrix(name, parameter)}
+        by_muon = hidden_matrices(model) if config.muon.lr is not None else set()
+        hidden = {name: parameter for name, parameter in named if name in by_muon}
         others = {name: parameter for name, parameter in named if name not in hidden}
         by_layer, by_width = factors or {}, mup_scales or {}
         self.adamw = AdamW(
@@ -122,11 +123,6 @@ class Optimizer:
         self.skipped = state["skipped"].to(self.skipped.device)
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-
-
-def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether a parameter is a matrix, or a stack of them, in the model's blocks, as Muon is designed for."""
-    return name.startswith("blocks.") and parameter.dim() >= 2
 
 
 def _groups(

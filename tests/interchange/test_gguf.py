@@ -15,7 +15,8 @@ from cleangpt.data.special_tokens import StatedTokens
 from cleangpt.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, train_bpe
 from cleangpt.errors import UserError
 from cleangpt.interchange.export import export
-from cleangpt.interchange.gguf import vocabulary_of
+from cleangpt.interchange.gguf import tensors_of, vocabulary_of
+from cleangpt.interchange.huggingface import mapping_of
 from cleangpt.models import build_model
 from cleangpt.models.gpt import GPTConfig
 from cleangpt.models.llama import LlamaConfig
@@ -30,6 +31,7 @@ LLAMA_SMALL = LlamaConfig(**SIZES, n_kv_heads=2, hidden_dim=96)  # type: ignore[
 KINDS = {
     "gpt2": GPT_SMALL,
     "gpt2 without biases": replace(GPT_SMALL, bias=False),
+    "gpt2, untied": replace(GPT_SMALL, tied=False, hidden_dim=96, norm_eps=1e-3),
     "llama": LLAMA_SMALL,
     "llama 3.1, tied": replace(LLAMA_SMALL, tied=True, rope_factor=8.0, rope_original_seq_len=32),
     "mistral": replace(LLAMA_SMALL, sliding_window=256),
@@ -113,6 +115,23 @@ def test_what_llama_cpp_would_not_put_before_a_text_is_refused() -> None:
         vocabulary_of(surrounded("<B> <B>"), 448)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_tensor_is_left_over_that_llama_cpp_would_not_read(kind: str) -> None:
+    """It refuses a file with more tensors than its architecture has: `src/models/*.cpp` in its repository."""
+    pytest.importorskip("gguf")
+    config = KINDS[kind]
+    architecture = mapping_of(config).gguf_architecture(config)
+    layers = {"attn_norm", "attn_output", "ffn_norm", "ffn_up", "ffn_down"}
+    known = {"gpt2": layers | {"attn_qkv", "position_embd"}}
+    known["llama"] = layers | {"attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_gate_inp", "rope_freqs"}
+    known["llama"] |= {f"ffn_{part}_exps" for part in ("gate", "up", "down")}
+    known["qwen2"] = known["llama"] - {"rope_freqs"}
+    known["qwen3"] = known["qwen3moe"] = known["qwen2"] | {"attn_q_norm", "attn_k_norm"}
+    names = tensors_of(config, checkpoint_of(config, BPE).weights, architecture)
+    found = {name.split(".")[-2] for name in names}
+    assert found - {"token_embd", "output_norm", "output"} <= known[architecture]
+
+
 def test_only_an_earlier_export_is_replaced(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     path, checkpoint = tmp_path / "model.gguf", checkpoint_of(GPT_SMALL, BPE)
@@ -134,6 +153,26 @@ def test_only_an_earlier_export_is_replaced(tmp_path: Path) -> None:
             replace(LLAMA_SMALL, qk_norm=True, n_experts=4, normalize_router_weights=False),
             r"model\.normalize_router_weights is False; allowed in GGUF: True",
         ),
+        *(
+            (
+                replace(LLAMA_SMALL, rope_factor=8.0, **fields),
+                rf"model\.rope_factor is 8\.0; .* llama\.cpp's {name} has no",
+            )
+            for name, fields in {
+                "qwen2": {"qkv_bias": True},
+                "qwen3": {"qk_norm": True},
+                "qwen3moe": {"qk_norm": True, "n_experts": 4, "expert_hidden_dim": 32},
+            }.items()
+        ),
+        (
+            replace(LLAMA_SMALL, qkv_bias=True, head_dim=32),
+            r"model\.head_dim is 32; allowed in GGUF with model\.qkv_bias: model\.dim / model\.n_heads",
+        ),
+        (replace(GPT_SMALL, activation="gelu"), r"model\.activation is 'gelu'; allowed in GGUF: 'gelu_tanh'"),
+        (replace(GPT_SMALL, scale_attention=False), r"model\.scale_attention is False; allowed in GGUF: True"),
+        (replace(GPT_SMALL, scale_attention_by_layer=True), r"model\.scale_attention_by_layer is True; .*: False"),
+        (replace(GPT_SMALL, n_layers=513), r"model\.n_layers is 513; allowed in GGUF: at most 512"),
+        (replace(LLAMA_SMALL, n_experts=513), r"model\.n_experts is 513; allowed in GGUF: at most 512"),
         (ModelConfig(vocab_size=448, max_seq_len=8), "a model of ModelConfig cannot be exported"),
     ],
 )

@@ -5,11 +5,13 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
     GPT2Config,
@@ -29,8 +31,8 @@ from cleangpt.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, lo
 from cleangpt.errors import UserError
 from cleangpt.experiment import Experiment
 from cleangpt.interchange.export import export
-from cleangpt.interchange.gpt import config_from_huggingface, config_to_huggingface
-from cleangpt.interchange.huggingface import open_checkpoint
+from cleangpt.interchange.gpt import config_from_huggingface
+from cleangpt.interchange.huggingface import MODEL_TYPES, open_checkpoint
 from cleangpt.models import build_model
 from cleangpt.models.gpt import GPTConfig
 from cleangpt.models.llama import LlamaConfig
@@ -117,9 +119,10 @@ def test_weights_without_the_prefix_and_with_buffers_are_read_as_gpt2_was_releas
     ("entries", "message"),
     [
         ({"model_type": "bert"}, "model_type is 'bert'; allowed: gpt2, llama, mistral"),
-        ({"activation_function": "relu"}, "activation_function is 'relu'; allowed: 'gelu_new'"),
-        ({"n_inner": 7}, "n_inner is 7; allowed: 4 x n_embd, which is 128"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings is False; allowed: True"),
+        ({"activation_function": "mish"}, "activation_function is 'mish'; allowed: gelu_new, gelu_pytorch_tanh"),
+        ({"add_cross_attention": True}, "add_cross_attention is True; allowed: False"),
+        ({"tie_word_embeddings": False}, "the weights have no 'lm_head.weight'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "config.json has a quantization_config; allowed: none"),
         ({"n_layer": 3}, "the weights have no 'transformer.h.2.ln_1.weight'"),
         ({"n_layer": "many"}, "n_layers is 'many'"),
     ],
@@ -135,11 +138,172 @@ def test_what_is_not_supported_is_refused_with_the_entry_named(
     assert message in str(refused.value) and str(folder) in str(refused.value)
 
 
-def test_a_missing_entry_is_named(saved: Callable[..., Path]) -> None:
-    entries = config_to_huggingface(GPT_SMALL)
-    del entries["n_head"]
-    with pytest.raises(UserError, match=r"config\.json has no 'n_head'"):
-        config_from_huggingface(entries)
+KINDS_READ = ("gpt2", "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
+SMALL_GPT2: dict[str, Any] = {"n_positions": 64, "n_layer": 2, "n_head": 4, "n_embd": 48}
+SMALL_REST: dict[str, Any] = {
+    "max_position_embeddings": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "hidden_size": 32, "intermediate_size": 48, "head_dim": 16, "sliding_window": 8, "max_window_layers": 0,
+    "num_local_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "rms_norm_eps": 1e-3,
+    "rope_theta": 100.0, "norm_topk_prob": True, "tie_word_embeddings": True, "use_sliding_window": True,
+}  # fmt: skip
+"""Entries of a small model; each `model_type` takes those that it knows."""
+CHOICES = [("gpt2", name) for name in SMALL_GPT2]
+CHOICES += [(kind, name) for kind in KINDS_READ[1:] for name in (*SMALL_REST, "nothing")]
+
+
+def entries_of(kind: str) -> dict[str, Any]:
+    small = SMALL_GPT2 if kind == "gpt2" else SMALL_REST
+    return {"model_type": kind, "vocab_size": BPE.vocab_size, **small}
+
+
+@pytest.mark.parametrize(("kind", "left_out"), CHOICES)
+def test_an_entry_that_is_left_out_is_what_transformers_takes_for_it(kind: str, left_out: str) -> None:
+    """Every field of the configuration that one entry less changes is that of Transformers' class."""
+    entries = entries_of(kind)
+    entries.pop(left_out, None)
+    if left_out == "num_key_value_heads":
+        entries["num_attention_heads"] = 32  # the defaults divide it
+    theirs = CONFIG_MAPPING[kind].from_dict(entries)
+    ours = MODEL_TYPES[kind].config_from_huggingface(entries)
+    if isinstance(ours, GPTConfig):
+        assert (ours.n_layers, ours.n_heads, ours.dim, ours.max_seq_len) == (
+            theirs.n_layer, theirs.n_head, theirs.n_embd, theirs.n_positions,
+        )  # fmt: skip
+        return
+    assert isinstance(ours, LlamaConfig)
+    head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    rope = theirs.rope_parameters
+    assert (ours.n_layers, ours.n_heads, ours.num_kv_heads, ours.dim, ours.mlp_size, ours.head_size) == (
+        theirs.num_hidden_layers, theirs.num_attention_heads, theirs.num_key_value_heads, theirs.hidden_size,
+        theirs.intermediate_size, head_dim,
+    )  # fmt: skip
+    assert (ours.max_seq_len, ours.norm_eps, ours.tied, ours.rope_theta) == (
+        theirs.max_position_embeddings, theirs.rms_norm_eps, theirs.tie_word_embeddings, rope["rope_theta"],
+    )  # fmt: skip
+    types = getattr(theirs, "layer_types", None) or ["sliding_attention"] * theirs.num_hidden_layers
+    window = None if kind == "llama" else theirs.sliding_window
+    assert ours.windows() == [window if name == "sliding_attention" else None for name in types]
+    if ours.n_experts is not None:
+        assert (ours.n_experts, ours.experts_per_token) == (theirs.num_local_experts, theirs.num_experts_per_tok)
+    if kind == "qwen3_moe":
+        assert (ours.expert_size, ours.normalize_router_weights) == (
+            theirs.moe_intermediate_size, theirs.norm_topk_prob,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS_READ)
+def test_what_transformers_saves_has_the_same_logits_here(saved: Callable[..., Path], kind: str) -> None:
+    """`save_pretrained` leaves out most entries that have the default of their class."""
+    entries = entries_of(kind)
+    model = random_weights(AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind].from_dict(entries)))
+    tokens = torch.from_numpy(BPE.encode(TEXT))[None]
+    ours = open_checkpoint(f"hf:{saved(model)}").model(CPU)
+    torch.testing.assert_close(ours(tokens), model(tokens).logits, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("their_name", "our_name"),
+    [("num_attention_heads", "n_head"), ("hidden_size", "n_embd"), ("max_position_embeddings", "n_positions")],
+)
+def test_an_entry_of_gpt2_may_have_its_other_name(their_name: str, our_name: str) -> None:
+    entries = entries_of("gpt2")
+    renamed = {their_name if name == our_name else name: value for name, value in entries.items()}
+    assert config_from_huggingface(renamed) == config_from_huggingface(entries)
+
+
+@pytest.mark.parametrize(
+    ("kind", "entries", "message"),
+    [
+        ("llama", {"attention_bias": True}, "attention_bias is True; allowed: False"),
+        ("llama", {"mlp_bias": True}, "mlp_bias is True; allowed: False"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; allowed: 1"),
+        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5; allowed: 1"),
+        (
+            "llama",
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_type is 'linear'; allowed: default, llama3",
+        ),
+        ("llama", {"rope_scaling": {"rope_type": "llama3"}}, "config.json has no 'factor' for rope_type 'llama3'"),
+        ("mistral", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; allowed: 'silu' or 'swish'"),
+        ("mistral", {"quantization_config": {"quant_method": "awq"}}, "has a quantization_config; allowed: none"),
+        ("mixtral", {"compression_config": {"format": "int"}}, "has a compression_config; allowed: none"),
+        ("qwen2", {"use_sliding_window": True, "layer_types": ["full_attention"]}, "layer_types is ['full_attention']"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers is [0]; allowed: None or []"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2; allowed: 1"),
+    ],
+)
+def test_what_changes_the_meaning_of_weights_is_refused(
+    kind: str, entries: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(entries_of(kind) | entries))
+    with pytest.raises(UserError) as refused:
+        open_checkpoint(f"hf:{tmp_path}")
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "extra", "message"),
+    [
+        (their_llama, {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}, "self_attn.q_proj.bias', which"),
+        (their_llama, {"model.layers.1.mlp.up_proj.weight_scale": torch.ones(1)}, "up_proj.weight_scale', which a"),
+        (their_llama, {"score.weight": torch.ones(2, 32)}, "have 'score.weight', which a model with this config.json"),
+        (their_llama, {"model.layers.2.mlp.up_proj.weight": torch.ones(48, 32)}, "'model.layers.2.mlp.up_proj.weight'"),
+        (their_gpt2, {"lm_head.weight": torch.ones(320, 32)}, "'lm_head.weight', which a model with this config.json"),
+        (their_gpt2, {"v_head.weight": torch.ones(1, 32)}, "have 'v_head.weight'"),
+        (
+            their_gpt2, {"transformer.ln_f.bias": torch.zeros(32, dtype=torch.float8_e4m3fn)},
+            "transformer.ln_f.bias is stored as torch.float8_e4m3fn; allowed: floats of 16 bits or more",
+        ),
+        (their_gpt2, {"transformer.ln_f.bias": torch.zeros(32, dtype=torch.int8)}, "is stored as torch.int8; allowed"),
+    ],
+)  # fmt: skip
+def test_weights_that_nothing_uses_as_they_are_are_refused(
+    saved: Callable[..., Path], make: Callable[[], PreTrainedModel], extra: dict[str, torch.Tensor], message: str
+) -> None:
+    folder = saved(make())
+    save_file(load_file(folder / "model.safetensors") | extra, folder / "model.safetensors")
+    with pytest.raises(UserError) as refused:
+        open_checkpoint(f"hf:{folder}")
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_tied_head_that_is_saved_as_well_is_read(saved: Callable[..., Path]) -> None:
+    folder = saved(their_gpt2())
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"lm_head.weight": weights["transformer.wte.weight"].clone()}, folder / "model.safetensors")
+    assert "head.weight" not in open_checkpoint(f"hf:{folder}").weights
+
+
+# GPT-2's relatives ---------------------------------------------------------------------------------------------------
+
+RELATIVES: dict[str, dict[str, Any]] = {
+    "Cerebras-GPT": {"activation_function": "gelu", "n_inner": 128},
+    "Stanford's Mistral": {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
+    "untied": {"tie_word_embeddings": False},
+    "unscaled": {"scale_attn_weights": False},
+    "unscaled but by layer": {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True},
+    "narrow MLP": {"n_inner": 48, "activation_function": "relu"},
+    "other epsilon": {"layer_norm_epsilon": 0.1, "activation_function": "swish"},
+    **{name: {"activation_function": name} for name in ("gelu_fast", "gelu_pytorch_tanh", "gelu_python", "silu")},
+}
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_a_relative_of_gpt2_has_the_same_logits_here_and_back_there(
+    saved: Callable[..., Path], name: str, tmp_path: Path
+) -> None:
+    config = GPT2Config(vocab_size=BPE.vocab_size, n_positions=64, n_layer=2, n_head=4, n_embd=32, **RELATIVES[name])
+    theirs = random_weights(GPT2LMHeadModel(config))
+    checkpoint = open_checkpoint(f"hf:{saved(theirs)}")
+    tokens = torch.from_numpy(BPE.encode(TEXT))[None]
+    logits, ours = theirs(tokens).logits, checkpoint.model(CPU)
+    torch.testing.assert_close(ours(tokens), logits, atol=1e-3, rtol=1e-3)
+    cache = ours.new_cache()
+    steps = [ours(part, cache=cache) for part in tokens.split([9, *[1] * (tokens.shape[1] - 9)], dim=1)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), logits, atol=1e-3, rtol=1e-3)
+    export(checkpoint, "hf", tmp_path / "back")
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "back")(tokens).logits, logits)
+    assert open_checkpoint(str(tmp_path / "back")).config == checkpoint.config
 
 
 def test_pickled_weights_are_never_read(saved: Callable[..., Path]) -> None:
@@ -395,6 +559,7 @@ def test_a_model_of_hugging_face_is_sampled_from(
 KINDS = {
     "gpt2": GPT_SMALL,
     "gpt2 without biases": replace(GPT_SMALL, bias=False),
+    "gpt2, untied": replace(GPT_SMALL, tied=False, hidden_dim=48, activation="gelu", scale_attention_by_layer=True),
     "llama": LLAMA_SMALL,
     "llama 3.1, tied": replace(LLAMA_SMALL, tied=True, rope_factor=8.0, rope_original_seq_len=16),
     "mistral": replace(LLAMA_SMALL, sliding_window=8),

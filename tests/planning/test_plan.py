@@ -61,10 +61,12 @@ def test_what_does_not_fit_is_marked_and_settings_that_fit_are_advised(tiny: Cal
     assert [entry.fits for entry in plan.estimates] == [False] and not plan.fitting()
     (advice,) = plan.advice
     size = int(re.findall(r"--training.micro-batch-size (\d+)", advice)[0])
-    every = 1 if "--training.recompute-every 1" in advice else None
+    fields = {"training__recompute_every": 1} if "--training.recompute-every 1" in advice else {}
+    if "--training.recompute selective" in advice:
+        fields["training__recompute"] = "selective"
     smaller = tiny(
         model=model, data__seq_len=4096, data__batch_size=64, training__precision="bf16",
-        training__micro_batch_size=size, training__recompute_every=every,
+        training__micro_batch_size=size, **fields,
     )  # fmt: skip
     assert make_plan(smaller, find_device("h100"), [1]).fitting()
 

@@ -95,15 +95,16 @@ def test_counts_are_those_of_training_since_the_last_step() -> None:
 
 def test_recomputed_activations_move_the_biases_alike() -> None:
     tokens, biases = torch.randint(32, (3, 17)), []
-    for every in (None, 1):
+    for every, selective in ((None, False), (1, False), (1, True)):
         torch.manual_seed(0)
         model = Llama(MIXED)
-        apply_activation_checkpointing(model, every)
+        apply_activation_checkpointing(model, every, selective)
         balancing = ExpertLoadBalancer(model, alone)
         next_token(model, tokens[:, :-1], tokens[:, 1:]).backward()
         balancing.step()
         biases.append([block.mlp.router_bias.data for block in model.blocks])
     torch.testing.assert_close(biases[0], biases[1])
+    torch.testing.assert_close(biases[0], biases[2])
 
 
 def test_a_model_without_biases_is_left_alone() -> None:

@@ -1,7 +1,7 @@
 """What is frozen stays bit for bit, layers have rates of their own, moments are taken over or not."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,24 +9,26 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from cleangpt.checkpoints.run_folder import check_resumable, read_experiment
 from cleangpt.checkpoints.snapshots import list_snapshots, load_snapshot
 from cleangpt.commands import main
-from cleangpt.config import FineTuningConfig, LoRAConfig, OptimizerConfig, ParallelConfig
+from cleangpt.config import FineTuningConfig, LoRAConfig, ModelConfig, MuonConfig, OptimizerConfig, ParallelConfig
 from cleangpt.corpora import prepare
 from cleangpt.distributed.layout import Layout, state_bytes
 from cleangpt.errors import UserError
 from cleangpt.experiment import Experiment
-from cleangpt.models import build_model
+from cleangpt.models import MODELS, build_model
 from cleangpt.models.base import LanguageModel
+from cleangpt.models.blocks import hidden_matrices
 from cleangpt.models.flops import flops_per_token
 from cleangpt.models.gpt import GPTConfig
 from cleangpt.models.llama import LlamaConfig
 from cleangpt.tracking.metrics import read_metrics
 from cleangpt.training.balancing import ExpertLoadBalancer
 from cleangpt.training.finetuning import (
-    check_fine_tuning,
+    check_parameters,
     freeze_and_add_lora,
     frozen_names,
     layer_factors,
@@ -41,7 +43,7 @@ from tests.losses import next_token
 
 
 def check_tuning(experiment: Experiment, layout: Layout) -> None:
-    check_fine_tuning(experiment.fine_tuning, experiment.model, experiment.optimizer, layout)
+    check_parameters(experiment.fine_tuning, experiment.model, experiment.optimizer, layout)
 
 
 Build = Callable[..., Experiment]
@@ -316,8 +318,57 @@ def test_the_first_pattern_that_fits_multiplies_the_layers_factor() -> None:
 
 
 def test_a_model_without_blocks_has_no_layers_to_decay_over() -> None:
-    with pytest.raises(UserError, match=r"layer_decay is 0\.9; allowed for LanguageModel, which has no ModuleList"):
+    with pytest.raises(UserError, match=r"layer_decay is 0\.9; allowed for LanguageModel, whose layers\(\) are empty"):
         layer_factors(LanguageModel(GPT_SMALL), 0.9)
+
+
+class Renamed(LanguageModel):
+    """A model whose blocks are called otherwise, stand between other parts, and begin with a part of their own."""
+
+    def __init__(self) -> None:
+        super().__init__(ModelConfig(vocab_size=8, max_seq_len=8))
+        self.norm_before = nn.LayerNorm(4)
+        self.stem = nn.ModuleList([nn.Linear(4, 4)])
+        self.trunk = nn.ModuleList([nn.Linear(4, 4), nn.Conv1d(4, 4, 3)])
+        self.out = nn.Linear(4, 8)
+        self.table = nn.Embedding(8, 4)
+
+    def layers(self) -> nn.ModuleList:
+        return nn.ModuleList([*self.stem, *self.trunk])
+
+
+def test_layers_are_those_that_the_model_names_as_its_own() -> None:
+    factors = layer_factors(Renamed(), 0.5)
+    assert {name: factor for name, factor in factors.items() if name.endswith("weight")} == {
+        "norm_before.weight": 0.0625, "stem.0.weight": 0.125, "trunk.0.weight": 0.25, "trunk.1.weight": 0.5,
+        "out.weight": 1.0, "table.weight": 0.0625,
+    }  # fmt: skip
+
+
+def test_muon_updates_the_matrices_of_the_layers_whatever_their_name() -> None:
+    assert hidden_matrices(Renamed()) == {"stem.0.weight", "trunk.0.weight"}
+    optimizer = Optimizer(Renamed(), OptimizerConfig(lr=1e-3, muon=MuonConfig(lr=1e-2)))
+    assert {tuple(parameter.shape) for parameter in optimizer.hidden} == {(4, 4)} and len(optimizer.hidden) == 2
+
+
+def test_muon_without_any_matrix_in_layers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODELS, "empty", (EmptyConfig, Empty))
+    optimizer = OptimizerConfig(lr=1e-3, muon=MuonConfig(lr=1e-2))
+    with pytest.raises(UserError, match=r"optimizer\.muon\.lr is 0\.01; allowed for Empty, whose layers\(\) have no"):
+        check_parameters(FineTuningConfig(), EmptyConfig(vocab_size=8, max_seq_len=8), optimizer, Layout())
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmptyConfig(ModelConfig):
+    """Of a model without layers."""
+
+
+class Empty(LanguageModel):
+    """A table, and no layers."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.table = nn.Embedding(8, 8)
 
 
 # The optimizer's state -----------------------------------------------------------------------------------------------

@@ -209,9 +209,9 @@ def test_a_model_with_convolutions_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_model_without_head_and_final_norm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Headless(nn.Module):
+    class Headless(LanguageModel):
         def __init__(self, config: GPTConfig) -> None:
-            super().__init__()
+            super().__init__(config)
             self.token_embedding = nn.Embedding(50, config.dim)
 
     monkeypatch.setitem(MODELS, "gpt", (GPTConfig, Headless))

@@ -441,8 +441,12 @@ def test_recomputed_activations_change_nothing_but_the_memory(tiny: Build, train
     """Bit for bit, dropout included; counts the bytes that autograd keeps for the backward pass."""
     kept: dict[str, int] = {}
     ends = {}
-    for name, every in (("kept", None), ("one in two", 2), ("recomputed", 1)):
-        run = trainer(tiny(run_dir=name, training__recompute_every=every, model__dropout=0.1))
+    ways: dict[str, dict[str, Any]] = {
+        "kept": {}, "one in two": {"training__recompute_every": 2}, "recomputed": {"training__recompute_every": 1},
+        "selective": {"training__recompute_every": 1, "training__recompute": "selective"},
+    }  # fmt: skip
+    for name, fields in ways.items():
+        run = trainer(tiny(run_dir=name, model__dropout=0.1, **fields))
         seen: dict[int, int] = {}
 
         def keep(tensor: torch.Tensor, seen: dict[int, int] = seen) -> torch.Tensor:
@@ -454,17 +458,23 @@ def test_recomputed_activations_change_nothing_but_the_memory(tiny: Build, train
             run.objective(run.forward_model, batch)
         kept[name] = sum(seen.values())
         run.source.close()
-        run = trainer(tiny(run_dir=f"{name} trained", training__recompute_every=every, model__dropout=0.1))
+        run = trainer(tiny(run_dir=f"{name} trained", model__dropout=0.1, **fields))
         run.train()
         ends[name] = weights(run)
     assert kept["recomputed"] < kept["one in two"] < kept["kept"]
-    assert_equal(ends["kept"], ends["one in two"])
-    assert_equal(ends["kept"], ends["recomputed"])
+    for name in ways:
+        assert_equal(ends["kept"], ends[name])
 
 
 @pytest.mark.parametrize("compiled", ["model", "blocks"])
 @pytest.mark.parametrize(
-    "fields", [{}, pytest.param({"training__recompute_every": 1}, marks=pytest.mark.slow)], ids=["plain", "recomputed"]
+    "fields",
+    [
+        {},
+        pytest.param({"training__recompute_every": 1}, marks=pytest.mark.slow),
+        pytest.param({"training__recompute_every": 1, "training__recompute": "selective"}, marks=pytest.mark.slow),
+    ],
+    ids=["plain", "recomputed", "selective"],
 )
 def test_no_micro_batch_is_compiled_for_a_shape_of_its_own(
     tiny: Build, trainer: Open, monkeypatch: pytest.MonkeyPatch, compiled: str, fields: dict[str, Any]
