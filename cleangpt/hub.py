@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from cleangpt.errors import UserError, require
+from cleangpt.files import user_path
 
 PREFIX = "hf:"
 
@@ -19,7 +20,7 @@ def is_huggingface(text: str) -> bool:
 
 def local_path(text: str) -> Path:
     """The local path of a file or folder, or of a Hugging Face model ``hf:...``; see `fetch`."""
-    return fetch(text) if is_huggingface(text) else Path(text).expanduser()
+    return fetch(text) if is_huggingface(text) else user_path(text)
 
 
 def fetch(text: str) -> Path:
@@ -29,7 +30,7 @@ def fetch(text: str) -> Path:
         UserError: there is no such folder, or the download failed; explains how to provide the files offline.
     """
     name = text.removeprefix(PREFIX)
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if name and folder.is_dir():
         return folder
     if not name or name.startswith(("/", ".", "~")) or name.count("/") > 1:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "cleangpt"
 FLOORS = [
-    "errors", "files", "hub", "validation", "config", "data", "environments", "corpora", "models", "objectives",
-    "distributed", "experiment", "experiment_files", "tracking", "inference", "checkpoints", "rollouts", "interchange",
+    "errors", "output", "screen", "files", "hub", "validation", "config", "data", "environments", "corpora", "models",
+    "objectives", "distributed", "experiment", "experiment_files", "tracking", "inference", "checkpoints", "rollouts", "interchange",
     "loading",
     "evaluation", "training", "planning", "commands", "__main__",
 ]  # fmt: skip

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from cleangpt.errors import UserError, nearest, require
+from cleangpt.files import user_path
 
 BLOCK = 2**16
 """Bytes of plain text read at once."""
@@ -59,7 +60,7 @@ def find_files(patterns: Iterable[str]) -> list[Path]:
     """
     found: set[Path] = set()
     for pattern in patterns:
-        path = Path(pattern).expanduser()
+        path = user_path(pattern)
         if path.is_file():
             files = [path]
         elif path.is_dir():

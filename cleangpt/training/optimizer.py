@@ -74,7 +74,7 @@ class Optimizer:
             weight_decay: applied to matrices.
 
         Returns:
-            The gradient's norm before clipping, 0-dim, on the device; 0 for a skipped step.
+            The gradient's norm before clipping, 0-dim, on the device; not finite for a skipped step.
         """
         optimizers: list[torch.optim.Optimizer] = [self.adamw] if self.muon is None else [self.adamw, self.muon]
         for optimizer in optimizers:
@@ -95,7 +95,7 @@ class Optimizer:
         total, row, longest = self.skipped
         row = (row + 1) * bad
         self.skipped = torch.stack([total + bad, row, torch.maximum(longest, row)])
-        return torch.where(bad > 0, torch.zeros_like(norm), norm)
+        return norm
 
     def state_dict(self) -> dict[str, Any]:
         """Moments by parameter name, sharded as the parameter is; the counts of skipped steps; the loss scale."""
