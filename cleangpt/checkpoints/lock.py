@@ -33,12 +33,16 @@ def lock_run(run: Path) -> Iterator[None]:
     except (OSError, NotImplementedError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{run} cannot be locked against other processes: {reason}; give another run_dir") from None
+    soft = isinstance(lock, SoftFileLock)  # where a disk has no locks, filelock's own file stands for one
     try:
-        if not isinstance(lock, SoftFileLock):  # where a disk has no locks, filelock's own file stands for one
-            with contextlib.suppress(OSError):  # a full disk
+        with contextlib.suppress(OSError):  # a full disk
+            if not soft:
                 (run / LOCK).write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
         yield
     finally:
+        with contextlib.suppress(OSError):
+            if not soft:
+                os.truncate(run / LOCK, 0)
         lock.release()
 
 

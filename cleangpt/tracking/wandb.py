@@ -27,7 +27,7 @@ from cleangpt.files import read_json, safe_name, write_json
 from cleangpt.tracking.metrics import Value, read_metrics, read_samples, read_steps, step_tag, tag
 
 SESSIONS = "wandb.json"
-"""The W&B run's id, and its sessions: of each the folder and, once it has ended, the last step and macro-batch logged."""
+"""The W&B run's id, and its sessions: of each the folder, and the last step and macro-batch logged if it has ended."""
 FINISH_SECONDS = 60
 """How long the end of a run waits for the upload; the rest stays in RUN/wandb, for ``wandb sync``."""
 

@@ -34,6 +34,7 @@ def test_a_lock_is_free_again_whatever_its_file_says(tmp_path: Path) -> None:
     for _ in range(2):
         with lock_run(tmp_path):
             pass
+        assert not (tmp_path / LOCK).read_bytes(), "nobody holds it"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="flock")

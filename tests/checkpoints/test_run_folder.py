@@ -75,7 +75,7 @@ def test_runs_begun_at_the_same_moment_get_folders_of_their_own(tiny: Build, mon
 def test_a_run_that_another_process_begins_is_not_written_to(tiny: Build) -> None:
     experiment = resolve(tiny(run_dir="run"), 16)
     Path("run").mkdir()
-    with lock_run(Path("run")), pytest.raises(UserError, match="run is being trained by (another )?process"):
+    with lock_run(Path("run")), pytest.raises(UserError, match=r"run is being trained by (another )?process"):
         open_run(experiment, None, [])
     assert [path.name for path in Path("run").iterdir()] == ["lock"]
     check_folder(experiment)
