@@ -6,7 +6,7 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock, SoftFileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from cleangpt.errors import UserError
 
@@ -22,7 +22,7 @@ def lock_run(run: Path) -> Iterator[None]:
     Raises:
         UserError: another process is training it, or the disk has no locks.
     """
-    lock = FileLock(run / LOCK)
+    lock: BaseFileLock = FileLock(run / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -107,7 +107,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: tuple[str
     """
     path.touch()
     mode = path.stat().st_mode & 0o777
-    save_file(dict(tensors), path, metadata=None if metadata is None else dict([metadata]))
+    save_file(dict(tensors), path, None if metadata is None else dict([metadata]))
     path.chmod(mode)
 
 

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, MemoryError) as error:  # the machine's, whatever its kind
         return _fail(f"stopped: {single_line(error) or type(error).__name__}", 1)
     except SystemExit as end:
-        return int(end.code or 0)
+        return end.code if isinstance(end.code, int) else int(bool(end.code))
 
 
 def program() -> NoReturn:

@@ -61,21 +61,22 @@ class WandbTracker:
         if self._run is not None:
             self._logged = self._last_logged()
             return
-        self._start()
+        self._run = run = self._start()
         self._drop_killed_sessions()
         for session in self._sessions:
             self._logged = {name: max(value, session[name]) for name, value in self._logged.items()}
-        if self._run.step > self._logged["step"] + 1:  # a killed session has sent more
-            self._on_server = self._logged["step"] = self._run.step - 1
-        self._sessions.append({"folder": Path(self._run.dir).parent.name, "step": None, "macro_batch": None})
+        if run.step > self._logged["step"] + 1:  # a killed session has sent more
+            self._on_server = self._logged["step"] = run.step - 1
+        self._sessions.append({"folder": Path(run.dir).parent.name, "step": None, "macro_batch": None})
         self._write_sessions()
         if last_step is not None:
             self._log_again(last_step)
 
-    def _start(self) -> None:
+    def _start(self) -> Any:
+        """Opens the W&B run."""
         wandb = require("wandb", "wandb")
         try:
-            self._run = wandb.init(
+            run = wandb.init(
                 project=self._config.wandb_project,
                 id=self._id,
                 name=self._name,
@@ -89,12 +90,13 @@ class WandbTracker:
                     console="off", quiet=True, finish_timeout=FINISH_SECONDS, finish_timeout_raises=True
                 ),
             )
-        except wandb.errors.UsageError as error:
+        except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
             raise UserError(f"tracking.wandb is {self._config.wandb!r}, and W&B refuses: {error}") from None
         for axis in ("step", "tokens"):
-            self._run.define_metric(axis)
-        self._run.define_metric("*", step_metric="step")
-        self._run.define_metric(tag("val_loss"), step_metric="step", summary="min,last")
+            run.define_metric(axis)
+        run.define_metric("*", step_metric="step")
+        run.define_metric(tag("val_loss"), step_metric="step", summary="min,last")
+        return run
 
     def _drop_killed_sessions(self) -> None:
         """Forgets sessions that were killed, and removes the folders of those that were offline."""

@@ -83,7 +83,7 @@ class Optimizer:
                 group["weight_decay"] = weight_decay * group["decay"]
             self.scaler.unscale_(optimizer)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
+        norm: Tensor = full_tensor(torch.nn.utils.get_total_norm(gradients))
         if self.config.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, norm)
         bad = (~torch.isfinite(norm)).float()
