@@ -338,7 +338,7 @@ class TrackingConfig(Checked, section="tracking"):
     """Weights & Biases; needs cleangpt[wandb]."""
     wandb_project: str = "cleangpt"
     """Project in Weights & Biases."""
-    every: int | None = None
+    every: Count | None = None
     """Steps between rows of steps.jsonl; None: about 1,000 rows over the whole run."""
     tensorboard: bool = False
     """Write TensorBoard event files to the run folder; needs cleangpt[tensorboard]."""

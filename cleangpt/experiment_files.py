@@ -15,7 +15,7 @@ from typing import Any
 
 from cleangpt.errors import UserError, nearest, parsing
 from cleangpt.experiment import Experiment
-from cleangpt.files import read_json, read_text
+from cleangpt.files import read_json, read_text, user_path
 from cleangpt.validation import Checked
 
 MODULE = "cleangpt_experiment"
@@ -42,8 +42,8 @@ def find_experiment(text: str) -> Path:
     Raises:
         UserError: there is none; names the nearest.
     """
-    if Path(text).is_file():
-        return Path(text)
+    if (path := user_path(text)).is_file():
+        return path
     known = experiments()
     if text not in known:
         where = (
@@ -76,7 +76,7 @@ def run_file(path: Path) -> Any:
     """Imports a Python file as a module and returns it; its classes register themselves.
 
     Raises:
-        UserError: the file is not Python, or builds a dataclass of ours with a wrong field; names file and line.
+        UserError: the file is not Python, or it fails; names its line and the error.
     """
     spec = importlib.util.spec_from_file_location(MODULE, path)
     if spec is None or spec.loader is None:
@@ -91,12 +91,11 @@ def run_file(path: Path) -> Any:
         raise UserError(f"{path}, line {error.lineno}: {error.msg}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    except TypeError as error:
-        if message := _wrong_field(str(error)):
-            raise UserError(f"{_location(path, error)}: {message}") from None
-        raise
     except UserError as error:
         raise UserError(f"{_location(path, error)}: {error}") from None
+    except (Exception, SystemExit) as error:
+        said = _wrong_field(str(error)) if isinstance(error, TypeError) else ""
+        raise UserError(f"{_location(path, error)}: {said or _told(path, error)}") from error
     finally:
         sys.path.remove(str(path.parent))
     return module
@@ -111,11 +110,18 @@ def _check_python(path: Path) -> None:
         raise UserError(f"{path} is not Python: {error or 'it is nested too deeply'}") from None
 
 
-def _location(path: Path, error: Exception) -> str:
+def _location(path: Path, error: BaseException) -> str:
     """The file, and its line that raised the error."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
     return f"{path}, line {lines[-1]}" if lines else str(path)
+
+
+def _told(path: Path, error: BaseException) -> str:
+    """An error of the user's code in one line; where it was raised in another file, with that place."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    elsewhere = Path(last.filename).resolve() != path.resolve()
+    return f"{type(error).__name__}: {error}" + f" ({last.filename}, line {last.lineno})" * elsewhere
 
 
 def recorded_overrides(path: Path) -> list[str]:

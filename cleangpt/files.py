@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -41,8 +42,21 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` for a JSON value, indented."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """`write_text` for a JSON value; see `strict_json`."""
+    write_text(path, strict_json(value) + "\n")
+
+
+def strict_json(value: Any) -> str:
+    """A value as indented JSON; NaN and infinity, which JSON does not have, become null."""
+    return json.dumps(_without_nan(value), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _without_nan(part) for key, part in value.items()}
+    return [_without_nan(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def read_text(path: Path) -> str:
@@ -58,6 +72,20 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not valid UTF-8: {error.reason} at byte {error.start:,}") from None
+
+
+def user_path(text: str | Path) -> Path:
+    """A path as a user gives it, on the command line or in an experiment: ``~`` and ``~NAME`` are home folders.
+
+    Raises:
+        UserError: nobody of that name has a home folder, or no path can be spelled so.
+    """
+    if "\0" in str(text):
+        raise UserError(f"{str(text)!r} is not a path; allowed: text without the character 0")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f"{str(text)!r}: there is no such home folder; write it as ./{text} if it is a name") from None
 
 
 def check_regular(path: Path) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from cleangpt.errors import UserError, require
+from cleangpt.files import user_path
 
 PREFIX = "hf:"
 
@@ -20,20 +21,20 @@ def is_huggingface(text: str) -> bool:
 
 def local_path(text: str) -> Path:
     """The local path of a file or folder, or of a Hugging Face model ``hf:...``; see `fetch`."""
-    return fetch(text) if is_huggingface(text) else Path(text).expanduser()
+    return fetch(text) if is_huggingface(text) else user_path(text)
 
 
 def is_local(text: str) -> bool:
     """Whether ``hf:...`` is a folder here."""
     name = text.removeprefix(PREFIX)
-    return bool(name) and Path(name).expanduser().is_dir()
+    return bool(name) and user_path(name).is_dir()
 
 
 def path_offline(text: str) -> Path | None:
     """`local_path` without a network; None: a model that is not in the cache."""
     name = text.removeprefix(PREFIX)
     if not is_huggingface(text) or is_local(text):
-        return Path(name).expanduser()
+        return user_path(name)
     try:
         library = require("huggingface_hub", "hub")
         return Path(library.snapshot_download(name, allow_patterns=list(FILES), local_files_only=True))
@@ -49,7 +50,7 @@ def fetch(text: str) -> Path:
     """
     name = text.removeprefix(PREFIX)
     if is_local(text):
-        return Path(name).expanduser()
+        return user_path(name)
     if not name or name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise UserError(f"{text}: {name!r} is not a folder; allowed: hf:FOLDER, hf:NAME or hf:OWNER/NAME")
     library = require("huggingface_hub", "hub")

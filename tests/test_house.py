@@ -5,6 +5,8 @@ import inspect
 import re
 from pathlib import Path
 
+import pytest
+
 from cleangpt.training.trainer import Trainer
 
 PACKAGE = Path(__file__).parents[1] / "cleangpt"
@@ -47,6 +49,18 @@ def test_a_file_over_400_lines_says_why_at_its_top() -> None:
 def test_the_trainer_shows_a_run_and_a_step_on_one_screen_each() -> None:
     assert len(lines_of(PACKAGE / "training/trainer.py")) <= 260
     assert all(len(inspect.getsource(method).splitlines()) <= SCREEN for method in (Trainer.train, Trainer.step))
+
+
+@pytest.mark.parametrize(
+    ("call", "door"),
+    [
+        (r"\.expanduser\(", "files"),  # a home folder that is not there is a mistake, not a traceback
+        (r"\bsave_file\(", "checkpoints/tensor_files"),  # safetensors' own files are private, and shuffle metadata
+    ],
+)
+def test_what_needs_care_has_one_door(call: str, door: str) -> None:
+    callers = {name for name, path in modules().items() if re.search(call, path.read_text(encoding="utf-8"))}
+    assert callers == {door}
 
 
 def test_constructors_take_their_part_of_an_experiment() -> None:

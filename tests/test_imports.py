@@ -6,10 +6,9 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "cleangpt"
 FLOORS = [
-    "errors", "files", "hub", "validation", "config", "data", "environments", "corpora", "models", "objectives",
-    "distributed", "experiment", "experiment_files", "tracking", "inference", "checkpoints", "rollouts", "interchange",
-    "loading",
-    "evaluation", "training", "planning", "commands", "__main__",
+    "errors", "output", "screen", "files", "hub", "validation", "config", "data", "environments", "corpora", "models",
+    "objectives", "distributed", "experiment", "experiment_files", "tracking", "inference", "checkpoints", "rollouts",
+    "interchange", "loading", "evaluation", "training", "planning", "commands", "__main__",
 ]  # fmt: skip
 """From the ground up; a room imports from its own floor and from those before it."""
 

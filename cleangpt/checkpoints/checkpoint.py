@@ -8,6 +8,7 @@ checkpoints/val1.4697_mb000012/        validation loss and macro-batch
 """
 
 import contextlib
+import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
@@ -17,9 +18,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from cleangpt.checkpoints.tensor_files import PYTORCH, write_tensors
 from cleangpt.config import LoRAConfig, ModelConfig, SavingConfig
 from cleangpt.data.chat_template import CHAT_TEMPLATE, ChatTemplate, find_template
 from cleangpt.data.dataset import TOKENIZER
@@ -58,6 +60,12 @@ class CheckpointEntry:
     val_loss: float
     permanent: bool = False
     """Kept regardless of its loss, by `saving.checkpoint_every`."""
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> "CheckpointEntry":
+        """An entry as a file has it, where a loss that is not finite is null."""
+        val_loss = entry["val_loss"]
+        return cls(**{**entry, "val_loss": math.nan if val_loss is None else val_loss})
 
 
 class Checkpoints:
@@ -127,7 +135,7 @@ class Checkpoints:
 
         A folder that is newer than the snapshot stays until the next `offer`, which replaces or prunes it.
         """
-        entries = [CheckpointEntry(**entry) for entry in state["entries"]]
+        entries = [CheckpointEntry.from_json(entry) for entry in state["entries"]]
         self.entries = [entry for entry in entries if (self.folder / entry.name / CONFIG).exists()]
 
     def _permanent(self, macro_batch: int) -> bool:
@@ -164,9 +172,9 @@ def save_checkpoint(
     try:
         if lora is not None and lora.rank is not None:
             base = merge(base, adapters, lora.alpha / lora.rank)
-            metadata = {"format": "pt", "rank": str(lora.rank), "alpha": str(lora.alpha)}
-            save_file(adapters, partial / ADAPTERS, metadata=metadata)
-        save_file(base, partial / WEIGHTS, metadata={"format": "pt"})
+            facts_of_lora = json.dumps({"rank": lora.rank, "alpha": lora.alpha})
+            write_tensors(partial / ADAPTERS, adapters, ("lora", facts_of_lora))
+        write_tensors(partial / WEIGHTS, base, PYTORCH)
         write_json(partial / CONFIG, {"format": FORMAT, "model": to_json(config, model_kinds()), "facts": facts})
         write_text(partial / TOKENIZER, tokenizer.to_json())
         if chat_template is not None:
@@ -248,7 +256,7 @@ def best_checkpoint(run: Path) -> Path:
     index = run / "checkpoints" / INDEX
     content = read_json(index) if index.exists() else {"checkpoints": []}
     with parsing(index):
-        entries = [CheckpointEntry(**entry) for entry in content["checkpoints"]]
+        entries = [CheckpointEntry.from_json(entry) for entry in content["checkpoints"]]
         if not entries:
             raise UserError(f"{run} has no checkpoint yet; one is saved whenever the validation loss improves")
         return run / "checkpoints" / safe_name(min(entries, key=_sort_key).name, index)

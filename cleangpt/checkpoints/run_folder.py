@@ -2,53 +2,57 @@
 
 import contextlib
 import itertools
+import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 
 from cleangpt import __version__
 from cleangpt.checkpoints.checkpoint import CONFIG, best_checkpoint
+from cleangpt.checkpoints.lock import LOCK, lock_run
 from cleangpt.checkpoints.snapshots import list_snapshots
 from cleangpt.corpora import CORPORA
 from cleangpt.corpora.mixture import Mixture
 from cleangpt.data.mixing import MixedDataset
 from cleangpt.distributed.device import choose_device, describe_device
 from cleangpt.distributed.processes import world_size
-from cleangpt.errors import UserError
+from cleangpt.errors import UserError, parsing
 from cleangpt.experiment import Experiment
-from cleangpt.files import PARTIAL, read_json, write_bytes, write_json
+from cleangpt.files import PARTIAL, read_json, user_path, write_bytes, write_json
 from cleangpt.hub import is_huggingface
 from cleangpt.models import build_model, model_kinds
 from cleangpt.models.meta import on_meta
 from cleangpt.objectives import OBJECTIVES
 from cleangpt.validation import flatten, from_json, to_json
 
-# Fields that cannot change when a run is resumed.
+POSITION = "the position in the data or the weights depend on it"
 FIXED_FIELDS = {
-    *("name", "data.seq_len", "data.batch_size", "training.batches_per_macro_batch", "training.seed", "objective"),
-    "fine_tuning.freeze",
+    **dict.fromkeys(("name", "data.seq_len", "data.batch_size", "training.batches_per_macro_batch"), POSITION),
+    **dict.fromkeys(("training.seed", "fine_tuning.freeze"), POSITION),
+    **dict.fromkeys(("init_from", "fine_tuning.optimizer_state"), "the run has begun with it"),
+    "data.val_samples": "the losses of its checkpoints were measured on that many",
 }
-
-
-FIXED_PREFIXES = ("corpus.", "model.", "fine_tuning.lora.")
+"""Fields that cannot change when a run is resumed, and why."""
+FIXED_PARTS = ("corpus.", "model.", "objective.", "fine_tuning.lora.")
+"""Parts of which no field can."""
 
 
 EXPERIMENT, EXPERIMENT_FILE, ENVIRONMENT = "experiment.json", "experiment.py", "environment.json"
 
 
-LOCK = "lock"
-
-
 STATUS, STORES = "status.json", "stores.json"
+STARTED = "%Y-%m-%dT%H:%M:%S%z"
+"""How environment.json writes the time at which the run began."""
 
 
 LAUNCH_ID = "TORCHELASTIC_RUN_ID"
@@ -65,31 +69,66 @@ def experiment_json(experiment: Experiment) -> dict[str, Any]:
     return to_json(experiment, kinds())
 
 
-def open_run(experiment: Experiment, source: Path | None, overrides: Sequence[str]) -> Path:
-    """Opens the run in `experiment.run_dir`, or creates one; a new run gets its experiment and environment.
+def choose_folder(experiment: Experiment) -> Path:
+    """The folder of the experiment's run: `run_dir` if that is given, else a new one."""
+    return given_folder(experiment) or _run_before_restart(experiment.name) or _new_folder(experiment.name)
+
+
+def given_folder(experiment: Experiment) -> Path | None:
+    """The folder named by `run_dir`."""
+    return None if experiment.run_dir is None else user_path(experiment.run_dir)
+
+
+def check_same(run: Path, experiment: Experiment) -> None:
+    """Refuses a folder that holds the run of another experiment.
+
+    Raises:
+        UserError: names the first field that differs, and whether `resume` can change it.
+    """
+    if not (run / EXPERIMENT).is_file():
+        return
+    there, here = read_json(run / EXPERIMENT), experiment_json(experiment)
+    if names := differing(there, here):
+        fixed = [name for name in names if _why_fixed(name)]
+        name = (fixed or names)[0]
+        raise UserError(
+            f"run_dir is {str(run)!r}, which holds another experiment: {_values(name, there, here)}; give another "
+            "folder" + ("" if fixed else f", or change the field with cleangpt resume {run}")
+        )
+
+
+def record_run(
+    run: Path, experiment: Experiment, data: Mapping[str, Any], source: Path | None, overrides: Sequence[str]
+) -> None:
+    """Writes what a run is made of, once nothing can refuse it any more; of a resumed one, what has changed.
 
     Args:
+        run: its folder.
         experiment: with every field resolved.
-        source: the experiment's Python file, copied into the run; None: not copied.
+        data: from `check_data`.
+        source: the experiment's Python file, copied into a new run; None: not copied.
         overrides: the command-line arguments after the experiment, saved so that the run can be repeated.
+    """
+    wanted, begun = experiment_json(experiment), (run / EXPERIMENT).is_file()
+    if data and not (begun and _known_data(run) == data):
+        write_json(run / STORES, data)
+    if not begun:
+        if source is not None:
+            write_bytes(run / EXPERIMENT_FILE, source.read_bytes())
+        write_json(run / ENVIRONMENT, environment(experiment, overrides))
+    if not begun or read_json(run / EXPERIMENT) != wanted:
+        write_json(run / EXPERIMENT, wanted)
+
+
+def open_run(experiment: Experiment, source: Path | None, overrides: Sequence[str]) -> Path:
+    """`choose_folder`, `check_same` and `record_run`, for a run whose data and weights nothing can refuse.
 
     Raises:
         UserError: the folder holds a run of another experiment, or another process is training it.
     """
-    wanted = experiment_json(experiment)
-    if experiment.run_dir is not None:
-        run = Path(experiment.run_dir)
-        run.mkdir(parents=True, exist_ok=True)
-    else:
-        run = _run_before_restart(experiment.name) or _new_folder(experiment.name)
-    with lock_run(run):
-        if (run / EXPERIMENT).is_file():
-            _check_same(run, read_json(run / EXPERIMENT), wanted)
-            return run
-        if source is not None:
-            write_bytes(run / EXPERIMENT_FILE, source.read_bytes())
-        write_json(run / ENVIRONMENT, environment(experiment, overrides))
-        write_json(run / EXPERIMENT, wanted)
+    run = choose_folder(experiment)
+    with acquire_run(run, experiment):
+        record_run(run, experiment, {}, source, overrides)
     return run
 
 
@@ -99,10 +138,11 @@ def check_folder(experiment: Experiment) -> None:
     Raises:
         UserError: `experiment.run_dir` is a file, or a folder with other content.
     """
-    run = Path(experiment.run_dir) if experiment.run_dir is not None else None
+    run = given_folder(experiment)
     if run is None or not run.exists() or (run / EXPERIMENT).is_file():
         return
-    expected = {name + end for name in (EXPERIMENT_FILE, ENVIRONMENT, EXPERIMENT) for end in ("", PARTIAL)} | {LOCK}
+    written = (STORES, EXPERIMENT_FILE, ENVIRONMENT, EXPERIMENT)
+    expected = {name + end for name in written for end in ("", PARTIAL)} | {LOCK, "wandb", "wandb.json", "tensorboard"}
     if run.is_file() or {path.name for path in run.iterdir()} - expected:
         raise UserError(f"run_dir is {str(run)!r}, which holds something else; give another folder")
 
@@ -113,31 +153,25 @@ def find_run(text: str) -> Path:
     Raises:
         UserError: there is no such run.
     """
-    for path in (Path(text), Path("runs") / text):
+    for path in (user_path(text), Path("runs") / text):
         if (path / EXPERIMENT).is_file():
             return path
-        inside = sorted(path.glob(f"*/{EXPERIMENT}"), key=lambda found: found.stat().st_mtime)
-        if inside:
-            return inside[-1].parent
+        if inside := [found.parent for found in path.glob(f"*/{EXPERIMENT}")]:
+            return max(inside, key=_age)
     raise UserError(f"{text} is not a run; allowed: a folder with an {EXPERIMENT}, or a name in runs/")
 
 
-@contextlib.contextmanager
-def lock_run(run: Path) -> Iterator[None]:
-    """Locks a run against other processes; the system releases the lock of a process that dies.
+def _age(run: Path) -> tuple[float, list[int]]:
+    """Sorts runs by when they began, which neither a copy nor `touch` changes, and then by the numbers of their names.
 
-    Raises:
-        UserError: another process is training it.
+    A run without a time, whose environment.json is gone, counts as the oldest.
     """
-    lock = FileLock(run / LOCK)
+    numbers = [int(number) for number in re.findall(r"\d+", run.name)]
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"{run} is being trained by another process; wait for it, or stop it first") from None
-    try:
-        yield
-    finally:
-        lock.release()
+        began = datetime.strptime(read_json(run / ENVIRONMENT)["started"], STARTED).timestamp()
+    except (UserError, LookupError, TypeError, ValueError):
+        began = 0.0
+    return began, numbers
 
 
 def write_status(run: Path, status: str | None, reason: str | None = None) -> None:
@@ -149,7 +183,8 @@ def write_status(run: Path, status: str | None, reason: str | None = None) -> No
 
 def find_checkpoint(text: str) -> Path:
     """Finds a checkpoint by its folder, or the best one of the run that `find_run` finds."""
-    return Path(text) if (Path(text) / CONFIG).is_file() else best_checkpoint(find_run(text))
+    folder = user_path(text)
+    return folder if (folder / CONFIG).is_file() else best_checkpoint(find_run(text))
 
 
 def find_moments(text: str) -> Path:
@@ -158,7 +193,7 @@ def find_moments(text: str) -> Path:
     Raises:
         UserError: `text` is not a run with snapshots.
     """
-    if not is_huggingface(text) and not (Path(text) / CONFIG).is_file():
+    if not is_huggingface(text) and not (user_path(text) / CONFIG).is_file():
         snapshots = find_run(text) / "snapshots"
         if list_snapshots(snapshots):
             return snapshots
@@ -176,33 +211,68 @@ def read_experiment(run: Path) -> Experiment:
     return from_json(Experiment, read_json(run / EXPERIMENT), kinds())
 
 
-def check_data(run: Path, store: MixedDataset) -> None:
-    """Refuses to resume if the dataset has changed since the run started; its checksums are in stores.json.
+def check_data(run: Path, store: MixedDataset) -> dict[str, Any]:
+    """Refuses a dataset that is not the one the run began with, whose checksums are in stores.json.
+
+    Returns:
+        The folder and the checksums of each source, for `record_run`.
 
     Raises:
         UserError: names the first file that differs.
     """
-    known = read_json(run / STORES) if (run / STORES).is_file() else {}
-    now = {}
-    for name, part in ((source.name, source.dataset) for source in store.sources):
-        facts = part.check_same(known[name]) if name in known else part.fingerprint()
-        now[name] = {"folder": str(part.folder), **facts}
-    if now != known:
-        write_json(run / STORES, now)
+    known, now = _known_data(run), {}
+    with parsing(run / STORES):
+        for name, part in ((source.name, source.dataset) for source in store.sources):
+            facts = part.check_same(known[name]) if name in known else part.fingerprint()
+            now[name] = {"folder": str(part.folder), **facts}
+    return now
+
+
+def _known_data(run: Path) -> dict[str, Any]:
+    return read_json(run / STORES) if (run / STORES).is_file() else {}
 
 
 @contextlib.contextmanager
-def acquire_run(run: Path, experiment: Experiment, store: MixedDataset) -> Iterator[None]:
-    """Locks the run for this process, checks that its dataset is unchanged, and saves fields changed on resume.
+def acquire_run(run: Path, experiment: Experiment, resumed: bool = False) -> Iterator[None]:
+    """Makes the folder of a run and locks it; where no run has begun by the end, everything is as it was.
+
+    Args:
+        run: its folder.
+        experiment: with every field resolved.
+        resumed: whether fields may differ from those of the run, as `check_resumable` allows.
 
     Raises:
-        UserError: another process is training it, or the tokens have changed.
+        UserError: another process is training it, or the folder holds a run of another experiment.
     """
+    made = [place for place in (run, *run.parents) if experiment.run_dir is None or not place.exists()]
+    run.mkdir(parents=True, exist_ok=True)
     with lock_run(run):
-        check_data(run, store)
-        if (wanted := experiment_json(experiment)) != read_json(run / EXPERIMENT):
-            write_json(run / EXPERIMENT, wanted)
-        yield
+        try:
+            if not resumed:
+                check_same(run, experiment)
+            yield
+        finally:
+            if not (run / EXPERIMENT).is_file():
+                with contextlib.suppress(OSError):  # Windows keeps a file that is open
+                    (run / LOCK).unlink()
+                    for place in made:  # only empty ones can be removed
+                        place.rmdir()
+
+
+def check_registered(experiment: Experiment) -> None:
+    """Refuses an experiment that could not be read back from its run, as resume and evaluate do.
+
+    Raises:
+        UserError: a model or an objective is not registered, or a field of one is nothing that JSON has.
+    """
+    for name, registry in (("model", "MODELS"), ("objective", "OBJECTIVES")):
+        kind = type(getattr(experiment, name))
+        if kind not in kinds().values():
+            raise UserError(f"{name} is a {kind.__name__}, which is not registered: add a line for it to {registry}")
+    try:
+        json.dumps(experiment_json(experiment))
+    except TypeError as error:
+        raise UserError(f"the experiment cannot be written to {EXPERIMENT}: {error}") from None
 
 
 def check_resumable(before: Experiment, now: Experiment) -> None:
@@ -211,16 +281,22 @@ def check_resumable(before: Experiment, now: Experiment) -> None:
     Raises:
         UserError: names the first such field.
     """
-    old, new = flatten(experiment_json(before)), flatten(experiment_json(now))
-    for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name) and (name in FIXED_FIELDS or name.startswith(FIXED_PREFIXES)):
-            raise UserError(
-                f"{name} is {old.get(name)!r} in this run and cannot become {new.get(name)!r}: the position in the "
-                "data or the weights depend on it; start another run, and load the weights with init_from"
-            )
-    if getattr(now.corpus, "changes", False) and old["training.macro_batches"] != new["training.macro_batches"]:
+    if before.run_dir != now.run_dir:
         raise UserError(
-            f"training.macro_batches is {old['training.macro_batches']} in this run and cannot change: the weights of "
+            f"run_dir is {now.run_dir!r}; a run is resumed in its own folder; to have it elsewhere, move the folder"
+        )
+    old, new = experiment_json(before), experiment_json(now)
+    for name in differing(old, new):
+        if why := _why_fixed(name):
+            there, here = flatten(old).get(name), flatten(new).get(name)
+            raise UserError(
+                f"{name} is {there!r} in this run and cannot become {here!r}: {why}; start another run, and load the "
+                "weights with init_from"
+            )
+    length = before.training.macro_batches
+    if getattr(now.corpus, "changes", False) and length != now.training.macro_batches:
+        raise UserError(
+            f"training.macro_batches is {length} in this run and cannot change: the weights of "
             "its mixture change with progress; start another run, and load the weights with init_from"
         )
 
@@ -239,7 +315,7 @@ def environment(experiment: Experiment, overrides: Sequence[str]) -> dict[str, A
         "processes": world_size(),
         "git_commit": _git_commit(),
         "parameters": parameters,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "started": time.strftime(STARTED),
         "command": sys.argv,
         "overrides": list(overrides),
         "launch": os.environ.get(LAUNCH_ID),
@@ -252,7 +328,7 @@ def _run_before_restart(name: str) -> Path | None:
         return None
     runs = [path.parent for path in (Path("runs") / name).glob(f"*/{EXPERIMENT}")]
     ours = [run for run in runs if read_json(run / ENVIRONMENT).get("launch") == os.environ.get(LAUNCH_ID)]
-    return max(ours, key=lambda run: (run / EXPERIMENT).stat().st_mtime, default=None)
+    return max(ours, key=_age, default=None)
 
 
 def _new_folder(name: str) -> Path:
@@ -266,20 +342,26 @@ def _new_folder(name: str) -> Path:
     return folder
 
 
-def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """Describes the first field other than run_dir in which two experiments differ; empty if there is none."""
+def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """The fields other than run_dir in which two experiments, as JSON, differ; sorted."""
     before, now = flatten(there), flatten(here)
-    names = (name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name))
-    name = next((name for name in names if name != "run_dir"), None)
-    return "" if name is None else f"{name} is {before.get(name)!r} there and {now.get(name)!r} here"
+    names = sorted((before.keys() | now.keys()) - {"run_dir"})
+    return [name for name in names if before.get(name) != now.get(name)]
 
 
-def _check_same(run: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    if changed := difference(there, here):
-        raise UserError(
-            f"run_dir is {str(run)!r}, which holds another experiment: {changed}; give another folder, or change "
-            "fields with cleangpt resume"
-        )
+def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """Describes the first field in which two experiments differ; empty if there is none."""
+    names = differing(there, here)
+    return _values(names[0], there, here) if names else ""
+
+
+def _values(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    return f"{name} is {flatten(there).get(name)!r} there and {flatten(here).get(name)!r} here"
+
+
+def _why_fixed(name: str) -> str:
+    """Why a field cannot change when a run is resumed; empty if it can."""
+    return POSITION if name.startswith(FIXED_PARTS) else FIXED_FIELDS.get(name, "")
 
 
 def _git_commit() -> str | None:

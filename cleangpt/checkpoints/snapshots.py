@@ -3,7 +3,8 @@
     snapshots/mb000012/              after 12 macro-batches; mb000012_b00034 is 34 batches into the next one
         shard_00000.safetensors …    the tensors that one process wrote, or its slices of them
         index.json                   every tensor by its path in the state: dtype, full shape, slices and their files
-        state.json                   the rest of the state, with {"tensor": path} in place of each tensor
+        state.json                   the rest of the state, with {"tensor": path} in place of each tensor, and
+                                 {"float": "nan"} for a number that JSON does not have
         manifest.json                sizes and checksums of all of these
 
 The state is a tree of the `state_dict`s of a run's parts. Paths and full shapes do not depend on the parallel strategy,
@@ -11,6 +12,7 @@ so a snapshot can be loaded under another strategy and on another number of proc
 """
 
 import contextlib
+import math
 import re
 import secrets
 import shutil
@@ -259,7 +261,7 @@ def _read_tensors(
 
 # The state as a tree -------------------------------------------------------------------------------------------------
 def _flatten(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """Collects the tensors of a tree in `tensors`, by path; returns the tree with their paths in their place."""
+    """Collects the tensors of a tree in `tensors`, by path; returns the tree as strict JSON, with the paths instead."""
     if isinstance(tree, Tensor):
         tensors[path] = tree.detach()
         return {"tensor": path}
@@ -267,7 +269,7 @@ def _flatten(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return {key: _flatten(value, f"{path}/{key}" if path else str(key), tensors) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
         return [_flatten(value, f"{path}/{index}", tensors) for index, value in enumerate(tree)]
-    return tree
+    return {"float": str(tree)} if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def _unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -275,6 +277,8 @@ def _unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(tree, dict):
         if set(tree) == {"tensor"}:
             return tensors[tree["tensor"]]
+        if set(tree) == {"float"}:
+            return float(tree["float"])
         return {key: _unflatten(value, tensors) for key, value in tree.items()}
     if isinstance(tree, list):
         return [_unflatten(value, tensors) for value in tree]

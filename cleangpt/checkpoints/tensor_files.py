@@ -21,6 +21,8 @@ from cleangpt.errors import UserError, parsing
 from cleangpt.files import fsync_files, read_json, safe_name, write_text
 
 INDEX = "index.json"
+PYTORCH = ("format", "pt")
+"""The metadata by which other libraries know a file of PyTorch's tensors."""
 
 
 DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
@@ -95,11 +97,25 @@ def write_full_tensors(
     return ""
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: tuple[str, str] | None = None) -> None:
+    """Writes a safetensors file that is as readable as any other new file; safetensors itself makes it private.
+
+    Args:
+        path: of the file.
+        tensors: by name; on the host, contiguous.
+        metadata: a key and its text. Only one, since safetensors writes several in random order.
+    """
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    save_file(dict(tensors), path, None if metadata is None else dict([metadata]))
+    path.chmod(mode)
+
+
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Writes and fsyncs a process's shard, unless it is empty; returns its manifest entry."""
     if not tensors:
         return {}
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    write_tensors(path, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     return fsync_files([path])
 
 

@@ -12,14 +12,12 @@ from typing import NoReturn
 
 from cleangpt import __version__
 from cleangpt.errors import RunFailedError, UserError, nearest, single_line
+from cleangpt.output import discard, say
 
 COMMANDS = (
     "demo", "list", "prepare", "plan", "tune", "train", "resume", "evaluate", "sample", "chat", "report", "export",
 )  # fmt: skip
 """Each is a file here; its docstring starts with usage and purpose, and `command(words)` runs it."""
-
-REFUSED = {"ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ESTALE", "EMFILE", "ENFILE"}
-"""System errors of a disk that is full, read-only, not permitted or broken: not bugs of the program."""
 
 UNUSABLE = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
 """System errors of a path that cannot be a file."""
@@ -33,28 +31,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = [*(sys.argv[1:] if arguments is None else arguments)]  # `list` is a command here
     try:
-        return _dispatch(words)
+        code = _dispatch(words)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where an error of it is told in a line
+        return code
     except UserError as error:
-        print(f"{_rank_prefix()}error: {single_line(error)}", file=sys.stderr)
-        return 2
+        return _fail(f"error: {single_line(error)}", 2)
     except RunFailedError as error:
-        print(f"{_rank_prefix()}stopped: {single_line(error)}", file=sys.stderr)
-        return 1
+        return _fail(f"stopped: {single_line(error)}", 1)
     except KeyboardInterrupt:
-        print("interrupted; the last snapshot is intact", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # The reader of our output (head, less) has exited.
-        sys.stderr.close()
+        return _fail("interrupted; the last snapshot is intact", 130)
+    except BrokenPipeError:  # the reader of our output (head, less) has left
+        discard(sys.stdout)
         return 0
-    except OSError as error:
-        full = "No usable temporary directory" in str(error)  # Python's message if even /tmp is full
-        if errno.errorcode.get(error.errno or 0) not in REFUSED and not full:
-            raise
-        print(f"{_rank_prefix()}stopped: {error}", file=sys.stderr)
-        return 1
+    except (OSError, MemoryError) as error:  # the machine's, whatever its kind
+        return _fail(f"stopped: {single_line(error) or type(error).__name__}", 1)
     except SystemExit as end:
-        return int(end.code or 0)
+        return end.code if isinstance(end.code, int) else int(bool(end.code))
 
 
 def program() -> NoReturn:
@@ -120,6 +113,8 @@ def _docstring(name: str) -> str:
     return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
 
 
-def _rank_prefix() -> str:
-    """The prefix for messages of this process, if torchrun has started several."""
-    return f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+def _fail(reason: str, code: int) -> int:
+    """Tells why the program ends, and of which process, if torchrun has started several; returns its exit code."""
+    rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    say(f"{rank}{reason}", sys.stderr)
+    return code

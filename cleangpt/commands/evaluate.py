@@ -1,7 +1,6 @@
 """evaluate RUN: loss, perplexity, bits per byte and task score of a run's best checkpoint"""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 
 import tyro
@@ -12,6 +11,8 @@ from cleangpt.config import Device
 from cleangpt.distributed.device import choose_device
 from cleangpt.evaluation.evaluate import evaluate_run, table
 from cleangpt.experiment_files import run_code
+from cleangpt.files import strict_json
+from cleangpt.tracking.metrics import strict
 
 
 @dataclasses.dataclass
@@ -39,6 +40,6 @@ def command(words: Sequence[str]) -> None:
     run_code(options.code)
     metrics = evaluate_run(find_run(options.run), options.checkpoint, options.split, choose_device(options.device))
     if options.json:
-        print(json.dumps(metrics, indent=2))
+        print(strict_json(strict(metrics)))
     else:
         table(metrics)

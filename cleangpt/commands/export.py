@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 import tyro
 
 from cleangpt.commands.options import parse
+from cleangpt.files import user_path
 from cleangpt.interchange.export import export
 from cleangpt.interchange.huggingface import open_checkpoint
 
@@ -30,7 +30,7 @@ def command(words: Sequence[str]) -> None:
     """Exports a checkpoint."""
     about = "Exports a run's best checkpoint to Hugging Face's format or to GGUF."
     options = parse(Options, words, program="cleangpt export", about=about)
-    name = Path(options.run.removeprefix("hf:")).resolve().name
-    out = Path(options.out or (f"{name}-hf" if options.format == "hf" else f"{name}.gguf"))
+    name = user_path(options.run.removeprefix("hf:")).resolve().name
+    out = user_path(options.out or (f"{name}-hf" if options.format == "hf" else f"{name}.gguf"))
     export(open_checkpoint(options.run), options.format, out, options.force)
     print(f"export: {out}")

@@ -1,7 +1,6 @@
 """plan EXPERIMENT: estimate memory, time and cost of training on devices you do not have yet"""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -9,7 +8,7 @@ import tyro
 from cleangpt.commands.overrides import parse_experiment
 from cleangpt.distributed.datasheets import find_device
 from cleangpt.errors import UserError
-from cleangpt.files import write_json
+from cleangpt.files import user_path, write_json
 from cleangpt.planning.plan import make_plan
 from cleangpt.planning.published import show_published
 from cleangpt.planning.tables import show
@@ -35,11 +34,13 @@ def command(words: Sequence[str]) -> None:
         show_published()
         return
     chosen: Any = parse_experiment(words, "plan", "Memory, time and cost of training {}, from data sheets", FIELDS)
-    if chosen.json is not None and (not Path(chosen.json).parent.is_dir() or Path(chosen.json).is_dir()):
+    out = None if chosen.json is None else user_path(chosen.json)
+    if out is not None and (not out.parent.is_dir() or out.is_dir()):
         raise UserError(f"--json is {chosen.json!r}; allowed: a file in a folder that exists")
     device = find_device(chosen.device, chosen.price)
     plan = make_plan(chosen.experiment, device, chosen.devices, chosen.devices_per_node, chosen.tokens)
+    if out is not None:
+        write_json(out, plan.to_json())
     show(plan)
-    if chosen.json is not None:
-        write_json(Path(chosen.json), plan.to_json())
-        print(f"plan: {chosen.json}")
+    if out is not None:
+        print(f"plan: {out}")

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -11,6 +10,7 @@ from cleangpt.commands import subject
 from cleangpt.commands.options import FLAT, parse
 from cleangpt.corpora import CORPORA, prepare
 from cleangpt.errors import UserError, nearest
+from cleangpt.files import user_path
 
 
 def command(words: Sequence[str]) -> None:
@@ -26,6 +26,6 @@ def command(words: Sequence[str]) -> None:
     about = (CORPORA[name].__doc__ or "").splitlines()[0]
     options: Any = dataclasses.make_dataclass("Options", fields)
     chosen = parse(options, words[1:], program=f"cleangpt prepare {name}", about=about)
-    dataset = prepare(chosen.corpus, Path(chosen.folder), again=chosen.again)
+    dataset = prepare(chosen.corpus, user_path(chosen.folder), again=chosen.again)
     for source in dataset.sources:
         print(f"dataset: {source.dataset.folder}")

@@ -10,6 +10,7 @@ from cleangpt.checkpoints.run_folder import find_run
 from cleangpt.commands.options import parse
 from cleangpt.errors import UserError
 from cleangpt.experiment_files import find_experiment, load_experiment
+from cleangpt.files import user_path
 from cleangpt.planning.plan import resolve_if_prepared
 from cleangpt.tracking.plots import schedule_preview
 from cleangpt.tracking.report import write_report
@@ -33,7 +34,7 @@ def command(words: Sequence[str]) -> None:
     """Writes a report, or the plot of a schedule."""
     about = "A self-contained HTML page and PNGs: curves, schedules, throughput, samples; compares several runs."
     options = parse(Options, words, program="cleangpt report", about=about)
-    out = None if options.out is None else Path(options.out)
+    out = None if options.out is None else user_path(options.out)
     if bool(options.runs) == (options.schedule is not None):
         raise UserError("cleangpt report needs either runs or --schedule EXPERIMENT")
     if options.schedule is None:

@@ -19,9 +19,8 @@ def command(words: Sequence[str]) -> None:
     before = read_experiment(run)
     about = f"Fields of {run / EXPERIMENT}; those of data and model cannot be changed any more."
     experiment, deadline = parse_launch(before, words[1:], f"cleangpt resume {words[0]}", about)
-    experiment = dataclasses.replace(experiment, run_dir=str(run))
     check_resumable(before, experiment)
-    train(experiment, deadline=deadline, resumed=run)
+    train(dataclasses.replace(experiment, run_dir=str(run)), deadline=deadline, resumed=run)
 
 
 def runs() -> list[str]:

@@ -10,6 +10,7 @@ from cleangpt.commands import subject
 from cleangpt.commands.overrides import parse_over
 from cleangpt.experiment import Experiment
 from cleangpt.experiment_files import experiments, find_experiment, load_experiment, recorded_overrides
+from cleangpt.output import say
 from cleangpt.training.deadline import read_time_limit
 from cleangpt.training.launch import train
 
@@ -21,7 +22,7 @@ def command(words: Sequence[str]) -> None:
     path = find_experiment(subject(words, "train", "EXPERIMENT", lambda: list(experiments())))
     recorded = recorded_overrides(path)
     if recorded:
-        print(f"with the overrides of this run: {' '.join(recorded)}")
+        say(f"with the overrides of this run: {' '.join(recorded)}")
     overrides = [*recorded, *words[1:]]
     about = f"Fields of {path}, with their values there as defaults."
     experiment, deadline = parse_launch(load_experiment(path), overrides, f"cleangpt train {words[0]}", about)

@@ -2,16 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from cleangpt.checkpoints.run_folder import lock_run
+from cleangpt.checkpoints.lock import lock_run
 from cleangpt.commands.overrides import parse_experiment
 from cleangpt.distributed.processes import join
 from cleangpt.errors import UserError
+from cleangpt.files import user_path
+from cleangpt.output import say
 from cleangpt.training.launch import check_here, prepare_dataset
 from cleangpt.training.tuning import RunInterruptedError, Tuning, advice, short_run
 from cleangpt.validation import Bounds, Count, Positive
@@ -33,12 +33,12 @@ def command(words: Sequence[str]) -> None:
     if chosen.experiment.optimizer.lr == 0:
         raise UserError("optimizer.lr is 0; allowed: more than 0, the start of the search")
     experiment = short_run(chosen.experiment, chosen.steps, chosen.width)
-    folder = Path(chosen.out or f"runs/{experiment.name}_tune")
+    folder = user_path(chosen.out or f"runs/{experiment.name}_tune")
     check_here(experiment)
     with join(experiment.parallel.timeout) as ranks:
         experiment, dataset = prepare_dataset(experiment, ranks)
         folder.mkdir(parents=True, exist_ok=True)
-        log: Callable[[str], None] = partial(print, flush=True) if ranks.is_main else lambda line: None
+        log: Callable[[str], None] = say if ranks.is_main else lambda line: None
         try:
             with lock_run(folder) if ranks.is_main else nullcontext():
                 tuning = Tuning(experiment, folder, dataset, ranks, log)

@@ -26,6 +26,7 @@ from cleangpt.data.dataset import CARD, TokenDataset, is_dataset
 from cleangpt.data.mixing import MixedDataset, MixtureSource
 from cleangpt.errors import UserError
 from cleangpt.files import restore
+from cleangpt.screen import Screen
 
 __all__ = ["CORPORA", "Corpus", "Mixture", "Text", "dataset_folder", "prepare", "prepare_dataset"]
 
@@ -85,7 +86,7 @@ def prepare_dataset(
     corpus: CorpusConfig, data_folder: Path, again: bool = False, console: Console | None = None
 ) -> TokenDataset:
     """`prepare` for a corpus that is not a mixture."""
-    console = console or Console(stderr=True)
+    console = console or Screen(stderr=True)
     if not isinstance(corpus, Corpus):
         raise UserError(f"corpus is a {type(corpus).__name__}; allowed: a subclass of cleangpt.corpora.Corpus")
     corpus.check()

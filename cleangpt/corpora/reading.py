@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 from cleangpt.corpora.compression import SUFFIXES, as_file, decompressed, is_compressed
 from cleangpt.errors import UserError, nearest, require
+from cleangpt.files import user_path
 
 BLOCK = 2**16
 """Bytes of plain text read at once."""
@@ -228,7 +229,7 @@ def unit_hash(text: str) -> float:
 
 def _matches(pattern: str) -> Iterator[Path]:
     """What one path, glob or folder leads to, folders and links to nothing included."""
-    path = Path(os.path.expanduser(pattern))  # noqa: PTH111 - Path's own raises an error for unknown users
+    path = user_path(pattern)
     if path.is_dir():
         yield from _expand(Path(escape(str(path)), "**"))
     elif path.exists():

@@ -16,7 +16,7 @@ from cleangpt.corpora.text import characters, write_texts
 from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from cleangpt.errors import UserError
-from cleangpt.files import sha256, write_bytes
+from cleangpt.files import sha256, user_path, write_bytes
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SIZE = 1_115_394
@@ -67,7 +67,7 @@ class ShakespeareChar(Corpus):
     def _find(self, download: Path, console: Console) -> Path:
         if self.file is None:
             return _download(download)
-        path = Path(self.file).expanduser()
+        path = user_path(self.file)
         if not path.is_file():
             raise UserError(f"corpus.file: {path} does not exist")
         if path.stat().st_size != SIZE or sha256(path) != SHA256:

@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from cleangpt.checkpoints.checkpoint import Checkpoint, best_checkpoint, load_checkpoint
-from cleangpt.checkpoints.run_folder import read_experiment
+from cleangpt.checkpoints.run_folder import check_data, read_experiment
 from cleangpt.corpora import prepare
 from cleangpt.corpora.mixture import environments
 from cleangpt.data.loader import validation_batches
@@ -18,26 +17,29 @@ from cleangpt.errors import UserError, nearest
 from cleangpt.evaluation.tasks import mean_reward
 from cleangpt.evaluation.validate import loss_metrics, source_metrics, validate
 from cleangpt.experiment import Experiment
-from cleangpt.files import write_json
+from cleangpt.files import user_path, write_json
 from cleangpt.models.base import LanguageModel
-from cleangpt.tracking.metrics import metric_key
+from cleangpt.screen import Screen
+from cleangpt.tracking.metrics import metric_key, strict
 
 
 def evaluate_run(run: Path, checkpoint: str | None, split: str | None, device: torch.device) -> dict[str, Any]:
     """Evaluates a checkpoint (None: the best) on a split (None: test, else val) and writes RUN/evaluation.json.
 
     Raises:
-        UserError: there is no such checkpoint or split, or the checkpoint does not fit the run.
+        UserError: there is no such checkpoint or split, the checkpoint does not fit the run, or the dataset is not the
+            one that the run was trained with.
     """
     experiment = read_experiment(run)
     folder = best_checkpoint(run) if checkpoint is None else _named(run, checkpoint)
     loaded = load_checkpoint(folder)
-    dataset = prepare(experiment.corpus, Path(experiment.data.folder))
+    dataset = prepare(experiment.corpus, user_path(experiment.data.folder))
+    check_data(run, dataset)
     _check(experiment, loaded, dataset)
     name = _split(dataset, split)
     metrics: dict[str, Any] = {"run": str(run), "checkpoint": folder.name, "split": name}
     metrics |= evaluate(loaded.model(device), experiment, dataset, name, device)
-    write_json(run / "evaluation.json", metrics)
+    write_json(run / "evaluation.json", strict(metrics))
     return metrics
 
 
@@ -85,7 +87,7 @@ def table(metrics: dict[str, Any]) -> None:
     for name, value in metrics.items():
         if value is not None:
             rows.add_row(name.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else str(value))
-    Console().print(rows)
+    Screen().print(rows)
 
 
 def _check(experiment: Experiment, checkpoint: Checkpoint, dataset: MixedDataset) -> None:

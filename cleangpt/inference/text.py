@@ -21,7 +21,7 @@ def sample_text(
     model: LanguageModel, dataset: TokenDataset, prompt: str | None, count: int, device: torch.device, seed: int
 ) -> str:
     """A prompt (None: the start of the validation split) and up to `count` generated tokens, at temperature 0.8."""
-    tokens = (torch.from_numpy(dataset.tokenizer.encode(prompt)) if prompt else validation_prompt(dataset)).tolist()
+    tokens = start_of_sample(dataset, prompt)
     was_training = model.training
     model.eval()
     engine = Engine(model, device, vocab_size=dataset.vocab_size, eos_ids=dataset.tokenizer.stop_ids)
@@ -31,11 +31,23 @@ def sample_text(
     return "".join(map(streamer.push, [*tokens, *generated])) + streamer.flush(cut=len(generated) == count)
 
 
+def start_of_sample(dataset: TokenDataset, prompt: str | None) -> list[int]:
+    """The tokens of a prompt (None: the start of the validation split), at least one.
+
+    Raises:
+        UserError: the tokenizer does not know a character of the prompt, or makes no tokens of it.
+    """
+    tokens = [int(token) for token in (dataset.tokenizer.encode(prompt) if prompt else validation_prompt(dataset))]
+    if not tokens:
+        raise UserError("the tokenizer makes no tokens of it; allowed: a text with tokens")
+    return tokens
+
+
 def validation_prompt(dataset: TokenDataset) -> Tensor:
     """The start of the validation split: the question of its first row, or at most 16 tokens, of whole characters."""
     split = dataset.splits["val"]
     if split.masked and split.row_length is not None:
-        length = int(split.read_mask(0, split.row_length).argmax())
+        length = max(1, int(split.read_mask(0, split.row_length).argmax()))
         return torch.from_numpy(split.read(0, length).astype("int64"))
     tokens = split.read(0, min(PROMPT_TOKENS, split.tokens)).astype("int64")
     decoder, length = StreamDecoder(dataset.tokenizer), 1

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from cleangpt.checkpoints.checkpoint import CONFIG, WEIGHTS, Checkpoint, load_checkpoint
 from cleangpt.checkpoints.run_folder import find_checkpoint
+from cleangpt.checkpoints.tensor_files import PYTORCH, write_tensors
 from cleangpt.config import ModelConfig
 from cleangpt.data.chat_template import HF_TEMPLATE, find_template, stop_tokens
 from cleangpt.data.dataset import TOKENIZER
@@ -182,7 +183,7 @@ def write_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
     if checkpoint.chat_template is not None:
         write_text(folder / HF_TEMPLATE, checkpoint.chat_template.source)
     tensors = mapping.to_huggingface(checkpoint.config, checkpoint.weights)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    write_tensors(folder / WEIGHTS, tensors, PYTORCH)
 
 
 def _check_word_split(kind: str, tokenizer: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from cleangpt.distributed.datasheets import Device
 from cleangpt.distributed.layout import Layout, layout_for
 from cleangpt.errors import UserError
 from cleangpt.experiment import Experiment, total_samples
+from cleangpt.files import user_path
 from cleangpt.models import build_model
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.flops import flops_per_token
@@ -115,7 +115,7 @@ def resolve_if_prepared(experiment: Experiment) -> Experiment:
     # The sources of a mixture share one tokenizer.
     mixture = isinstance(experiment.corpus, Mixture)
     corpus = experiment.corpus.sources[0].corpus if isinstance(experiment.corpus, Mixture) else experiment.corpus
-    folder = dataset_folder(corpus, Path(experiment.data.folder))
+    folder = dataset_folder(corpus, user_path(experiment.data.folder))
     if is_dataset(folder):
         dataset = TokenDataset(folder)
         alone = MixedDataset([MixtureSource(dataset)])

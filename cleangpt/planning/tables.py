@@ -1,15 +1,15 @@
 """A plan as tables for the terminal."""
 
-from rich.console import Console
 from rich.table import Table
 
 from cleangpt.distributed.datasheets import GIB
 from cleangpt.planning.plan import Estimate, Plan
+from cleangpt.screen import Screen
 
 
 def show(plan: Plan) -> None:
     """Prints a table of strategies and the parts of the best, or for several numbers of devices a table of these."""
-    console = Console(width=max(Console().width, 112))  # so that no cell is truncated
+    console = Screen(width=max(Screen().width, 112))  # so that no cell is truncated
     device, counts = plan.device, list(dict.fromkeys(entry.devices for entry in plan.estimates))
     console.print(f"model    {plan.parameters:,} parameters, {plan.flops_per_token:,} FLOPs per token", highlight=False)
     console.print(f"length   {plan.tokens:,} tokens", highlight=False)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cleangpt.config import TrackingConfig
-from cleangpt.errors import require
+from cleangpt.errors import UserError, require
 from cleangpt.tracking.metrics import MetricsFiles, Value
 
 FILES = "files"
@@ -23,6 +23,9 @@ class Tracker(Protocol):
         """Starts tracking, after `load_state_dict`. The run continues after this macro-batch and step; None: a new run.
 
         Called again when the run returns to an earlier snapshot.
+
+        Raises:
+            UserError: a setting cannot work; any other error drops the tracker.
         """
 
     def record(self, metrics: Mapping[str, Value]) -> None:
@@ -55,9 +58,13 @@ class Trackers:
         """The last known state of each other tracker."""
 
     def open(self, truncate_after: int | None, last_step: int | None) -> None:
-        """Opens every tracker; the run continues after this macro-batch and step (None: a new run)."""
-        self._files.open(truncate_after, last_step)
+        """Opens every tracker; the run continues after this macro-batch and step (None: a new run).
+
+        Raises:
+            UserError: one of them refuses a setting; the files are as they were.
+        """
         self._call("open", truncate_after, last_step)
+        self._files.open(truncate_after, last_step)
 
     def record(self, metrics: Mapping[str, Value]) -> None:
         """Logs the metrics of one macro-batch to every tracker."""
@@ -110,6 +117,8 @@ class Trackers:
         for name, tracker in list(self._working.items()):
             try:
                 getattr(tracker, method)(*arguments)
+            except UserError:
+                raise
             except Exception as error:
                 self._drop(name, error)
 

@@ -106,10 +106,7 @@ STEP_METRICS: dict[str, Metric] = {
     "weight_decay": Metric("weight decay", "", "weight decay of the step", "train/weight_decay"),
     "grad_norm": Metric("gradient norm", "", "global gradient norm before clipping", "train/grad_norm"),
     "tokens_per_second": Metric(
-        "tokens per second",
-        "tokens/s",
-        "tokens trained on per second since the last row",
-        "speed/tokens_per_second",
+        "tokens per second", "tokens/s", "tokens trained on per second since the last row", "speed/tokens_per_second"
     ),
     "batch_size": Metric("batch size", "samples", "samples in the step, over all devices", "train/batch_size"),
     "skipped": Metric("skipped", "", "1 if the update was skipped for a non-finite gradient", "train/skipped"),
@@ -224,8 +221,12 @@ class MetricsFiles:
 
         None removes all lines; a torn last line is always removed.
         """
-        for name, last in {METRICS_FILE: truncate_after, STEPS_FILE: last_step, SAMPLES_FILE: truncate_after}.items():
-            written = _truncate(self._run / name, LINE_NUMBERS[name], last)
+        lasts = {METRICS_FILE: truncate_after, STEPS_FILE: last_step, SAMPLES_FILE: truncate_after}
+        # All are read before one is written: a corrupt line refuses the run, which stays as it was.
+        kept = {name: _lines_to_keep(self._run / name, LINE_NUMBERS[name], last) for name, last in lasts.items()}
+        for name, (content, written) in kept.items():
+            if (path := self._run / name).exists() and len(content) != path.stat().st_size:
+                write_bytes(path, content)
             self._waiting = [
                 (file, line) for file, line in self._waiting if file != name or line[LINE_NUMBERS[name]] > written
             ]
@@ -307,12 +308,16 @@ def read_samples(run: Path) -> list[dict[str, Any]]:
     return _read_lines(run / SAMPLES_FILE)
 
 
-def strict(metrics: Mapping[str, Value]) -> dict[str, Any]:
+def strict(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics with null for NaN and infinity, and `not_finite` with the kind of each."""
-    odd = {name: str(value) for name, value in metrics.items() if value is not None and not math.isfinite(value)}
-    if not odd:
-        return dict(metrics)
-    return {name: None if name in odd else value for name, value in metrics.items()} | {NOT_FINITE: odd}
+    odd = {name: str(value) for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)}
+    return {**metrics, **dict.fromkeys(odd), NOT_FINITE: odd} if odd else dict(metrics)
+
+
+def restored(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Undoes `strict`."""
+    known = {name: value for name, value in metrics.items() if name != NOT_FINITE}
+    return known | {name: float(kind) for name, kind in metrics.get(NOT_FINITE, {}).items()}
 
 
 def _append(path: Path, entries: Sequence[dict[str, Any]], sync: bool) -> None:
@@ -358,10 +363,10 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 
 def _read_numbers(path: Path) -> list[dict[str, Any]]:
-    rows = _read_lines(path)
-    for number, row in enumerate(rows, start=1):
+    rows = []
+    for number, line in enumerate(_read_lines(path), start=1):
         with parsing(f"{path}, line {number},"):
-            row.update({name: float(kind) for name, kind in row.pop(NOT_FINITE, {}).items()})
+            rows.append(row := restored(line))
             for name, value in row.items():
                 if type(value) not in (int, float, NoneType):
                     raise ValueError(f"{name} is {value!r}")
@@ -369,11 +374,11 @@ def _read_numbers(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _truncate(path: Path, key: str, last: int | None) -> int:
-    """Keeps the lines of a file up to the first whose `key` is above `last`, none if that is None.
+def _lines_to_keep(path: Path, key: str, last: int | None) -> tuple[bytes, int]:
+    """The lines of a file up to the first whose `key` is above `last`, none if that is None.
 
     Returns:
-        The `key` of the last line kept; -1 if there is none.
+        The lines, and the `key` of the last one; -1 if there is none.
 
     Raises:
         UserError: a line to be kept is corrupt. In steps.jsonl, whose lines are only synced in batches, a power failure
@@ -392,7 +397,4 @@ def _truncate(path: Path, key: str, last: int | None) -> int:
             break
         kept.append(line + b"\n")
         newest = found
-    content = b"".join(kept)
-    if path.exists() and len(content) != path.stat().st_size:
-        write_bytes(path, content)
-    return newest
+    return b"".join(kept), newest

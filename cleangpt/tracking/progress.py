@@ -2,6 +2,7 @@
 
 import errno
 import time
+from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.progress_bar import ProgressBar as Bar
 from rich.table import Table
 from rich.text import Text
 
+from cleangpt.screen import Screen
 from cleangpt.tracking.metrics import label, scores, show, show_time
 
 LOG = "log.txt"
@@ -25,18 +27,27 @@ class ProgressBar:
     """Shows the progress of a run; `log` works at any time, the bar is shown from `start` to `close`.
 
     Args:
-        run: folder whose log.txt gets every line, with the time; None: no log.
+        run: folder whose log.txt gets every line, with the time; None: none until `write_to`.
         progress: whether to print anything.
         console: where to print; None: standard output.
     """
 
     def __init__(self, run: Path | None = None, progress: bool = True, console: Console | None = None) -> None:
         self._run = run
-        self._console = (console or Console()) if progress else None
+        self._console = (console or Screen()) if progress else None
         self._live: Live | None = None
         self._metrics: dict[str, Any] = {}
+        self._unwritten: deque[str] = deque(maxlen=100)
+        """Lines for a log.txt that there is not yet."""
         self._macro_batches, self._per_macro_batch, self._done = 0, 1, 0
         self._clock: tuple[int, float] | None = None
+
+    def write_to(self, run: Path | None) -> None:
+        """Writes every line to the log.txt of this folder, those shown so far included; None: there is no log."""
+        self._run = run
+        if run is not None:
+            _append(run, "".join(self._unwritten))
+        self._unwritten.clear()
 
     def start(self, total_macro_batches: int, batches_per_macro_batch: int, done_batches: int = 0) -> None:
         """Shows the bar of a run in which `done_batches` batches are done."""
@@ -61,13 +72,13 @@ class ProgressBar:
         self._metrics.update(metrics)
         words = [f"macro-batch {metrics['macro_batch']}/{self._macro_batches or '?'}", *_words(metrics)]
         words += [show_time(metrics["time_trained"])] if metrics.get("time_trained") is not None else []
-        _log(self._run, " · ".join(words))
+        self._write(" · ".join(words))
         self._print(_fit(words, self._console.width) if self._live and self._console else " · ".join(words))
         self._draw()
 
     def log(self, text: str) -> None:
         """Prints a line, above the bar if there is one, and appends it to log.txt."""
-        _log(self._run, text)
+        self._write(text)
         self._print(text)
 
     def close(self) -> None:
@@ -83,6 +94,13 @@ class ProgressBar:
             return None
         left = self._macro_batches * self._per_macro_batch - self._done
         return left * (time.monotonic() - self._clock[1]) / (self._done - self._clock[0])
+
+    def _write(self, text: str) -> None:
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n"
+        if self._run is None:
+            self._unwritten.append(line)
+        else:
+            _append(self._run, line)
 
     def _draw(self) -> None:
         if self._live:
@@ -140,8 +158,7 @@ def _fit(words: list[str], width: int) -> str:
     return " · ".join(words)
 
 
-def _log(run: Path | None, text: str) -> None:
-    if run is not None:
-        # On a full disk the line is only printed: a log must not end the training.
-        with suppress(OSError), (run / LOG).open("a", encoding="utf-8", errors="replace") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+def _append(run: Path, line: str) -> None:
+    # On a full disk the line is only printed: a log must not end the training.
+    with suppress(OSError), (run / LOG).open("a", encoding="utf-8", errors="replace") as file:
+        file.write(line)

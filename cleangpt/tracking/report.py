@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cleangpt.errors import UserError
+from cleangpt.errors import UserError, parsing
 from cleangpt.files import read_json, write_text
 from cleangpt.tracking import plots
 from cleangpt.tracking.metrics import (
@@ -23,6 +23,7 @@ from cleangpt.tracking.metrics import (
     read_metrics,
     read_samples,
     read_steps,
+    restored,
     scores,
     show,
 )
@@ -50,6 +51,7 @@ class Run:
     samples: list[dict[str, Any]]
     experiment: dict[str, Any]
     environment: dict[str, Any]
+    data: dict[str, Any]
     evaluation: dict[str, Any]
 
 
@@ -108,7 +110,9 @@ def _load(folders: Sequence[Path]) -> list[Run]:
         rows = read_metrics(folder)
         if not rows:
             raise UserError(f"{folder} has no metrics yet ({METRICS_FILE}); they begin after the first macro-batch")
-        texts = [_object(folder / f"{part}.json") for part in ("experiment", "environment", "evaluation")]
+        texts = [_object(folder / f"{part}.json") for part in ("experiment", "environment", "stores", "evaluation")]
+        with parsing(folder / "evaluation.json"):
+            texts[-1] = restored(texts[-1])
         name = str(texts[0].get("name", folder.resolve().name))
         runs.append(Run(folder, name, rows, read_steps(folder), read_samples(folder), *texts))
     for part in ("name", "parent"):
@@ -148,12 +152,24 @@ def _lead(runs: list[Run]) -> str:
     rated = [(run, lowest) for run in runs if (lowest := plots.best(run.rows)) is not None]
     if not rated:
         return "<p class=lead>No validation loss yet.</p>"
+    if len({_validation_data(run) for run in runs} - {""}) > 1:
+        return "<p class=lead>These runs were validated on different data: their losses cannot be compared.</p>"
     run, lowest = min(rated, key=lambda pair: float(pair[1]["val_loss"]))
     of = "" if len(runs) == 1 else f", by <b>{_text(run.name)}</b>"
     return (
         f"<p class=lead>Best validation loss <b>{show('val_loss', lowest['val_loss'])}</b> nats per token "
         f"at macro-batch {show('macro_batch', lowest.get('macro_batch'))}{of}.</p>"
     )
+
+
+def _validation_data(run: Run) -> str:
+    """What a run was validated on: the checksums of its validation splits and tokenizers; empty if unknown."""
+    with parsing(run.folder / "stores.json"):
+        kept = [
+            {file: digest for file, digest in entry["sha256"].items() if file.startswith(("val_", "tokenizer"))}
+            for entry in run.data.values()
+        ]
+    return json.dumps(kept, sort_keys=True) if kept else ""
 
 
 def summary(run: Run) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """Puts a trainer together: from an experiment and its dataset to the parts that `Trainer` calls."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, cast
 import torch
 
 from cleangpt.checkpoints.checkpoint import Checkpoints
-from cleangpt.checkpoints.run_folder import experiment_json
+from cleangpt.checkpoints.run_folder import acquire_run, check_data, experiment_json, record_run
 from cleangpt.checkpoints.snapshots import Snapshots
 from cleangpt.config import FineTuningConfig, TrainingConfig
 from cleangpt.corpora.mixture import environments
@@ -76,6 +77,38 @@ class PlacedModel:
     autocast: AbstractContextManager[Any]
 
 
+@contextlib.contextmanager
+def open_trainer(
+    experiment: Experiment, run: Path, dataset: MixedDataset, progress: ProgressBar, ranks: Ranks, *,
+    end: float | None = None, validate: bool = True, resumed: bool = False, source: Path | None = None,
+    overrides: Sequence[str] = (),
+) -> Iterator[Trainer]:  # fmt: skip
+    """Locks a run while it is built and trained. What refuses it leaves its folder as it was: files are written last.
+
+    Args:
+        experiment: see `build_trainer`, like the next four and `end` and `validate`.
+        run: its folder, from `choose_folder`.
+        dataset: of its corpus.
+        progress: shows the progress.
+        ranks: the processes.
+        end: deadline.
+        validate: whether to validate.
+        resumed: whether fields may differ from those that the run has, as `check_resumable` allows.
+        source: the experiment's Python file, copied into a new run; None: not copied.
+        overrides: command-line arguments after the experiment, saved in a new run.
+
+    Raises:
+        UserError: another process is training the run, it has another experiment or other data, or cannot be built.
+    """
+    with ExitStack() as held:
+        ranks.on_main(lambda: held.enter_context(acquire_run(run, experiment, resumed)))
+        data = ranks.on_main(lambda: check_data(run, dataset))
+        trainer = build_trainer(experiment, run, dataset, progress, ranks, end, validate)
+        ranks.on_main(lambda: record_run(run, experiment, data, source, overrides))
+        progress.write_to(run if ranks.is_main else None)
+        yield trainer
+
+
 def build_trainer(
     experiment: Experiment, run: Path, dataset: MixedDataset, progress: ProgressBar, ranks: Ranks | None = None,
     end: float | None = None, validate: bool = True,
@@ -133,13 +166,14 @@ def build_trainer(
             experiment.init_from, model, optimizer, experiment.model, dataset.tokenizer, ranks, snapshots.group, log,
             with_moments=experiment.fine_tuning.optimizer_state == "kept",
         )  # fmt: skip
-    trackers.open(*(position.macro_batch, position.step) if resumed else (None, None))
     validator = build_validator(experiment, dataset, placed, ranks, micro_batch_size) if validate else None
     recovery = Recovery(
         spikes, Health(model, optimizer, ranks, training.max_skipped_steps), saver, source, trackers, position, length
     )
     recorder = build_recorder(experiment, dataset, placed, ranks, trackers, progress, source, validator)
     deadline = Deadline(end, state_bytes(model) / WRITE_RATE)
+    # Last, since it drops what the files have of later steps: whatever refuses to resume leaves them as they were.
+    trackers.open(*(position.macro_batch, position.step) if resumed else (None, None))
     return Trainer(
         run=run, model=model, forward_model=placed.forward_model, objective=experiment.objective, source=source,
         optimizer=optimizer,

@@ -1,16 +1,21 @@
 """From an experiment to a run: check, prepare, resolve, open, build, train."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
-from cleangpt.checkpoints.run_folder import acquire_run, check_folder, find_moments, open_run
+from cleangpt.checkpoints.run_folder import (
+    check_folder,
+    check_registered,
+    choose_folder,
+    find_moments,
+    given_folder,
+)
 from cleangpt.checkpoints.snapshots import list_snapshots
 from cleangpt.config import LENGTHS, FineTuningConfig, Schedule, peak
 from cleangpt.corpora import Corpus, Mixture, prepare
+from cleangpt.corpora.mixture import environments
 from cleangpt.data.dataset import Column
 from cleangpt.data.mixing import MixedDataset, split_samples
 from cleangpt.distributed.device import check_precision, choose_device, choose_precision, describe_device
@@ -25,15 +30,19 @@ from cleangpt.distributed.layout import (
 from cleangpt.distributed.processes import Ranks, join, local_rank, world_size
 from cleangpt.distributed.signals import SAVE_SIGNAL, ignore_signal
 from cleangpt.errors import UserError
+from cleangpt.evaluation.tasks import choose_tasks
 from cleangpt.experiment import Experiment, total_samples
+from cleangpt.files import user_path
+from cleangpt.inference.text import start_of_sample
 from cleangpt.interchange.huggingface import find
 from cleangpt.models import model_class
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.flops import flops_per_token
+from cleangpt.screen import Screen
 from cleangpt.tracking import check_tracking
 from cleangpt.tracking.metrics import metric_key
 from cleangpt.tracking.progress import ProgressBar
-from cleangpt.training.build import build_trainer
+from cleangpt.training.build import open_trainer
 from cleangpt.training.finetuning import check_parameters
 from cleangpt.training.resolve import open_stream, resolve, resolve_with
 
@@ -71,11 +80,12 @@ def train(
             deadline = float(ranks.across_restarts("end", str(deadline)))
         asked = _length_asked(experiment)
         experiment, store = prepare_dataset(experiment, ranks)
-        run: Path = resumed or ranks.on_main(lambda: open_run(experiment, source, overrides))
-        progress = ProgressBar(run if ranks.is_main else None, experiment.tracking.progress and ranks.is_main)
-        with ExitStack() as held:
-            ranks.on_main(lambda: held.enter_context(acquire_run(run, experiment, store)))
-            trainer = build_trainer(experiment, run, store, progress, ranks, deadline)
+        run: Path = resumed or ranks.on_main(lambda: choose_folder(experiment))
+        progress = ProgressBar(None, experiment.tracking.progress and ranks.is_main)
+        with open_trainer(
+            experiment, run, store, progress, ranks, end=deadline, resumed=resumed is not None, source=source,
+            overrides=overrides,
+        ) as trainer:  # fmt: skip
             for line in summary(experiment, run, store, trainer.model, trainer.device, trainer.layout) + asked:
                 progress.log(line)
             status = trainer.train()
@@ -88,8 +98,9 @@ def train(
 
 def prepare_dataset(experiment: Experiment, ranks: Ranks) -> tuple[Experiment, MixedDataset]:
     """Prepares the dataset if needed; returns the experiment, resolved and checked with it, and the dataset."""
-    console = Console(stderr=True, quiet=not ranks.is_main)
-    store = ranks.main_process_first(lambda: prepare(experiment.corpus, Path(experiment.data.folder), console=console))
+    console = Screen(stderr=True, quiet=not ranks.is_main)
+    folder = user_path(experiment.data.folder)
+    store = ranks.main_process_first(lambda: prepare(experiment.corpus, folder, console=console))
     experiment = resolve_with(experiment, store)
     check(experiment, layout_for(experiment.parallel, ranks.world_size), store=store)
     return experiment, store
@@ -135,6 +146,7 @@ def check(
         check_folder(experiment)
         check_precision(experiment.training.precision, device)
         check_compilation(experiment.training.compile, layout, device)
+        check_registered(experiment)
         check_tracking(experiment.tracking)
         _check_source(experiment)
     if store is not None:
@@ -143,6 +155,7 @@ def check(
         split_samples(store, "val", experiment.data.seq_len)
         open_stream(experiment, store)
         _check_columns(experiment, store.columns)
+        _check_scoring(experiment, store)
         check_parameters(experiment.fine_tuning, experiment.model, experiment.optimizer, layout)
 
 
@@ -195,6 +208,25 @@ def _check_columns(experiment: Experiment, columns: Mapping[str, Column]) -> Non
         raise UserError(f"objective {kind} needs a head, and {type(experiment.model).__name__} has no dim to make one")
 
 
+def _check_scoring(experiment: Experiment, store: MixedDataset) -> None:
+    """Checks what a run samples and scores after a macro-batch, by starting on it."""
+    tracking = experiment.tracking
+    if tracking.sample_tokens:
+        try:
+            start_of_sample(store.sources[0].dataset, tracking.sample_prompt)
+        except UserError as error:
+            raise UserError(f"tracking.sample_prompt is {tracking.sample_prompt!r}: {error}") from None
+    found = environments(experiment.corpus, store) if tracking.score_samples else {}
+    for environment in found.values():
+        count = environment.tasks("val")
+        if not count:
+            kind = type(environment).__name__
+            raise UserError(
+                f"tracking.score_samples is {tracking.score_samples}; allowed: 0, since {kind} has no tasks of val"
+            )
+        environment.reset("val", choose_tasks(count, tracking.score_samples)[0])
+
+
 def _check_optimization(experiment: Experiment) -> None:
     """Checks schedules and optimizer."""
     for name in ("lr", "weight_decay", "batch_size"):
@@ -231,7 +263,8 @@ def _check_fine_tuning(experiment: Experiment) -> None:
 
 def _check_source(experiment: Experiment) -> None:
     """Checks that the initial weights exist; a resumed run does not need them any more."""
-    begun = experiment.run_dir is not None and list_snapshots(Path(experiment.run_dir) / "snapshots")
+    run = given_folder(experiment)
+    begun = run is not None and list_snapshots(run / "snapshots")
     if experiment.init_from is None or begun:
         return
     find(experiment.init_from)

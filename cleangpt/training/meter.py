@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from cleangpt.distributed.device import zero_sum
 from cleangpt.distributed.processes import Ranks
 from cleangpt.objectives import Loss
 from cleangpt.training.state import set_numbers
+
+SHARED = ("grad_norm", "count", "updates")
+"""The sums of a `Meter` on the device that are the same on every process."""
 
 
 class LossSums:
@@ -23,11 +27,10 @@ class LossSums:
         self.copies = copies
 
     def add(self, loss: Loss) -> None:
-        """Adds a micro-batch. A non-finite loss skips the step; it is kept out of the sum, which stays finite."""
-        self.total += loss.total.detach().nan_to_num(0.0, 0.0, 0.0) / self.copies
+        """Adds a micro-batch."""
+        self.total += loss.total.detach() / self.copies
         for name, value in loss.metrics.items():
-            share = value.detach().to(self.total.dtype).nan_to_num(0.0, 0.0, 0.0) / self.copies
-            _add(self.metrics, name, share)
+            _add(self.metrics, name, value.detach().to(self.total.dtype) / self.copies)
 
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
@@ -45,7 +48,7 @@ class StepResult:
     count: float
     """The objective's count, over all processes."""
     grad_norm: Tensor
-    """Gradient norm before clipping; 0-dim, on the device."""
+    """Gradient norm before clipping, not finite for a skipped step; 0-dim, on the device."""
     skipped: Tensor
     """More than 0 if the gradient was not finite; 0-dim, on the device."""
     samples: int
@@ -53,8 +56,13 @@ class StepResult:
     weight_decay: float
 
 
+def mean(total: float, count: float) -> float:
+    """`total` / `count`; NaN if nothing was counted."""
+    return total / count if count else math.nan
+
+
 class Meter:
-    """Sums over the macro-batch in progress; losses stay on the device until they are read."""
+    """Sums over the macro-batch in progress, without skipped steps; they stay on the device until they are read."""
 
     def __init__(self, device: torch.device, ranks: Ranks) -> None:
         self._device, self._ranks = device, ranks
@@ -67,9 +75,10 @@ class Meter:
         self.grad_norm = torch.zeros_like(self.loss)
         """Gradient norm summed over steps."""
         self.metrics: dict[str, Tensor] = {}
-        self.count = 0.0
-        """The objective's count, over all processes."""
+        self.count, self.updates = zero_sum(self._device), zero_sum(self._device)
+        """The objective's count, over all processes, and the number of steps in these sums."""
         self.steps = self.samples = 0
+        """All steps and their samples, skipped ones included."""
         self.seconds = self.waited = 0.0
         """Time spent training, and the part of it spent waiting for batches."""
         self.lr = self.weight_decay = 0.0
@@ -77,30 +86,37 @@ class Meter:
 
     def add(self, step: StepResult) -> None:
         """Adds a step."""
-        self.loss += step.loss
-        self.grad_norm += step.grad_norm
+        made = step.skipped == 0
+        self.loss += torch.where(made, step.loss, 0.0)
+        self.grad_norm += torch.where(made, step.grad_norm, 0.0)
         for name, value in step.metrics.items():
-            _add(self.metrics, name, value)
-        self.count += step.count
+            _add(self.metrics, name, torch.where(made, value, 0.0))
+        self.count += made * torch.full_like(self.count, step.count)
+        self.updates += made
         self.steps += 1
         self.samples += step.samples
         self.lr, self.weight_decay = step.lr, step.weight_decay
 
     def mean_loss(self) -> float:
-        """The mean loss per counted thing, over all processes."""
-        return self._ranks.sum(self.loss.item() / max(self.count, 1))[0]
+        """The mean loss per counted thing, over all processes; NaN if every step was skipped."""
+        return self._ranks.sum(mean(self.loss.item(), self.count.item()))[0]
 
     def mean_metrics(self) -> dict[str, float]:
         """The means of the objective's metrics, likewise."""
-        names = sorted(self.metrics)
-        sums = self._ranks.sum(*(self.metrics[name].item() / max(self.count, 1) for name in names))
-        return dict(zip(names, sums, strict=True))
+        names, count = sorted(self.metrics), self.count.item()
+        means = self._ranks.sum(*(mean(self.metrics[name].item(), count) for name in names))
+        return dict(zip(names, means, strict=True))
+
+    def mean_grad_norm(self) -> float:
+        """The mean gradient norm; NaN if every step was skipped."""
+        return mean(self.grad_norm.item(), self.updates.item())
 
     def state_dict(self) -> dict[str, Any]:
         """The state for a snapshot within a macro-batch: each process's own sums, to keep the order of additions."""
         sums = {"loss": self.loss.item(), **{name: value.item() for name, value in self.metrics.items()}}
         numbers = {name: value for name, value in vars(self).items() if isinstance(value, int | float)}
-        return numbers | {"grad_norm": self.grad_norm.item(), "sums": self._ranks.all_gather(sums)}
+        shared = {name: getattr(self, name).item() for name in SHARED}
+        return numbers | shared | {"sums": self._ranks.all_gather(sums)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict`; with another number of processes, the main one takes all sums.
@@ -110,8 +126,11 @@ class Meter:
         """
         self.reset()
         sums: list[dict[str, float]] = state["sums"]
-        set_numbers(self, {name: value for name, value in state.items() if name not in ("sums", "grad_norm")})
-        self.grad_norm += state["grad_norm"]
+        set_numbers(self, {name: value for name, value in state.items() if name not in ("sums", *SHARED)})
+        shared = SimpleNamespace(**dict.fromkeys(SHARED, 0.0))
+        set_numbers(shared, {name: state[name] for name in SHARED})
+        for name in SHARED:
+            getattr(self, name).fill_(getattr(shared, name))
         if len(sums) == self._ranks.world_size:
             own = sums[self._ranks.rank]
         else:

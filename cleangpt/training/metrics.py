@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,14 +11,16 @@ from torch import Tensor
 from cleangpt.data.source import BatchSource
 from cleangpt.distributed.device import peak_memory
 from cleangpt.distributed.processes import Ranks
+from cleangpt.errors import UserError
 from cleangpt.tracking import Trackers
 from cleangpt.tracking.progress import ProgressBar
-from cleangpt.training.meter import Meter, StepResult
+from cleangpt.training.meter import Meter, StepResult, mean
 from cleangpt.training.state import Position
 
 FLUSH = 64
 """Number of rows that are read from the device together."""
 Row = Mapping[str, float | int | None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class StepLog:
         sums = iter(self.ranks.sum(*(number for row in table for number in row[2:])))
         rows = []
         for (row, step), (grad_norm, skipped, *_) in zip(points, table, strict=True):
-            means = [next(sums) / max(step.count, 1) for _ in ("loss", *names)]
+            means = [mean(next(sums), step.count) for _ in ("loss", *names)]
             rows.append({**row, "loss": means[0], "grad_norm": grad_norm, "skipped": int(skipped > 0),
                          **dict(zip(names, means[1:], strict=True))})  # fmt: skip
         self.trackers.log_steps(rows)
@@ -109,7 +112,7 @@ class Recorder:
             batches,
             {
                 # Only of this process's rows, as an estimate.
-                "train_loss": meter.loss.item() * self.ranks.world_size / max(meter.count, 1),
+                "train_loss": mean(meter.loss.item() * self.ranks.world_size, meter.count.item()),
                 "lr": meter.lr,
                 "visited_share": self.source.metrics().get("visited_share"),
                 **self.throughput.metrics(meter.samples, seconds),
@@ -124,8 +127,17 @@ class Recorder:
 
     def record_sample(self, macro_batch: int) -> None:
         """Records a text sampled from the model, if configured."""
-        if self.sample is not None:
-            self.trackers.sample(macro_batch, self.sample(macro_batch))
+        sample = self.sample
+        if sample is not None and (text := self._try(lambda: sample(macro_batch))) is not None:
+            self.trackers.sample(macro_batch, text)
+
+    def _try(self, generate: Callable[[], T]) -> T | None:
+        """What the model generates; None, with a line, if its logits are not finite: its losses will end the run."""
+        try:
+            return generate()
+        except UserError as error:
+            self.progress.log(f"nothing is generated: {error}")
+            return None
 
     def _row(self, position: Position, meter: Meter, val_loss: float) -> dict[str, float | int | None]:
         waited, peaks = zip(*self.ranks.all_gather((meter.waited, peak_memory(self.device))), strict=True)
@@ -138,11 +150,11 @@ class Recorder:
             **{f"train_{name}": value for name, value in meter.mean_metrics().items()},
             "val_loss": val_loss,
             **self.validation_metrics(val_loss),
-            **self.scores(),
+            **(self._try(self.scores) or {}),
             "lr": meter.lr,
             "weight_decay": meter.weight_decay,
             "training_batch_size": meter.samples / meter.steps,
-            "grad_norm": meter.grad_norm.item() / meter.steps,
+            "grad_norm": meter.mean_grad_norm(),
             **self.source.metrics(),
             **self.throughput.metrics(meter.samples, meter.seconds),
             "step_time": meter.seconds / meter.steps,

@@ -75,7 +75,7 @@ class Optimizer:
             weight_decay: applied to matrices.
 
         Returns:
-            The gradient's norm before clipping, 0-dim, on the device; 0 for a skipped step.
+            The gradient's norm before clipping, 0-dim, on the device; not finite for a skipped step.
         """
         optimizers: list[torch.optim.Optimizer] = [self.adamw] if self.muon is None else [self.adamw, self.muon]
         for optimizer in optimizers:
@@ -84,7 +84,7 @@ class Optimizer:
                 group["weight_decay"] = weight_decay * group["decay"]
             self.scaler.unscale_(optimizer)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
+        norm: Tensor = full_tensor(torch.nn.utils.get_total_norm(gradients))
         if self.config.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, norm)
         bad = (~torch.isfinite(norm)).float()
@@ -96,7 +96,7 @@ class Optimizer:
         total, row, longest = self.skipped
         row = (row + 1) * bad
         self.skipped = torch.stack([total + bad, row, torch.maximum(longest, row)])
-        return torch.where(bad > 0, torch.zeros_like(norm), norm)
+        return norm
 
     def state_dict(self) -> dict[str, Any]:
         """Moments by parameter name, sharded as the parameter is; the counts of skipped steps; the loss scale."""

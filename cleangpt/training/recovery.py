@@ -176,9 +176,21 @@ class Recovery:
         if self.spikes.enabled:
             self.spikes.detect()
             return
-        raise DivergedError(
-            f"{self.health.max_skipped_steps} steps in a row up to step {self.position.step:,} had a loss or gradient "
-            f"that is not finite; {self.saver.last_good()}"
+        raise self._diverged(self.health.max_skipped_steps)
+
+    def check_last_steps(self) -> None:
+        """Ends a run whose validation loss at its end is not finite, if its last steps were skipped, too.
+
+        Raises:
+            DivergedError: names the last good snapshot.
+        """
+        if streak := int(self.health.optimizer.skipped[1].item()):
+            raise self._diverged(streak)
+
+    def _diverged(self, skipped: int) -> DivergedError:
+        return DivergedError(
+            f"{skipped} steps in a row up to step {self.position.step:,} had a loss or gradient that is not finite; "
+            f"{self.saver.last_good()}"
         )
 
     def _snapshot_before(self, samples: int) -> Path | None:

@@ -90,9 +90,9 @@ class Saver:
                     f"to restart anyway, or start another run with init_from={str(self.run)!r}"
                 )
             return None
+        state = self.load(path)
         if self.ranks.is_main:
             quarantine(folder, path)
-        state = self.load(path)
         self.log(f"resuming from {path}, step {self.position.step:,}")
         return state
 

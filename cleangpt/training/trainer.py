@@ -150,6 +150,8 @@ class Trainer:
         val_loss = self.validator.validate(self._must_stop)
         if not math.isfinite(val_loss) and not self.stopping.requested:
             self.recovery.check_weights()
+            if self.position.macro_batch + 1 == self.length.macro_batches:
+                self.recovery.check_last_steps()
         return val_loss
 
     def record(self, val_loss: float) -> None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cleangpt.checkpoints.run_folder import difference, experiment_json, open_run
+from cleangpt.checkpoints.run_folder import difference, experiment_json
 from cleangpt.config import EarlyStoppingConfig, SavingConfig, TrackingConfig, peak
 from cleangpt.data.mixing import MixedDataset
 from cleangpt.distributed.processes import Ranks
@@ -21,7 +21,7 @@ from cleangpt.experiment import Experiment
 from cleangpt.files import read_json, write_json
 from cleangpt.tracking.metrics import read_metrics
 from cleangpt.tracking.progress import ProgressBar
-from cleangpt.training.build import build_trainer
+from cleangpt.training.build import open_trainer
 
 RESULT = "tune.json"
 PARTS = 4
@@ -101,13 +101,15 @@ class Tuning:
         log: called with a line about each rate's loss.
 
     Raises:
-        UserError: the folder belongs to another experiment.
+        UserError: the folder belongs to another experiment, or its rates were tried on other data.
     """
 
     def __init__(
         self, experiment: Experiment, folder: Path, store: MixedDataset, ranks: Ranks, log: Callable[[str], None]
     ) -> None:
         self.experiment, self.folder, self.store, self.ranks, self.log = experiment, folder, store, ranks, log
+        self.data = {source.name: source.dataset.fingerprint()["sha256"] for source in store.sources}
+        """Checksums of what the rates are tried on, by source."""
         self.losses: dict[float, float] = {}
         """Loss by rate; infinite if the run diverged."""
         found = ranks.is_main and (folder / RESULT).is_file()
@@ -115,6 +117,8 @@ class Tuning:
         if kept is not None:
             if changed := difference(kept["experiment"], experiment_json(experiment)):
                 raise UserError(f"{folder} holds the rates of another experiment: {changed}; give another --out")
+            if kept.get("data", self.data) != self.data:
+                raise UserError(f"{folder} holds rates that were tried on other data; give another --out")
             self.losses = {row["lr"]: math.inf if row["loss"] is None else row["loss"] for row in kept["rates"]}
 
     def grid(self, factor: float) -> dict[float, float]:
@@ -148,13 +152,11 @@ class Tuning:
     def _train(self, lr: float, run: Path) -> float:
         """Trains or resumes the run of a rate; returns its final loss."""
         experiment = replace(with_lr(self.experiment, lr), run_dir=str(run))
-        if self.ranks.is_main:
-            open_run(experiment, None, [])
+        progress = ProgressBar(progress=False)
         try:
-            progress = ProgressBar(run, progress=False)
-            trainer = build_trainer(experiment, run, self.store, progress, self.ranks, validate=False)
-            if trainer.train() == "interrupted":
-                raise RunInterruptedError
+            with open_trainer(experiment, run, self.store, progress, self.ranks, validate=False) as trainer:
+                if trainer.train() == "interrupted":
+                    raise RunInterruptedError
         except DivergedError:
             return math.inf
         loss: float = read_metrics(run)[-1]["train_loss"]
@@ -163,7 +165,7 @@ class Tuning:
     def to_json(self) -> dict[str, Any]:
         """The content of tune.json; an infinite loss is null."""
         rates = [{"lr": lr, "loss": loss if math.isfinite(loss) else None} for lr, loss in sorted(self.losses.items())]
-        return {"experiment": experiment_json(self.experiment), "rates": rates}
+        return {"experiment": experiment_json(self.experiment), "data": self.data, "rates": rates}
 
 
 def format_loss(loss: float) -> str:

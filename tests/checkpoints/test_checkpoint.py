@@ -78,7 +78,7 @@ def test_the_index_survives_a_resume_from_before_a_checkpoint(tmp_path: Path) ->
     assert [entry["macro_batch"] for entry in read_json(tmp_path / "index.json")["checkpoints"]] == [2, 1]
 
 
-@pytest.mark.parametrize("broken", ["save_file", "write_json"])
+@pytest.mark.parametrize("broken", ["write_tensors", "write_json"])
 def test_a_full_disk_is_told_and_leaves_the_checkpoints_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:

@@ -117,10 +117,10 @@ class SlowDisk:
         self.may_write, self.began, self.save_file = threading.Event(), threading.Event(), shards.save_file
         monkeypatch.setattr(shards, "save_file", self.write)
 
-    def write(self, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    def write(self, tensors: dict[str, torch.Tensor], path: Path, metadata: None) -> None:
         self.began.set()
         assert self.may_write.wait(60)
-        self.save_file(tensors, path)
+        self.save_file(tensors, path, metadata)
 
 
 def test_the_snapshot_has_the_state_of_the_moment_although_training_goes_on(
@@ -155,7 +155,7 @@ def test_the_next_save_waits_for_the_one_under_way(tmp_path: Path, monkeypatch: 
     assert find_corruption(tmp_path / "mb000002") == ""
 
 
-def full_disk(tensors: dict[str, torch.Tensor], path: Path) -> None:
+def full_disk(tensors: dict[str, torch.Tensor], path: Path, metadata: None) -> None:
     path.write_bytes(b"half")
     raise OSError(28, "No space left on device")
 

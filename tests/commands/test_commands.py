@@ -4,7 +4,9 @@ import ast
 import errno
 import io
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,6 +16,7 @@ import pytest
 
 from cleangpt import __version__
 from cleangpt.commands import COMMANDS, main
+from cleangpt.files import sha256
 from cleangpt.tracking.metrics import read_metrics
 from tests import forked
 
@@ -33,6 +36,9 @@ experiment = Experiment(
     tracking=TrackingConfig(progress=False, sample_tokens=4, score_samples=10),
 )
 '''
+
+
+PLACE = "~nobody_of_this_name/place"
 
 
 @pytest.fixture
@@ -125,14 +131,44 @@ def test_mistakes_in_an_experiment_file_are_one_line(
     assert [path.name for path in workplace.iterdir() if path.name != "__pycache__"] == ["wrong.py"]
 
 
-def test_an_error_in_the_users_own_code_keeps_its_traceback(workplace: Path) -> None:
-    Path("own.py").write_text("len(3)")
-    with pytest.raises(TypeError, match="has no len"):
-        main(["train", "own.py"])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("len(3)", "wrong.py, line 6: TypeError: object of type 'int' has no len()"),
+        ("1 / 0", "wrong.py, line 6: ZeroDivisionError: division by zero"),
+        ("lr", "wrong.py, line 6: NameError: name 'lr' is not defined"),
+        (
+            "import nothing_of_this_name",
+            "wrong.py, line 6: ModuleNotFoundError: No module named 'nothing_of_this_name'",
+        ),
+        ("raise SystemExit('too early')", "wrong.py, line 6: SystemExit: too early"),
+        ("import helper; helper.lr()", "wrong.py, line 6: KeyError: 'lr' ("),
+        (
+            "open('nowhere.txt')",
+            "wrong.py, line 6: FileNotFoundError: [Errno 2] No such file or directory: 'nowhere.txt'",
+        ),
+        ("open('~nobody_of_this_name/x.txt')", "wrong.py, line 6: FileNotFoundError"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "plan", "tune"])
+def test_an_error_in_the_users_own_code_is_one_line_with_its_place(
+    workplace: Path, capsys: pytest.CaptureFixture[str], command: str, line: str, message: str
+) -> None:
+    Path("helper.py").write_text("def lr():\n    return {}['lr']\n")
+    Path("wrong.py").write_text("\n".join([*EXPERIMENT.splitlines()[:5], line]))
+    said = error_of(capsys, command, "wrong.py")
+    assert message in said
+    assert "helper.lr" not in line or "helper.py, line 2)" in said
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO])
-def test_a_disk_that_refuses_is_told_in_one_line(
+@pytest.mark.parametrize(
+    "number",
+    [
+        *(errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO, errno.ENOENT, errno.ENOLCK, errno.EOPNOTSUPP),
+        *(errno.EBUSY, errno.ENODEV, errno.EXDEV, errno.EMLINK, errno.ETIMEDOUT, errno.ECONNREFUSED, errno.EDEADLK),
+    ],
+)
+def test_a_system_that_refuses_is_told_in_one_line(
     own: Path, number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(*given: object) -> None:
@@ -159,13 +195,71 @@ def test_no_room_for_temporary_files_is_told_in_one_line(
     assert capsys.readouterr().err.splitlines()[-1].startswith("stopped: [Errno 2] No usable temporary directory")
 
 
-def test_another_error_of_the_system_keeps_its_traceback(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_told_in_one_line(
+    own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail(*given: object) -> None:
-        raise FileNotFoundError(errno.ENOENT, "a fault of the program")
+        raise MemoryError
 
     monkeypatch.setattr("cleangpt.checkpoints.run_folder.write_json", fail)
-    with pytest.raises(FileNotFoundError):
-        main(["train", str(own)])
+    assert main(["train", str(own)]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped: MemoryError"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "own.py", "--run-dir", PLACE],
+        ["train", "own.py", "--data.folder", PLACE],
+        ["train", "own.py", "--init-from", PLACE],
+        ["train", "own.py", "--init-from", f"hf:{PLACE}"],
+        ["train", PLACE],
+        ["tune", "own.py", "--out", PLACE],
+        ["plan", "own.py", "--model.vocab-size", "13", "--json", PLACE],
+        ["prepare", "text", "--files", PLACE],
+        ["prepare", "adder", "--folder", PLACE],
+        ["resume", PLACE],
+        ["evaluate", PLACE],
+        ["sample", PLACE],
+        ["chat", PLACE],
+        ["export", PLACE],
+        ["report", PLACE],
+        ["report", "--schedule", "own.py", "--out", PLACE],
+    ],
+)
+def test_the_home_of_nobody_is_one_line(own: Path, capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    line = error_of(capsys, *words)
+    assert "nobody_of_this_name" in line
+    assert not Path("~nobody_of_this_name").exists() and not Path("runs").exists()
+
+
+def test_a_tilde_is_the_home_folder_in_every_option_that_names_a_place(
+    own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where no shell has replaced it, as in --run-dir=~/x, in a scheduler's file, or in an experiment."""
+    home = own.parent / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("USERPROFILE", str(home))
+    (home / "own.py").write_text(own.read_text())
+    for words in (
+        ["prepare", "adder", "--digits", "1", "--folder", "~/prepared"],
+        ["train", "~/own.py", "--run-dir=~/run", "--data.folder=~/data", "--training.macro-batches=1"],
+        ["resume", "~/run"],
+        ["evaluate", "~/run"],
+        ["sample", "~/run", "--max-new-tokens", "1"],
+        ["report", "~/run", "--out", "~/page"],
+        ["report", "--schedule", "~/own.py", "--out", "~/schedule.png"],
+        ["export", "~/run", "--out", "~/exported"],
+        ["plan", "~/own.py", "--model.vocab-size", "13", "--json", "~/plan.json"],
+        ["tune", "~/own.py", "--steps", "4", "--rates", "0.01", "--out", "~/tuned", "--data.folder", "~/data"],
+        ["train", "own.py", "--init-from=~/run", "--run-dir=~/second", "--data.folder=~/data", "--training.steps=1"],
+    ):
+        assert main(words) == 0, capsys.readouterr().err
+    assert {path.name for path in home.iterdir()} >= {
+        "prepared", "run", "data", "page", "schedule.png", "exported", "plan.json", "tuned", "second",
+    }  # fmt: skip
+    assert not Path("~").exists() and not Path("data").exists() and not Path("runs").exists()
 
 
 def test_training_leaves_the_run_directory_of_the_design(run: str, own: Path) -> None:
@@ -205,7 +299,11 @@ def test_starting_the_same_run_again_goes_on_and_another_experiment_is_refused(
     assert main(["train", "own.py", "--run-dir", "run"]) == 0
     assert len(read_metrics(Path(run))) == 3
     line = error_of(capsys, "train", "own.py", "--run-dir", "run", "--optimizer.lr", "0.5")
-    assert "optimizer.lr is 0.01 there and 0.5 here" in line
+    assert "optimizer.lr is 0.01 there and 0.5 here" in line and "change the field with cleangpt resume run" in line
+    for words in (["--model.dim", "32"], ["--data.val-samples", "7"], ["--optimizer.lr", "0.5", "--model.dim", "32"]):
+        line = error_of(capsys, "train", "own.py", "--run-dir", "run", *words)
+        assert "give another folder" in line and f"{words[-2][2:].replace('-', '_')} is " in line
+        assert "resume" not in line, "which would refuse it as well"
 
 
 def test_a_folder_of_something_else_is_not_taken_for_a_run(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -224,6 +322,92 @@ def test_resume_trains_longer_when_asked_and_refuses_another_model(
     assert "data.batch_size is 16" in error_of(capsys, "resume", "run", "--data.batch-size", "8")
 
 
+def content(folder: str) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {str(path): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--run-dir", "elsewhere"], "run_dir is 'elsewhere'; a run is resumed in its own folder"),
+        (["--init-from", "hf:gpt2"], "init_from is None in this run and cannot become 'hf:gpt2'"),
+        (["--data.val-samples", "7"], "the losses of its checkpoints were measured on that many"),
+        (["--fine-tuning.optimizer-state", "kept"], "fine_tuning.optimizer_state is 'reset' in this run"),
+        (["--objective.z-loss", "0.1"], "objective.z_loss is 0.0 in this run"),
+        (["--optimizer.muon.lr", "0.01"], "cannot be loaded: it has no optimizer/moments/"),
+        (["--optimizer.lr-factors", "nothing.*", "2"], "'nothing.*' matches no parameter"),
+        (["--training.accumulation", "5"], "training.accumulation reaches 5"),
+        (["--tracking.sample-prompt", "Ж"], "tracking.sample_prompt is 'Ж'"),
+        (["--tracking.wandb", "offline", "--tracking.wandb-project", "a/b"], "W&B refuses"),
+        (["--data.folder", "elsewhere", "--corpus.train-samples", "200"], "corpus.train_samples is 300 in this run"),
+    ],
+)
+def test_a_refused_resume_changes_nothing(
+    run: str, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    """And does not keep the plain one from working."""
+    corrupt = Path("run/snapshots/mb000002/state.json")
+    corrupt.write_text("{}")  # would be set aside
+    before = content(run)
+    assert message in error_of(capsys, "resume", "run", "--training.macro-batches", "4", *words)
+    assert content(run) == before
+    assert main(["resume", "run", "--training.macro-batches", "4"]) == 0
+
+
+def test_a_resume_that_finds_a_corrupt_line_leaves_all_files_as_they_were(
+    run: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The lines after the snapshot, too, which it would have removed."""
+    with Path("run/metrics.jsonl").open("a") as file:
+        file.write('{"macro_batch": 4, "step": 16}\n')
+    lines = Path("run/samples.jsonl").read_text().splitlines()
+    Path("run/samples.jsonl").write_text("\n".join(["not JSON", *lines[1:]]) + "\n")
+    before = content(run)
+    assert "samples.jsonl, line 1, is not a JSON object" in error_of(capsys, "resume", "run")
+    assert content(run) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tracking.sample-prompt", "Ж"], "tracking.sample_prompt is 'Ж': "),
+        (["--tracking.every", "0"], "--tracking.every is 0; allowed: a whole number of 1 or more"),
+        (["--tracking.every=-3"], "--tracking.every is -3; allowed: a whole number of 1 or more"),
+        (["--tracking.wandb", "offline", "--tracking.wandb-project", "a/b"], "W&B refuses: "),
+        (["--tracking.wandb", "online"], "W&B refuses: "),
+    ],
+)
+@pytest.mark.parametrize("where", [[], ["--run-dir", "mine"]])
+def test_what_is_used_after_a_macro_batch_is_checked_before_the_first(
+    own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, where: list[str], words: list[str],
+    message: str,
+) -> None:  # fmt: skip
+    """In one line, and leaving nothing but the dataset."""
+    pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(own.parent / "no_netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(own.parent / "config"))
+    main(["prepare", "adder", "--digits", "2", "--train-samples", "300", "--val-samples", "50", "--test-samples", "20"])
+    capsys.readouterr()
+    assert message in error_of(capsys, "train", "own.py", *words, *where)
+    assert not Path("runs").exists() and not Path("mine").exists()
+
+
+def test_a_start_that_is_refused_leaves_the_folder_free_for_the_corrected_command(
+    run: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree("run", "broken")
+    for weights in Path("broken/checkpoints").rglob("model.safetensors"):
+        weights.write_bytes(b"")
+    Path("mine").mkdir()
+    for where in ([], ["--run-dir", "new/mine"], ["--run-dir", "mine"]):
+        assert "is corrupt" in error_of(capsys, "train", "own.py", "--init-from", "broken", *where)
+        assert not Path("runs").exists() and not Path("new").exists() and not any(Path("mine").iterdir())
+    assert main(["train", "own.py", "--init-from", "run", "--run-dir", "mine"]) == 0
+
+
 def test_evaluate_prints_json_and_a_table(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert main(["evaluate", "run", "--json"]) == 0
@@ -236,6 +420,63 @@ def test_evaluate_prints_json_and_a_table(run: str, capsys: pytest.CaptureFixtur
     assert "exact match" in printed and "val" in printed
     best = min(read_metrics(Path(run)), key=lambda line: line["val_loss"])
     assert json.loads(Path("run/evaluation.json").read_text())["loss"] == pytest.approx(best["val_loss"])
+
+
+@pytest.mark.parametrize("change", ["tokens", "tokenizer", "split", "silently"])
+def test_evaluate_refuses_other_data_and_keeps_the_figures_that_there_are(
+    run: str, capsys: pytest.CaptureFixture[str], change: str
+) -> None:
+    """Whether prepared again from something else, or damaged; it used to measure, and to replace the figures."""
+    assert main(["evaluate", "run"]) == 0
+    before = Path("run/evaluation.json").read_bytes()
+    (description,) = Path("data").glob("*/dataset.json")
+    name = {"tokenizer": "tokenizer.json", "split": "val_00000.bin"}.get(change, "test_00000.bin")
+    changed = description.with_name(name)
+    kept, facts = changed.read_bytes(), json.loads(description.read_text())
+    changed.write_bytes(kept + b"\n" if change == "tokenizer" else kept[::-1])
+    if change in ("tokens", "split"):
+        facts["sha256"][name] = sha256(changed)
+        description.write_text(json.dumps(facts))
+    assert f"{changed} " in error_of(capsys, "evaluate", "run")
+    assert Path("run/evaluation.json").read_bytes() == before
+
+
+def test_evaluate_in_another_folder_refuses_the_data_that_is_there(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A relative path of a text is another text there."""
+    for folder, text in (("one", "the cat sat on the mat\n"), ("two", "tac eht tas no eht tam\n")):
+        Path(folder).mkdir()
+        Path(folder, "text.txt").write_text(200 * text)
+    experiment = EXPERIMENT.replace("adder import Adder", "text import Text").replace(
+        "Adder(digits=2, train_samples=300, val_samples=50, test_samples=20)",
+        "Text(files=('text.txt',), tokenizer='char')",
+    )
+    Path("one/own.py").write_text(experiment)
+    monkeypatch.chdir("one")
+    assert main(["train", "own.py", "--run-dir", "run"]) == 0
+    assert main(["evaluate", "run"]) == 0
+    before = Path("run/evaluation.json").read_bytes()
+    monkeypatch.chdir("../two")
+    assert "is not the one that this run started with" in error_of(capsys, "evaluate", "../one/run").replace("\n", " ")
+    assert Path("../one/run/evaluation.json").read_bytes() == before
+
+
+def test_evaluate_prints_strict_json_where_nothing_is_finite(
+    own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["train", "own.py", "--run-dir", "run"]) == 0
+    monkeypatch.setattr("cleangpt.evaluation.evaluate.evaluate", lambda *_: {"loss": math.nan, "perplexity": math.inf})
+    capsys.readouterr()
+    assert main(["evaluate", "run", "--json"]) == 0
+    printed = capsys.readouterr().out
+    for text in (printed, Path("run/evaluation.json").read_text()):
+        figures = json.loads(text, parse_constant=pytest.fail)
+        assert figures["loss"] is figures["perplexity"] is None
+        assert figures["not_finite"] == {"loss": "nan", "perplexity": "inf"}
+    assert main(["evaluate", "run"]) == 0 and "nan" in capsys.readouterr().out
+    assert main(["report", "run"]) == 0
+    assert "inf" in Path("run/report.html").read_text() and "not_finite" not in Path("run/report.html").read_text()
 
 
 def test_evaluate_refuses_what_is_not_there(run: str, capsys: pytest.CaptureFixture[str]) -> None:

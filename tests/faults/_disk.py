@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 
-from cleangpt.checkpoints import checkpoint as checkpoints
 from cleangpt.checkpoints import tensor_files as shards
 from cleangpt.data.shuffle import permute
 from tests.faults._runs import EXPERIMENT, TRAIN, run, unbroken
@@ -213,7 +212,7 @@ def _patch(disk: Disk) -> None:
     os.unlink = os.remove = counted("unlink", _unlink)
     os.mkdir, os.rmdir = counted("mkdir", plain_mkdir), counted("rmdir", plain_rmdir)
     os.truncate = counted("truncate", plain_truncate)
-    shards.save_file = checkpoints.save_file = save_file
+    shards.save_file = save_file
 
 
 class _File(io.FileIO):

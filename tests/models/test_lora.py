@@ -1,5 +1,9 @@
 """Low-rank adapters: nothing at first, then B A besides the weight, and one matrix again in a checkpoint."""
 
+import json
+import os
+import stat
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +22,9 @@ from cleangpt.distributed.layout import Layout
 from cleangpt.distributed.parallelize import parallelize
 from cleangpt.errors import UserError
 from cleangpt.experiment import Experiment
+from cleangpt.files import sha256
+from cleangpt.interchange.export import export
+from cleangpt.interchange.huggingface import open_checkpoint
 from cleangpt.models import build_model
 from cleangpt.models.gpt import GPT, GPTConfig
 from cleangpt.models.llama import LlamaConfig
@@ -193,7 +200,7 @@ def test_the_base_stays_bit_for_bit_and_the_checkpoint_is_a_plain_one(base: Path
     merged = load_file(folder / "model.safetensors")
     assert merged.keys() == began.keys()
     with safe_open(folder / "adapters.safetensors", framework="pt") as file:
-        rank, alpha = int(file.metadata()["rank"]), float(file.metadata()["alpha"])
+        rank, alpha = json.loads(file.metadata()["lora"]).values()
         a, b = (file.get_tensor(f"blocks.0.mlp.up.lora.{part}") for part in "ab")
     assert (rank, alpha) == (2, 16.0)
     torch.testing.assert_close(
@@ -205,6 +212,27 @@ def test_the_first_validation_is_that_of_the_base(base: Path, tiny: Build, train
     tuned = trainer(tiny(run_dir="tuned", **lora()))
     assert tuned.validate() == pytest.approx(read_metrics(base)[-1]["val_loss"], rel=1e-6)
     tuned.source.close()
+
+
+def test_equal_runs_write_equal_bytes_that_are_as_readable_as_other_files(
+    base: Path, tiny: Build, trainer: Open
+) -> None:
+    """Weights, adapters, snapshots and an export, whatever the umask; several entries of metadata would be shuffled."""
+    digests, modes = [], set()
+    for run, mask in (("one", 0o022), ("two", 0o027), ("three", 0o022), ("four", 0o022)):
+        before = os.umask(mask)
+        try:
+            trainer(tiny(run_dir=run, **lora())).train()
+            export(open_checkpoint(run), "hf", Path(f"{run}-hf"))
+        finally:
+            os.umask(before)
+        files = [path for folder in (run, f"{run}-hf") for path in Path(folder).rglob("*") if path.is_file()]
+        modes |= {(mask, stat.S_IMODE(path.stat().st_mode)) for path in files if path.name != "lock"}
+        tensors = sorted(path for path in files if path.suffix == ".safetensors")
+        digests.append([(path.name, sha256(path)) for path in tensors])
+    assert {name for name, _ in digests[0]} == {"model.safetensors", "adapters.safetensors", "shard_00000.safetensors"}
+    assert digests[0] == digests[1] == digests[2] == digests[3]
+    assert sys.platform == "win32" or modes == {(0o022, 0o644), (0o027, 0o640)}
 
 
 def test_the_checkpoints_loss_is_that_of_the_model_in_training_and_another_run_starts_from_it(

@@ -139,6 +139,18 @@ def test_a_number_beyond_all_floats_is_shown_as_it_stands(tmp_path, without_plot
     assert "1" + 400 * "0" in write_report([run], None).read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("file", ["val_00000.bin", "tokenizer.json", "train_00000.bin"])
+def test_losses_over_different_data_are_not_compared(tmp_path, without_plots, file):
+    """Of two runs of which it is known; training data may differ."""
+    runs = [make(tmp_path / "a", lr=1e-3), make(tmp_path / "b", lr=2e-3), make(tmp_path / "c", lr=3e-3)]
+    for run, digest in zip(runs, "xy", strict=False):
+        sums = {"val_00000.bin": "v", "tokenizer.json": "t", "train_00000.bin": "n"} | {file: digest}
+        (run / "stores.json").write_text(json.dumps({"": {"folder": "data", "sha256": sums}}))
+    different = "validated on different data" in Page(write_report(runs)).text
+    assert different == (file != "train_00000.bin")
+    assert "different data" not in Page(write_report(runs[1:])).text
+
+
 def test_a_comparison_shows_each_run_and_what_differs(tmp_path):
     runs = [make(tmp_path / "a" / "1", lr=1e-3), make(tmp_path / "a" / "2", lr=2e-3), make(tmp_path / "b", name="own")]
     page = Page(write_report(runs, tmp_path / "out"))

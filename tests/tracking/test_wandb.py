@@ -3,6 +3,7 @@
 import json
 import struct
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +12,7 @@ wandb = pytest.importorskip("wandb")
 from wandb.proto import wandb_internal_pb2  # noqa: E402
 
 from cleangpt.config import TrackingConfig  # noqa: E402
+from cleangpt.errors import UserError  # noqa: E402
 from tests.tracking.opening import open_trackers  # noqa: E402
 
 CONFIG = TrackingConfig(wandb="offline", wandb_project="proof")
@@ -141,6 +143,103 @@ def test_resume_continues_the_same_run(tmp_path):
         (3, None),
         (4, 2.0),
     ]
+
+
+def session(run, steps, *, state=None, last=None, killed=False, samples=()):
+    """Logs steps, two to a macro-batch, to the files and to W&B; a killed session never closes."""
+    trackers = begin(run, state, truncate_after=None if last is None else last // 2, last_step=last)
+    for step in steps:
+        trackers.log_steps(rows(step))
+        if step % 2 == 0:
+            trackers.record(validated(step // 2, step, 3 - step / 10))
+        if step in samples:
+            trackers.sample(step // 2, f"text {step}")
+    state = json.loads(json.dumps(trackers.state_dict()))
+    if killed:  # its process and W&B's are gone; what of its file was written is anyone's guess
+        trackers._others["wandb"]._run.finish()
+        trackers._files.close("failed")
+    else:
+        trackers.close("interrupted")
+    return state
+
+
+def truncated(run, share):
+    """Cuts the newest .wandb file, as a killed process leaves it, at a share of its bytes."""
+    path = sorted(run.glob("wandb/offline-run-*/*.wandb"))[-1]
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+TORTURE = [pytest.param(at, share, marks=pytest.mark.torture) for at in (None, 0, 2, 5, 6) for share in (0, 0.5, 1)]
+
+
+@pytest.mark.parametrize(("snapshot", "share"), [(5, 0.5), *TORTURE])
+def test_after_a_session_was_killed_every_macro_batch_stands_once(tmp_path, snapshot, share):
+    """Wherever its snapshot was (None: there was none yet), and whatever W&B has written of it, once or twice."""
+    first = session(tmp_path, [1, 2])
+    session(tmp_path, range(3, 7), state=first, last=2, killed=True, samples=[4, 6])
+    run_files(tmp_path, count=2)
+    truncated(tmp_path, share)
+    state = None if snapshot is None else first
+    start = snapshot or 0
+    session(tmp_path, range(start + 1, 8), state=state, last=snapshot, killed=True, samples=[4, 6])
+    truncated(tmp_path, share)
+    session(tmp_path, range(start + 1, 11), state=state, last=snapshot, samples=[4, 6])
+    paths = run_files(tmp_path, count=2)
+    assert {the("run", path)[0].run_id for path in paths} == {first["wandb"]["id"]}
+    told = [row for path in paths for row in history(path)]
+    assert [row["step"] for row in told] == list(range(1, 11))
+    assert [row["macro_batch"] for row in told if "macro_batch" in row] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in told if "sample.path" in row] == [4, 6]
+    assert [row["val/loss"] for row in told if "val/loss" in row] == [pytest.approx(3 - 0.2 * n) for n in range(1, 6)]
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_a_macro_batch_whose_steps_were_logged_before_a_stop_is_logged_after_it(tmp_path, monkeypatch, online):
+    """As where a signal interrupts its validation: the same step as that of the last row."""
+    first = begin(tmp_path)
+    first.log_steps(rows(1, 2, 3))
+    state = first.state_dict()
+    first.close("interrupted")
+    if online:
+        start = wandb.init
+        monkeypatch.setattr(wandb, "init", lambda **options: Remembering(start(**options)))
+    second = begin(tmp_path, state, truncate_after=0, last_step=3)
+    second.record(validated(1, 3, 2.0))
+    second.sample(1, "text")
+    second.log_steps(rows(4))
+    second.close("finished")
+    told = [row for path in run_files(tmp_path, count=2) for row in history(path)]
+    assert [row["macro_batch"] for row in told if "macro_batch" in row] == [1]
+    assert sum("sample.path" in row for row in told) == 1
+    assert [row["step"] for row in told if "train/loss" in row] == [1, 2, 3, 4]
+
+
+def test_what_has_not_reached_the_server_is_logged_again(tmp_path, monkeypatch):
+    start = wandb.init
+    state = session(tmp_path, range(1, 9))
+    (tmp_path / "wandb.json").unlink()
+    monkeypatch.setattr(wandb, "init", lambda **options: Remembering(start(**options)))
+    session(tmp_path, [9, 10], state=state, last=8)
+    assert [row["step"] for row in history(run_files(tmp_path, count=2)[1])] == [4, 5, 6, 7, 8, 9, 10]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"id": "a"}', '{"id": "a", "sessions": [{"folder": "../x", "step": 1}]}']
+)
+def test_a_file_of_sessions_that_is_not_ours_is_passed_over(tmp_path, content):
+    (tmp_path / "wandb.json").write_text(content)
+    session(tmp_path, [1, 2])
+    assert [row["step"] for row in history(run_files(tmp_path)[0])] == [1, 2]
+
+
+@pytest.mark.parametrize("project", ["a/b", "a:b", "50%", 129 * "a"])
+def test_a_setting_that_wandb_refuses_is_a_mistake_and_the_files_stay(tmp_path, project):
+    (tmp_path / "metrics.jsonl").write_text('{"macro_batch": 1}\n')
+    config = replace(CONFIG, wandb_project=project)
+    with pytest.raises(UserError, match=r"tracking.wandb is 'offline', and W&B refuses: Invalid project name"):
+        open_trackers(config, tmp_path, experiment_json=EXPERIMENT_JSON)
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl"}
+    assert (tmp_path / "metrics.jsonl").read_text()
 
 
 def test_two_new_runs_are_two(tmp_path):

@@ -194,8 +194,8 @@ def test_a_disk_that_is_full_for_one_process_is_told_by_all_and_the_older_snapsh
     """They train to the end, for there may be room by then, and fail together where there is none."""
     full = EXPERIMENT + (
         "\nfrom cleangpt.checkpoints import tensor_files as shards\nsave_file = shards.save_file\n"
-        "def full(tensors, path):\n    if RANK == '1' and 'mb000001' not in str(path):\n"
-        "        raise OSError(28, 'No space left on device')\n    save_file(tensors, path)\n"
+        "def full(tensors, path, metadata):\n    if RANK == '1' and 'mb000001' not in str(path):\n"
+        "        raise OSError(28, 'No space left on device')\n    save_file(tensors, path, metadata)\n"
         "shards.save_file = full\n"
     )
     Path("launched.py").write_text(full)

@@ -59,7 +59,7 @@ def test_what_does_not_pass_the_check_is_not_saved(tiny: Build, trainer: Open) -
 def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """A disk without room, until it is undone."""
 
-    def refuse(*given: object) -> None:
+    def refuse(*given: object, **named: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:

@@ -1,5 +1,6 @@
 """What a run remembers: every part is saved once and restored, and a broken-off macro-batch continues its sums."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -60,7 +61,7 @@ def test_losses_gradient_norms_and_metrics_of_steps_are_added_and_divided_by_wha
     assert meter.mean_metrics() == {"accuracy": 0.375}
     assert (meter.grad_norm.item(), meter.steps, meter.samples) == (2.0, 2, 16)
     meter.reset()
-    assert (meter.mean_loss(), meter.mean_metrics(), meter.steps, meter.grad_norm.item()) == (0.0, {}, 0, 0.0)
+    assert (meter.mean_metrics(), meter.steps, meter.grad_norm.item()) == ({}, 0, 0.0) and math.isnan(meter.mean_loss())
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
@@ -92,11 +93,28 @@ def test_a_resumed_macro_batch_takes_further_steps_and_those_of_a_rolled_back_on
 # The losses of a step ------------------------------------------------------------------------------------------------
 
 
-def test_micro_batches_are_added_and_what_is_not_finite_is_kept_out() -> None:
+@pytest.mark.parametrize("last", [2.0, math.nan, math.inf])
+def test_micro_batches_are_added_and_one_that_is_not_finite_is_not_left_out(last: float) -> None:
+    """A sum without it would be divided by a count with it."""
     sums = LossSums(CPU, copies=1)
-    for total in (1.0, math.nan, math.inf, -math.inf, 2.0):
+    for total in (1.0, last):
         sums.add(Loss(torch.tensor(total), {"entropy": torch.tensor(total)}))
-    assert sums.total.item() == 3.0 and sums.metrics["entropy"].item() == 3.0
+    assert sums.total.item() == pytest.approx(1.0 + last, nan_ok=True)
+    assert sums.metrics["entropy"].item() == pytest.approx(1.0 + last, nan_ok=True)
+
+
+@pytest.mark.parametrize("loss", [9.0, math.nan, math.inf])
+def test_a_skipped_step_is_in_no_mean_whatever_its_numbers(loss: float) -> None:
+    """Finite with an infinite gradient, as where fp16 overflows, or not finite itself."""
+    meter = Meter(CPU, Ranks())
+    meter.add(step(6.0, count=4.0, grad_norm=1.5, accuracy=2.0))
+    skipped = step(loss, count=12.0, grad_norm=math.inf, accuracy=loss)
+    meter.add(dataclasses.replace(skipped, skipped=number(2.0)))
+    again = Meter(CPU, Ranks())
+    again.load_state_dict(meter.state_dict())
+    for each in (meter, again):
+        assert (each.mean_loss(), each.mean_metrics(), each.mean_grad_norm()) == (1.5, {"accuracy": 0.5}, 1.5)
+        assert (each.steps, each.samples) == (2, 16)
 
 
 def test_processes_that_compute_the_same_loss_each_count_a_share_of_it() -> None:

@@ -1,27 +1,32 @@
 """The loop: same update however a step is cut, stops and resumes bit for bit, skips what is not finite."""
 
+import json
 import math
 import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+from cleangpt.checkpoints.checkpoint import CheckpointEntry
 from cleangpt.checkpoints.snapshots import list_snapshots, load_snapshot
 from cleangpt.config import Schedule, ScheduleConfig
 from cleangpt.corpora import prepare
 from cleangpt.data.batch import IGNORED, Batch
-from cleangpt.errors import RunFailedError
+from cleangpt.errors import DivergedError, RunFailedError
 from cleangpt.experiment import Experiment
+from cleangpt.files import read_json, write_json
 from cleangpt.models.base import LanguageModel
 from cleangpt.objectives import Loss, NextToken
-from cleangpt.tracking.metrics import read_metrics
-from cleangpt.training.meter import LossSums
+from cleangpt.tracking.metrics import read_metrics, read_steps
+from cleangpt.tracking.report import write_report
+from cleangpt.training.launch import train
+from cleangpt.training.meter import LossSums, StepResult
 from cleangpt.training.trainer import Trainer
 from tests.losses import scaled
 
@@ -307,6 +312,85 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny: Build, trainer: 
     line = read_metrics(Path("run"))[0]
     assert line["skipped_steps"] == 2
     assert math.isfinite(line["train_loss"]) and math.isfinite(line["grad_norm"])
+
+
+class WithMetric(NextToken):
+    """Its metric is the sum of its targets, which stays finite where the loss does not."""
+
+    def __call__(self, model: LanguageModel, batch: Batch) -> Loss:
+        loss = super().__call__(model, batch)
+        total = loss.total * (math.nan if self.bad else 1.0)
+        return Loss(total, {"target": batch.targets.clamp(min=0).sum().float()})
+
+    bad: ClassVar[bool] = False
+
+
+@pytest.mark.parametrize("bad", [{0}, {3}, {1, 2}, {0, 2, 3}, {0, 1, 2, 3}], ids=str)
+def test_every_mean_over_a_macro_batch_is_over_the_steps_that_were_made(
+    tiny: Build, trainer: Open, monkeypatch: pytest.MonkeyPatch, bad: set[int]
+) -> None:
+    """Numerator and denominator: loss, gradient norm and the objective's metrics, with as many targets as come."""
+    run = trainer(tiny(run_dir="run", training__macro_batches=2))
+    uneven_mask(run)
+    run.objective = WithMetric()
+    made: list[StepResult] = []
+    add, step = run.meter.add, run.step
+
+    def keep(result: StepResult) -> None:
+        if run.position.step - 1 not in bad and run.position.step <= 4:
+            made.append(result)
+        add(result)
+
+    def maybe() -> None:
+        monkeypatch.setattr(WithMetric, "bad", run.position.step in bad)
+        step()
+
+    run.meter.add, run.step = keep, maybe  # type: ignore[method-assign]
+    run.train()
+    line, count = read_metrics(Path("run"))[0], sum(result.count for result in made)
+    assert line["skipped_steps"] == len(bad) and line["step"] == 4
+    expected = {
+        "train_loss": [result.loss.item() for result in made],
+        "train_target": [result.metrics["target"].item() for result in made],
+    }
+    for name, sums in expected.items():
+        assert line[name] == pytest.approx(math.fsum(sums) / count if count else math.nan, nan_ok=True)
+    norms = [result.grad_norm.item() for result in made]
+    assert line["grad_norm"] == pytest.approx(math.fsum(norms) / len(norms) if norms else math.nan, nan_ok=True)
+    for row in read_steps(Path("run"))[:4]:
+        skipped = row["step"] - 1 in bad
+        assert row["skipped"] == skipped
+        assert math.isfinite(row["loss"]) != skipped and math.isfinite(row["grad_norm"]) != skipped
+
+
+def strict(path: Path) -> Any:
+    """The JSON of a file, or of its lines, as the standard has it."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{path} has {name}")
+
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(part, parse_constant=refuse) for part in (text.splitlines() if "jsonl" in path.name else [text])]
+
+
+def test_a_run_that_ends_with_weights_of_no_use_says_so_and_all_its_files_are_json(tiny: Build) -> None:
+    """Its weights are finite, its losses are not. So are the figures of an evaluation, and it can be shown."""
+    fields = {"optimizer__lr": 1e18, "optimizer__clip_norm": None, "training__max_skipped_steps": 1000}
+    experiment = tiny(run_dir="run", saving__checkpoint_every=1, training__macro_batches=2, **fields)
+    with pytest.raises(DivergedError, match=r"steps in a row up to step 8 .* the last good snapshot is run.*mb000001"):
+        train(experiment)
+    lines = read_metrics(Path("run"))
+    assert [math.isnan(line["val_loss"]) for line in lines] == [True]
+    (entry,) = map(CheckpointEntry.from_json, read_json(Path("run/checkpoints/index.json"))["checkpoints"])
+    assert (entry.macro_batch, math.isnan(entry.val_loss)) == (1, True)
+    write_json(Path("run/evaluation.json"), {"loss": math.nan, "of": [math.inf, {"x": -math.inf}]})
+    write_report([Path("run")])
+    files = [path for path in Path("run").rglob("*.json*") if path.is_file()]
+    assert len(files) > 10
+    for path in files:
+        strict(path)
+    with pytest.raises(DivergedError):
+        train(experiment)
 
 
 def test_too_many_skipped_steps_in_a_row_end_the_run_and_name_the_last_good_snapshot(

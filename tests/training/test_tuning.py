@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from cleangpt.commands import main
 from cleangpt.config import MuonConfig, Schedule, ScheduleConfig
 from cleangpt.experiment import Experiment
+from cleangpt.files import sha256
 from cleangpt.tracking.metrics import read_metrics
 from cleangpt.training.trainer import Trainer
 from cleangpt.training.tuning import MOST_RATES, search, short_run, with_lr
@@ -182,6 +183,25 @@ def test_two_processes_find_what_one_does(own: str, strategy: str) -> None:
     found = {row["lr"]: row["loss"] for row in json.loads(Path("several", "tune.json").read_text())["rates"]}
     assert found.pop(1e30) is expected.pop(1e30) is None
     assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_rates_are_not_compared_with_those_of_other_data(own: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also not where a rate was interrupted before the first was known."""
+    tune("--rates", "0.01")
+    (tokens,) = Path("data").glob("*/train_00000.bin")
+    description = tokens.with_name("dataset.json")
+    facts = json.loads(description.read_text())
+    tokens.write_bytes(tokens.read_bytes()[::-1])
+    facts["sha256"][tokens.name] = sha256(tokens)
+    description.write_text(json.dumps(facts))
+    before = Path("tuned/tune.json").read_text()
+    line = error_of(capsys, "tune", own, "--steps", "8", "--out", "tuned", "--rates", "0.01", "0.02")
+    assert "tuned holds rates that were tried on other data; give another --out" in line
+    Path("tuned/tune.json").unlink()
+    line = error_of(capsys, "tune", own, "--steps", "8", "--out", "tuned", "--rates", "0.01")
+    assert "train_00000.bin is not the one that this run started with" in line
+    assert not Path("tuned/tune.json").exists()
+    Path("tuned/tune.json").write_text(before)
 
 
 def test_the_folder_of_another_tuning_is_refused(own: str, capsys: pytest.CaptureFixture[str]) -> None:
