@@ -67,7 +67,7 @@ def test_nothing_is_left_of_an_export_that_failed(checkpoint: Checkpoint, monkey
     def fail(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(huggingface, "save_file", fail)
+    monkeypatch.setattr(huggingface, "write_tensors", fail)
     with pytest.raises(OSError, match="no space"):
         export(checkpoint, "hf", Path("out"))
     assert not any(Path().iterdir())
