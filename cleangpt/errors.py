@@ -10,8 +10,8 @@ from types import ModuleType
 class UserError(Exception):
     """A mistake the user can fix: the message says what is wrong, where, and what to do.
 
-    `commands.main` prints it as one line and exits with code 2, errors of the system likewise with code 1; anything else
-    is a bug and keeps its traceback.
+    `commands.main` prints it as one line and exits with code 2, errors of the system likewise with 1; anything else is
+    a bug and keeps its traceback.
     """
 
 
