@@ -50,7 +50,17 @@ def own(workplace: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("streams", [(1,), (2,), (1, 2)], ids=str)
+def test_a_run_that_nobody_watches_any_more_trains_to_its_end(own: Path) -> None:
+    """From the corpus that it prepares to its last macro-batch."""
+    command = start("train", "small.py", "--run-dir", "run", hook=functools.partial(without_reader, (1, 2)))
+    assert command.wait() == 0
+    assert last("run", "metrics.jsonl")["macro_batch"] == 3 and Path("run/snapshots/mb000003").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "streams", [(1,), *(pytest.param(those, marks=pytest.mark.torture) for those in ((2,), (1, 2)))], ids=str
+)
 def test_every_command_does_its_work_to_the_end(own: Path, streams: tuple[int, ...]) -> None:
     """From the first command, which prepares the corpus, to the last; one that trains again tells that it does."""
     hook = functools.partial(without_reader, streams)

@@ -233,6 +233,7 @@ def test_the_home_of_nobody_is_one_line(own: Path, capsys: pytest.CaptureFixture
     assert not Path("~nobody_of_this_name").exists() and not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_a_tilde_is_the_home_folder_in_every_option_that_names_a_place(
     own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,7 +14,7 @@ from tests.faults import fault
 from tests.faults._runs import TRAIN, check_whole, finish, output, run, run_two, start, start_two, unbroken, victim
 from tests.forked import Command
 
-REFUSED = "run is being trained by another process; wait for it, or stop it first"
+REFUSED = "run is being trained by process "
 
 
 def wait_until(condition: Callable[[], bool], process: Command) -> None:
@@ -50,7 +50,7 @@ def second(seed: int, folder: Path) -> None:
     """The second is refused and has changed nothing; the dead one holds nothing."""
     victim(folder)
     first = start(folder, *TRAIN, hook=slow_steps)
-    wait_until(lambda: (folder / "run" / "stores.json").exists(), first)
+    wait_until(lambda: (folder / "run" / "experiment.json").exists(), first)
     before = {path: path.read_bytes() for path in (folder / "run").glob("*.json")}
     for words in (TRAIN, ("resume", "run", "--optimizer.lr", "0.5")):
         assert run(folder, *words) == 2 and REFUSED in output(folder), output(folder)
@@ -78,7 +78,7 @@ def second_launch(seed: int, folder: Path) -> None:
     """Each of its processes ends in one line; the first goes on."""
     victim(folder)
     first: list[Any] = start_two(folder, *TRAIN, hooks=[slow_steps, slow_steps])
-    wait_until(lambda: (folder / "run" / "stores.json").exists(), first[0])
+    wait_until(lambda: (folder / "run" / "experiment.json").exists(), first[0])
     codes = run_two(folder, *TRAIN)
     said = output(folder)
     assert codes == [2, 2] and said.count(REFUSED) == 2, f"{codes}: {said}"

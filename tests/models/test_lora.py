@@ -219,7 +219,7 @@ def test_equal_runs_write_equal_bytes_that_are_as_readable_as_other_files(
 ) -> None:
     """Weights, adapters, snapshots and an export, whatever the umask; several entries of metadata would be shuffled."""
     digests, modes = [], set()
-    for run, mask in (("one", 0o022), ("two", 0o027), ("three", 0o022), ("four", 0o022)):
+    for run, mask in (("one", 0o022), ("two", 0o027)):
         before = os.umask(mask)
         try:
             trainer(tiny(run_dir=run, **lora())).train()
@@ -231,7 +231,7 @@ def test_equal_runs_write_equal_bytes_that_are_as_readable_as_other_files(
         tensors = sorted(path for path in files if path.suffix == ".safetensors")
         digests.append([(path.name, sha256(path)) for path in tensors])
     assert {name for name, _ in digests[0]} == {"model.safetensors", "adapters.safetensors", "shard_00000.safetensors"}
-    assert digests[0] == digests[1] == digests[2] == digests[3]
+    assert digests[0] == digests[1]
     assert sys.platform == "win32" or modes == {(0o022, 0o644), (0o027, 0o640)}
 
 

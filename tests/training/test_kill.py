@@ -132,7 +132,7 @@ def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(workplace: Pat
     before, experiment = Path("run/metrics.jsonl").read_bytes(), Path("run/experiment.json").read_bytes()
     second = run("resume", "run", "--optimizer.lr", "0.5")
     assert second.returncode == 2 and second.stdout == ""
-    assert second.stderr == "error: run is being trained by another process; wait for it, or stop it first\n"
+    assert second.stderr.startswith(f"error: run is being trained by process {first.pid} on ")
     assert Path("run/metrics.jsonl").read_bytes().startswith(before)
     assert Path("run/experiment.json").read_bytes() == experiment
     first.kill()
