@@ -34,7 +34,7 @@ def fetch(text: str) -> Path:
         return folder
     if not name or name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise UserError(f"{text}: {name!r} is not a folder; allowed: hf:FOLDER, hf:NAME or hf:OWNER/NAME")
-    library = require("huggingface_hub", "hub")
+    library = require("huggingface_hub")
     try:
         return Path(library.snapshot_download(name, allow_patterns=list(FILES)))
     except Exception as error:  # huggingface_hub passes through errors of several network packages

@@ -8,6 +8,7 @@ from cleangpt.checkpoints.run_folder import find_run
 from cleangpt.commands import evaluate, report, sample, train
 from cleangpt.commands.options import parse
 from cleangpt.files import read_json
+from cleangpt.tracking.numbers import show_number
 
 EXPERIMENTS = {
     "adder": ["123+456=", "999+999=", "504+077="],
@@ -39,8 +40,8 @@ def command(words: Sequence[str]) -> None:
     _title("results")
     for run in runs:
         metrics = read_json(run / "evaluation.json")
-        score = f", {metrics['exact_match']:.2%} of held-out problems right" if "exact_match" in metrics else ""
-        print(f"{run}: loss {metrics['loss']:.4f}{score}; open {Path(run) / 'report.html'}")
+        score = f", {100 * metrics['exact_match']:.2f} % of held-out problems right" if "exact_match" in metrics else ""
+        print(f"{run}: loss {show_number(metrics['loss'], 4)}{score}; open {Path(run) / 'report.html'}")
     print(
         f"\nTry next:\n"
         f"  cleangpt sample {runs[0]} --prompt 271+828=      ask the adder\n"

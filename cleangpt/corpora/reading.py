@@ -122,7 +122,7 @@ def read_jsonl(path: Path, text_field: str) -> Iterator[Piece]:
 
 
 def read_parquet(path: Path, text_field: str) -> Iterator[Piece]:
-    """A Parquet file; each `text_field` is a document, empty and missing ones are skipped. Needs cleangpt[parquet]."""
+    """A Parquet file; each `text_field` is a document, empty and missing ones are skipped. Needs pyarrow."""
     for entry, location, read in parquet_rows(path, [text_field]):
         if entry[text_field]:
             yield Piece(checked(entry[text_field], location, "corpus.text_field"), True, read)
@@ -144,7 +144,7 @@ def json_lines(path: Path) -> Iterator[tuple[Any, str, int]]:
 
 def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[dict[str, Any], str, int]]:
     """The columns of each row of a Parquet file, its location for messages, and the bytes read so far (estimated)."""
-    arrow, parquet = require("pyarrow", "parquet"), require("pyarrow.parquet", "parquet")
+    arrow, parquet = require("pyarrow"), require("pyarrow.parquet")
     row, size = 0, path.stat().st_size
     try:
         with parquet.ParquetFile(path) as file:
@@ -239,7 +239,7 @@ def _decompressed(path: Path, raw: BinaryIO) -> Iterator[bytes]:
         with gzip.open(raw) as file:
             yield from _lines(file)
     elif path.suffix.lower() == ".zst":
-        library = require("zstandard", "zstd")
+        library = require("zstandard")
         try:
             stream = library.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
             yield from _lines(io.BufferedReader(stream, BLOCK))

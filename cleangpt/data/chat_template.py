@@ -116,7 +116,7 @@ class ChatTemplate:
         return json.dumps({"template": self.source, **self.special}, ensure_ascii=False, indent=2) + "\n"
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        require("jinja2", "chat")
+        require("jinja2")
         values = {
             "messages": [dict(message) for message in messages], "add_generation_prompt": add_generation_prompt,
             "tools": None, "documents": None, **self.special,

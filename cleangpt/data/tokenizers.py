@@ -106,7 +106,7 @@ class ByteTokenizer:
 
 
 class BPETokenizer:
-    """A tokenizer of Hugging Face's `tokenizers`, from its JSON text; needs cleangpt[bpe].
+    """A tokenizer of Hugging Face's `tokenizers`, from its JSON text; needs that package.
 
     The names of special tokens are not parsed (`<|endoftext|>` in a text is text like any other), special tokens are
     omitted when decoding, and none is added to a text, whatever the tokenizer's post-processor would do. A
@@ -118,7 +118,7 @@ class BPETokenizer:
     """
 
     def __init__(self, text: str) -> None:
-        library = require("tokenizers", "bpe")
+        library = require("tokenizers")
         with _library():
             self._tokenizer = library.Tokenizer.from_str(text)
         self._tokenizer.encode_special_tokens = True
@@ -173,7 +173,7 @@ class BPETokenizer:
 
     @cached_property
     def _reading_special(self) -> Any:
-        reading = require("tokenizers", "bpe").Tokenizer.from_str(self.to_json())
+        reading = require("tokenizers").Tokenizer.from_str(self.to_json())
         reading.encode_special_tokens = False
         return reading
 
@@ -206,7 +206,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     """
     if vocab_size < 257:
         raise UserError(f"vocab_size is {vocab_size}; allowed: 257 or more (256 bytes and {END_OF_TEXT})")
-    library = require("tokenizers", "bpe")
+    library = require("tokenizers")
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = library.decoders.ByteLevel()
@@ -306,7 +306,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
 
 def _read_merges(folder: Path) -> BPETokenizer:
     """The byte-level BPE of GPT-2's released files, `vocab.json` and `merges.txt`."""
-    library = require("tokenizers", "bpe")
+    library = require("tokenizers")
     try:
         model = library.models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     except Exception as error:  # the library raises bare Exception

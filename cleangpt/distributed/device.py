@@ -83,7 +83,7 @@ def check_precision(precision: str, device: torch.device) -> None:
     """
     if precision != "fp8":
         return
-    require("torchao", "fp8")
+    require("torchao")
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         raise UserError(
             f"training.precision is 'fp8', but {describe_device(device)} has no fp8 units; "

@@ -13,7 +13,8 @@ from rich.progress_bar import ProgressBar as Bar
 from rich.table import Table
 from rich.text import Text
 
-from cleangpt.tracking.metrics import label, scores, show, show_time
+from cleangpt.tracking.metrics import label, scores, show
+from cleangpt.tracking.numbers import show_time
 
 LOG = "log.txt"
 LOSSES = {"train_loss": "loss {}", "val_loss": "val {}"}

@@ -1,4 +1,4 @@
-"""Metrics and samples for Weights & Biases, online or offline; needs cleangpt[wandb].
+"""Metrics and samples for Weights & Biases, online or offline; needs the package wandb.
 
 The id of the W&B run is chosen here and kept in the snapshot, so that a resumed run continues the same W&B run. W&B
 cannot delete points, and its own step, here the optimizer's, must not decrease: a point that it already has is not
@@ -9,19 +9,53 @@ uploads them, oldest first, into one W&B run. If a session was killed, the steps
 of them, with the same values.
 """
 
+import contextlib
 import html
 import math
+import netrc
+import os
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from cleangpt.config import TrackingConfig
-from cleangpt.errors import require
+from cleangpt.errors import UserError, require
 from cleangpt.tracking.metrics import Value, step_tag, tag
 
 FINISH_SECONDS = 60
 """How long the end of a run waits for the upload; the rest stays in RUN/wandb, for ``wandb sync``."""
+
+
+KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
+HOST = "api.wandb.ai"
+
+
+def check_login() -> None:
+    """Looks for an API key where W&B does: in the environment, its settings, and .netrc.
+
+    Raises:
+        UserError: there is none. W&B itself would say so only once the run has started.
+    """
+    settings = require("wandb").setup().settings
+    known = [os.environ.get(name) for name in KEYS] + [getattr(settings, "api_key", None)]
+    hosts = {HOST, urlsplit(str(settings.base_url)).netloc}
+    if not any(known) and not hosts & _hosts_with_password():
+        raise UserError(
+            "tracking.wandb is 'online', and Weights & Biases has no API key here; run wandb login, set WANDB_API_KEY, "
+            "or set tracking.wandb to offline"
+        )
+
+
+def _hosts_with_password() -> set[str]:
+    """The hosts in the user's .netrc."""
+    paths = [os.environ["NETRC"]] if "NETRC" in os.environ else ["~/.netrc", "~/_netrc"]
+    found: set[str] = set()
+    for path in paths:
+        with contextlib.suppress(OSError, netrc.NetrcParseError, UnicodeDecodeError):
+            found |= netrc.netrc(Path(path).expanduser()).hosts.keys()
+    return found
 
 
 class WandbTracker:
@@ -41,7 +75,7 @@ class WandbTracker:
         if self._run is not None:
             self._logged_before = max(self._logged_before, self._step)
             return
-        wandb = require("wandb", "wandb")
+        wandb = require("wandb")
         online = self._config.wandb == "online"
         self._run = wandb.init(
             project=self._config.wandb_project,
@@ -77,7 +111,7 @@ class WandbTracker:
     def sample(self, macro_batch: int, text: str) -> None:
         """Logs a text sampled from the model."""
         if self._step > self._logged_before:
-            page = require("wandb", "wandb").Html(f"<pre>{html.escape(text)}</pre>")
+            page = require("wandb").Html(f"<pre>{html.escape(text)}</pre>")
             self._run.log({"sample": page}, step=self._step)
 
     def close(self, status: str) -> None:
