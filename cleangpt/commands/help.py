@@ -128,7 +128,7 @@ def metavar(hint: Any) -> str:
     if origin is tuple:
         items = [metavar(argument) for argument in arguments if argument is not Ellipsis]
         return " ".join(items) + " ..." * (arguments[-1] is Ellipsis)
-    return {int: "N", float: "NUMBER", str: "TEXT", type(None): "none"}.get(hint, hint.__name__.upper())
+    return {int: "N", float: "NUMBER", str: "TEXT", type(None): "none"}.get(hint, str(hint.__name__).upper())
 
 
 def _default(option: Option) -> str:
