@@ -5,7 +5,6 @@ from rich.table import Table
 
 from cleangpt.distributed.datasheets import GIB
 from cleangpt.planning.plan import Estimate, Plan
-from cleangpt.tracking.numbers import show_number
 
 
 def show(plan: Plan) -> None:
@@ -42,16 +41,11 @@ def _estimates(estimates: list[Estimate]) -> Table:
     for entry in estimates:
         table.add_row(
             f"{entry.devices}", entry.strategy + (" *" if entry.chosen else ""), f"{entry.micro_batch}",
-            show_number(entry.memory.total / GIB, 1), "yes" if entry.fits else "no", f"{entry.time.total:.3g} s",
-            f"{entry.time.exposed / entry.time.total:.0%}", f"{entry.tokens_per_second:,.0f}",
-            f"{show_number(100 * entry.mfu, 0)} %", _rounded(entry.hours), f"${_rounded(entry.cost)}",
+            f"{entry.memory.total / GIB:,.1f}", "yes" if entry.fits else "no", f"{entry.time.total:.3g} s",
+            f"{entry.time.exposed / entry.time.total:.0%}", f"{entry.tokens_per_second:,.0f}", f"{entry.mfu:.0%}",
+            f"{entry.hours:,.{2 if entry.hours < 1000 else 0}f}", f"${entry.cost:,.{2 if entry.cost < 1000 else 0}f}",
         )  # fmt: skip
     return table
-
-
-def _rounded(value: float) -> str:
-    """Hours or dollars."""
-    return f"{value:,.0f}" if value >= 1000 else show_number(value, 2)
 
 
 def _breakdown(entry: Estimate) -> Table:
@@ -70,5 +64,5 @@ def _breakdown(entry: Estimate) -> Table:
     ]
     for index, (name, size) in enumerate(vars(memory).items()):
         what, value = step[index] if index < len(step) else ("", "")
-        table.add_row(name, show_number(size / GIB, 2), f"  {what}", value)
+        table.add_row(name, f"{size / GIB:,.2f}", f"  {what}", value)
     return table

@@ -31,6 +31,6 @@ def show_time(seconds: float) -> str:
     if seconds < 1:
         return f"{1000 * seconds:.3g} ms"
     if seconds < 60:
-        return f"{seconds:.3g} s"
+        return f"{show_number(seconds, 1)} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
