@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-
-import tyro
+from typing import Annotated
 
 from benchmarks import machine
 from benchmarks.runner import Row, Setup, section, write_section
+from cleangpt.commands.fields import POSITIONAL
 from cleangpt.commands.options import parse
 from cleangpt.errors import UserError, nearest
 
@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "RESULTS.md"
 class Options:
     """What to measure."""
 
-    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    names: Annotated[tuple[str, ...], POSITIONAL] = ()
     """loader, store, step, snapshot, resume, parallel, generation, vs_nanogpt; empty: all."""
     quick: bool = False
     """Smoke test: small sizes and few repetitions; results are not written."""

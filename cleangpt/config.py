@@ -16,8 +16,9 @@ from cleangpt.validation import (
     Checked,
     Count,
     CountOrZero,
+    Device,
+    Folder,
     NonNegative,
-    Pattern,
     Positive,
     Share,
     ShareBelowOne,
@@ -27,7 +28,6 @@ M = TypeVar("M", bound="ModelConfig")
 Tokens = Annotated[int, Bounds(1, 2**31)]
 Width = Annotated[int, Bounds(1, 2**20)]
 Layers = Annotated[int, Bounds(1, 4096)]
-Device = Annotated[str, Pattern(r"auto|cpu|mps|cuda(:(0|[1-9]\d?))?", "auto, cpu, cuda, cuda:N or mps")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,7 @@ class DataConfig(Checked, section="data"):
     models, and takes less memory than the same size in training."""
     prefetch: Width = 4
     """Batches to load in advance, in the background."""
-    folder: str = "data"
+    folder: Folder = "data"
     """Folder of the prepared datasets."""
 
 
@@ -236,7 +236,7 @@ class TrainingConfig(Checked, section="training"):
     """auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp8"] = "auto"
     """Precision of matrix products; weights, gradients and moments stay in fp32. auto: bf16 on a CUDA device that
-    supports it, else fp32; fp16: with loss scaling; fp8: bf16 with linear layers in fp8, needs cleangpt[fp8]."""
+    supports it, else fp32; fp16: with loss scaling; fp8: bf16 with linear layers in fp8, needs the package torchao."""
     compile: Literal["off", "model", "blocks"] = "off"
     """torch.compile: off, the entire model, or one block whose code all blocks share, which starts faster. Ignored
     where the machine has no compiler."""
@@ -335,13 +335,13 @@ class TrackingConfig(Checked, section="tracking"):
     progress: bool = True
     """Show a progress bar (plain lines without a terminal)."""
     wandb: Literal["disabled", "online", "offline"] = "disabled"
-    """Weights & Biases; needs cleangpt[wandb]."""
+    """Weights & Biases; needs the package wandb."""
     wandb_project: str = "cleangpt"
     """Project in Weights & Biases."""
     every: Count | None = None
     """Steps between rows of steps.jsonl; None: about 1,000 rows over the whole run."""
     tensorboard: bool = False
-    """Write TensorBoard event files to the run folder; needs cleangpt[tensorboard]."""
+    """Write TensorBoard event files to the run folder; needs the package tensorboard."""
     score_samples: CountOrZero = 1000
     """Validation tasks scored after each macro-batch, for a corpus with an environment; 0: none."""
     sample_tokens: CountOrZero = 200

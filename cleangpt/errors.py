@@ -67,17 +67,16 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
-def require(module: str, extra: str) -> ModuleType:
+def require(module: str) -> ModuleType:
     """Imports an optional `module`.
 
     Raises:
-        UserError: it is not installed; names the extra that installs it.
+        UserError: its package is not installed; says how to install it.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name is None or module.split(".")[0] != error.name.split(".")[0]:
+        package = module.split(".")[0]
+        if error.name is None or package != error.name.split(".")[0]:
             raise
-        raise UserError(
-            f"this needs the package {error.name!r}, which is not installed: pip install 'cleangpt[{extra}]'"
-        ) from None
+        raise UserError(f"this needs the package {package}, which is not installed: pip install {package}") from None

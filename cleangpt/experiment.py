@@ -17,9 +17,11 @@ from cleangpt.config import (
     TrainingConfig,
 )
 from cleangpt.objectives import NextToken, Objective
-from cleangpt.validation import Checked, Pattern
+from cleangpt.validation import Checked, Folder, Metavar, Pattern, RunOrModel
 
-Name = Annotated[str, Pattern(r"(?!\.)[\w.-]{1,100}(?<!\.)", "letters, digits, '-', '_' and '.' within")]
+Name = Annotated[
+    str, Pattern(r"(?!\.)[\w.-]{1,100}(?<!\.)", "letters, digits, '-', '_' and '.' within"), Metavar("NAME")
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +42,11 @@ class Experiment(Checked):
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     saving: SavingConfig = SavingConfig()
     tracking: TrackingConfig = TrackingConfig()
-    init_from: str | None = None
+    init_from: RunOrModel | None = None
     """Initial weights: a run (its best checkpoint), a checkpoint, or a Hugging Face model as hf:NAME or hf:FOLDER, such
     as hf:gpt2; None: random."""
     fine_tuning: FineTuningConfig = FineTuningConfig()
-    run_dir: str | None = None
+    run_dir: Folder | None = None
     """Folder of the run; an existing run is resumed; None: runs/NAME/TIME."""
 
 

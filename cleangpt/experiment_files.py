@@ -66,10 +66,9 @@ def load_experiment(path: Path) -> Experiment:
     return experiment
 
 
-def run_code(name: str | None) -> None:
+def run_code(name: str) -> None:
     """Runs the file given with `--code`, which registers the user's own classes."""
-    if name is not None:
-        run_file(find_experiment(name))
+    run_file(find_experiment(name))
 
 
 def run_file(path: Path) -> Any:

@@ -36,7 +36,7 @@ def path_offline(text: str) -> Path | None:
     if not is_huggingface(text) or is_local(text):
         return user_path(name)
     try:
-        library = require("huggingface_hub", "hub")
+        library = require("huggingface_hub")
         return Path(library.snapshot_download(name, allow_patterns=list(FILES), local_files_only=True))
     except Exception:  # it passes through errors of several packages
         return None
@@ -53,7 +53,7 @@ def fetch(text: str) -> Path:
         return user_path(name)
     if not name or name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise UserError(f"{text}: {name!r} is not a folder; allowed: hf:FOLDER, hf:NAME or hf:OWNER/NAME")
-    library = require("huggingface_hub", "hub")
+    library = require("huggingface_hub")
     try:
         return Path(library.snapshot_download(name, allow_patterns=list(FILES)))
     except Exception as error:  # huggingface_hub passes through errors of several network packages

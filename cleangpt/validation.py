@@ -63,6 +63,13 @@ class Pattern:
         return self.words
 
 
+@dataclass(frozen=True)
+class Metavar:
+    """What a text is, for --help: a FILE, a FOLDER. No rule: every text is allowed."""
+
+    word: str
+
+
 Rule = Bounds | Pattern
 Count = Annotated[int, Bounds(1, 2**40)]
 """Bounded, so that products of several counts still fit into 64 bits."""
@@ -71,6 +78,12 @@ Share = Annotated[float, Bounds(0, 1)]
 ShareBelowOne = Annotated[float, Bounds(0, below=1)]
 NonNegative = Annotated[float, Bounds(0)]
 Positive = Annotated[float, Bounds(above=0)]
+File = Annotated[str, Metavar("FILE")]
+Folder = Annotated[str, Metavar("FOLDER")]
+Device = Annotated[
+    str, Pattern(r"auto|cpu|mps|cuda(:(0|[1-9]\d?))?", "auto, cpu, cuda, cuda:N or mps"), Metavar("DEVICE")
+]
+RunOrModel = Annotated[str, Metavar("RUN|CHECKPOINT|hf:NAME")]
 
 
 # Checking ------------------------------------------------------------------------------------------------------------
@@ -191,7 +204,7 @@ def from_json(cls: type[T], value: Any, kinds: Mapping[str, type], path: str = "
             hint = nearest(str(kind), kinds)
             raise UserError(
                 f"{path.strip('.') or cls.__name__} is of kind {kind!r}, which is not registered here{hint}; "
-                "if the kind is your own, give the file that defines it with --code"
+                "if the kind is your own, run the file that defines it first: --code FILE, or an import in Python"
             )
         cls = kinds[kind]
     hints = hints_of(cls)

@@ -9,14 +9,15 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
-import tyro
 
 from benchmarks import machine
 from benchmarks.gpu.journal import UNFINISHED, Outcome, append, read, write_table
 from benchmarks.gpu.rows import ROWS, Row
 from benchmarks.gpu.setup import PROJECT, Setup
+from cleangpt.commands.fields import POSITIONAL
 from cleangpt.commands.options import parse
 from cleangpt.errors import UserError, nearest
 
@@ -33,7 +34,7 @@ TOY_PATIENCE = 5
 class Options:
     """What to measure, and for how long."""
 
-    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    names: Annotated[tuple[str, ...], POSITIONAL] = ()
     """Names of rows; empty: all."""
     minutes: float = 8.0
     """Time for all rows; what does not fit is named, and a second call goes on with it."""

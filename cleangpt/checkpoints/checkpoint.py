@@ -43,6 +43,7 @@ from cleangpt.models import build_model, model_kinds
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.lora import is_adapter, merge, split_adapters
 from cleangpt.models.meta import on_meta
+from cleangpt.tracking.numbers import show_number
 from cleangpt.validation import from_json, to_json
 
 FORMAT = 1
@@ -92,7 +93,7 @@ class Checkpoints:
         if not permanent and not self._among_best(val_loss):
             return False
         weights = gather_to_host(model.state_dict(), keep=self.ranks.is_main)
-        entry = CheckpointEntry(f"val{val_loss:.4f}_mb{macro_batch:06d}", macro_batch, val_loss, permanent)
+        entry = CheckpointEntry(f"val{show_number(val_loss, 4)}_mb{macro_batch:06d}", macro_batch, val_loss, permanent)
         best = sorted([*self.entries, entry], key=_sort_key)
         finite = [other for other in best if not math.isnan(other.val_loss)]
         entries = [other for other in best if other.permanent or other in finite[: self.config.keep_best]]

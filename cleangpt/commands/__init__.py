@@ -4,6 +4,7 @@ import ast
 import errno
 import gc
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -27,8 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line (None: the process's own) and returns the exit code.
 
     0: done, or stopped by a signal after saving; 1: the run failed; 2: the command or its input was wrong;
-    130: interrupted by a second Ctrl-C.
+    130: interrupted by Ctrl-C, in training by a second one.
     """
+    _replace_what_output_lacks()
     words = [*(sys.argv[1:] if arguments is None else arguments)]  # `list` is a command here
     try:
         code = _dispatch(words)
@@ -40,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunFailedError as error:
         return _fail(f"stopped: {single_line(error)}", 1)
     except KeyboardInterrupt:
-        return _fail("interrupted; the last snapshot is intact", 130)
+        return _fail(f"interrupted{'; the last snapshot is intact' * _trains(words)}", 130)
     except BrokenPipeError:  # the reader of our output (head, less) has left
         discard(sys.stdout)
         return 0
@@ -68,7 +70,8 @@ def usage() -> str:
         "usage: cleangpt COMMAND [ARGUMENTS] [--help]", "",
         *(f"  {call:<{width}}  {what}" for call, what in calls), "",
         "RUN is the folder of a run, or an experiment's name for its newest run.",
-        "cleangpt COMMAND --help lists the options of a command.",
+        "cleangpt COMMAND --help lists the options of a command. Every command takes --code FILE:",
+        "your own Python file to run first, which registers your own models, corpora and objectives.",
     ])  # fmt: skip
 
 
@@ -99,12 +102,42 @@ def _dispatch(words: list[str]) -> int:
     if name not in COMMANDS:
         raise UserError(f"{name!r} is not a command{nearest(name, COMMANDS)}; allowed: {', '.join(COMMANDS)}")
     try:
+        rest = _run_code(rest)
         importlib.import_module(f"cleangpt.commands.{name}").command(rest)
     except OSError as error:
         if error.errno not in UNUSABLE:
             raise
         raise UserError(f"{error.filename}: {error.strerror}") from error
     return 0
+
+
+def _run_code(words: Sequence[str]) -> list[str]:
+    """Runs the files given as ``--code FILE``; returns the other words.
+
+    Raises:
+        UserError: a file is missing or fails.
+    """
+    rest: list[str] = []
+    left = iter(words)
+    for word in left:
+        if word != "--code" and not word.startswith("--code="):
+            rest.append(word)
+            continue
+        file = word.removeprefix("--code=") if "=" in word else next(left, "")
+        if not file:
+            raise UserError("--code needs a value; allowed: a Python file")
+        importlib.import_module("cleangpt.experiment_files").run_code(file)
+    return rest
+
+
+def _trains(words: Sequence[str]) -> bool:
+    return words[0] in ("demo", "resume", "train", "tune")
+
+
+def _replace_what_output_lacks() -> None:
+    """Prints a question mark for a character that standard output cannot encode, instead of failing in mid-text."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _docstring(name: str) -> str:

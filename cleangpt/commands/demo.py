@@ -12,6 +12,7 @@ from cleangpt.commands.options import parse
 from cleangpt.files import read_json
 from cleangpt.output import discard, say
 from cleangpt.tracking.metrics import restored
+from cleangpt.tracking.numbers import show_number
 
 EXPERIMENTS = {
     "adder": ["123+456=", "999+999=", "504+077="],
@@ -43,8 +44,8 @@ def command(words: Sequence[str]) -> None:
     _title("results")
     for run in runs:
         metrics = restored(read_json(run / "evaluation.json"))
-        score = f", {metrics['exact_match']:.2%} of held-out problems right" if "exact_match" in metrics else ""
-        print(f"{run}: loss {metrics['loss']:.4f}{score}; open {Path(run) / 'report.html'}")
+        score = f", {100 * metrics['exact_match']:.2f} % of held-out problems right" if "exact_match" in metrics else ""
+        print(f"{run}: loss {show_number(metrics['loss'], 4)}{score}; open {Path(run) / 'report.html'}")
     print(
         f"\nTry next:\n"
         f"  cleangpt sample {runs[0]} --prompt 271+828=      ask the adder\n"

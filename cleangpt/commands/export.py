@@ -2,25 +2,25 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
-import tyro
-
+from cleangpt.commands.fields import POSITIONAL
 from cleangpt.commands.options import parse
 from cleangpt.files import user_path
 from cleangpt.interchange.export import export
 from cleangpt.interchange.huggingface import open_checkpoint
+from cleangpt.validation import Metavar
 
 
 @dataclasses.dataclass
 class Options:
     """Options of `cleangpt export`."""
 
-    run: tyro.conf.Positional[str]
+    run: Annotated[str, POSITIONAL]
     """Folder of a run or of a checkpoint, an experiment's name for its newest run, or hf:NAME_OR_FOLDER."""
     format: Literal["hf", "gguf"] = "hf"
-    """hf: a folder for Hugging Face's transformers; gguf: a file for llama.cpp (needs cleangpt[gguf])."""
-    out: str | None = None
+    """hf: a folder for Hugging Face's transformers; gguf: a file for llama.cpp (needs the package gguf)."""
+    out: Annotated[str, Metavar("FOLDER|FILE")] | None = None
     """Folder or file to write; None: RUN-hf or RUN.gguf in the current folder."""
     force: bool = False
     """Replace an earlier export."""

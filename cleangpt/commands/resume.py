@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cleangpt.checkpoints.run_folder import EXPERIMENT, EXPERIMENT_FILE, check_resumable, find_run, read_experiment
-from cleangpt.commands import subject
-from cleangpt.commands.train import parse_launch
+from cleangpt.commands.overrides import subject_or_help
+from cleangpt.commands.train import Options, parse_launch
 from cleangpt.experiment_files import run_file
 from cleangpt.training.launch import train
 
 
 def command(words: Sequence[str]) -> None:
     """Resumes a run; fields that its data and weights do not depend on can be overridden."""
-    run = find_run(subject(words, "resume", "RUN", runs))
+    run = find_run(subject_or_help(Options, words, "resume", "RUN", runs))
     if (run / EXPERIMENT_FILE).is_file():
         run_file(run / EXPERIMENT_FILE)
     before = read_experiment(run)

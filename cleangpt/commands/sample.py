@@ -6,39 +6,38 @@ from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 import torch
-import tyro
 
-from cleangpt.commands.options import FLAT, parse
-from cleangpt.config import Device
+from cleangpt.commands.fields import FLAT, POSITIONAL, VERBATIM
+from cleangpt.commands.options import parse
 from cleangpt.data.tokenizers import Tokenizer, same_tokens
 from cleangpt.distributed.device import can_compile, choose_device
 from cleangpt.errors import UserError
-from cleangpt.experiment_files import run_code
 from cleangpt.inference.sampling import Sampling
 from cleangpt.inference.text import TextChunk, complete, stream
 from cleangpt.interchange.huggingface import open_checkpoint
 from cleangpt.models.base import LanguageModel
-from cleangpt.validation import Count, CountOrZero, Pattern
+from cleangpt.tracking.numbers import show_number
+from cleangpt.validation import Count, CountOrZero, Device, Metavar, Pattern, RunOrModel
 
 
 @dataclasses.dataclass
 class Options:
     """Options of `cleangpt sample`."""
 
-    run: tyro.conf.Positional[str]
+    run: Annotated[str, POSITIONAL]
     """Folder of a run or of a checkpoint, an experiment's name for its newest run, or hf:NAME_OR_FOLDER."""
-    prompt: str | None = None
-    """Text to continue; None: the start of a document."""
+    prompt: Annotated[str | None, VERBATIM, Metavar("TEXT")] = None
+    """Text to continue; default: the start of a document."""
     max_new_tokens: CountOrZero = 200
     """Maximum number of tokens to generate."""
     sampling: Annotated[Sampling, FLAT] = Sampling(temperature=0.8)  # noqa: RUF009 - frozen
-    stop: tuple[Annotated[str, Pattern(r"(?s).+", "text of one character or more")], ...] = ()
+    stop: tuple[Annotated[str, Pattern(r"(?s).+", "text of one character or more"), Metavar("TEXT")], ...] = ()
     """Generation stops before any of these texts."""
     num_samples: Count = 1
     """Number of texts; several are generated as one batch, with consecutive seeds, and printed at the end."""
     logprobs: bool = False
     """Print each token on its own line, with its log-probability in nats."""
-    draft: str | None = None
+    draft: RunOrModel | None = None
     """Speculative decoding: the draft model, given like the run; a smaller one with the same tokenizer."""
     draft_tokens: Count = 4
     """Tokens that the draft model proposes at a time."""
@@ -48,14 +47,11 @@ class Options:
     """Compile the model: slower to start, faster per token."""
     device: Device = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
-    code: str | None = None
-    """Your own Python file to run first, which registers your own model."""
 
 
 def command(words: Sequence[str]) -> None:
     """Prints texts as they are generated."""
     options = parse(Options, words, program="cleangpt sample", about="Generates text with a run's best checkpoint.")
-    run_code(options.code)
     device = choose_device(options.device)
     checkpoint = open_checkpoint(options.run)
     model, tokenizer = checkpoint.model(device), checkpoint.tokenizer
@@ -92,13 +88,16 @@ def _draft_model(text: str, tokenizer: Tokenizer, device: torch.device) -> Langu
 
 
 def _show(text: Iterable[TextChunk], prompt: str | None, logprobs: bool) -> None:
-    """Prints a text as it is generated, or each of its tokens on a line."""
-    if prompt and not logprobs:
-        print(prompt, end="", flush=True)
+    """Prints a text as it is generated, or each of its tokens on a line.
+
+    The prompt comes with the first piece: until then, it may turn out to be one that the model cannot continue.
+    """
+    before = prompt or ""
     for piece, token in text:
         if not logprobs:
-            print(piece, end="", flush=True)
+            print(before + piece, end="", flush=True)
+            before = ""
         elif token is not None or piece:
-            print(f"{'' if token is None else f'{token.logprob:.4f}':>9}  {piece!r}")
+            print(f"{'' if token is None else show_number(token.logprob, 4):>9}  {piece!r}")
     if not logprobs:
         print()

@@ -2,24 +2,31 @@
 
 import time
 from collections.abc import Sequence
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated
 
-import tyro
-
-from cleangpt.commands import subject
-from cleangpt.commands.overrides import parse_over
+from cleangpt.commands.fields import FLAT
+from cleangpt.commands.overrides import named_experiment, parse_over
 from cleangpt.experiment import Experiment
-from cleangpt.experiment_files import experiments, find_experiment, load_experiment, recorded_overrides
+from cleangpt.experiment_files import load_experiment, recorded_overrides
 from cleangpt.output import say
 from cleangpt.training.deadline import read_time_limit
 from cleangpt.training.launch import train
+from cleangpt.validation import Metavar
 
-TIME_LIMIT = "Save and exit within this time, in SLURM's notation (1:30:00); slurm: within the time limit of the job."
+
+@dataclass
+class Options:
+    """Options of `cleangpt train` and `cleangpt resume`."""
+
+    experiment: Annotated[Experiment, FLAT]
+    time_limit: Annotated[str, Metavar("TIME")] | None = None
+    """Save and exit within this time, in SLURM's notation (1:30:00); slurm: within the time limit of the job."""
 
 
 def command(words: Sequence[str]) -> None:
     """Trains an experiment; given the file of an earlier run, with the overrides of that run."""
-    path = find_experiment(subject(words, "train", "EXPERIMENT", lambda: list(experiments())))
+    path = named_experiment(Options, words, "train")
     recorded = recorded_overrides(path)
     if recorded:
         say(f"with the overrides of this run: {' '.join(recorded)}")
@@ -34,6 +41,5 @@ def parse_launch(
 ) -> tuple[Experiment, float | None]:
     """The experiment with its overrides, and the deadline of this launch, which is not part of the experiment."""
     began = time.time()
-    fields = [("time_limit", Annotated[str | None, tyro.conf.arg(help=TIME_LIMIT)], None)]
-    chosen: Any = parse_over(experiment, fields, words, program, about)
+    chosen = parse_over(Options, experiment, words, program, about)
     return chosen.experiment, None if chosen.time_limit is None else read_time_limit(chosen.time_limit, began)

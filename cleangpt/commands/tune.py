@@ -2,34 +2,42 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Annotated, Any
-
-import tyro
+from dataclasses import dataclass
+from typing import Annotated
 
 from cleangpt.checkpoints.lock import lock_run
+from cleangpt.commands.fields import FLAT
 from cleangpt.commands.overrides import parse_experiment
 from cleangpt.distributed.processes import join
 from cleangpt.errors import UserError
+from cleangpt.experiment import Experiment
 from cleangpt.files import user_path
 from cleangpt.output import say
 from cleangpt.training.launch import check_here, prepare_dataset
 from cleangpt.training.tuning import RunInterruptedError, Tuning, advice, short_run
-from cleangpt.validation import Bounds, Count, Positive
+from cleangpt.validation import Bounds, Count, Folder, Positive
 
-Factor = Annotated[float, Bounds(above=1)]
-Rates = tuple[Positive, ...]
-FIELDS: list[tuple[str, Any, Any]] = [
-    ("steps", Annotated[Count, tyro.conf.arg(help="Steps of a short run, with the full batch size.")], 200),
-    ("width", Annotated[int | None, tyro.conf.arg(help="model.dim to try; None: the experiment's.")], None),
-    ("rates", Annotated[Rates, tyro.conf.arg(help="Learning rates to try; empty: search.")], ()),
-    ("factor", Annotated[Factor, tyro.conf.arg(help="Ratio of neighbouring learning rates in the search.")], 2.0),
-    ("out", Annotated[str | None, tyro.conf.arg(help="Folder of the results; None: runs/NAME_tune.")], None),
-]
+
+@dataclass
+class Options:
+    """Options of `cleangpt tune`."""
+
+    experiment: Annotated[Experiment, FLAT]
+    steps: Count = 200
+    """Steps of a short run, with the full batch size."""
+    width: int | None = None
+    """model.dim to try; None: the experiment's."""
+    rates: tuple[Positive, ...] = ()
+    """Learning rates to try; empty: search."""
+    factor: Annotated[float, Bounds(above=1)] = 2.0
+    """Ratio of neighbouring learning rates in the search."""
+    out: Folder | None = None
+    """Folder of the results; None: runs/NAME_tune."""
 
 
 def command(words: Sequence[str]) -> None:
     """Tries learning rates and prints the best; after an interruption, the same command continues."""
-    chosen: Any = parse_experiment(words, "tune", "Best learning rate for {}, by short runs", FIELDS)
+    chosen = parse_experiment(Options, words, "tune", "Best learning rate for {}, by short runs")
     if chosen.experiment.optimizer.lr == 0:
         raise UserError("optimizer.lr is 0; allowed: more than 0, the start of the search")
     experiment = short_run(chosen.experiment, chosen.steps, chosen.width)

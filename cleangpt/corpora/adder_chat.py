@@ -23,7 +23,7 @@ from cleangpt.data.tokenizers import ByteTokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class AdderChat(Problems):
-    """Addition, one byte per token: a question and its answer in each row, padded. Needs cleangpt[chat]."""
+    """Addition, one byte per token: a question and its answer in each row, padded. Needs jinja2."""
 
     questions: ClassVar[tuple[str, ...]] = ("What is {} + {}?", "Add {} and {}.", "How much do {} and {} make?")
     """Wordings of the question; a problem always has the same one."""

@@ -75,7 +75,7 @@ class _Blocks(io.RawIOBase):
 def _decompressor(path: Path) -> Callable[[], Any]:
     """Makes an object that decompresses one frame, block by block."""
     suffix = path.suffix.lower()
-    zstandard: Any = require("zstandard", "zstd") if suffix == ".zst" else None
+    zstandard: Any = require("zstandard") if suffix == ".zst" else None
     makers: dict[str, Callable[[], Any]] = {
         ".gz": lambda: zlib.decompressobj(16 + zlib.MAX_WBITS),
         ".bz2": bz2.BZ2Decompressor,

@@ -46,6 +46,7 @@ from cleangpt.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, lo
 from cleangpt.data.writer import Chunk, Groups
 from cleangpt.errors import UserError, nearest
 from cleangpt.hub import local_path, path_offline
+from cleangpt.validation import File
 
 ROLES = {role: role for role in spelling.ROLES}
 ROLES |= {"human": "user", "gpt": ASSISTANT, "bot": ASSISTANT, "model": ASSISTANT}
@@ -65,7 +66,7 @@ NO_ANSWER, SPECIAL, CUT, ENDLESS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Chat(TextCorpus):
-    """Your own conversations, one per line of JSON or row of Parquet. Needs cleangpt[chat].
+    """Your own conversations, one per line of JSON or row of Parquet. Needs jinja2.
 
     A hash of its position assigns each to a split. The targets are the assistant's answers, with the token that ends
     each. A conversation longer than a sample is truncated, and skipped if it then has no answer. It is also skipped if
@@ -73,7 +74,7 @@ class Chat(TextCorpus):
     that token. The card counts all of these.
     """
 
-    files: tuple[str, ...]
+    files: tuple[File, ...]
     """Paths, globs or folders: .jsonl or .json, also with .gz, .bz2, .xz or .zst, and .parquet."""
     messages_field: str = "messages"
     """Field or column with the list of messages."""
@@ -89,7 +90,7 @@ class Chat(TextCorpus):
     """With prompt_fields: the field with the answer."""
     system: str | None = None
     """System message for conversations without one; None: no system message."""
-    chat_template: str | None = None
+    chat_template: File | None = None
     """A chat template: a Jinja file, a folder with one, or hf:NAME; None: the one next to tokenizer_file, else a plain
     one that writes each message below its role."""
     pack: int = 512

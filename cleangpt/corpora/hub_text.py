@@ -22,6 +22,7 @@ from cleangpt.data.tokenizers import Tokenizer, load_tokenizer
 from cleangpt.data.writer import Groups
 from cleangpt.errors import UserError, require
 from cleangpt.files import PARTIAL, read_json, write_json
+from cleangpt.validation import File
 
 T = TypeVar("T")
 
@@ -45,7 +46,10 @@ class HubDataset:
     def otherwise(self) -> str:
         """What to do if the hub cannot be reached."""
         revision = "" if self.revision == "main" else f" (revision {self.revision})"
-        return f"fetch the .parquet files of {self.folder}{revision} elsewhere and give --files with their folder"
+        return (
+            f"fetch the .parquet files of {self.folder}{revision} elsewhere and give --files their folder "
+            "(in train: --corpus.files)"
+        )
 
 
 class Shards:
@@ -64,7 +68,7 @@ class Shards:
         self.dataset, self.keep = dataset, keep
         name = dataset.repository.replace("/", "--") if keep else folder.name + PARTIAL
         self.folder = folder.parent / "downloads" / name
-        hub = require("huggingface_hub", "hub")
+        hub = require("huggingface_hub")
         self.commit: str = dataset.ask(
             lambda: hub.HfApi().dataset_info(dataset.repository, revision=dataset.revision).sha
         )
@@ -110,7 +114,7 @@ class Shards:
     def _pieces(self, name: str, pieces: Callable[[Path, str], Iterator[Piece]]) -> Iterator[Piece]:
         path = self.folder / name
         if not path.is_file() or path.stat().st_size != self.sizes[name]:
-            hub = require("huggingface_hub", "hub")
+            hub = require("huggingface_hub")
             self.dataset.ask(lambda: hub.hf_hub_download(
                 self.dataset.repository, name, repo_type="dataset", revision=self.commit, local_dir=self.folder
             ))  # fmt: skip
@@ -133,9 +137,9 @@ class Shards:
 
 @dataclass(frozen=True, kw_only=True)
 class HubText(TextCorpus):
-    """Web pages, each a document. Needs cleangpt[bpe], and [hub,parquet] to download."""
+    """Web pages, each a document. Needs tokenizers, and huggingface_hub and pyarrow to download."""
 
-    files: tuple[str, ...] = ()
+    files: tuple[File, ...] = ()
     """Local files, globs or folders, of .parquet or .jsonl, also .jsonl.gz and .jsonl.zst; empty: download, shard by
     shard."""
     max_tokens: int | None = 1_000_000_000

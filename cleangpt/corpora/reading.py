@@ -169,7 +169,7 @@ def json_entries(path: Path) -> Iterator[tuple[Any, str, int]]:
 def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[dict[str, Any], str, int]]:
     """The columns of each row of a Parquet file, its location for messages, and the bytes read so far (estimated)."""
     _check_uncompressed(path)
-    arrow, parquet = require("pyarrow", "parquet"), require("pyarrow.parquet", "parquet")
+    arrow, parquet = require("pyarrow"), require("pyarrow.parquet")
     row, size = 0, path.stat().st_size
     try:
         with parquet.ParquetFile(path, page_checksum_verification=True) as file:

@@ -17,6 +17,7 @@ from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from cleangpt.errors import UserError
 from cleangpt.files import sha256, user_path, write_bytes
+from cleangpt.validation import File
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SIZE = 1_115_394
@@ -27,11 +28,11 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 class ShakespeareChar(Corpus):
     """Tiny Shakespeare, 1,115,394 characters, 65 distinct: 1,003,854 for training, 111,540 for validation."""
 
-    file: str | None = None
+    file: File | None = None
     """A local copy of the text; None: download input.txt (1.1 MB)."""
     tokenizer: Literal["char", "byte"] = "char"
     """char: one token per character of this text; byte: one per byte, as needed for mixtures with other texts."""
-    tokenizer_file: str | None = None
+    tokenizer_file: File | None = None
     """Use this tokenizer.json instead, or a model's tokenizer as hf:NAME_OR_FOLDER."""
     held_out: float = 0.0
     """Share of the text held out from the end of the training part as the test split, for tuning hyperparameters."""
@@ -46,7 +47,7 @@ class ShakespeareChar(Corpus):
         path = self._find(folder.parent / "downloads" / "tinyshakespeare.txt", console)
         whole = TextFile(path, path.stat().st_size, lambda: read_text(path))
         if not whole.bytes:
-            raise UserError(f"{path} is empty; give --file another text")
+            raise UserError(f"{path} is empty; give another text: --file (in train: --corpus.file)")
         length = sum(len(piece.text) for piece in whole.pieces())
         ends = {"train": length * 9 // 10 - round(length * self.held_out), "test": length * 9 // 10, "val": length}
         parts = TextFile(path, whole.bytes, lambda: _split(whole.pieces(), ends))

@@ -18,6 +18,7 @@ from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer, train_bpe
 from cleangpt.data.writer import Chunk, Groups
 from cleangpt.errors import UserError
+from cleangpt.validation import File
 
 GROUP = 2**21
 """Characters encoded together."""
@@ -37,10 +38,10 @@ class TextCorpus(Corpus):
 
     tokenizer: Literal["char", "byte", "bpe"] = "byte"
     """char or byte: one token per character or byte; bpe: byte-pair encoding trained on the text, needs
-    cleangpt[bpe]."""
+    the package tokenizers."""
     vocab_size: int = 8192
     """Maximum vocabulary size of the byte-pair encoding."""
-    tokenizer_file: str | None = None
+    tokenizer_file: File | None = None
     """Use this tokenizer.json instead, or a model's tokenizer as hf:NAME_OR_FOLDER."""
     val_fraction: float = 0.05
     """Share of the text for validation."""
@@ -206,7 +207,7 @@ class Text(TextCorpus):
     files, and with JSON and Parquet, a hash of its position assigns each document to a split.
     """
 
-    files: tuple[str, ...]
+    files: tuple[File, ...]
     """Paths, globs or folders: .jsonl or .json, also with .gz, .bz2, .xz or .zst, and .parquet; files with any other
     suffix are plain text."""
     text_field: str = "text"

@@ -14,6 +14,7 @@ from cleangpt.corpora.text import TextCorpus, text_files
 from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.special_tokens import END_OF_TEXT
 from cleangpt.errors import require
+from cleangpt.validation import File
 
 REPOSITORY = "roneneldan/TinyStories"
 EDITIONS = {
@@ -24,7 +25,7 @@ EDITIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class TinyStories(TextCorpus):
-    """TinyStories: short stories in a small child's words, each a document. Needs cleangpt[bpe], [hub] to download."""
+    """TinyStories: short stories in a small child's words, each a document. Needs tokenizers, huggingface_hub."""
 
     tokenizer: Literal["char", "byte", "bpe"] = "bpe"
     """bpe: byte-pair encoding trained on the stories; char or byte: one token per character or byte."""
@@ -32,14 +33,14 @@ class TinyStories(TextCorpus):
     """Maximum vocabulary size of the byte-pair encoding."""
     val_fraction: float = 0.01
     """Share of the stories for validation, if no validation file is given."""
-    files: tuple[str, ...] = ()
+    files: tuple[File, ...] = ()
     """Local files, globs or folders: .txt with <|endoftext|> between stories, .jsonl or .parquet; empty: download.
 
     Files with "valid" in their name are for validation; without any, val_fraction of the stories is.
     """
     edition: Literal["v1", "v2", "parquet"] = "v2"
     """Edition to download: v1 (1.9 GB); v2, written by GPT-4 only (2.2 GB); or parquet, v1 in shards, each removed once
-    it is tokenized (1.0 GB; needs cleangpt[parquet] too)."""
+    it is tokenized (1.0 GB; needs pyarrow too)."""
     max_tokens: int | None = None
     """Stop at this many training tokens, at the end of a group of about two million characters; None: all stories."""
 
@@ -67,9 +68,10 @@ class TinyStories(TextCorpus):
         return split_documents(pieces, name, self.val_fraction)
 
     def _download(self) -> list[Path]:
-        hub = require("huggingface_hub", "hub")
+        hub = require("huggingface_hub")
         names = EDITIONS[self.edition]
-        otherwise = f"fetch {' and '.join(names)} elsewhere and give --files {' '.join(names)}"
+        files = " ".join(names)
+        otherwise = f"fetch {' and '.join(names)} elsewhere and give --files {files} (in train: --corpus.files)"
         return ask_hub(
             REPOSITORY,
             otherwise,

@@ -31,7 +31,7 @@ BYTES = {letter: byte for byte, letter in enumerate(byte_letters())}
 
 
 class BPETokenizer:
-    """A tokenizer of Hugging Face's `tokenizers`, from its JSON text; needs cleangpt[bpe].
+    """A tokenizer of Hugging Face's `tokenizers`, from its JSON text; needs that package.
 
     The names of special tokens are not parsed (`<|endoftext|>` in a text is text like any other), and special tokens
     are omitted when decoding. What the tokenizer's post-processor puts before a text stands before it here, too; what
@@ -224,7 +224,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     """
     if vocab_size < 257:
         raise UserError(f"vocab_size is {vocab_size}; allowed: 257 or more (256 bytes and {END_OF_TEXT})")
-    library = require("tokenizers", "bpe")
+    library = require("tokenizers")
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = library.decoders.ByteLevel()
@@ -240,7 +240,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
 
 def _of_library(text: str) -> Any:
     """A tokenizer of the library that reads names of special tokens as text."""
-    tokenizer = require("tokenizers", "bpe").Tokenizer.from_str(text)
+    tokenizer = require("tokenizers").Tokenizer.from_str(text)
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()

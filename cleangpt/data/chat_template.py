@@ -132,7 +132,7 @@ class ChatTemplate:
         return json.dumps(facts | ({"ends": self.ends} if self.ends else {}), ensure_ascii=False, indent=2) + "\n"
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        require("jinja2", "chat")
+        require("jinja2")
         for number, message in enumerate(messages, start=1):
             if any(BEGIN in text or END in text for text in texts(message)):
                 raise UserError(f"message {number} has U+FDD0 or U+FDD1, not characters; remove them")

@@ -223,7 +223,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
 
 def _read_merges(folder: Path) -> BPETokenizer:
     """The byte-level BPE of GPT-2's released files, `vocab.json` and `merges.txt`."""
-    library = require("tokenizers", "bpe")
+    library = require("tokenizers")
     try:
         model = library.models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     except Exception as error:  # the library raises bare Exception

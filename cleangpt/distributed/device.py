@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cleangpt.config import Device
 from cleangpt.distributed.datasheets import identify_device
 from cleangpt.distributed.processes import Ranks
 from cleangpt.errors import UserError, require
 from cleangpt.models.base import LanguageModel
-from cleangpt.validation import describe, fits
+from cleangpt.validation import Device, describe, fits
 
 MALLOC_SETTINGS = {-4: 0, -1: 2**31 - 1}
 """From `malloc.h`: M_MMAP_MAX, mappings outside the heap; M_TRIM_THRESHOLD, free bytes kept at the top of the heap."""
@@ -80,7 +79,7 @@ def check_precision(precision: str, device: torch.device) -> None:
     """
     if precision != "fp8":
         return
-    require("torchao", "fp8")
+    require("torchao")
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         raise UserError(
             f"training.precision is 'fp8', but {describe_device(device)} has no fp8 units; "

@@ -21,6 +21,7 @@ from cleangpt.files import user_path, write_json
 from cleangpt.models.base import LanguageModel
 from cleangpt.screen import Screen
 from cleangpt.tracking.metrics import metric_key, strict
+from cleangpt.tracking.numbers import show_number
 
 
 def evaluate_run(run: Path, checkpoint: str | None, split: str | None, device: torch.device) -> dict[str, Any]:
@@ -86,8 +87,14 @@ def table(metrics: dict[str, Any]) -> None:
     rows = Table(show_header=False)
     for name, value in metrics.items():
         if value is not None:
-            rows.add_row(name.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else str(value))
+            rows.add_row(name.replace("_", " "), _show(value))
     Screen().print(rows)
+
+
+def _show(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.4f}" if abs(value) >= 1000 else show_number(value, 4)
 
 
 def _check(experiment: Experiment, checkpoint: Checkpoint, dataset: MixedDataset) -> None:

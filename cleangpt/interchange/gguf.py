@@ -1,4 +1,4 @@
-"""A checkpoint as a GGUF file, for llama.cpp and everything built on it; needs cleangpt[gguf].
+"""A checkpoint as a GGUF file, for llama.cpp and everything built on it; needs the package gguf.
 
 Weights are written in float32; llama.cpp's own tools quantize them.
 """
@@ -33,7 +33,7 @@ def write_gguf(checkpoint: Checkpoint, path: Path) -> None:
     Raises:
         UserError: llama.cpp does not support the model or its tokenizer.
     """
-    library = require("gguf", "gguf")
+    library = require("gguf")
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
     assert config.vocab_size is not None
     architecture: str = mapping_of(config).gguf_architecture(config)
@@ -69,7 +69,7 @@ def _add_sizes(writer: Any, config: ModelConfig) -> None:
 
 def tensors_of(config: ModelConfig, weights: dict[str, Tensor], architecture: str) -> dict[str, Tensor]:
     """The tensors of a GGUF file by name."""
-    library, mapping = require("gguf", "gguf"), mapping_of(config)
+    library, mapping = require("gguf"), mapping_of(config)
     kind = next(key for key, name in library.MODEL_ARCH_NAMES.items() if name == architecture)
     hf_tensors: dict[str, Tensor] = mapping.gguf_tensors(config, weights)
     names = library.get_tensor_name_map(kind, vars(config)["n_layers"])

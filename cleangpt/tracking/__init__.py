@@ -1,5 +1,6 @@
 """What a run reports: metrics to files, Weights & Biases and TensorBoard; a progress bar, plots and a report."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -161,15 +162,19 @@ class NullTracker(Trackers):
 
 
 def check_tracking(config: TrackingConfig) -> None:
-    """Checks that the packages of the requested trackers are installed.
+    """Checks that the packages of the requested trackers are installed, and that Weights & Biases can log in.
 
     Raises:
-        UserError: one is not; names the extra that installs it.
+        UserError: a package is missing, or a key.
     """
     if config.wandb != "disabled":
-        require("wandb", "wandb")
+        require("wandb")
+    if config.wandb == "online" and os.environ.get("RANK", "0") == "0":  # the process that tracks
+        from cleangpt.tracking.wandb import check_login
+
+        check_login()
     if config.tensorboard:
-        require("tensorboard", "tensorboard")
+        require("tensorboard")
 
 
 def create_trackers(
@@ -185,7 +190,7 @@ def create_trackers(
         log: called with a message if a tracker fails.
 
     Raises:
-        UserError: the package of a tracker is not installed.
+        UserError: as `check_tracking`.
     """
     check_tracking(config)
     others: dict[str, Tracker] = {}

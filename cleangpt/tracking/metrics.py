@@ -22,6 +22,7 @@ from typing import Any
 
 from cleangpt.errors import UserError, parsing
 from cleangpt.files import check_regular, fsync_file, write_bytes
+from cleangpt.tracking.numbers import show_bytes, show_count, show_number, show_time
 
 METRICS_FILE, STEPS_FILE, SAMPLES_FILE = "metrics.jsonl", "steps.jsonl", "samples.jsonl"
 LINE_NUMBERS = {METRICS_FILE: "macro_batch", STEPS_FILE: "step", SAMPLES_FILE: "macro_batch"}
@@ -176,32 +177,8 @@ def show(name: str, value: Value) -> str:
     if unit == "s":
         return show_time(value)
     if unit == "share":
-        return f"{100 * value:.1f} %"
-    return f"{value:.4f}" if unit in ("nats", "bits") else f"{value:.4g}"
-
-
-def show_count(value: float) -> str:
-    """A count, with three significant digits from ten thousand on: ``9,999``, ``12.3k``, ``1.21M``."""
-    if abs(value) < 10_000:
-        return f"{round(value):,}"
-    power = min(int((math.log10(abs(value)) + 1e-9) / 3), 5)
-    return f"{value / 1000**power:.3g}{' kMGTP'[power]}" if abs(value) < 999.5e15 else f"{value:.3g}"
-
-
-def show_bytes(value: float) -> str:
-    """Bytes in the largest binary unit that gives a number of at least 1: ``812 MiB``."""
-    power = min(max(int(value).bit_length() - 1, 0) // 10, 5)
-    return f"{value / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB')[power]}"
-
-
-def show_time(seconds: float) -> str:
-    """Seconds as ``12 ms``, ``3.4 s`` or, from a minute on, hours, minutes and seconds."""
-    if seconds < 1:
-        return f"{1000 * seconds:.3g} ms"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+        return f"{show_number(100 * value, 1)} %"
+    return show_number(value, 4) if unit in ("nats", "bits") else f"{value:.4g}"
 
 
 class MetricsFiles:

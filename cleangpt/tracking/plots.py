@@ -41,6 +41,9 @@ INTERVALS = 100
 """A noisy metric with more than twice as many points is drawn as its mean and spread in this many intervals."""
 SPREAD = (0.1, 0.9)
 """Quantiles between which the spread is drawn."""
+LOSSES = ("loss", "val_loss", "grad_norm")
+"""Metrics whose axis does not start at zero, and is logarithmic if they fall or rise by more than `LOG_SPAN`."""
+LOG_SPAN = 100
 NOISY = ("loss", "grad_norm", "tokens_per_second")
 """Metrics that are drawn like that, besides an objective's metrics and task scores."""
 
@@ -50,9 +53,10 @@ def loss_plot(runs: Runs, steps: Runs, path: Path) -> Path:
     return _draw(path, 1, lambda figure, axes: _draw_losses(figure, axes[0], runs, steps))
 
 
-def schedule_plot(steps: Runs, path: Path) -> Path | None:
-    """Learning rate, weight decay and batch size by step, over samples."""
-    return panels(dict.fromkeys(["lr", "weight_decay", "batch_size"], steps), "samples", "Schedules", path)
+def schedule_plot(runs: Runs, steps: Runs, path: Path) -> Path | None:
+    """Learning rate and weight decay by step, and the mean batch size of every macro-batch, over samples."""
+    curves = {"lr": steps, "weight_decay": steps, "training_batch_size": runs}
+    return panels(curves, "samples", "Schedules", path)
 
 
 def throughput_plot(runs: Runs, steps: Runs, path: Path) -> Path | None:
@@ -147,7 +151,7 @@ def _draw_losses(figure: Figure, axis: Axes, runs: Runs, steps: Runs) -> None:
         lowest = best(rows)
         if lowest is None:
             continue
-        words = f"best {lowest['val_loss']:.4f} at macro-batch {lowest.get('macro_batch')}"
+        words = f"best {metrics.show('val_loss', lowest['val_loss'])} at macro-batch {lowest.get('macro_batch')}"
         name = "validation" if single else f"{run}: {words}"
         _line(axis, rows, "tokens", "val_loss", second, label=name, linewidth=2.0)
         star: Any = {"marker": "*", "markersize": 14, "markeredgecolor": "white", "linestyle": "", "zorder": 5}
@@ -171,7 +175,7 @@ def _line(axis: Axes, rows: Rows, x: str, y: str, index: int, **options: Any) ->
     defaults: Any = {"linewidth": 1.6, "marker": marker, "linestyle": style, "color": _color(index)}
     if str(options.get("label")).startswith("_"):
         options["label"] = f" {options['label']}"  # Matplotlib leaves names that start with "_" out of the legend.
-    if y in ("batch_size", "training_batch_size"):
+    if y == "training_batch_size":
         defaults["drawstyle"] = "steps-pre"
     xs, ys = column(rows, x), column(rows, y)
     noisy = y in NOISY or y not in metrics.METRICS | metrics.STEP_METRICS
@@ -201,6 +205,8 @@ def _format_axis(axis: Axes, y: str) -> None:
     axis.set_ylabel(_axis_label(y))
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.margins(x=0.02, y=0.08)
+    if (y.partition("/")[0] in LOSSES or metrics.is_objective_metric(y)) and _span(axis) >= LOG_SPAN:
+        axis.set_yscale("log")
     unit = metrics.metric(y).unit
     if unit == "share":
         axis.yaxis.set_major_formatter(PercentFormatter(xmax=1))
@@ -208,8 +214,15 @@ def _format_axis(axis: Axes, y: str) -> None:
         axis.yaxis.set_major_formatter(EngFormatter(sep=""))
     else:
         axis.yaxis.set_major_formatter("{x:.4g}")
-    if y.partition("/")[0] not in ("val_loss", "loss", "grad_norm") and axis.dataLim.ymin >= 0:
+    if y.partition("/")[0] not in LOSSES and axis.get_yscale() == "linear" and axis.dataLim.ymin >= 0:
         axis.set_ylim(0, 1.08 * axis.dataLim.ymax or 1)
+
+
+def _span(axis: Axes) -> float:
+    """The ratio of the largest to the smallest value that is drawn; 0 unless all are positive."""
+    drawn = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axis.lines] or [np.zeros(1)])
+    known = drawn[np.isfinite(drawn)]
+    return float(known.max() / known.min()) if len(known) and known.min() > 0 else 0.0
 
 
 def _axis_label(name: str) -> str:

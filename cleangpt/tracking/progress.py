@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cleangpt.screen import Screen
-from cleangpt.tracking.metrics import label, scores, show, show_time
+from cleangpt.tracking.metrics import label, scores, show
+from cleangpt.tracking.numbers import show_time
 
 LOG = "log.txt"
 LOSSES = {"train_loss": "loss {}", "val_loss": "val {}"}

@@ -87,7 +87,7 @@ def _draw(runs: Sequence[Run], folder: Path, prefix: str) -> dict[str, Path]:
         "Validation loss by source": plots.source_plot(rows, folder / f"{prefix}sources.png"),
         "Scores": plots.score_plot(rows, folder / f"{prefix}scores.png"),
         "Metrics of the objective": plots.objective_plot(rows, steps, folder / f"{prefix}objective.png"),
-        "Schedules": plots.schedule_plot(steps, folder / f"{prefix}schedules.png"),
+        "Schedules": plots.schedule_plot(rows, steps, folder / f"{prefix}schedules.png"),
         "Throughput": plots.throughput_plot(rows, steps, folder / f"{prefix}throughput.png"),
         "Gradient norm": plots.gradient_plot(steps, folder / f"{prefix}gradient.png"),
     }

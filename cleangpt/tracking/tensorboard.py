@@ -1,4 +1,4 @@
-"""Metrics and samples for TensorBoard: event files in RUN/tensorboard; needs cleangpt[tensorboard].
+"""Metrics and samples for TensorBoard: event files in RUN/tensorboard; needs the package tensorboard.
 
 Every metric is a scalar over steps. Losses are also logged over tokens, to compare runs of different batch size: with
 the tag ``by_tokens/…``, in a separate folder, because a resumed run removes points by their x coordinate.

@@ -1,4 +1,4 @@
-"""Metrics and samples for Weights & Biases, online or offline; needs cleangpt[wandb].
+"""Metrics and samples for Weights & Biases, online or offline; needs the package wandb.
 
 The id of the W&B run is chosen here and kept in RUN/wandb.json and in the snapshot, so that a resumed run continues
 the same W&B run. W&B cannot delete points, and its own step, here the optimizer's, must not decrease: a point that it
@@ -10,8 +10,11 @@ the folder of a session that was killed lacks its end: it is removed when the ru
 logs again what the run's own files have of it. Online, it logs again what has not reached the server.
 """
 
+import contextlib
 import html
 import math
+import netrc
+import os
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
@@ -20,6 +23,7 @@ from operator import itemgetter
 from pathlib import Path
 from types import NoneType
 from typing import Any
+from urllib.parse import urlsplit
 
 from cleangpt.config import TrackingConfig
 from cleangpt.errors import UserError, parsing, require
@@ -30,6 +34,36 @@ SESSIONS = "wandb.json"
 """The W&B run's id, and its sessions: of each the folder, and the last step and macro-batch logged if it has ended."""
 FINISH_SECONDS = 60
 """How long the end of a run waits for the upload; the rest stays in RUN/wandb, for ``wandb sync``."""
+
+
+KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
+HOST = "api.wandb.ai"
+
+
+def check_login() -> None:
+    """Looks for an API key where W&B does: in the environment, its settings, and .netrc.
+
+    Raises:
+        UserError: there is none. W&B itself would say so only once the run has started.
+    """
+    settings = require("wandb").setup().settings
+    known = [os.environ.get(name) for name in KEYS] + [getattr(settings, "api_key", None)]
+    hosts = {HOST, urlsplit(str(settings.base_url)).netloc}
+    if not any(known) and not hosts & _hosts_with_password():
+        raise UserError(
+            "tracking.wandb is 'online', and Weights & Biases has no API key here; run wandb login, set WANDB_API_KEY, "
+            "or set tracking.wandb to offline"
+        )
+
+
+def _hosts_with_password() -> set[str]:
+    """The hosts in the user's .netrc."""
+    paths = [os.environ["NETRC"]] if "NETRC" in os.environ else ["~/.netrc", "~/_netrc"]
+    found: set[str] = set()
+    for path in paths:
+        with contextlib.suppress(OSError, netrc.NetrcParseError, UnicodeDecodeError):
+            found |= netrc.netrc(Path(path).expanduser()).hosts.keys()
+    return found
 
 
 class WandbTracker:
@@ -74,7 +108,7 @@ class WandbTracker:
 
     def _start(self) -> Any:
         """Opens the W&B run."""
-        wandb = require("wandb", "wandb")
+        wandb = require("wandb")
         try:
             run = wandb.init(
                 project=self._config.wandb_project,
@@ -142,7 +176,7 @@ class WandbTracker:
     def sample(self, macro_batch: int, text: str) -> None:
         """Logs a text sampled from the model."""
         if self._shown:
-            page = require("wandb", "wandb").Html(f"<pre>{html.escape(text)}</pre>")
+            page = require("wandb").Html(f"<pre>{html.escape(text)}</pre>")
             self._run.log({"sample": page}, step=max(self._step, self._run.step))
 
     def close(self, status: str) -> None:

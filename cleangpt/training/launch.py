@@ -1,11 +1,15 @@
 """From an experiment to a run: check, prepare, resolve, open, build, train."""
 
+import dataclasses
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cleangpt.checkpoints.run_folder import (
+    EXPERIMENT_FILE,
     check_folder,
     check_registered,
     choose_folder,
@@ -41,6 +45,7 @@ from cleangpt.models.flops import flops_per_token
 from cleangpt.screen import Screen
 from cleangpt.tracking import check_tracking
 from cleangpt.tracking.metrics import metric_key
+from cleangpt.tracking.numbers import show_bytes, show_number
 from cleangpt.tracking.progress import ProgressBar
 from cleangpt.training.build import open_trainer
 from cleangpt.training.finetuning import check_parameters
@@ -90,10 +95,28 @@ def train(
                 progress.log(line)
             status = trainer.train()
     if status == "interrupted":
-        progress.log(f"interrupted and saved; to continue: cleangpt resume {run}")
-    else:
-        progress.log(f"{status}; next: cleangpt evaluate {run}, cleangpt sample {run}, cleangpt report {run}")
+        progress.log(f"interrupted and saved; to continue: {shlex.join(['cleangpt', 'resume', str(run)])}")
+        return run
+    for line in [f"{status}; next:", *next_commands(experiment, run, source)]:
+        progress.log(line)
     return run
+
+
+def next_commands(experiment: Experiment, run: Path, source: Path | None) -> list[str]:
+    """The command lines that show what a run has learned; those for classes of one's own name the file of these."""
+    copy = run / EXPERIMENT_FILE
+    file = source or (copy if copy.is_file() else Path("FILE.py"))
+    code = ["--code", str(file)] if _has_own_classes(experiment) else []
+    calls = [["evaluate", str(run), *code], ["sample", str(run), *code], ["report", str(run)]]
+    return [f"  {shlex.join(['cleangpt', *words])}" for words in calls]
+
+
+def _has_own_classes(config: Any) -> bool:
+    """Whether a dataclass, or one that it holds, is defined outside CleanGPT."""
+    values = [getattr(config, entry.name) for entry in dataclasses.fields(config)]
+    parts = [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
+    own = type(config).__module__.partition(".")[0] != "cleangpt"
+    return own or any(_has_own_classes(part) for part in parts if dataclasses.is_dataclass(part))
 
 
 def prepare_dataset(experiment: Experiment, ranks: Ranks) -> tuple[Experiment, MixedDataset]:
@@ -288,8 +311,8 @@ def summary(
     return [
         f"run      {run}",
         f"model    {parameters:,} parameters{share}, {flops_per_token(model, data.seq_len):,} FLOPs per token",
-        f"memory   about {(state + activations) / 2**30:.2f} GiB: weights, gradients and moments "
-        f"{state / 2**30:.2f}, activations {activations / 2**30:.2f}",
+        f"memory   about {show_bytes(state + activations)}: weights, gradients and moments {show_bytes(state)}, "
+        f"activations {show_bytes(activations)}",
         *_data_lines(experiment, store),
         f"length   {training.num_macro_batches} macro-batches of {training.batches_per_macro_batch} batches "
         f"of {data.batch_size} x {data.seq_len} tokens: {tokens:,} tokens",
@@ -305,9 +328,10 @@ def _data_lines(experiment: Experiment, store: MixedDataset) -> list[str]:
     for name, part in ((source.name, source.dataset) for source in store.sources):
         times = progress[metric_key("times_visited", name)]
         share = times * samples[name].num_training / total_samples(experiment)
-        words = f"{name}: {100 * share:.2f} % of the samples, " if name else ""
+        words = f"{name}: {show_number(100 * share, 2)} % of the samples, " if name else ""
         tokens = part.splits["train"].tokens
         lines.append(
-            f"data     {words}{tokens:,} training tokens in {part.folder}, {times:.2f} times visited at the end"
+            f"data     {words}{tokens:,} training tokens in {part.folder}, "
+            f"{show_number(times, 2)} times visited at the end"
         )
     return lines

@@ -20,6 +20,7 @@ from cleangpt.errors import DivergedError, RunFailedError, UserError
 from cleangpt.experiment import Experiment
 from cleangpt.files import read_json, write_json
 from cleangpt.tracking.metrics import read_metrics
+from cleangpt.tracking.numbers import show_number
 from cleangpt.tracking.progress import ProgressBar
 from cleangpt.training.build import open_trainer
 
@@ -170,7 +171,7 @@ class Tuning:
 
 def format_loss(loss: float) -> str:
     """A loss for display."""
-    return f"loss {loss:.4f}" if math.isfinite(loss) else "diverged"
+    return f"loss {show_number(loss, 4)}" if math.isfinite(loss) else "diverged"
 
 
 def _short(rate: float) -> float:

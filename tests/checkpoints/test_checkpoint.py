@@ -18,6 +18,7 @@ from cleangpt.distributed.processes import Ranks
 from cleangpt.errors import UserError
 from cleangpt.files import fsync_files, read_json, write_json
 from cleangpt.models.gpt import GPT, GPTConfig
+from cleangpt.tracking.numbers import show_number
 
 CONFIG = GPTConfig(vocab_size=5, max_seq_len=4, n_layers=1, n_heads=1, dim=4)
 MODEL = GPT(CONFIG)
@@ -43,7 +44,7 @@ def test_those_kept_are_the_best_n_the_older_first_on_a_tie(
     for number, loss in enumerate(losses, start=1):
         checkpoints.offer(number, loss, MODEL)
     numbered = [(loss, number) for number, loss in enumerate(losses, start=1) if not math.isnan(loss)]
-    assert kept(folder) == {f"val{loss:.4f}_mb{number:06d}" for loss, number in sorted(numbered)[:keep]}
+    assert kept(folder) == {f"val{show_number(loss, 4)}_mb{number:06d}" for loss, number in sorted(numbered)[:keep]}
 
 
 def test_one_in_every_k_is_kept_for_good(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_a_run_that_another_process_begins_is_not_written_to(tiny: Build) -> Non
     Path("run").mkdir()
     with lock_run(Path("run")), pytest.raises(UserError, match=r"run is being trained by (another )?process"):
         open_run(experiment, None, [])
-    assert [path.name for path in Path("run").iterdir()] == ["lock"]
+    assert {path.name for path in Path("run").iterdir()} <= {"lock"}, "older versions of filelock remove it"
     check_folder(experiment)
     open_run(experiment, None, [])
 

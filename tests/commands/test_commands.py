@@ -6,11 +6,14 @@ import io
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -535,6 +538,32 @@ experiment = Experiment(
 """
 
 
+def _interrupt_chat(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ctrl-C during an answer ends the answer, at the prompt the conversation; neither is an error."""
+    asked: list[int] = []
+
+    def answers(*given: object, **named: object) -> Iterator[str]:
+        asked.append(len(given[3]))  # type: ignore[arg-type]
+        yield "half an ans"
+        raise KeyboardInterrupt
+
+    lines = iter(["one", "two"])
+
+    def read_line(prompt: str) -> str:
+        for line in lines:
+            return line
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cleangpt.commands.chat.answer", answers)
+    monkeypatch.setattr("builtins.input", read_line)
+    capsys.readouterr()
+    assert main(words) == 0
+    printed = capsys.readouterr()
+    assert printed.out.count("half an ans\n") == 2 and printed.err == ""
+    assert asked == [2, 4], "the answer that was cut off stays in the conversation"
+    assert main([*words, "--message", "one"]) == 130
+
+
 def test_a_conversation_goes_on_line_by_line(
     run: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -547,6 +576,7 @@ def test_a_conversation_goes_on_line_by_line(
     assert capsys.readouterr().out.count("\n") >= 2
     assert main([*words, "--message", "What is 1 + 2?"]) == 0
     assert "--top-p is 2.0; allowed: a number above 0, at most 1" in error_of(capsys, *words, "--top-p", "2")
+    _interrupt_chat(words, monkeypatch, capsys)
     assert "run/checkpoints" in error_of(capsys, "chat", "run") and "has no chat template" in error_of(
         capsys, "chat", "run"
     )
@@ -558,6 +588,9 @@ def test_a_conversation_goes_on_line_by_line(
         (["--min-p", "2"], "--min-p is 2.0; allowed: a number above 0, at most 1"),
         (["--repetition-penalty", "0"], "--repetition-penalty is 0.0; allowed: a number above 0"),
         (["--stop", ""], "--stop is ('',); allowed: a tuple of text of one character or more"),
+        (["--prompt", "12*3", "--logprobs"], "does not know the character '*'"),
+        (["--prompt", "12*3", "--num-samples", "2"], "does not know the character '*'"),
+        (["--prompt", "12*3", "--draft", "run"], "does not know the character '*'"),
         (["--draft", "nowhere"], "nowhere is not a run"),
         (["--draft-tokens", "0"], "--draft-tokens is 0; allowed: a whole number of 1 or more"),
         (["--prompt", "12*3"], "does not know the character '*'"),
@@ -570,7 +603,80 @@ def test_a_conversation_goes_on_line_by_line(
 def test_sample_refuses_what_cannot_be(
     run: str, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
-    assert message in error_of(capsys, "sample", "run", *words)
+    capsys.readouterr()
+    assert main(["sample", "run", *words]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "", "nothing is printed before the prompt is known to be one that can be continued"
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and message in printed.err
+
+
+@pytest.mark.parametrize("tokens", ["0", "1", "5"])
+def test_the_prompt_is_printed_once_before_what_follows_it(
+    run: str, tokens: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--prompt", "12+34=", "--num-samples", "2", "--draft", "run", "--max-new-tokens", tokens]
+    capsys.readouterr()
+    assert main(["sample", "run", *words]) == 0
+    for text in capsys.readouterr().out.split("---"):
+        assert text.lstrip("\n").startswith("12+34=") and text.count("12+34=") == 1
+
+
+class Terminal(io.TextIOWrapper):
+    """Standard output in an encoding without most characters."""
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__(io.BytesIO(), encoding=encoding)
+
+    @property
+    def text(self) -> str:
+        self.flush()
+        return self.buffer.getvalue().decode(self.encoding)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "shift_jis"])
+def test_what_the_output_cannot_encode_is_replaced_in_every_command(
+    workplace: Path, encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "Привет, мир · 你好 · ünïcode\n"
+    Path("мир.txt").write_text(text * 400, encoding="utf-8")
+    Path("мир.py").write_text(
+        EXPERIMENT.replace('"""A small', '"""Мир: a small')
+        .replace("from cleangpt.corpora.adder import Adder", "from cleangpt.corpora.text import Text")
+        .replace("Adder(digits=2, train_samples=300, val_samples=50, test_samples=20)", 'Text(files=("мир.txt",))')
+        .replace("progress=False", "progress=True"),
+        encoding="utf-8",
+    )
+    calls = [
+        ["prepare", "text", "--files", "мир.txt"], ["train", "мир.py", "--run-dir", "мир"], ["list"],
+        ["resume", "мир", "--training.macro-batches", "4"], ["evaluate", "мир"], ["evaluate", "мир", "--json"],
+        ["sample", "мир", "--prompt", "мир 你", "--max-new-tokens", "5"], ["report", "мир"], ["plan", "мир.py"],
+        ["sample", "мир", "--prompt", "мир", "--logprobs", "--max-new-tokens", "5"], ["train", "мир.py", "--help"],
+        ["export", "мир", "--out", "из"], ["report", "--schedule", "мир.py"],
+    ]  # fmt: skip
+    for words in calls:
+        output = Terminal(encoding)
+        monkeypatch.setattr("sys.stdout", output)
+        assert main(words) == 0, words
+        if "мир 你" in words and encoding != "shift_jis":
+            assert output.text.startswith("??? ?")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["sample", "run"], "interrupted\n"), (["evaluate", "run"], "interrupted\n"),
+     (["train", "own.py"], "interrupted; the last snapshot is intact\n")],
+)  # fmt: skip
+def test_only_training_is_interrupted_with_a_word_about_its_snapshot(
+    run: str, words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*given: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    for place in ("sample.open_checkpoint", "evaluate.evaluate_run", "train.train"):
+        monkeypatch.setattr(f"cleangpt.commands.{place}", interrupt)
+    capsys.readouterr()
+    assert main(words) == 130
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.slow
@@ -588,6 +694,16 @@ def test_schedules_are_plotted_before_training(own: Path) -> None:
     assert not Path("runs").exists() and not Path("data").exists()
 
 
+def test_the_picture_of_a_schedule_has_no_comb(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight batches in steps of three are steps of 3, 3 and 2: their mean is drawn, as a run records it."""
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr("cleangpt.commands.report.schedule_preview", lambda curves, path: drawn.update(curves) or path)
+    own.write_text(EXPERIMENT.replace("batches_per_macro_batch=4", "batches_per_macro_batch=8, accumulation=3"))
+    assert main(["report", "--schedule", "own.py"]) == 0
+    samples, sizes = drawn["training_batch_size"]
+    assert len(samples) == 9 and sizes == [pytest.approx(8 * 16 / 3)] * 9
+
+
 def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     printed = capsys.readouterr().out
@@ -603,9 +719,10 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
 
 def test_help_of_an_experiment_shows_its_values(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "own.py", "--help"]) == 0
+    assert "optimizer" in capsys.readouterr().out
+    assert main(["train", "own.py", "--help", "all"]) == 0
     printed = capsys.readouterr().out
     assert "--optimizer.lr" in printed and "0.01" in printed
-    assert all(f"{group} options" in printed for group in ("data", "model", "optimizer", "training", "saving"))
 
 
 def test_prepare_makes_a_store_once(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -619,9 +736,7 @@ def test_prepare_makes_a_store_once(workplace: Path, capsys: pytest.CaptureFixtu
     assert "sha256" in capsys.readouterr().err
 
 
-def test_an_own_model_is_resumed_and_evaluated_with_its_code(
-    workplace: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_own_model_is_resumed_and_evaluated_with_its_code(workplace: Path) -> None:
     Path("bigram.py").write_text(
         EXPERIMENT.replace("experiment = ", "OWN").split("OWN")[0]
         + '''
@@ -656,14 +771,43 @@ MODELS["bigram"] = (BigramConfig, Bigram)
         )
     )
     assert main(["train", "bigram.py", "--run-dir", "run"]) == 0
-    for words in (["resume", "run"], ["evaluate", "run"], ["sample", "run"]):
+    said = [line[len("2026-01-01 00:00:00  ") :] for line in Path("run/log.txt").read_text("utf-8").splitlines()]
+    head, *commands = said[-4:]
+    assert head == "finished; next:"
+    assert commands == [
+        "  cleangpt evaluate run --code bigram.py", "  cleangpt sample run --code bigram.py", "  cleangpt report run",
+    ]  # fmt: skip
+    for line in ["cleangpt resume run --training.macro-batches 4", *commands]:
+        outcome = forked.run(*shlex.split(line)[1:])
+        assert outcome.returncode == 0, outcome.stderr
+    for words in (["evaluate", "run"], ["sample", "run"], ["export", "run"], ["chat", "run"]):
         outcome = forked.run(*words)
-        if words[0] == "resume":
-            assert outcome.returncode == 0, outcome.stderr
-        else:
-            assert outcome.returncode == 2 and "kind 'bigram', which is not registered here" in outcome.stderr
-            again = forked.run(*words, "--code", "bigram.py")
-            assert again.returncode == 0, again.stderr
+        assert outcome.returncode == 2 and "kind 'bigram', which is not registered here" in outcome.stderr
+        assert outcome.stderr.endswith("run the file that defines it first: --code FILE, or an import in Python\n")
+    for words, answer in {
+        ("export", "run"): "a model of BigramConfig cannot be exported; allowed: GPTConfig, LlamaConfig",
+        ("chat", "run"): "has no chat template",
+        ("resume", "run"): "",
+        ("list",): "bigram",
+    }.items():
+        outcome = forked.run(*words, "--code", "bigram.py")
+        assert answer in outcome.stdout + outcome.stderr and "not registered" not in outcome.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--code"], "--code needs a value; allowed: a Python file"),
+        (["--code", "nowhere.py"], "experiment 'nowhere.py': no such file"),
+        (["--code=wrong.py"], "wrong.py, line 1: '(' was never closed"),
+    ],
+)
+def test_code_that_cannot_be_run_is_refused_by_every_command(
+    workplace: Path, command: str, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("wrong.py").write_text("(")
+    assert message in error_of(capsys, command, *words)
 
 
 def test_evaluate_and_sample_never_run_the_file_inside_a_run(run: str) -> None:

@@ -228,7 +228,9 @@ def test_without_a_network_one_line_says_which_files_to_fetch(workplace: Path) -
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True, text=True)
     fineweb, openwebtext, stories = done.stdout.splitlines()
     assert fineweb.startswith("cannot download HuggingFaceFW/fineweb-edu from the Hugging Face hub (")
-    assert fineweb.endswith("fetch the .parquet files of sample/10BT elsewhere and give --files with their folder")
+    assert fineweb.endswith(
+        "fetch the .parquet files of sample/10BT elsewhere and give --files their folder (in train: --corpus.files)"
+    )
     assert "files of plain_text (revision refs/convert/parquet) elsewhere" in openwebtext
     assert "files of data elsewhere" in stories
     assert not Path("data").exists() or not list(Path("data").iterdir())

@@ -400,7 +400,7 @@ def test_names_with_the_characters_of_globs_are_found(tmp_path: Path) -> None:
 
 
 def test_files_of_an_unknown_user_are_refused_in_one_line() -> None:
-    with pytest.raises(UserError, match="'~nobody-here/a.txt': there is no such home folder"):
+    with pytest.raises(UserError, match=r"'~nobody-here/a\.txt': there is no such home folder"):
         find_files(["~nobody-here/a.txt"])
 
 

@@ -59,7 +59,7 @@ def first_column(document: Path, head: str) -> set[str]:
 
 def help_of(*words: str) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        assert main([*words, "--help"]) == 0
+        assert main([*words, "--help", "all"]) == 0
     return said.getvalue()
 
 

@@ -6,10 +6,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import pytest
-import tyro
 
+from cleangpt.commands.fields import POSITIONAL
 from cleangpt.commands.options import parse
 from cleangpt.errors import UserError, nearest
 from tests.faults import Fault, find_faults
@@ -21,7 +22,7 @@ HEAD = f"{'fault':<60} | {'tried':>5} | {'survived':>8} | {'lost':>4} | {'second
 class Options:
     """What to try."""
 
-    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    names: Annotated[tuple[str, ...], POSITIONAL] = ()
     """Rows of the table, or words in them; none: all."""
     tries: int | None = None
     """Try each so many times at the most; none: as often as there are places for it."""

@@ -21,12 +21,10 @@ from cleangpt.tracking.metrics import (
     read_steps,
     scores,
     show,
-    show_bytes,
-    show_count,
-    show_time,
     step_tag,
     tag,
 )
+from cleangpt.tracking.numbers import show_bytes, show_count, show_time
 
 try:
     import resource
@@ -320,7 +318,14 @@ def test_shown_bytes_are_right_and_at_least_one_of_their_unit(size):
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [(0.0123, "12.3 ms"), (59.94, "59.9 s"), (60, "0:01:00"), (3599.6, "1:00:00"), (90061, "25:01:01")],
+    [
+        (0.0123, "12.3 ms"),
+        (3.4179, "3.42 s"),
+        (59.94, "59.9 s"),
+        (60, "0:01:00"),
+        (3599.6, "1:00:00"),
+        (90061, "25:01:01"),
+    ],
 )
 def test_time_is_shown_in_a_fitting_unit(seconds, words):
     assert show_time(seconds) == words
@@ -330,6 +335,13 @@ def test_time_is_shown_in_a_fitting_unit(seconds, words):
     ("name", "value", "words"),
     [
         ("val_loss", 1.46966, "1.4697"),
+        ("val_loss", 0.0123456, "0.0123"),
+        ("val_loss", 0.000012345, "0.0000123"),
+        ("val_loss", 0.0099996, "0.01000"),
+        ("bits_per_byte", 1.2345e-9, "1.23e-09"),
+        ("val_loss", 0.0, "0"),
+        ("visited_share", 0.000412, "0.0412 %"),
+        ("mfu", 1.0, "100.0 %"),
         ("visited_share", 0.2314, "23.1 %"),
         ("lr", 6e-5, "6e-05"),
         ("tokens_per_second", 123456.7, "123k"),

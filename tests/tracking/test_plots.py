@@ -106,11 +106,11 @@ def test_a_run_without_any_validation_loss_is_drawn(tmp_path, drawn):
 
 
 def test_schedules_stand_over_samples_one_panel_each(tmp_path, drawn):
-    plots.schedule_plot({"one": steps()}, tmp_path / "schedules.png")
+    plots.schedule_plot({"one": rows()}, {"one": steps()}, tmp_path / "schedules.png")
     assert [axis.get_ylabel() for axis in drawn[0].axes] == [
         "learning rate",
         "weight decay",
-        "batch size (samples)",
+        "training batch size (samples)",
     ]
     assert lines(drawn[0].axes[0]) == [([10, 20, 30, 40, 50], pytest.approx([1e-3, 2e-3, 3e-3, 4e-3, 5e-3]))]
     assert drawn[0].axes[-1].get_xlabel() == "samples seen"
@@ -135,7 +135,7 @@ def test_any_length_and_value_is_drawn_without_a_warning(tmp_path, count, metric
     one, by_step = {"one": rows(count, **metrics)}, {"one": steps(count, **metrics)}
     drawn = [
         plots.loss_plot(one, by_step, tmp_path / "loss.png"),
-        plots.schedule_plot(by_step, tmp_path / "schedules.png"),
+        plots.schedule_plot(one, by_step, tmp_path / "schedules.png"),
         plots.throughput_plot(one, by_step, tmp_path / "throughput.png"),
         plots.gradient_plot(by_step, tmp_path / "gradient.png"),
     ]
@@ -157,7 +157,7 @@ def test_a_long_noisy_curve_is_drawn_as_mean_and_spread(tmp_path, drawn):
     low, high = (sorted(20 + value for value in noise[10:20])[index] for index in (0, -1))
     inside = [y for x, y in band.get_paths()[0].vertices if x == pytest.approx(14.5)]
     assert low <= min(inside) < ys[1] < max(inside) <= high
-    plots.schedule_plot({"one": [{**row, "samples": row["tokens"]} for row in curve]}, tmp_path / "schedules.png")
+    plots.schedule_plot({}, {"one": [{**row, "samples": row["tokens"]} for row in curve]}, tmp_path / "schedules.png")
     assert [len(xs) for xs, _ in lines(drawn[1].axes[0])] == [1000]
 
 
@@ -178,8 +178,27 @@ def test_planned_schedules_are_drawn_as_given(tmp_path, drawn):
 
 @pytest.mark.parametrize("name", ["_hidden", "a$\\frac$b", "字符模型", "\U0001f9e0", "x" * 100])
 def test_any_name_may_stand_in_the_legend(tmp_path, drawn, name):
-    plots.schedule_plot({name: steps(), "other": steps()}, tmp_path / "schedules.png")
+    plots.schedule_plot({}, {name: steps(), "other": steps()}, tmp_path / "schedules.png")
     assert [text.strip() for text in legend(drawn[0])] == [name, "other"]
+
+
+@pytest.mark.parametrize(
+    ("values", "scale"),
+    [
+        ([3.0, 2.0, 0.5], "linear"),
+        ([3.0, 0.5, 0.0001], "log"),
+        ([3.0, 0.5, 0.0], "linear"),
+        ([3.0, math.nan], "linear"),
+    ],
+)
+def test_losses_have_a_logarithmic_axis_where_they_fall_a_hundredfold(tmp_path, drawn, values, scale):
+    by_step = [{"tokens": index, "samples": index, "loss": value, "grad_norm": value, "lr": value / 100, "z": value}
+               for index, value in enumerate(values)]  # fmt: skip
+    plots.loss_plot({"one": [{"tokens": 1, "val_loss": values[0]}]}, {"one": by_step}, tmp_path / "loss.png")
+    plots.gradient_plot({"one": by_step}, tmp_path / "gradient.png")
+    plots.schedule_plot({}, {"one": by_step}, tmp_path / "schedules.png")
+    scales = [figure.axes[0].get_yscale() for figure in drawn]
+    assert scales == [scale, scale, "linear"], "a schedule ramps up from near zero by design"
 
 
 def test_the_best_is_the_first_lowest_that_is_known():

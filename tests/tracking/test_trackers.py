@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from cleangpt.commands import main
 from cleangpt.config import TrackingConfig
 from cleangpt.errors import UserError
-from cleangpt.tracking import NullTracker, Trackers
+from cleangpt.tracking import NullTracker, Trackers, check_tracking
 from cleangpt.tracking.metrics import MetricsFiles, read_metrics, read_samples, read_steps
 from tests.tracking.opening import open_trackers
 
@@ -99,7 +100,7 @@ def test_state_survives_a_failure_and_a_tracker_switched_off(tmp_path):
 @pytest.mark.parametrize(
     ("options", "package"), [({"wandb": "offline"}, "wandb"), ({"tensorboard": True}, "tensorboard")]
 )
-def test_a_missing_package_is_refused_with_its_extra(tmp_path, monkeypatch, options, package):
+def test_a_missing_package_is_refused_by_its_name(tmp_path, monkeypatch, options, package):
     class Absent:
         def find_spec(self, name, path=None, target=None):
             if name.split(".")[0] == package:
@@ -108,7 +109,7 @@ def test_a_missing_package_is_refused_with_its_extra(tmp_path, monkeypatch, opti
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Absent(), *sys.meta_path])
-    with pytest.raises(UserError, match=rf"pip install 'cleangpt\[{package}\]'"):
+    with pytest.raises(UserError, match=rf"not installed: pip install {package}$"):
         begin(tmp_path, **options)
     assert list(tmp_path.iterdir()) == []
 
@@ -149,6 +150,41 @@ def test_a_tracker_that_cannot_give_or_take_its_state_costs_no_snapshot(tmp_path
     message = f"faulty failed and is dropped, training continues without it: cannot {what}: no network"
     assert messages == [message]
     assert [row["macro_batch"] for row in read_metrics(tmp_path)] == [1]
+
+
+@pytest.fixture
+def no_key(tmp_path, monkeypatch):
+    """A home without an API key of W&B."""
+    pytest.importorskip("wandb").teardown()
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    return tmp_path / "netrc"
+
+
+def test_wandb_online_without_a_key_is_refused_before_training(no_key, workplace, monkeypatch, capsys):
+    assert main(["train", "adder", "--tracking.wandb", "online"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "error: tracking.wandb is 'online', and Weights & Biases has no API key here; run wandb login"
+    )
+    assert not (workplace / "runs").exists() and not (workplace / "data").exists()
+    monkeypatch.setenv("RANK", "1")
+    check_tracking(TrackingConfig(wandb="online"))  # another process than the one that tracks needs none
+
+
+@pytest.mark.parametrize("host", ["api.wandb.ai", "here.example"])
+def test_a_key_of_wandb_is_found_in_the_environment_and_in_netrc(no_key, monkeypatch, host):
+    no_key.write_text(f"machine {host} login user password {'0' * 40}\n")
+    monkeypatch.setenv("WANDB_BASE_URL", f"https://{host}")
+    check_tracking(TrackingConfig(wandb="online"))
+    no_key.write_text("machine elsewhere.example login user password secret\n")
+    with pytest.raises(UserError, match="has no API key here"):
+        check_tracking(TrackingConfig(wandb="online"))
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    check_tracking(TrackingConfig(wandb="online"))
 
 
 @pytest.mark.slow

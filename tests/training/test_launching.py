@@ -32,7 +32,7 @@ from cleangpt.experiment import Experiment
 from cleangpt.models.gpt import GPT
 from cleangpt.objectives import NextToken
 from cleangpt.tracking.metrics import read_metrics
-from cleangpt.training.launch import check, check_here
+from cleangpt.training.launch import check, check_here, next_commands
 from cleangpt.training.resolve import curves, num_steps, resolve, resolve_with
 
 Build = Callable[..., Experiment]
@@ -206,6 +206,29 @@ def test_a_run_is_made_longer_in_any_unit(tiny: Build, capsys: pytest.CaptureFix
     for words, macro_batches in ((["steps", "8"], 2), (["tokens", str(4 * 8 * 9 * 3)], 3), (["macro-batches", "4"], 4)):
         assert main(["resume", "run", f"--training.{words[0]}", words[1]]) == 0, capsys.readouterr().err
         assert len(read_metrics(Path("run"))) == read_experiment(Path("run")).training.macro_batches == macro_batches
+
+
+# What a run ends with ------------------------------------------------------------------------------------------------
+
+
+def test_the_next_commands_name_the_file_of_ones_own_classes_alone(tiny: Build) -> None:
+    """Wherever in the experiment they are; the words are those of a shell."""
+
+    @dataclass(frozen=True)
+    class Own(NextToken):
+        """A loss of one's own."""
+
+    run, file = Path("my runs/1"), Path("my file.py")
+    assert next_commands(tiny(), run, file) == [f"  cleangpt {name} 'my runs/1'" for name in CALLS]
+    own = tiny(objective=Own())
+    assert next_commands(own, run, file)[0] == "  cleangpt evaluate 'my runs/1' --code 'my file.py'"
+    assert next_commands(own, run, None)[0].endswith(" --code FILE.py"), "trained from Python"
+    run.mkdir(parents=True)
+    (run / "experiment.py").touch()
+    assert next_commands(own, run, None)[1] == "  cleangpt sample 'my runs/1' --code 'my runs/1/experiment.py'"
+
+
+CALLS = ("evaluate", "sample", "report")
 
 
 # Precision -----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from cleangpt.config import MuonConfig, Schedule, ScheduleConfig
 from cleangpt.experiment import Experiment
 from cleangpt.files import sha256
 from cleangpt.tracking.metrics import read_metrics
+from cleangpt.tracking.numbers import show_number
 from cleangpt.training.trainer import Trainer
 from cleangpt.training.tuning import MOST_RATES, search, short_run, with_lr
 from tests.commands.test_commands import EXPERIMENT, error_of
@@ -115,7 +116,7 @@ def test_the_loss_of_a_rate_is_that_of_the_end_of_a_run_by_hand(
         shape = ["--training.macro-batches", "4", "--training.batches-per-macro-batch", "2"]
         assert main(["train", own, *shape, "--optimizer.lr", str(lr), "--run-dir", f"by_hand_{lr}"]) == 0
         assert read_metrics(Path(f"by_hand_{lr}"))[-1]["train_loss"] == loss
-        assert f"{lr:<10g} loss {loss:.4f}" in printed
+        assert f"{lr:<10g} loss {show_number(loss, 4)}" in printed
     best = min(losses, key=lambda lr: losses[lr] or 0.0)
     assert printed.endswith(f"{best:g} is at the end of the rates tried; a higher one may do better\n"
                             f"train with: --optimizer.lr {best:g}\n")  # fmt: skip
