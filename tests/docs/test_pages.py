@@ -68,7 +68,7 @@ def options() -> set[str]:
     """Every option of every command; of a flag, the name without ``no-`` as well."""
     texts = [help_of("train", name) for name in experiments()]
     texts += [help_of("prepare", name) for name in CORPORA]
-    texts.append(help_of("tune", "adder"))
+    texts += [help_of(command, "adder") for command in ("tune", "plan")]
     texts += [help_of(command) for command in ("evaluate", "sample", "chat", "report", "export")]
     return set(re.findall(r"--[a-z][\w.-]*", " ".join(texts))) | {"--help"}
 
