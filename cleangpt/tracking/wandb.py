@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 from cleangpt.config import TrackingConfig
 from cleangpt.errors import UserError, parsing, require
-from cleangpt.files import read_json, safe_name, write_json
+from cleangpt.files import read_json, safe_name, user_path, write_json
 from cleangpt.tracking.metrics import Value, read_metrics, read_samples, read_steps, step_tag, tag
 
 SESSIONS = "wandb.json"
@@ -62,7 +62,7 @@ def _hosts_with_password() -> set[str]:
     found: set[str] = set()
     for path in paths:
         with contextlib.suppress(OSError, netrc.NetrcParseError, UnicodeDecodeError):
-            found |= netrc.netrc(Path(path).expanduser()).hosts.keys()
+            found |= netrc.netrc(user_path(path)).hosts.keys()
     return found
 
 
