@@ -47,6 +47,7 @@ TOY = (
 TOY_PEER = (
     "--device=cpu", "--compile=False", "--batch_size=2", "--block_size=16", "--n_layer=1", "--n_embd=12",
     "--max_iters=2", "--eval_interval=2", "--eval_iters=1", "--warmup_iters=1", "--lr_decay_iters=2",
+    "--always_save_checkpoint=True",
 )  # fmt: skip
 
 
@@ -130,7 +131,8 @@ def run_of_peer(text: Path, setup: Setup) -> tuple[float, list[Measurement]]:
     ]  # fmt: skip
     best = min((loss for _, loss in losses), default=float("nan"))
     there = next((seconds for seconds, loss in losses if loss <= max(TARGET, best)), lines[-1][0])
-    swept = swept_loss(peer, out / "ckpt.pt", store, setup)
+    saved = out / "ckpt.pt"  # written at each validation that is the best so far
+    swept = swept_loss(peer, saved, store, setup) if saved.exists() else None
     return there, [
         Measurement("nanoGPT: whole run", lines[-1][0], "s"),
         Measurement("nanoGPT: best validation loss", swept, "nats", note=f"by its own estimate {best:.4f}"),
