@@ -35,6 +35,7 @@ from cleangpt.validation import flatten, from_json, to_json
 # Fields that cannot change when a run is resumed.
 FIXED_FIELDS = {
     *("name", "data.seq_len", "data.batch_size", "training.batches_per_macro_batch", "training.seed", "objective"),
+    *("rollouts.prompts", "rollouts.completions", "rollouts.passes"),
     "fine_tuning.freeze",
 }
 

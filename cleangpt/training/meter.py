@@ -1,6 +1,7 @@
 """Sums over a step and a macro-batch: losses, gradient norms and the objective's metrics."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,9 @@ from cleangpt.distributed.device import zero_sum
 from cleangpt.distributed.processes import Ranks
 from cleangpt.objectives import Loss
 from cleangpt.training.state import set_numbers
+
+MAXIMUM = "_max"
+"""How the name of a metric ends that is a maximum instead of a sum."""
 
 
 class LossSums:
@@ -26,12 +30,18 @@ class LossSums:
         """Adds a micro-batch. A non-finite loss skips the step; it is kept out of the sum, which stays finite."""
         self.total += loss.total.detach().nan_to_num(0.0, 0.0, 0.0) / self.copies
         for name, value in loss.metrics.items():
-            share = value.detach().to(self.total.dtype).nan_to_num(0.0, 0.0, 0.0) / self.copies
-            _add(self.metrics, name, share)
+            share = value.detach().to(self.total.dtype).nan_to_num(0.0, 0.0, 0.0)
+            _add(self.metrics, name, share if name.endswith(MAXIMUM) else share / self.copies)
 
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
-    sums[name] = sums[name] + value if name in sums else value
+    combine = torch.maximum if name.endswith(MAXIMUM) else torch.add
+    sums[name] = combine(sums[name], value) if name in sums else value
+
+
+def combine(name: str, parts: Sequence[float], count: float) -> float:
+    """A metric over all processes from that of each: the mean per counted thing, or the maximum."""
+    return max(parts) if name.endswith(MAXIMUM) else math.fsum(parts) / max(count, 1)
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,7 @@ class StepResult:
     loss: Tensor
     """Loss of this process's rows, summed over what the objective counts; 0-dim, on the device."""
     metrics: dict[str, Tensor]
-    """Metrics of the objective, likewise summed."""
+    """Metrics of the objective, likewise summed; those whose names end in _max are maxima."""
     count: float
     """The objective's count, over all processes."""
     grad_norm: Tensor
@@ -93,8 +103,8 @@ class Meter:
     def mean_metrics(self) -> dict[str, float]:
         """The means of the objective's metrics, likewise."""
         names = sorted(self.metrics)
-        sums = self._ranks.sum(*(self.metrics[name].item() / max(self.count, 1) for name in names))
-        return dict(zip(names, sums, strict=True))
+        parts = self._ranks.all_gather([self.metrics[name].item() for name in names])
+        return {name: combine(name, values, self.count) for name, *values in zip(names, *parts, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
         """The state for a snapshot within a macro-batch: each process's own sums, to keep the order of additions."""
@@ -116,5 +126,6 @@ class Meter:
             own = sums[self._ranks.rank]
         else:
             own = {name: math.fsum(each[name] for each in sums) * self._ranks.is_main for name in sums[0]}
+            own |= {name: max(each[name] for each in sums) for name in own if name.endswith(MAXIMUM)}
         self.loss += own.pop("loss")
         self.metrics = {name: torch.full_like(self.loss, value) for name, value in own.items()}
