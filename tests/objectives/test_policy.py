@@ -1,10 +1,8 @@
 """Policy objectives are their papers' equations, and stay themselves under padding, masks, splits and overflow."""
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -361,16 +359,3 @@ def test_the_expected_gradient_over_all_groups_is_that_of_the_expected_reward(
             (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
             found += (probabilities[one] * probabilities[two]).detach() * gradient
     torch.testing.assert_close(found, right if exact else right / 2, rtol=1e-6, atol=1e-9)
-
-
-# Other implementations ------------------------------------------------------------------------------------------------
-VECTORS = Path(__file__).parent / "policy_vectors.json"
-
-
-@pytest.mark.skipif(not VECTORS.exists(), reason="no vectors")
-@pytest.mark.parametrize("name", ["grpo", "dapo", "dr_grpo", "gspo", "k3_ratio", "rloo", "ppo", "ppo_advantages"])
-def test_losses_are_those_of_trl(name: str) -> None:
-    """Values and gradients that `make_policy_vectors.py` computed with TRL."""
-    stored = json.loads(VECTORS.read_text(encoding="utf-8"))[name]
-    tensors = {key: torch.tensor(value, dtype=F64) for key, value in stored["given"].items()}
-    assert tensors

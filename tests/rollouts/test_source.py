@@ -117,7 +117,7 @@ def test_training_stops_when_the_metric_reaches_its_target_or_no_longer_rises(po
 
 def test_a_metric_that_does_not_exist_is_named(policy: Build, trainer: Open) -> None:
     with pytest.raises(
-        UserError, match="saving.best names 'exact_mach', which is not a metric.*did you mean 'exact_match'"
+        UserError, match=r"saving.best names 'exact_mach', which is not a metric.*did you mean 'exact_match'"
     ):
         trainer(policy(saving__best="highest exact_mach")).train()
 
