@@ -276,7 +276,7 @@ class Engine:
         self._state.append(sampled)
         advanced = []
         for request, token, logprob in zip(self._running, sampled, logprobs, strict=True):
-            if not request.ended:
+            if request.finish_reason is None and not request.cancelled:
                 request.receive(token, logprob)
                 advanced.append(request)
         return advanced

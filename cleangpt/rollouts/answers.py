@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,14 +58,16 @@ def as_columns(answers: Sequence[Answer]) -> dict[str, Tensor]:
         `(rows, seq)`: `mask`, bool, the policy's own tokens that count; `logprobs` and `rewards`, float64.
     """
     width = max(2, *(len(answer.tokens) for answer in answers))
-    tokens = torch.zeros(len(answers), width, dtype=torch.int64)
-    mask = torch.zeros(len(answers), width, dtype=torch.bool)
-    logprobs, rewards = (torch.zeros(len(answers), width, dtype=torch.float64) for _ in range(2))
+    tokens = np.zeros((len(answers), width), np.int64)
+    mask = np.zeros((len(answers), width), bool)
+    logprobs, rewards = (np.zeros((len(answers), width)) for _ in range(2))
     for row, answer in enumerate(answers):
-        tokens[row, : len(answer.tokens)] = torch.tensor(answer.tokens)
-        own = torch.tensor([place for begin, end in answer.actions for place in range(begin, end)], dtype=torch.int64)
-        logprobs[row, own] = torch.tensor(answer.logprobs, dtype=torch.float64)
-        mask[row, own] = not answer.masked
-        for (_, end), reward in zip(answer.actions, answer.total, strict=True):
+        tokens[row, : len(answer.tokens)] = answer.tokens
+        done = 0
+        for (begin, end), reward in zip(answer.actions, answer.total, strict=True):
+            logprobs[row, begin:end] = answer.logprobs[done : done + end - begin]
+            mask[row, begin:end] = not answer.masked
             rewards[row, end - 1] += reward
-    return {"tokens": tokens, "mask": mask[:, 1:], "logprobs": logprobs[:, 1:], "rewards": rewards[:, 1:]}
+            done += end - begin
+    columns = {"tokens": tokens, "mask": mask[:, 1:], "logprobs": logprobs[:, 1:], "rewards": rewards[:, 1:]}
+    return {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in columns.items()}

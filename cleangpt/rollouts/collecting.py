@@ -89,7 +89,7 @@ class Collector:
         config, each = self.config, self.config.completions
         tasks = self.order.at(np.arange(first, first + config.prompts))[1].repeat(each)
         rows, own = np.arange(len(tasks)), list[Answer]()
-        with self.sampling() as sampler:
+        with self.sampling() as sampler, self.scorer.errors:
             for number, start in enumerate(range(0, len(tasks), config.micro_batch_size)):
                 if number % self.ranks.world_size == self.ranks.rank:
                     chunk = rows[start : start + config.micro_batch_size]
@@ -99,7 +99,8 @@ class Collector:
 
     def _chunk(self, sampler: Sampler, tasks: Sequence[int], first_id: int) -> list[Answer]:
         """Answers to tasks; their ids are consecutive."""
-        episodes = [Episode(SPLIT, task, self._reset(task)) for task in tasks]
+        prompts = {task: self._reset(task) for task in set(tasks)}
+        episodes = [Episode(SPLIT, task, prompts[task]) for task in tasks]
         seeds = [mix(self.seed, first_id + row) for row in range(len(tasks))]
         play(
             sampler, self.environment, episodes, sampling=Sampling(temperature=self.config.temperature), seeds=seeds,

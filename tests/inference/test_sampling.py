@@ -81,7 +81,7 @@ def test_draws_are_uniform_and_independent_of_each_other() -> None:
     one = uniform([row_seed(3)] * 4000, list(range(4000)))
     many = uniform([row_seed(seed) for seed in range(4000)], [7] * 4000)
     for draws in (one, many):
-        assert 0 <= float(draws.min()) and float(draws.max()) < 1
+        assert float(draws.min()) >= 0 and float(draws.max()) < 1
         counts = (draws * 20).long().bincount(minlength=20)
         assert float(((counts - 200).double().square() / 200).sum()) < 43.8  # chi-squared, 19 degrees, p = 0.001
         assert abs(float(torch.corrcoef(torch.stack([draws[:-1], draws[1:]]))[0, 1])) < 0.06

@@ -5,8 +5,8 @@
     python -m tests.objectives.policy_vectors
     PYTHONPATH=old:. python -m tests.objectives.policy_vectors ppo
 
-TRL 1.16 has no PPO any more, so that comes from the last version whose trainer has it as methods. A trainer's own method
-is called with the little of a trainer that it reads, and log-probabilities that are given.
+TRL 1.16 has no PPO any more, so that comes from the last version whose trainer has it as methods. A trainer's own
+method is called with the little of a trainer that it reads, and log-probabilities that are given.
 """
 
 import json
@@ -32,7 +32,8 @@ def given() -> dict[str, Tensor]:
     mask = (torch.arange(LONGEST) < torch.tensor(LENGTHS)[:, None]).float()
     old = -2 * torch.rand(shape)
     return {
-        "mask": mask, "old": old, "logprobs": old + 0.3 * torch.randn(shape), "reference": old + 0.3 * torch.randn(shape),
+        "mask": mask, "old": old,
+        "logprobs": old + 0.3 * torch.randn(shape), "reference": old + 0.3 * torch.randn(shape),
         "advantages": torch.tensor([1.5, -0.7, 0.4, -1.2]), "rewards": torch.tensor([1.0, -0.5, 2.0, 0.25]),
         "values": torch.randn(shape), "old_values": torch.randn(shape), "returns": torch.randn(shape),
         "token_advantages": torch.randn(shape),
@@ -112,8 +113,8 @@ def ppo() -> dict[str, Any]:
     own = SimpleNamespace(
         kl_ctl=SimpleNamespace(value=0.1),
         config=SimpleNamespace(
-            use_score_scaling=False, gamma=0.95, lam=0.9, whiten_rewards=False, cliprange=0.2, cliprange_value=0.2, vf_coef=0.5,
-            ratio_threshold=1e9, kl_penalty="kl",
+            use_score_scaling=False, gamma=0.95, lam=0.9, whiten_rewards=False, cliprange=0.2, cliprange_value=0.2,
+            vf_coef=0.5, ratio_threshold=1e9, kl_penalty="kl",
         ),
     )  # fmt: skip
     own._kl_penalty = lambda logprob, ref: logprob - ref

@@ -92,7 +92,8 @@ def test_a_reward_that_fails_scores_as_an_error_and_is_counted_and_named_once(na
     log: list[str] = []
     failing = scorer(log, rewards=rewards((name, 2.0)), reward_timeout=0.05, error_reward=-1.0)
     began = time.perf_counter()
-    answers = failing.score([episode("a"), episode("b")], 0)
+    with failing.errors:
+        answers = failing.score([episode("a"), episode("b")], 0)
     assert time.perf_counter() - began < 2
     assert [answer.total for answer in answers] == [[-2.0], [-2.0]]
     assert failing.errors.count == 2
