@@ -46,6 +46,7 @@ from cleangpt.models.flops import flops_per_token
 from cleangpt.objectives.policy import PolicyObjective
 from cleangpt.rollouts.build import load_reward_model, open_sampler
 from cleangpt.rollouts.collecting import Collector
+from cleangpt.rollouts.episodes import Sampler
 from cleangpt.rollouts.reference import Reference
 from cleangpt.rollouts.scoring import Scorer
 from cleangpt.rollouts.source import RolloutSource, Sizes
@@ -56,6 +57,7 @@ from cleangpt.training.balancing import ExpertLoadBalancer
 from cleangpt.training.deadline import WRITE_RATE, Deadline
 from cleangpt.training.early_stopping import EarlyStopping
 from cleangpt.training.finetuning import freeze_and_add_lora, frozen_names, lr_factors, start_from
+from cleangpt.training.generation import vllm_opener
 from cleangpt.training.meter import Meter
 from cleangpt.training.metrics import Recorder, Row, StepLog, Throughput
 from cleangpt.training.mup import mup_scales, scale_init
@@ -241,9 +243,11 @@ def open_rollouts(
         load_reward_model(config.reward_model, dataset.tokenizer, device), device,
     )  # fmt: skip
     plain = partial(uncompiled, experiment.training.compile)
-    opener = partial(
+    opener: Callable[[], AbstractContextManager[Sampler]] = partial(
         open_sampler, config, model, device, dataset.vocab_size, experiment.parallel.reshard_after_forward, plain
     )
+    if config.sampler == "vllm":
+        opener = vllm_opener(model, dataset.sources[0].dataset, ranks.world_size, seed)
     collector = Collector(config, environment, scorer, opener, dataset.tokenizer, limit=limit, seed=seed, ranks=ranks)
 
     def build_reference() -> LanguageModel:
