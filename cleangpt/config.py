@@ -19,6 +19,7 @@ from cleangpt.validation import (
     Device,
     Folder,
     NonNegative,
+    Pattern,
     Positive,
     Share,
     ShareBelowOne,
@@ -302,12 +303,14 @@ class ParallelConfig(Checked, section="parallel"):
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyStoppingConfig(Checked, section="early_stopping"):
-    """Stops a run whose validation loss no longer improves."""
+    """Stops a run whose validation loss, or other `saving.best`, no longer improves."""
 
     patience: Count | None = None
     """Macro-batches without improvement before the run stops; None: no early stopping."""
     min_delta: NonNegative = 0.0
-    """Minimum decrease of the validation loss that counts as an improvement, in nats."""
+    """Minimum change that counts as an improvement, in the metric's unit: nats, for the validation loss."""
+    target: float | None = None
+    """Stop as soon as the metric is at least as good as this; None: no target."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,7 +324,9 @@ class SavingConfig(Checked, section="saving"):
     async_snapshots: bool = True
     """Write snapshots in the background; needs host memory for a copy of each process's state."""
     keep_best: Count = 3
-    """Number of checkpoints to keep, those with the lowest validation loss."""
+    """Number of checkpoints to keep, the best ones."""
+    best: Annotated[str, Pattern(r"(lowest|highest) [\w./-]+", "lowest or highest, and a metric")] = "lowest val_loss"
+    """Which are best, as in "highest exact_match", by a metric of metrics.jsonl; early stopping goes by it too."""
     checkpoint_every: Count | None = None
     """Also save a permanent checkpoint every n macro-batches; None: only the best."""
     patience: CountOrZero = 600

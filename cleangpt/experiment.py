@@ -16,6 +16,7 @@ from cleangpt.config import (
     TrackingConfig,
     TrainingConfig,
 )
+from cleangpt.environments.config import RolloutConfig
 from cleangpt.objectives import NextToken, Objective
 from cleangpt.validation import Checked, Folder, Metavar, Pattern, RunOrModel
 
@@ -36,6 +37,8 @@ class Experiment(Checked):
     optimizer: OptimizerConfig
     objective: Objective = NextToken()
     """The loss to minimize."""
+    rollouts: RolloutConfig = RolloutConfig()
+    """How a policy's answers are sampled and rewarded; for objectives such as GRPO, ignored by others."""
     schedule: ScheduleConfig = ScheduleConfig()
     training: TrainingConfig
     parallel: ParallelConfig = ParallelConfig()

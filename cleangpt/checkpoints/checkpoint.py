@@ -1,7 +1,7 @@
 """Checkpoints: model weights with config and tokenizer; a run keeps the best of them.
 
 checkpoints/index.json                 the list of checkpoints, best first
-checkpoints/val1.4697_mb000012/        validation loss and macro-batch
+checkpoints/val1.4697_mb000012/        validation loss and macro-batch; val_reward0.9810_mb000012 by another metric
     model.safetensors  config.json  tokenizer.json  manifest.json
     adapters.safetensors               for a run with LoRA; model.safetensors has them merged
     chat_template.json                 for a model trained on conversations
@@ -59,8 +59,11 @@ class CheckpointEntry:
     name: str
     macro_batch: int
     val_loss: float
+    """The validation loss, or another metric that `saving.best` names."""
     permanent: bool = False
     """Kept regardless of its loss, by `saving.checkpoint_every`."""
+    highest: bool = False
+    """Whether higher values are better."""
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> "CheckpointEntry":
@@ -86,14 +89,18 @@ class Checkpoints:
     def offer(self, macro_batch: int, val_loss: float, model: LanguageModel) -> bool:
         """Saves a checkpoint if its validation loss is among the best, or `saving.checkpoint_every` asks for it.
 
-        Then removes those that are no longer among the best. If it cannot be written, logs why and leaves earlier ones
-        as they are. A collective; returns whether a checkpoint was due.
+        In place of the loss, any metric that `saving.best` names. Then removes those that are no longer among the best.
+        If it cannot be written, logs why and leaves earlier ones as they are. A collective; returns whether one was
+        due.
         """
         permanent = self._permanent(macro_batch)
-        if not permanent and not self._among_best(val_loss):
+        direction, metric = self.config.best.split()
+        kind = "val" if metric == "val_loss" else f"val_{metric.replace('/', '_')}"
+        name = f"{kind}{show_number(val_loss, 4)}_mb{macro_batch:06d}"
+        entry = CheckpointEntry(name, macro_batch, val_loss, permanent, direction == "highest")
+        if not permanent and not self._among_best(entry):
             return False
         weights = gather_to_host(model.state_dict(), keep=self.ranks.is_main)
-        entry = CheckpointEntry(f"val{show_number(val_loss, 4)}_mb{macro_batch:06d}", macro_batch, val_loss, permanent)
         best = sorted([*self.entries, entry], key=_sort_key)
         finite = [other for other in best if not math.isnan(other.val_loss)]
         entries = [other for other in best if other.permanent or other in finite[: self.config.keep_best]]
@@ -142,13 +149,14 @@ class Checkpoints:
     def _permanent(self, macro_batch: int) -> bool:
         return self.config.checkpoint_every is not None and macro_batch % self.config.checkpoint_every == 0
 
-    def _among_best(self, val_loss: float) -> bool:
-        better = [entry for entry in self.entries if entry.val_loss <= val_loss]
-        return not math.isnan(val_loss) and len(better) < self.config.keep_best
+    def _among_best(self, entry: CheckpointEntry) -> bool:
+        better = [other for other in self.entries if _sort_key(other)[:2] <= _sort_key(entry)[:2]]
+        return not math.isnan(entry.val_loss) and len(better) < self.config.keep_best
 
 
 def _sort_key(entry: CheckpointEntry) -> tuple[bool, float, int]:
-    return (math.isnan(entry.val_loss), entry.val_loss, entry.macro_batch)
+    value = -entry.val_loss if entry.highest else entry.val_loss
+    return (math.isnan(value), value, entry.macro_batch)
 
 
 def save_checkpoint(
@@ -249,7 +257,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def best_checkpoint(run: Path) -> Path:
-    """The folder of a run's checkpoint with the lowest validation loss.
+    """The folder of a run's best checkpoint: that with the lowest validation loss, or as `saving.best` says.
 
     Raises:
         UserError: the run has none.

@@ -38,7 +38,8 @@ from cleangpt.validation import flatten, from_json, to_json
 POSITION = "the position in the data or the weights depend on it"
 FIXED_FIELDS = {
     **dict.fromkeys(("name", "data.seq_len", "data.batch_size", "training.batches_per_macro_batch"), POSITION),
-    **dict.fromkeys(("training.seed", "fine_tuning.freeze"), POSITION),
+    **dict.fromkeys(("training.seed", "fine_tuning.freeze", "objective"), POSITION),
+    **dict.fromkeys(("rollouts.prompts", "rollouts.completions", "rollouts.passes"), POSITION),
     **dict.fromkeys(("init_from", "fine_tuning.optimizer_state"), "the run has begun with it"),
     "data.val_samples": "the losses of its checkpoints were measured on that many",
 }

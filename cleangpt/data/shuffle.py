@@ -85,11 +85,11 @@ def _feistel(values: NDArray[np.uint64], n: int, key: int, back: bool) -> NDArra
     keys = _round_keys(key)
     rounds = list(zip(keys[::2], keys[1::2], strict=True))
     for even, odd in () if back else rounds:
-        low = low ^ (_splitmix(high + even) & low_mask)
-        high = high ^ (_splitmix(low + odd) & high_mask)
+        low = low ^ (splitmix(high + even) & low_mask)
+        high = high ^ (splitmix(low + odd) & high_mask)
     for even, odd in reversed(rounds) if back else ():
-        high = high ^ (_splitmix(low + odd) & high_mask)
-        low = low ^ (_splitmix(high + even) & low_mask)
+        high = high ^ (splitmix(low + odd) & high_mask)
+        low = low ^ (splitmix(high + even) & low_mask)
     result: NDArray[np.uint64] = (high << low_bits) | low
     return result
 
@@ -99,7 +99,8 @@ def _round_keys(key: int) -> tuple[np.uint64, ...]:
     return tuple(np.uint64(mix(key, number)) for number in range(ROUNDS))
 
 
-def _splitmix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def splitmix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Well-mixed numbers, each from one number."""
     values = values + np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

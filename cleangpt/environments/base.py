@@ -44,6 +44,10 @@ class Episode:
     """The tokens that the policy has generated, action by action."""
     feedback: list[Feedback] = field(default_factory=list)
     """One per action."""
+    logprobs: list[list[float]] = field(default_factory=list)
+    """The log-probability of each token of each action, under the policy that sampled it."""
+    truncated: bool = False
+    """Whether the last action ran into a limit before its stop token."""
 
     @property
     def tokens(self) -> list[int]:

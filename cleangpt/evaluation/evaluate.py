@@ -59,6 +59,8 @@ def evaluate(
     Returns:
         For a mixture, the mean of each metric, weighted by the sources' shares, and the loss of each source.
     """
+    if experiment.objective.on_policy:
+        return _scores(model, experiment, dataset, split, device)
     data, splits = experiment.data, {source.name: source.dataset.splits[split] for source in dataset.sources}
     context = autocast(device, compute_dtype(device, experiment.training.precision))
     size = data.val_batch_size or experiment.training.micro_batch_size or data.batch_size
@@ -77,9 +79,17 @@ def evaluate(
         **means,
         **source_metrics("loss", losses, splits),
     }
-    for source, environment in environments(experiment.corpus, dataset).items():
-        metrics[metric_key(environment.metric, source)] = mean_reward(model, environment, split, None, device)
-    return metrics
+    return metrics | _scores(model, experiment, dataset, split, device)
+
+
+def _scores(
+    model: LanguageModel, experiment: Experiment, dataset: MixedDataset, split: str, device: torch.device
+) -> dict[str, float | None]:
+    """The mean reward over all tasks of a split, of each source's environment."""
+    return {
+        metric_key(environment.metric, source): mean_reward(model, environment, split, None, device)
+        for source, environment in environments(experiment.corpus, dataset).items()
+    }
 
 
 def table(metrics: dict[str, Any]) -> None:

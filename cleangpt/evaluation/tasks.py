@@ -7,6 +7,7 @@ from cleangpt.data.shuffle import mix, permute
 from cleangpt.environments.base import Environment, Episode
 from cleangpt.inference.engine import Engine
 from cleangpt.models.base import LanguageModel
+from cleangpt.rollouts.episodes import play
 
 MAX_BATCH = 1024
 """Episodes generated as one batch."""
@@ -27,26 +28,7 @@ def mean_reward(
     engine = Engine(model, device, max_batch=MAX_BATCH)
     tasks = choose_tasks(environment.tasks(split), limit)
     episodes = [Episode(split, task, environment.reset(split, task)) for task in tasks]
-    acting: dict[int, tuple[Episode, list[int]]] = {}
-
-    def act(episode: Episode) -> None:
-        prompt = episode.prompt
-        request_id = engine.submit(episode.tokens, max_new_tokens=prompt.max_new_tokens, stop_ids=prompt.stop_ids)
-        acting[request_id] = (episode, [])
-
-    for episode in episodes:
-        act(episode)
-    for outputs in engine.steps():
-        for request_id, (token, finish_reason) in outputs.items():
-            episode, action = acting[request_id]
-            action.append(token.id)
-            if finish_reason is not None:
-                feedback = environment.step(episode, action)
-                episode.actions.append(action)
-                episode.feedback.append(feedback)
-                del acting[request_id]
-                if not feedback.done:
-                    act(episode)
+    play(engine, environment, episodes)
     return sum(episode.total_reward for episode in episodes) / len(episodes)
 
 

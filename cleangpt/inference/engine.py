@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -11,12 +11,14 @@ from torch import Tensor
 from cleangpt.data.batch import IGNORED
 from cleangpt.errors import UserError
 from cleangpt.inference.decoding import DecodingState, check_finite, check_prompt
-from cleangpt.inference.sampling import GREEDY, Sampling, distribution, penalize, sample, seeded
+from cleangpt.inference.sampling import GREEDY, Sampling, distribution, penalize, row_seed, sample, uniform
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.head import TokenScores
 
 SCORED_TOKENS = 4096
 """Tokens whose logits `Engine.logprobs` holds in memory at a time, including padding."""
+ENDED_SHARE = 4
+"""Ended rows stay in the batch until they are 1 / ENDED_SHARE of it, since removing rows copies the whole cache."""
 
 FinishReason = Literal["stop", "length"]
 """Why a request ended: a stop token, or `max_new_tokens`."""
@@ -27,7 +29,8 @@ class Token(NamedTuple):
 
     id: int
     logprob: float
-    """Log-probability in nats under the model's distribution, before temperature, top-k and the like."""
+    """Log-probability in nats under the model's distribution, before temperature, top-k and the like; with
+    `sampled_logprobs` under the distribution that the token was sampled from."""
 
 
 class Output(NamedTuple):
@@ -40,37 +43,57 @@ class Output(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """The tokens generated for one prompt."""
+    """The tokens generated for one prompt, including the stop token, if one has ended the request."""
 
-    tokens: list[Token]
-    """Including the stop token, if one has ended the request."""
+    ids: list[int]
+    logprobs: list[float]
     finish_reason: FinishReason
+
+    @property
+    def tokens(self) -> list[Token]:
+        """Ids and log-probabilities, token by token."""
+        return list(map(Token, self.ids, self.logprobs))
 
 
 @dataclass
 class _Request:
-    """A prompt in the batch, and how to continue it."""
+    """A prompt in the batch, how to continue it, and what has been generated."""
 
     id: int
-    remaining: int
+    max_new_tokens: int
     sampling: Sampling
-    generator: torch.Generator
+    seed: int
     stop_ids: frozenset[int]
-    ended: bool = False
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    cancelled: bool = False
 
-    def receive(self, token: Token) -> Output:
+    @property
+    def ended(self) -> bool:
+        """Whether no more tokens follow."""
+        return self.finish_reason is not None or self.cancelled
+
+    @property
+    def remaining(self) -> int:
+        """The most tokens that may follow."""
+        return self.max_new_tokens - len(self.ids)
+
+    def receive(self, token: int, logprob: float) -> None:
         """Records a new token."""
-        self.remaining -= 1
-        reason: FinishReason | None = "stop" if token.id in self.stop_ids else None if self.remaining else "length"
-        self.ended = reason is not None
-        return Output(token, reason)
+        self.ids.append(token)
+        self.logprobs.append(logprob)
+        if token in self.stop_ids:
+            self.finish_reason = "stop"
+        elif len(self.ids) == self.max_new_tokens:
+            self.finish_reason = "length"
 
 
 class Engine:
     """Generates tokens for many prompts at once.
 
     A request gets the same tokens whatever else is in the batch and whenever it joins: rows do not attend to each
-    other, and each has its own random generator.
+    other, and the random number behind a token depends on the request's seed and the token's index alone.
 
     Args:
         model: in evaluation mode, on `device`.
@@ -80,6 +103,8 @@ class Engine:
         cached: whether to use a KV cache, if the model has one.
         compiled: whether to compile the decoding of new tokens, if there is a cache.
         max_batch: maximum number of rows in the batch; further requests wait.
+        sampled_logprobs: report log-probabilities of the distribution sampled from, with its temperature and over
+            `vocab_size` tokens, as reinforcement learning needs them; top-k and the like are then refused.
     """
 
     def __init__(
@@ -92,9 +117,11 @@ class Engine:
         cached: bool = True,
         compiled: bool = False,
         max_batch: int = 256,
+        sampled_logprobs: bool = False,
     ) -> None:
         self.model, self.device, self.vocab_size = model, device, vocab_size
         self.eos_ids, self.cached, self.max_batch = frozenset(eos_ids), cached, max_batch
+        self.sampled_logprobs = sampled_logprobs
         self._compiled = cast(LanguageModel, torch.compile(model)) if compiled else None
         self._waiting: deque[tuple[_Request, Sequence[int]]] = deque()
         self._running: list[_Request] = []
@@ -125,11 +152,17 @@ class Engine:
             stop_ids: tokens that end it, besides `eos_ids`.
 
         Raises:
-            UserError: the prompt is empty, or has a token beyond the model's vocabulary.
+            UserError: the prompt is empty, or has a token beyond the model's vocabulary; or `sampling` leaves tokens
+                out whose log-probabilities are asked for.
         """
         check_prompt(self.model, prompt)
-        generator = seeded(sampling.seed if seed is None else seed)
-        request = _Request(self._submitted, max_new_tokens, sampling, generator, self.eos_ids.union(stop_ids))
+        if self.sampled_logprobs and not sampling.plain:
+            raise UserError(
+                "top_k, top_p, min_p or repetition_penalty is set; log-probabilities of the distribution sampled from "
+                "are given for a temperature alone"
+            )
+        seed = row_seed(sampling.seed if seed is None else seed)
+        request = _Request(self._submitted, max_new_tokens, sampling, seed, self.eos_ids.union(stop_ids))
         if max_new_tokens > 0:
             self._waiting.append((request, prompt))
         self._submitted += 1
@@ -139,34 +172,34 @@ class Engine:
         """Ends a request early."""
         self._waiting = deque(entry for entry in self._waiting if entry[0].id != request_id)
         for request in self._running:
-            request.ended = request.ended or request.id == request_id
+            request.cancelled = request.cancelled or request.id == request_id
 
-    @torch.no_grad()
     def step(self) -> dict[int, Output]:
         """Generates the next token of every request in the batch; returns outputs by request id.
 
         Raises:
             UserError: the model's logits are not finite.
         """
-        self._leave()
-        logits = self._next_logits()
-        if logits is None:
-            return {}
-        sampled = self._sample(logits[:, : self.vocab_size])
-        logprobs = logits.log_softmax(dim=-1).gather(1, sampled[:, None])[:, 0].tolist()
-        check_finite(logprobs)
-        tokens = sampled.tolist()
-        assert self._state is not None
-        self._state.append(tokens)
         return {
-            request.id: request.receive(Token(token, logprob))
-            for request, token, logprob in zip(self._running, tokens, logprobs, strict=True)
+            request.id: Output(Token(request.ids[-1], request.logprobs[-1]), request.finish_reason)
+            for request in self._advance()
         }
 
     def steps(self) -> Iterator[dict[int, Output]]:
         """Steps until every request has ended."""
         while self.unfinished:
             yield self.step()
+
+    def completions(self) -> Iterator[tuple[int, Completion]]:
+        """The id and the tokens of each request as it ends, until all have; more may be submitted meanwhile.
+
+        Raises:
+            UserError: the model's logits are not finite.
+        """
+        while self.unfinished:
+            for request in self._advance():
+                if request.finish_reason is not None:
+                    yield request.id, Completion(request.ids, request.logprobs, request.finish_reason)
 
     def generate(
         self,
@@ -189,14 +222,10 @@ class Engine:
         completions = {
             self.submit(
                 prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=sampling.seed + row, stop_ids=stop_ids
-            ): Completion([], "length")
+            ): Completion([], [], "length")
             for row, prompt in enumerate(prompts)
         }
-        for outputs in self.steps():
-            for request_id, (token, reason) in outputs.items():
-                completions[request_id].tokens.append(token)
-                if reason == "stop":
-                    completions[request_id] = completions[request_id]._replace(finish_reason=reason)
+        completions.update(self.completions())
         return list(completions.values())
 
     @torch.no_grad()
@@ -234,19 +263,41 @@ class Engine:
                 found[row] = logprobs[: len(rows[row]) - 1]
         return found
 
+    @torch.no_grad()
+    def _advance(self) -> list[_Request]:
+        """Generates the next token of every request in the batch; returns the requests, the ended ones for once."""
+        self._leave()
+        logits = self._next_logits()
+        if logits is None:
+            return []
+        sampled, logprobs = self._sample(logits)
+        check_finite(logprobs)
+        assert self._state is not None
+        self._state.append(sampled)
+        advanced = []
+        for request, token, logprob in zip(self._running, sampled, logprobs, strict=True):
+            if request.finish_reason is None and not request.cancelled:
+                request.receive(token, logprob)
+                advanced.append(request)
+        return advanced
+
     def _leave(self) -> None:
-        """Removes ended requests from the batch. One that has reached the model's context length waits again, to
-        continue from its last half."""
+        """Removes ended requests from the batch, once they are many or others wait for their places.
+
+        A request that has reached the model's context length waits again, to continue from its last half.
+        """
         if self._state is None:
             return
-        limit = self.model.max_seq_len
-        staying = []
-        for row, request in enumerate(self._running):
-            if not request.ended and len(self._state.rows[row]) > limit:
-                self._waiting.appendleft((request, self._state.rows[row]))
-            elif not request.ended:
-                staying.append(row)
-        self._running = [self._running[row] for row in staying]
+        limit, running = self.model.max_seq_len, self._running
+        staying = [row for row, request in enumerate(running) if not request.ended]
+        ended, longest = len(running) - len(staying), max(map(len, self._state.rows))
+        if longest <= limit and not (ended and self._waiting) and ended < max(1, len(running) // ENDED_SHARE):
+            return
+        for row in staying:
+            if len(self._state.rows[row]) > limit:
+                self._waiting.appendleft((running[row], self._state.rows[row]))
+        staying = [row for row in staying if len(self._state.rows[row]) <= limit]
+        self._running = [running[row] for row in staying]
         if staying:
             self._state.select(staying)
         else:
@@ -277,23 +328,35 @@ class Engine:
             self._running += [request for request, _ in joining]
         return torch.cat(logits) if len(logits) > 1 else logits[0] if logits else None
 
-    def _sample(self, logits: Tensor) -> Tensor:
-        """Samples the next token of every row `(rows,)` from logits `(rows, vocab)`, grouping rows by settings."""
+    def _sample(self, logits: Tensor) -> tuple[list[int], list[float]]:
+        """The next token of every row and its log-probability, from logits `(rows, vocab)`; rows with the same
+        settings are sampled together."""
+        settings = {id(request.sampling): request.sampling for request in self._running}
+        if len(settings) == 1:
+            tokens, scores = self._sample_group(logits, next(iter(settings.values())), list(range(len(logits))))
+            return tokens.tolist(), scores.tolist()
         groups: dict[Sampling, list[int]] = {}
         for row, request in enumerate(self._running):
             groups.setdefault(request.sampling, []).append(row)
         sampled = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+        logprobs = torch.empty(len(logits), device=logits.device)
         for sampling, rows in groups.items():
-            assert self._state is not None
-            penalised = sampling.repetition_penalty != 1
-            seen = self._state.seen_tokens(logits.shape[-1])[rows] if penalised else None
-            part = logits if len(groups) == 1 else logits[rows]
-            if sampling.greedy:
-                tokens = penalize(part, sampling.repetition_penalty, seen).argmax(dim=-1)
-            else:
-                generators = [self._running[row].generator for row in rows]
-                tokens = sample(distribution(part, sampling, seen), generators)
-            if len(groups) == 1:
-                return tokens
-            sampled[rows] = tokens
-        return sampled
+            sampled[rows], logprobs[rows] = self._sample_group(logits[rows], sampling, rows)
+        return sampled.tolist(), logprobs.tolist()
+
+    def _sample_group(self, logits: Tensor, sampling: Sampling, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """As `_sample`, for `rows` with the same settings; `logits` are theirs alone."""
+        assert self._state is not None
+        allowed = logits[:, : self.vocab_size]
+        penalised = sampling.repetition_penalty != 1
+        seen = self._state.seen_tokens(allowed.shape[-1])[rows] if penalised else None
+        if sampling.greedy:
+            tokens = penalize(allowed, sampling.repetition_penalty, seen).argmax(dim=-1)
+        else:
+            running = [self._running[row] for row in rows]
+            draws = uniform([request.seed for request in running], [len(request.ids) for request in running])
+            probabilities = distribution(allowed, sampling, seen)
+            tokens = sample(probabilities, draws)
+            if self.sampled_logprobs:
+                return tokens, probabilities.gather(1, tokens[:, None])[:, 0].log()
+        return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from cleangpt.data.shuffle import mix, splitmix
 from cleangpt.errors import UserError
 from cleangpt.validation import Bounds, Checked, Count, CountOrZero, NonNegative, Positive
 
@@ -41,8 +43,15 @@ class Sampling(Checked):
         """Whether the likeliest token is always taken."""
         return self.temperature < GREEDY_BELOW
 
+    @property
+    def plain(self) -> bool:
+        """Whether every token may be sampled, with its probability under the model at this temperature."""
+        return (self.top_k, self.top_p, self.min_p, self.repetition_penalty) == (None, None, None, 1)
+
 
 GREEDY = Sampling(temperature=0)
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+"""2**64 divided by the golden ratio, odd: multiples of it are spread evenly."""
 
 
 def distribution(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
@@ -62,6 +71,8 @@ def distribution(logits: Tensor, sampling: Sampling, seen: Tensor | None = None)
         least = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
     probabilities = logits.softmax(dim=-1)
+    if sampling.plain:
+        return probabilities
     if sampling.top_p is not None:
         probabilities = _nucleus(probabilities, sampling.top_p)
     if sampling.min_p is not None:
@@ -91,30 +102,39 @@ def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     return probabilities.masked_fill(torch.zeros_like(dropped).scatter_(-1, ids, dropped), 0.0)
 
 
-def seeded(seed: int) -> torch.Generator:
-    """A random generator on the host for one row, independent of the global ones."""
-    return torch.Generator().manual_seed(seed % 2**63)
+def row_seed(seed: int) -> int:
+    """A well-mixed 64-bit number from a seed, for `uniform`; so rows with neighboring seeds are unrelated."""
+    return mix(seed)
 
 
-def uniform(generators: Sequence[torch.Generator]) -> Tensor:
-    """A random number in [0, 1) from each generator `(batch,)`, float64 on the host."""
-    # float32 has 24 random bits, so that its product with a float64 sum does not round up to that sum.
-    return torch.cat([torch.rand(1, generator=generator) for generator in generators]).double()
+def uniform(seeds: Sequence[int], indices: Sequence[int]) -> Tensor:
+    """A random number in [0, 1) for each row `(batch,)`, float64 on the host: a function of its seed and index alone.
+
+    A counter-based generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") needs no state, and
+    one call serves all rows.
+
+    Args:
+        seeds: from `row_seed`.
+        indices: how many numbers the row has drawn before.
+    """
+    counters = np.array(seeds, dtype=np.uint64) + np.array(indices, dtype=np.uint64) * GOLDEN
+    # 32 random bits, so that the product with a float64 sum does not round up to that sum.
+    return torch.from_numpy((splitmix(counters) >> np.uint64(32)).astype(np.float64) * 2.0**-32)
 
 
-def sample(probabilities: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """A token for each row `(batch,)`, each with the row's generator.
+def sample(probabilities: Tensor, draws: Tensor) -> Tensor:
+    """A token for each row `(batch,)`, by inversion of its cumulative distribution.
 
     Args:
         probabilities: `(batch, vocab)`; they need not sum to 1.
-        generators: one for each row.
+        draws: a random number in [0, 1) for each row `(batch,)`.
 
     Raises:
         UserError: a row is not a distribution, since logits are not finite.
     """
-    cumulative = probabilities.double().cumsum(dim=-1)
+    cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
     if not bool((cumulative[:, -1] > 0).all()):  # of NaN, too
         raise UserError(NOT_FINITE)
-    threshold = uniform(generators).to(cumulative.device)[:, None] * cumulative[:, -1:]
+    threshold = draws.to(cumulative.device)[:, None] * cumulative[:, -1:]
     # right=True: a token of probability 0 is never sampled.
     return torch.searchsorted(cumulative, threshold, right=True)[:, 0]

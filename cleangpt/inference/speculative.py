@@ -1,5 +1,6 @@
 """Speculative decoding: a draft model proposes tokens, and the larger model verifies several in one pass."""
 
+import itertools
 from collections.abc import Collection, Iterator, Sequence
 from typing import cast
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from cleangpt.inference.decoding import DecodingState, check_finite, check_prompt
 from cleangpt.inference.engine import Token
-from cleangpt.inference.sampling import GREEDY, Sampling, distribution, sample, seeded, uniform
+from cleangpt.inference.sampling import GREEDY, Sampling, distribution, row_seed, sample, uniform
 from cleangpt.models.base import LanguageModel
 
 
@@ -55,12 +56,12 @@ def speculate(
         )
         for one in (model, draft)
     )  # fmt: skip
-    generators, remaining = [seeded(sampling.seed)], max_new_tokens
+    draws, remaining = _draws(sampling.seed), max_new_tokens
     while remaining > 0:
         # Accepted tokens may exceed the context length, but not proposed ones, which may be rolled back.
         count = min(draft_tokens, remaining - 1, model.max_seq_len - len(large.rows[0]))
-        proposals = [_propose(small, generators, sampling, vocab_size) for _ in range(count)]
-        tokens = _verify(large, proposals, generators, sampling, vocab_size)
+        proposals = [_propose(small, draws, sampling, vocab_size) for _ in range(count)]
+        tokens = _verify(large, proposals, draws, sampling, vocab_size)
         small.rollback(max(0, len(proposals) - len(tokens) + 1))
         small.append([tokens[-1].id])
         for token in tokens:
@@ -70,12 +71,17 @@ def speculate(
         remaining -= len(tokens)
 
 
+def _draws(seed: int) -> Iterator[Tensor]:
+    """The random numbers of a text `(1,)`, one after the other."""
+    return (uniform([row_seed(seed)], [index]) for index in itertools.count())
+
+
 def _propose(
-    state: DecodingState, generators: Sequence[torch.Generator], sampling: Sampling, vocab_size: int | None
+    state: DecodingState, draws: Iterator[Tensor], sampling: Sampling, vocab_size: int | None
 ) -> tuple[int, Tensor]:
     """Samples and appends a token; returns it and the probabilities `(vocab,)` that it was sampled from."""
     probabilities = _distribution(state, state.logits()[0, :, :vocab_size], sampling)
-    token = int(sample(probabilities, generators))
+    token = int(sample(probabilities, next(draws)))
     state.append([token])
     return token, probabilities[0]
 
@@ -83,7 +89,7 @@ def _propose(
 def _verify(
     state: DecodingState,
     proposals: Sequence[tuple[int, Tensor]],
-    generators: Sequence[torch.Generator],
+    draws: Iterator[Tensor],
     sampling: Sampling,
     vocab_size: int | None,
 ) -> list[Token]:
@@ -96,11 +102,11 @@ def _verify(
     for place, (proposal, draft) in enumerate([*proposals, (-1, torch.zeros_like(logits[0]))]):
         left = len(proposals) - place
         target = _distribution(state, logits[place : place + 1], sampling, skip_last=left)[0]
-        if left == 0 or float(uniform(generators)) * float(draft[proposal]) >= float(target[proposal]):
+        if left == 0 or float(next(draws)) * float(draft[proposal]) >= float(target[proposal]):
             # Rejected: sample from the positive part of target minus draft probabilities.
             residual = (target - draft).clamp(min=0)
             state.rollback(left)
-            state.append([int(sample((residual if residual.any() else target)[None], generators))])
+            state.append([int(sample((residual if residual.any() else target)[None], next(draws)))])
             break
     accepted = state.rows[0][len(state.rows[0]) - place - 1 :]
     tokens = [Token(token, float(logprobs[number, token])) for number, token in enumerate(accepted)]

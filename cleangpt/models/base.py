@@ -28,6 +28,10 @@ class LanguageModel(nn.Module):
     shard by shard. Not inherited: a subclass that adds parameters has to declare it again."""
     loss_chunk: int | None = None
     """Tokens whose logits are in memory at a time when targets are given; None: all of them."""
+    temperature: float = 1.0
+    """Divides the logits that scores of targets are computed from, as in sampling at this temperature."""
+    scored_vocab: int | None = None
+    """Token ids that scores are over, those of the tokenizer; None: all, with those that pad the embedding."""
     gather_logits: Callable[[Tensor], Tensor] | None = None
     """Gathers logits that are sharded over the vocabulary; set by tensor parallelism."""
     can_cache: bool = True
@@ -148,13 +152,17 @@ class LanguageModel(nn.Module):
         heads = {name: self.heads[name](features).squeeze(-1).float() for name in scores if name in self.heads}
         others = [name for name in scores if name not in heads]
         found = token_scores(
-            features, targets, self._logits, self.head_parameters(), others, summed=summed, chunk=self.loss_chunk
+            features, targets, self._scored_logits, self.head_parameters(), others, summed=summed, chunk=self.loss_chunk
         )
         return found._replace(heads=heads)
 
     def _logits(self, features: Tensor) -> Tensor:
         logits = self.to_logits(features)
         return logits if self.gather_logits is None else self.gather_logits(logits)
+
+    def _scored_logits(self, features: Tensor) -> Tensor:
+        logits = self._logits(features)[..., : self.scored_vocab]
+        return logits if self.temperature == 1 else logits.float() / self.temperature
 
     def add_heads(self, names: Collection[str]) -> None:
         """Adds scalar heads, which output 0 until trained.

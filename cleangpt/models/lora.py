@@ -5,8 +5,9 @@ W + alpha / rank · B A replaces it, where A `(rank, in_features)` and B `(out_f
 keeps its name, so that the model's plans and files stay as they are; its adapter is a child module called `lora`.
 """
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ CHILD = "lora"
 
 class Adapter(nn.Module):
     """A low-rank addition to the output of one linear layer; B is initialized to zero, so it starts as none."""
+
+    enabled: bool = True
+    """Whether the layer uses it."""
 
     def __init__(self, layer: nn.Linear, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
@@ -62,8 +66,21 @@ def add_adapter(layer: nn.Linear, config: LoRAConfig) -> None:
 
 
 def _add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    added: Tensor = layer.get_submodule(CHILD)(inputs[0])
-    return output + added
+    adapter = layer.get_submodule(CHILD)
+    return output + adapter(inputs[0]) if adapter.enabled else output
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Within this context the model computes what it would without its adapters: what they were trained from."""
+    adapters = [module for module in model.modules() if isinstance(module, Adapter)]
+    for adapter in adapters:
+        adapter.enabled = False
+    try:
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.enabled = True
 
 
 def is_adapter(name: str) -> bool:

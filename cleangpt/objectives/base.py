@@ -16,7 +16,7 @@ class Loss(NamedTuple):
     total: Tensor
     """What is minimized."""
     metrics: dict[str, Tensor] = {}  # noqa: RUF012 - never changed
-    """Detached sums to log besides the loss, by name."""
+    """Detached sums to log besides the loss, by name; of a name that ends in _max the largest is logged instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,8 @@ class Objective(Checked, section="objective"):
     """Names in `Batch.extras` that a batch must have."""
     heads: ClassVar[frozenset[str]] = frozenset()
     """Scalar heads to add to the model, such as a value head; their outputs are in `TokenScores.heads`."""
+    on_policy: ClassVar[bool] = False
+    """Whether batches are rollouts of the policy, as the section `rollouts` says, instead of the corpus's samples."""
 
     def count(self, batch: Batch) -> int:
         """The number of things the loss is averaged over, by default the batch's targets. The batch is on the host."""

@@ -23,6 +23,7 @@ from typing import Any
 from cleangpt.errors import UserError, parsing
 from cleangpt.files import check_regular, fsync_file, write_bytes
 from cleangpt.tracking.numbers import show_bytes, show_count, show_number, show_time
+from cleangpt.tracking.rollouts import ROLLOUTS
 
 METRICS_FILE, STEPS_FILE, SAMPLES_FILE = "metrics.jsonl", "steps.jsonl", "samples.jsonl"
 LINE_NUMBERS = {METRICS_FILE: "macro_batch", STEPS_FILE: "step", SAMPLES_FILE: "macro_batch"}
@@ -91,7 +92,7 @@ METRICS: dict[str, Metric] = {
     "exact_match": Metric(
         "exact match", "share", "share of scored samples answered exactly right", "tasks/exact_match"
     ),
-}
+} | {f"train_{name}": Metric(*words, f"rollout/{name}") for name, words in ROLLOUTS.items()}
 """The metrics in metrics.jsonl; besides these, ``train_NAME`` and ``val_NAME`` are the objective's metric NAME, and any
 other key is a task score.
 

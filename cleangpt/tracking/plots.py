@@ -44,6 +44,9 @@ SPREAD = (0.1, 0.9)
 LOSSES = ("loss", "val_loss", "grad_norm")
 """Metrics whose axis does not start at zero, and is logarithmic if they fall or rise by more than `LOG_SPAN`."""
 LOG_SPAN = 100
+ROLLED_OUT = ("reward", "reward_std", "groups_without_signal", "kl", "entropy", "answer_length", "truncated_share")
+"""Metrics of rollouts that are drawn, where there are any."""
+DISTANCE = "√KL from the initial model, √nats"
 NOISY = ("loss", "grad_norm", "tokens_per_second")
 """Metrics that are drawn like that, besides an objective's metrics and task scores."""
 
@@ -81,6 +84,26 @@ def objective_plot(runs: Runs, steps: Runs, path: Path) -> Path | None:
     curves = {name: steps for name in _names(steps) if name not in metrics.STEP_METRICS}
     curves |= {name: runs for name in _names(runs) if metrics.is_objective_metric(name) and name.startswith("val_")}
     return panels(curves, "tokens", "Metrics of the objective", path)
+
+
+def rollout_plot(runs: Runs, path: Path) -> Path | None:
+    """A policy's rewards, and what tells how it changes, over tokens."""
+    names = [f"train_{name}" for name in ROLLED_OUT]
+    return panels(dict.fromkeys(names, runs), "tokens", "Rollouts", path)
+
+
+def reward_plot(runs: Runs, path: Path) -> Path | None:
+    """Training reward and task scores over √KL from the initial model, as in Gao et al. 2022, "Scaling laws for reward
+    model overoptimization": whether what is learned is worth what it costs."""
+    measured = {
+        run: [
+            {**row, DISTANCE: math.sqrt(max(row["train_kl"], 0.0))} for row in rows if row.get("train_kl") is not None
+        ]
+        for run, rows in runs.items()
+    }
+    measured = {run: rows for run, rows in measured.items() if rows}
+    names = ["train_reward", *(name for name in _names(measured) if metrics.scores([name]))]
+    return panels(dict.fromkeys(names, measured), DISTANCE, "Reward against KL", path) if measured else None
 
 
 def source_plot(runs: Runs, path: Path) -> Path | None:

@@ -86,6 +86,8 @@ def _draw(runs: Sequence[Run], folder: Path, prefix: str) -> dict[str, Path]:
         "Loss": plots.loss_plot(rows, steps, folder / f"{prefix}loss.png"),
         "Validation loss by source": plots.source_plot(rows, folder / f"{prefix}sources.png"),
         "Scores": plots.score_plot(rows, folder / f"{prefix}scores.png"),
+        "Rollouts": plots.rollout_plot(rows, folder / f"{prefix}rollouts.png"),
+        "Reward against KL": plots.reward_plot(rows, folder / f"{prefix}reward.png"),
         "Metrics of the objective": plots.objective_plot(rows, steps, folder / f"{prefix}objective.png"),
         "Schedules": plots.schedule_plot(rows, steps, folder / f"{prefix}schedules.png"),
         "Throughput": plots.throughput_plot(rows, steps, folder / f"{prefix}throughput.png"),
@@ -151,7 +153,7 @@ def _lead(runs: list[Run]) -> str:
     """The most important result in one sentence."""
     rated = [(run, lowest) for run in runs if (lowest := plots.best(run.rows)) is not None]
     if not rated:
-        return "<p class=lead>No validation loss yet.</p>"
+        return _lead_by_score(runs)
     if len({_validation_data(run) for run in runs} - {""}) > 1:
         return "<p class=lead>These runs were validated on different data: their losses cannot be compared.</p>"
     run, lowest = min(rated, key=lambda pair: float(pair[1]["val_loss"]))
@@ -170,6 +172,15 @@ def _validation_data(run: Run) -> str:
             for entry in run.data.values()
         ]
     return json.dumps(kept, sort_keys=True) if kept else ""
+
+
+def _lead_by_score(runs: list[Run]) -> str:
+    """The same for runs without a validation loss: the last task score of the first."""
+    for run in runs:
+        if names := scores(run.rows[-1]):
+            words = f"{_text(label(names[0]).capitalize())} <b>{_text(show(names[0], run.rows[-1][names[0]]))}</b>"
+            return f"<p class=lead>{words} after the last macro-batch of {_text(run.name)}.</p>"
+    return "<p class=lead>No validation loss yet.</p>"
 
 
 def summary(run: Run) -> dict[str, str]:

@@ -17,6 +17,7 @@ from cleangpt.config import FineTuningConfig, TrainingConfig
 from cleangpt.corpora.mixture import environments
 from cleangpt.data.loader import DatasetSource
 from cleangpt.data.mixing import MixedDataset, mean_shares, split_samples
+from cleangpt.data.source import BatchSource
 from cleangpt.distributed.device import (
     RandomState,
     autocast,
@@ -34,13 +35,22 @@ from cleangpt.distributed.device import (
 from cleangpt.distributed.layout import Layout, choose_layout, state_bytes
 from cleangpt.distributed.parallelize import apply_activation_checkpointing, parallelize, wrap_ddp
 from cleangpt.distributed.processes import Ranks
+from cleangpt.environments.base import Environment
+from cleangpt.errors import UserError
 from cleangpt.evaluation.tasks import mean_reward
 from cleangpt.evaluation.validate import loss_metrics, source_metrics
-from cleangpt.experiment import Experiment
+from cleangpt.experiment import Experiment, samples_per_macro_batch
 from cleangpt.inference.text import sample_text
 from cleangpt.models import build_model
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.flops import flops_per_token
+from cleangpt.objectives.policy import PolicyObjective
+from cleangpt.rollouts.build import load_reward_model, open_sampler
+from cleangpt.rollouts.collecting import Collector
+from cleangpt.rollouts.episodes import Sampler
+from cleangpt.rollouts.reference import Reference
+from cleangpt.rollouts.scoring import Scorer
+from cleangpt.rollouts.source import RolloutSource, Sizes
 from cleangpt.tracking import NullTracker, Trackers, create_trackers
 from cleangpt.tracking.metrics import metric_key
 from cleangpt.tracking.progress import ProgressBar
@@ -48,6 +58,7 @@ from cleangpt.training.balancing import ExpertLoadBalancer
 from cleangpt.training.deadline import WRITE_RATE, Deadline
 from cleangpt.training.early_stopping import EarlyStopping
 from cleangpt.training.finetuning import freeze_and_add_lora, frozen_names, lr_factors, start_from
+from cleangpt.training.generation import vllm_opener
 from cleangpt.training.meter import Meter
 from cleangpt.training.metrics import Recorder, Row, StepLog, Throughput
 from cleangpt.training.mup import mup_scales, scale_init
@@ -133,7 +144,7 @@ def build_trainer(
     model, layout, device = placed.model, placed.layout, placed.device
     length = Length(experiment.data.batch_size, training.batches_per_macro_batch, training.num_macro_batches)
     micro_batch_size = training.micro_batch_size or experiment.data.batch_size // layout.dp_size
-    source = open_source(experiment, dataset, layout, ranks, device)
+    source = open_source(experiment, dataset, placed, ranks, log)
     optimizer = build_optimizer(experiment, model)
     trackers = NullTracker(run) if not ranks.is_main else create_trackers(
         experiment.tracking, run, experiment.name, experiment_json(experiment), log
@@ -143,7 +154,7 @@ def build_trainer(
         experiment.fine_tuning.lora, dataset.chat_template, log,
     )  # fmt: skip
     position, meter, spikes = Position(), Meter(device, ranks), SpikeDetector(training, ranks)
-    early_stopping = EarlyStopping(experiment.early_stopping)
+    early_stopping = EarlyStopping(experiment.early_stopping, experiment.saving.best.startswith("highest"))
     state = TrainState(
         {
             "position": position,
@@ -166,6 +177,7 @@ def build_trainer(
             experiment.init_from, model, optimizer, experiment.model, dataset.tokenizer, ranks, snapshots.group, log,
             with_moments=experiment.fine_tuning.optimizer_state == "kept",
         )  # fmt: skip
+    validate = validate and not experiment.objective.on_policy  # whose validation are the scores of tasks
     validator = build_validator(experiment, dataset, placed, ranks, micro_batch_size) if validate else None
     recovery = Recovery(
         spikes, Health(model, optimizer, ranks, training.max_skipped_steps), saver, source, trackers, position, length
@@ -207,7 +219,7 @@ def place_model(experiment: Experiment, ranks: Ranks, log: Callable[[str], None]
         gather_dtype=dtype if gathered else None, reshard_after_forward=parallel.reshard_after_forward,
         timeout=ranks.timeout,
     )  # fmt: skip
-    model.loss_chunk = training.loss_chunk
+    set_scoring(model, experiment)
     called = cast(LanguageModel, torch.compile(model)) if compiled == "model" else model
     forward_model = wrap_ddp(called, layout, device)
     scale_init(model, mup_scales(experiment.model, experiment.optimizer))
@@ -226,14 +238,86 @@ def _prepare(model: LanguageModel, training: TrainingConfig, tuning: FineTuningC
         compile_blocks(model)
 
 
+def set_scoring(model: LanguageModel, experiment: Experiment) -> None:
+    """Tells a model how its scores of targets are computed: in chunks, and for a policy as it is sampled."""
+    model.loss_chunk = experiment.training.loss_chunk
+    if experiment.objective.on_policy:
+        model.temperature = experiment.rollouts.temperature
+
+
 def open_source(
-    experiment: Experiment, dataset: MixedDataset, layout: Layout, ranks: Ranks, device: torch.device
-) -> DatasetSource:
-    """The training batches of this process."""
+    experiment: Experiment, dataset: MixedDataset, placed: PlacedModel, ranks: Ranks, log: Callable[[str], None]
+) -> BatchSource:
+    """The training batches of this process: of the corpus, or the policy's own."""
+    if isinstance(experiment.objective, PolicyObjective):
+        return open_rollouts(experiment, experiment.objective, dataset, placed, ranks, log)
+    layout = placed.layout
     return DatasetSource(
         open_stream(experiment, dataset), experiment.data.batch_size, prefetch=experiment.data.prefetch,
-        pin_memory=device.type == "cuda", rank=layout.dp_rank(ranks.rank), world_size=layout.dp_size,
+        pin_memory=placed.device.type == "cuda", rank=layout.dp_rank(ranks.rank), world_size=layout.dp_size,
     )  # fmt: skip
+
+
+def open_rollouts(
+    experiment: Experiment, objective: PolicyObjective, dataset: MixedDataset, placed: PlacedModel, ranks: Ranks,
+    log: Callable[[str], None],
+) -> RolloutSource:  # fmt: skip
+    """Rollouts of the model in the environment of its corpus.
+
+    Raises:
+        UserError: there is no such environment, a prompt is too long, or the reward model cannot be loaded.
+    """
+    config, model, device, seed = experiment.rollouts, placed.model, placed.device, experiment.training.seed
+    model.scored_vocab = dataset.vocab_size
+    environment, limit = only_environment(experiment, dataset), experiment.data.seq_len + 1
+    scorer = Scorer(
+        config, environment, dataset.tokenizer, log if ranks.is_main else lambda text: None,
+        load_reward_model(config.reward_model, dataset.tokenizer, device), device,
+    )  # fmt: skip
+    plain = partial(uncompiled, experiment.training.compile)
+    opener: Callable[[], AbstractContextManager[Sampler]] = partial(
+        open_sampler, config, model, device, dataset.vocab_size, experiment.parallel.reshard_after_forward, plain
+    )
+    if config.sampler == "vllm":
+        opener = vllm_opener(model, dataset.sources[0].dataset, ranks.world_size, seed)
+    collector = Collector(config, environment, scorer, opener, dataset.tokenizer, limit=limit, seed=seed, ranks=ranks)
+
+    def build_reference() -> LanguageModel:
+        with torch.random.fork_rng():
+            copy = parallelize(
+                lambda: build_model(experiment.model, objective.heads), placed.layout, device,
+                reshard_after_forward=experiment.parallel.reshard_after_forward, timeout=ranks.timeout,
+            )  # fmt: skip
+        set_scoring(copy, experiment)
+        copy.scored_vocab = dataset.vocab_size
+        return copy.eval().requires_grad_(False)
+
+    sizes = Sizes(
+        experiment.data.batch_size,
+        experiment.training.accumulation,
+        samples_per_macro_batch(experiment) // config.samples,
+    )
+    measured = config.measure_kl or objective.kl_coef > 0
+    return RolloutSource(
+        config, objective, collector, model, Reference(model, build_reference) if measured else None, sizes, seed=seed,
+        ranks=ranks, device=device, autocast=placed.autocast,
+    )  # fmt: skip
+
+
+def only_environment(experiment: Experiment, dataset: MixedDataset) -> Environment:
+    """The environment that a policy acts in.
+
+    Raises:
+        UserError: the corpus has none, or several.
+    """
+    found = environments(experiment.corpus, dataset)
+    if list(found) != [""]:
+        kind = type(experiment.objective).__name__
+        has = f"{len(found)} environments" if found else "none"
+        raise UserError(
+            f"objective {kind} needs a corpus with an environment; {type(experiment.corpus).__name__} has {has}"
+        )
+    return found[""]
 
 
 def build_optimizer(experiment: Experiment, model: LanguageModel) -> Optimizer:
@@ -261,7 +345,7 @@ def build_validator(
 
 def build_recorder(
     experiment: Experiment, dataset: MixedDataset, placed: PlacedModel, ranks: Ranks, trackers: Trackers,
-    progress: ProgressBar, source: DatasetSource, validator: Validator | None,
+    progress: ProgressBar, source: BatchSource, validator: Validator | None,
 ) -> Recorder:  # fmt: skip
     """The recorder of metrics for trackers and progress bar."""
     model, device, tracking = placed.model, placed.device, experiment.tracking
@@ -269,11 +353,13 @@ def build_recorder(
     found = environments(experiment.corpus, dataset) if tracking.score_samples else {}
 
     def validation_metrics(val_loss: float) -> Row:
+        if experiment.objective.on_policy:
+            return {}
+        own = {"val_loss": val_loss, **loss_metrics(val_loss, splits.get(""))}
         if validator is None:
-            return loss_metrics(val_loss, splits.get(""))
+            return own
         others = {f"val_{name}": value for name, value in validator.mean_metrics().items() if name != "loss"}
-        by_source = source_metrics("val_loss", validator.losses(), splits)
-        return {**others, **loss_metrics(val_loss, splits.get("")), **by_source}
+        return {**own, **others, **source_metrics("val_loss", validator.losses(), splits)}
 
     def scores() -> Row:
         if not found:
@@ -288,6 +374,8 @@ def build_recorder(
             }
 
     def sample(macro_batch: int) -> str:
+        if isinstance(source, RolloutSource):
+            return "\n".join(source.examples)
         first = dataset.sources[0].dataset
         with uncompiled(experiment.training.compile):
             return sample_text(model, first, tracking.sample_prompt, tracking.sample_tokens, device, macro_batch)
@@ -298,4 +386,5 @@ def build_recorder(
         trackers, progress, StepLog(every, seq_len, trackers, ranks),
         Throughput(seq_len, flops_per_token(model, seq_len), peak_flops(device), ranks.world_size),
         source, ranks, device, validation_metrics, scores, sample if tracking.sample_tokens else None,
+        experiment.saving.best,
     )  # fmt: skip

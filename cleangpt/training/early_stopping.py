@@ -7,15 +7,19 @@ from cleangpt.config import EarlyStoppingConfig
 
 
 class EarlyStopping:
-    """Counts macro-batches since the validation loss last fell by more than `min_delta`; a NaN is no improvement."""
+    """Counts macro-batches since the validation loss last fell by more than `min_delta`; a NaN is no improvement.
 
-    def __init__(self, config: EarlyStoppingConfig) -> None:
-        self.config = config
+    With `highest`, another metric that is to rise.
+    """
+
+    def __init__(self, config: EarlyStoppingConfig, highest: bool = False) -> None:
+        self.config, self.highest = config, highest
         self.best = math.inf
         self.waited = 0
 
     def update(self, val_loss: float) -> None:
-        """Records the validation loss of a macro-batch, in nats."""
+        """Records the validation loss of a macro-batch in nats, or the other metric."""
+        val_loss = -val_loss if self.highest else val_loss
         if val_loss < self.best - self.config.min_delta:
             self.best, self.waited = val_loss, 0
         else:
@@ -23,8 +27,10 @@ class EarlyStopping:
 
     @property
     def should_stop(self) -> bool:
-        """Whether patience has run out."""
-        return self.config.patience is not None and self.waited >= self.config.patience
+        """Whether patience has run out, or the target is reached."""
+        target = None if self.config.target is None else -self.config.target if self.highest else self.config.target
+        reached = target is not None and self.best <= target
+        return reached or (self.config.patience is not None and self.waited >= self.config.patience)
 
     def state_dict(self) -> dict[str, Any]:
         """The state for a snapshot."""

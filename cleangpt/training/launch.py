@@ -42,12 +42,14 @@ from cleangpt.interchange.huggingface import find
 from cleangpt.models import model_class
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.flops import flops_per_token
+from cleangpt.rollouts.build import check_rollouts
+from cleangpt.rollouts.collecting import check_prompts
 from cleangpt.screen import Screen
 from cleangpt.tracking import check_tracking
 from cleangpt.tracking.metrics import metric_key
 from cleangpt.tracking.numbers import show_bytes, show_number
 from cleangpt.tracking.progress import ProgressBar
-from cleangpt.training.build import open_trainer
+from cleangpt.training.build import only_environment, open_trainer
 from cleangpt.training.finetuning import check_parameters
 from cleangpt.training.resolve import open_stream, resolve, resolve_with
 
@@ -172,11 +174,20 @@ def check(
         check_registered(experiment)
         check_tracking(experiment.tracking)
         _check_source(experiment)
+    on_policy = experiment.objective.on_policy
+    if on_policy:
+        check_rollouts(
+            experiment.rollouts, experiment.data, experiment.training, experiment.schedule.batch_size, experiment.model,
+            experiment.fine_tuning.lora, layout,
+        )  # fmt: skip
     if store is not None:
         if (tokens := total_samples(experiment) * experiment.data.seq_len) >= 2**63:
             raise UserError(f"the run has {tokens:,} tokens; allowed: less than 2**63")
-        split_samples(store, "val", experiment.data.seq_len)
-        open_stream(experiment, store)
+        if on_policy:
+            check_prompts(only_environment(experiment, store), experiment.data.seq_len + 1)
+        else:
+            split_samples(store, "val", experiment.data.seq_len)
+            open_stream(experiment, store)
         _check_columns(experiment, store.columns)
         _check_scoring(experiment, store)
         check_parameters(experiment.fine_tuning, experiment.model, experiment.optimizer, layout)
@@ -212,7 +223,7 @@ def _check_corpus(experiment: Experiment) -> None:
         raise UserError(f"corpus is a {type(corpus).__name__}; allowed: a subclass of cleangpt.corpora.Corpus")
     corpus.check()
     row_length = getattr(corpus, "row_length", None)
-    if row_length is not None and seq_len != row_length - 1:
+    if row_length is not None and seq_len != row_length - 1 and not experiment.objective.on_policy:
         raise UserError(f"data.seq_len is {seq_len}; allowed: {row_length - 1}, the corpus's row length - 1")
 
 
@@ -220,7 +231,7 @@ def _check_columns(experiment: Experiment, columns: Mapping[str, Column]) -> Non
     """Checks that batches have what model and objective read, and that the model can have the objective's heads."""
     inputs = {name for name, column in columns.items() if column.role == "input"}
     objective, kind = experiment.objective, type(experiment.objective).__name__
-    if missing := sorted(objective.reads - (columns.keys() - inputs)):
+    if missing := [] if objective.on_policy else sorted(objective.reads - (columns.keys() - inputs)):
         raise UserError(f"objective {kind} reads {missing[0]!r}, which the batches of this corpus do not have")
     model = model_class(experiment.model)
     if missing := sorted(model.inputs - inputs):
@@ -313,10 +324,19 @@ def summary(
         f"model    {parameters:,} parameters{share}, {flops_per_token(model, data.seq_len):,} FLOPs per token",
         f"memory   about {show_bytes(state + activations)}: weights, gradients and moments {show_bytes(state)}, "
         f"activations {show_bytes(activations)}",
-        *_data_lines(experiment, store),
+        *(_rollout_lines(experiment) if experiment.objective.on_policy else _data_lines(experiment, store)),
         f"length   {training.num_macro_batches} macro-batches of {training.batches_per_macro_batch} batches "
         f"of {data.batch_size} x {data.seq_len} tokens: {tokens:,} tokens",
         f"device   {describe_device(device)}, precision {choose_precision(device, training.precision)}",
+    ]
+
+
+def _rollout_lines(experiment: Experiment) -> list[str]:
+    """A line about the rounds of rollouts."""
+    config, rounds = experiment.rollouts, total_samples(experiment) // experiment.rollouts.samples
+    return [
+        f"rollouts {rounds:,} rounds of {config.prompts:,} prompts x {config.completions} answers, {config.passes} "
+        f"pass{'es' * (config.passes > 1)} over each; rewards: {', '.join(reward.name for reward in config.rewards)}"
     ]
 
 

@@ -1,6 +1,7 @@
 """Sums over a step and a macro-batch: losses, gradient norms and the objective's metrics."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,8 @@ from cleangpt.training.state import set_numbers
 
 SHARED = ("grad_norm", "count", "updates")
 """The sums of a `Meter` on the device that are the same on every process."""
+MAXIMUM = "_max"
+"""How the name of a metric ends that is a maximum instead of a sum."""
 
 
 class LossSums:
@@ -30,11 +33,23 @@ class LossSums:
         """Adds a micro-batch."""
         self.total += loss.total.detach() / self.copies
         for name, value in loss.metrics.items():
-            _add(self.metrics, name, value.detach().to(self.total.dtype) / self.copies)
+            value = value.detach().to(self.total.dtype)
+            _add(self.metrics, name, value if name.endswith(MAXIMUM) else value / self.copies)
 
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
-    sums[name] = sums[name] + value if name in sums else value
+    combine = torch.maximum if name.endswith(MAXIMUM) else torch.add
+    sums[name] = combine(sums[name], value) if name in sums else value
+
+
+def mean(total: float, count: float) -> float:
+    """`total` / `count`; NaN if nothing was counted."""
+    return total / count if count else math.nan
+
+
+def combine(name: str, parts: Sequence[float], count: float) -> float:
+    """A metric over all processes from that of each: the mean per counted thing, or the maximum."""
+    return max(parts) if name.endswith(MAXIMUM) else mean(math.fsum(parts), count)
 
 
 @dataclass(frozen=True)
@@ -44,7 +59,7 @@ class StepResult:
     loss: Tensor
     """Loss of this process's rows, summed over what the objective counts; 0-dim, on the device."""
     metrics: dict[str, Tensor]
-    """Metrics of the objective, likewise summed."""
+    """Metrics of the objective, likewise summed; those whose names end in _max are maxima."""
     count: float
     """The objective's count, over all processes."""
     grad_norm: Tensor
@@ -54,11 +69,6 @@ class StepResult:
     samples: int
     lr: float
     weight_decay: float
-
-
-def mean(total: float, count: float) -> float:
-    """`total` / `count`; NaN if nothing was counted."""
-    return total / count if count else math.nan
 
 
 class Meter:
@@ -103,9 +113,10 @@ class Meter:
 
     def mean_metrics(self) -> dict[str, float]:
         """The means of the objective's metrics, likewise."""
-        names, count = sorted(self.metrics), self.count.item()
-        means = self._ranks.sum(*(mean(self.metrics[name].item(), count) for name in names))
-        return dict(zip(names, means, strict=True))
+        names = sorted(self.metrics)
+        parts = self._ranks.all_gather([self.metrics[name].item() for name in names])
+        count = self.count.item()
+        return {name: combine(name, values, count) for name, *values in zip(names, *parts, strict=True)}
 
     def mean_grad_norm(self) -> float:
         """The mean gradient norm; NaN if every step was skipped."""
@@ -135,5 +146,6 @@ class Meter:
             own = sums[self._ranks.rank]
         else:
             own = {name: math.fsum(each[name] for each in sums) * self._ranks.is_main for name in sums[0]}
+            own |= {name: max(each[name] for each in sums) for name in own if name.endswith(MAXIMUM)}
         self.loss += own.pop("loss")
         self.metrics = {name: torch.full_like(self.loss, value) for name, value in own.items()}

@@ -11,10 +11,10 @@ from torch import Tensor
 from cleangpt.data.source import BatchSource
 from cleangpt.distributed.device import peak_memory
 from cleangpt.distributed.processes import Ranks
-from cleangpt.errors import UserError
+from cleangpt.errors import UserError, nearest
 from cleangpt.tracking import Trackers
 from cleangpt.tracking.progress import ProgressBar
-from cleangpt.training.meter import Meter, StepResult, mean
+from cleangpt.training.meter import Meter, StepResult, combine, mean
 from cleangpt.training.state import Position
 
 FLUSH = 64
@@ -79,12 +79,12 @@ class StepLog:
         names = sorted({name for _, step in points for name in step.metrics})
         zero = torch.zeros_like(points[0][1].loss)
         table = torch.stack([self._numbers(step, names, zero) for _, step in points]).tolist()
-        sums = iter(self.ranks.sum(*(number for row in table for number in row[2:])))
         rows = []
-        for (row, step), (grad_norm, skipped, *_) in zip(points, table, strict=True):
-            means = [mean(next(sums), step.count) for _ in ("loss", *names)]
-            rows.append({**row, "loss": means[0], "grad_norm": grad_norm, "skipped": int(skipped > 0),
-                         **dict(zip(names, means[1:], strict=True))})  # fmt: skip
+        for (row, step), own, *tables in zip(points, table, *self.ranks.all_gather(table), strict=True):
+            _, _, *columns = zip(*tables, strict=True)
+            named = zip(("loss", *names), columns, strict=True)
+            rows.append({**row, "loss": 0.0, "grad_norm": own[0], "skipped": int(own[1] > 0),
+                         **{name: combine(name, parts, step.count) for name, parts in named}})  # fmt: skip
         self.trackers.log_steps(rows)
 
     @staticmethod
@@ -99,12 +99,14 @@ class Recorder:
     def __init__(
         self, trackers: Trackers, progress: ProgressBar, step_log: StepLog, throughput: Throughput, source: BatchSource,
         ranks: Ranks, device: torch.device, validation_metrics: Callable[[float], Row], scores: Callable[[], Row],
-        sample: Callable[[int], str] | None,
+        sample: Callable[[int], str] | None, best: str = "lowest val_loss",
     ) -> None:  # fmt: skip
-        """The caller supplies metrics derived from the validation loss, task scores, and a sampled text."""
+        """The caller supplies the validation loss with metrics derived from it, task scores, and a sampled text; and
+        which metric makes the best checkpoint."""
         self.trackers, self.progress, self.step_log, self.throughput = trackers, progress, step_log, throughput
         self.source, self.ranks, self.device = source, ranks, device
         self.validation_metrics, self.scores, self.sample = validation_metrics, scores, sample
+        self.best = best.split()[1]
 
     def update_progress(self, position: Position, meter: Meter, batches: int, seconds: float) -> None:
         """Shows the macro-batch so far; not after every step, since reading the loss waits for the device."""
@@ -119,11 +121,20 @@ class Recorder:
             },
         )
 
-    def record(self, position: Position, meter: Meter, val_loss: float, recovery: Row, skipped_steps: int) -> None:
-        """Records the macro-batch just finished."""
+    def record(self, position: Position, meter: Meter, val_loss: float, recovery: Row, skipped_steps: int) -> float:
+        """Records the macro-batch just finished; returns the metric that makes the best checkpoint.
+
+        Raises:
+            UserError: there is no such metric.
+        """
         row = {**self._row(position, meter, val_loss), "skipped_steps": skipped_steps, **recovery}
         self.trackers.record(row)
         self.progress.record(row)
+        if (value := row.get(self.best)) is None:
+            raise UserError(
+                f"saving.best names {self.best!r}, which is not a metric of this run{nearest(self.best, row)}"
+            )
+        return value
 
     def record_sample(self, macro_batch: int) -> None:
         """Records a text sampled from the model, if configured."""
@@ -148,7 +159,6 @@ class Recorder:
             "tokens": position.samples * self.throughput.seq_len,
             "train_loss": meter.mean_loss(),
             **{f"train_{name}": value for name, value in meter.mean_metrics().items()},
-            "val_loss": val_loss,
             **self.validation_metrics(val_loss),
             **(self._try(self.scores) or {}),
             "lr": meter.lr,

@@ -32,6 +32,8 @@ def resolve(experiment: Experiment, vocab_size: int, epoch: int | None = None) -
 
 def resolve_with(experiment: Experiment, store: MixedDataset) -> Experiment:
     """`resolve` with a prepared dataset."""
+    if experiment.objective.on_policy:
+        return resolve(experiment, store.vocab_size)
     samples = list(split_samples(store, "train", experiment.data.seq_len).values())
     return resolve(experiment, store.vocab_size, samples[0].num_training if len(samples) == 1 else None)
 

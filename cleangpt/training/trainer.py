@@ -81,9 +81,9 @@ class Trainer:
                     if self.stopping.requested:
                         continue
                     self.position.macro_batch += 1
-                    self.record(val_loss)
-                    self.keep_checkpoint(val_loss)
-                    self.stopping.early.update(val_loss)
+                    ranked = self.record(val_loss)
+                    self.keep_checkpoint(ranked)
+                    self.stopping.early.update(ranked)
                     if self.position.macro_batch % self.snapshot_every == 0:
                         self.save_snapshot()
                 self.saver.save_last(self.recovery.check_weights)
@@ -154,17 +154,18 @@ class Trainer:
                 self.recovery.check_last_steps()
         return val_loss
 
-    def record(self, val_loss: float) -> None:
-        """Records the metrics of the macro-batch just finished, and starts the next."""
+    def record(self, val_loss: float) -> float:
+        """Records the metrics of the macro-batch just finished, and starts the next; returns that of `saving.best`."""
         self.position.read_clock()
         skipped = int(self.optimizer.skipped[0].item())
-        self.recorder.record(self.position, self.meter, val_loss, self.recovery.metrics(), skipped)
+        ranked = self.recorder.record(self.position, self.meter, val_loss, self.recovery.metrics(), skipped)
         self.meter.reset()
         self.stopping.deadline.begin_macro_batch()
+        return ranked
 
-    def keep_checkpoint(self, val_loss: float) -> None:
-        """Saves a checkpoint, and records a text sampled from the model, if the loss is among the best."""
-        if self.checkpoints.offer(self.position.macro_batch, val_loss, self.model):
+    def keep_checkpoint(self, ranked: float) -> None:
+        """Saves a checkpoint, and records a text sampled from the model, if it is among the best."""
+        if self.checkpoints.offer(self.position.macro_batch, ranked, self.model):
             self.recorder.record_sample(self.position.macro_batch)
 
     def save_snapshot(self) -> None:

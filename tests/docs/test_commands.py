@@ -22,6 +22,7 @@ from cleangpt import experiment_files
 from cleangpt.commands import main
 from cleangpt.commands.demo import EXPERIMENTS
 from cleangpt.corpora import CORPORA
+from cleangpt.environments.rewards import REWARDS
 from cleangpt.experiment_files import experiments
 from cleangpt.models import MODELS
 from cleangpt.objectives import OBJECTIVES
@@ -35,7 +36,7 @@ LONG = ("README", "cli", "distributed", "experiments", "fine_tuning", "generatio
 SHORT = shlex.split(
     "--training.macro-batches 1 --training.batches-per-macro-batch 2 --training.accumulation 1"
     " --training.micro-batch-size None --data.batch-size 4 --data.val-samples 4 --model.n-layers 1"
-    " --tracking.sample-tokens 2"
+    " --tracking.sample-tokens 2 --rollouts.prompts 4 --rollouts.completions 2"
 )
 SHORT_RESUMED = ["--training.macro-batches", "2"]
 SMALLER = {
@@ -140,7 +141,7 @@ def run(line: str) -> int:
     if words[0] == "python":
         return subprocess.run([sys.executable, *words[1:]], timeout=240, check=False).returncode
     assert words[0] == "cleangpt", f"this line is neither run nor listed in NOT_RUN: {line}"
-    registries: list[dict[str, Any]] = [MODELS, CORPORA, OBJECTIVES]
+    registries: list[dict[str, Any]] = [MODELS, CORPORA, OBJECTIVES, REWARDS]
     before = [dict(registry) for registry in registries]
     try:
         return main(shortened(words[1:]))

@@ -19,7 +19,7 @@ from cleangpt.training.launch import resolve
 PROJECT = Path(__file__).parents[2]
 DOCUMENTS = [PROJECT / name for name in ("README.md", "README_zh.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 DOCUMENTS += sorted((PROJECT / "docs").glob("*.md"))
-SECTIONS = "corpus|data|model|optimizer|schedule|training|parallel|fine_tuning|early_stopping|saving|tracking"
+SECTIONS = "corpus|data|model|rollouts|optimizer|schedule|training|parallel|fine_tuning|early_stopping|saving|tracking"
 VOCABULARY = {
     "Adder": 13, "AdderChat": 257, "Fables": 257, "Multiplier": 13, "ShakespeareChar": 65, "Stdlib": 257,
     "TinyStories": 4096, "Mixture": 257,

@@ -17,7 +17,7 @@ from transformers.generation.logits_process import (
 )
 
 from cleangpt.errors import UserError
-from cleangpt.inference.sampling import Sampling, distribution, sample, seeded
+from cleangpt.inference.sampling import Sampling, distribution, row_seed, sample, uniform
 
 THEIRS = {
     "temperature": TemperatureLogitsWarper,
@@ -95,13 +95,14 @@ def test_extremes_take_the_token_that_their_limit_takes(fields: dict[str, Any], 
 def test_logits_that_are_not_finite_are_told_rather_than_sampled_from(value: float, temperature: float) -> None:
     logits = torch.tensor([[0.0, value, 1.0]])
     with pytest.raises(UserError, match="logits are not finite"):
-        sample(distribution(logits, Sampling(temperature=temperature)), [seeded(1)])
+        sample(distribution(logits, Sampling(temperature=temperature)), torch.tensor([0.5]))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_samples_follow_the_distribution(temperature: float) -> None:
     expected = distribution(torch.tensor([[1.0, 0.0, -1.0]]), Sampling(temperature=temperature))
-    counts = sample(expected.expand(4000, -1), [seeded(seed) for seed in range(4000)]).bincount(minlength=3)
+    draws = uniform([row_seed(seed) for seed in range(4000)], [0] * 4000)
+    counts = sample(expected.expand(4000, -1), draws).bincount(minlength=3)
     assert torch.allclose(counts / 4000, expected[0], atol=3 * math.sqrt(0.25 / 4000))
 
 
@@ -109,7 +110,7 @@ def test_samples_follow_the_distribution(temperature: float) -> None:
 def test_a_token_of_probability_0_is_never_sampled(seed: int, possible: set[int]) -> None:
     probabilities = torch.zeros(1, 10)
     probabilities[0, list(possible)] = 0.1
-    assert int(sample(probabilities, [seeded(seed)])) in possible
+    assert int(sample(probabilities, uniform([row_seed(seed)], [0]))) in possible
 
 
 def test_rows_sample_what_they_would_alone_and_the_global_generator_stays() -> None:
@@ -117,9 +118,20 @@ def test_rows_sample_what_they_would_alone_and_the_global_generator_stays() -> N
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    together, alone = ([seeded(seed) for seed in range(5)] for _ in range(2))
-    for _ in range(3):
-        sampled = sample(probabilities, together).tolist()
-        rows = zip(alone, probabilities, strict=True)
-        assert sampled == [int(sample(row[None], [generator])) for generator, row in rows]
+    seeds = [row_seed(seed) for seed in range(5)]
+    for index in range(3):
+        sampled = sample(probabilities, uniform(seeds, [index] * 5)).tolist()
+        rows = zip(seeds, probabilities, strict=True)
+        assert sampled == [int(sample(row[None], uniform([seed], [index]))) for seed, row in rows]
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_draws_are_uniform_and_independent_of_each_other() -> None:
+    """Over the indices of one row, and over rows with neighboring seeds; 32 bits, so never 1."""
+    one = uniform([row_seed(3)] * 4000, list(range(4000)))
+    many = uniform([row_seed(seed) for seed in range(4000)], [7] * 4000)
+    for draws in (one, many):
+        assert float(draws.min()) >= 0 and float(draws.max()) < 1
+        counts = (draws * 20).long().bincount(minlength=20)
+        assert float(((counts - 200).double().square() / 200).sum()) < 43.8  # chi-squared, 19 degrees, p = 0.001
+        assert abs(float(torch.corrcoef(torch.stack([draws[:-1], draws[1:]]))[0, 1])) < 0.06

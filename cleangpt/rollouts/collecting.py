@@ -1,0 +1,160 @@
+"""Collects a round of answers: which prompts, who generates what, and which groups are kept."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+
+from cleangpt.data.shuffle import Order, mix, permute
+from cleangpt.data.tokenizers import Tokenizer
+from cleangpt.distributed.processes import Ranks
+from cleangpt.environments.base import Environment, Episode, Prompt
+from cleangpt.environments.config import RolloutConfig
+from cleangpt.errors import UserError
+from cleangpt.inference.sampling import Sampling
+from cleangpt.rollouts.answers import Answer
+from cleangpt.rollouts.episodes import Sampler, play
+from cleangpt.rollouts.scoring import Scorer
+
+EXAMPLES = 4
+"""Answers of a round that are kept as text."""
+SPLIT = "train"
+CHECKED = 100
+"""Tasks of a split that are checked before a run starts."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """A round of answers; those of a prompt are neighbors."""
+
+    answers: list[Answer]
+    prompts: int
+    """Prompts drawn for it."""
+    without_signal: float
+    """The share of groups drawn in which all answers had the same reward."""
+    errors: int
+    """Rewards that failed, over all devices."""
+    examples: list[str]
+    """Some answers as text, with their rewards."""
+
+
+class Collector:
+    """Generates and scores answers; all processes call it together, and all get the whole round.
+
+    Answers are generated in chunks of `micro_batch_size`, each by one process, so that what a chunk is computed with
+    does not depend on how many processes there are.
+
+    Args:
+        config: of the rollouts.
+        environment: sets the prompts.
+        scorer: of answers.
+        sampling: opens the sampler of the current weights, for the length of a context.
+        tokenizer: of the text.
+        limit: the most tokens that a prompt with its answer may have.
+        seed: of the order of prompts and of the draws.
+        ranks: the processes.
+    """
+
+    def __init__(
+        self, config: RolloutConfig, environment: Environment, scorer: Scorer,
+        sampling: Callable[[], AbstractContextManager[Sampler]], tokenizer: Tokenizer, *, limit: int, seed: int,
+        ranks: Ranks,
+    ) -> None:  # fmt: skip
+        self.config, self.environment, self.scorer, self.sampling = config, environment, scorer, sampling
+        self.tokenizer, self.limit, self.seed, self.ranks = tokenizer, limit, seed, ranks
+        self.order = Order(environment.tasks(SPLIT), seed)
+
+    def collect(self, first: int) -> Collected:
+        """A round of answers to the prompts from position `first` on."""
+        config, kept, spare, drawn = self.config, list[list[Answer]](), list[list[Answer]](), 0
+        self.scorer.errors.count = 0
+        while len(kept) < config.prompts and drawn < config.prompts * (config.max_draws if drawn else 1):
+            groups = self._draw(first + drawn)
+            drawn += config.prompts
+            for group in groups:
+                (kept if has_signal(group) else spare).append(group)
+            if not config.dynamic_sampling:
+                kept = groups
+        without_signal = (drawn - len(kept)) / drawn if config.dynamic_sampling else _equal_share(kept)
+        groups = (kept + spare)[: config.prompts]
+        errors = self.ranks.sum(self.scorer.errors.count)[0]
+        answers = [answer for group in groups for answer in group]
+        return Collected(
+            answers, drawn, without_signal, int(errors), [self._text(group[0]) for group in groups[:EXAMPLES]]
+        )
+
+    def _draw(self, first: int) -> list[list[Answer]]:
+        """The groups of answers to a round's number of prompts, shared among the processes by chunks."""
+        config, each = self.config, self.config.completions
+        tasks = self.order.at(np.arange(first, first + config.prompts))[1].repeat(each)
+        rows, own = np.arange(len(tasks)), list[Answer]()
+        with self.sampling() as sampler, self.scorer.errors:
+            for number, start in enumerate(range(0, len(tasks), config.micro_batch_size)):
+                if number % self.ranks.world_size == self.ranks.rank:
+                    chunk = rows[start : start + config.micro_batch_size]
+                    own += self._chunk(sampler, tasks[chunk].tolist(), first * each + start)
+        answers = sorted((answer for part in self.ranks.all_gather(own) for answer in part), key=lambda one: one.id)
+        return [answers[start : start + each] for start in range(0, len(answers), each)]
+
+    def _chunk(self, sampler: Sampler, tasks: Sequence[int], first_id: int) -> list[Answer]:
+        """Answers to tasks; their ids are consecutive."""
+        prompts = {task: self._reset(task) for task in set(tasks)}
+        episodes = [Episode(SPLIT, task, prompts[task]) for task in tasks]
+        seeds = [mix(self.seed, first_id + row) for row in range(len(tasks))]
+        play(
+            sampler, self.environment, episodes, sampling=Sampling(temperature=self.config.temperature), seeds=seeds,
+            limit=self.limit, respond=self.scorer.respond,
+        )  # fmt: skip
+        return self.scorer.score(episodes, first_id)
+
+    def _reset(self, task: int) -> Prompt:
+        """The prompt of a task."""
+        prompt = self.environment.reset(SPLIT, task)
+        check_prompt_fits(prompt, self.limit, f"task {task} of the {SPLIT} split")
+        return prompt
+
+    def _text(self, answer: Answer) -> str:
+        """An answer for a reader, after its rewards."""
+        rewards = ", ".join(f"{name} {sum(scores):.3g}" for name, scores in answer.rewards.items())
+        begin = answer.actions[0][0] if answer.actions else len(answer.tokens)
+        prompt, text = (self.tokenizer.decode(part) for part in (answer.tokens[:begin], answer.tokens[begin:]))
+        return f"[reward {sum(answer.total):.3g}: {rewards}] {prompt}│{text}"
+
+
+def has_signal(group: Sequence[Answer]) -> bool:
+    """Whether the answers to a prompt that count differ in reward, by outcome: a standard deviation may round to 0."""
+    totals = {sum(answer.total) for answer in group if not answer.masked}
+    return len(totals) > 1
+
+
+def _equal_share(groups: Sequence[Sequence[Answer]]) -> float:
+    return sum(not has_signal(group) for group in groups) / len(groups)
+
+
+def check_prompts(environment: Environment, limit: int) -> None:
+    """Checks some tasks of every split that is used, before anything starts; all others as they are drawn.
+
+    Raises:
+        UserError: a prompt leaves too little room for its answer, or there are no tasks.
+    """
+    for split in (SPLIT, "val"):
+        count = environment.tasks(split)
+        if not count:
+            raise UserError(f"the environment has no tasks in the {split} split; allowed: one or more")
+        for task in permute(np.arange(min(count, CHECKED)), count, 1).tolist():
+            check_prompt_fits(environment.reset(split, task), limit, f"task {task} of the {split} split")
+
+
+def check_prompt_fits(prompt: Prompt, limit: int, what: str) -> None:
+    """Refuses a prompt that leaves too little room for its answer.
+
+    Raises:
+        UserError: names the lengths and the field.
+    """
+    longest = len(prompt.tokens) + prompt.max_new_tokens
+    if longest > limit:
+        raise UserError(
+            f"data.seq_len is {limit - 1}; {what} has a prompt of {len(prompt.tokens)} tokens and an answer of up to "
+            f"{prompt.max_new_tokens}; allowed: {longest - 1} or more"
+        )

@@ -1,0 +1,116 @@
+"""Rewards of answers: the environment's, a reward model's and your own functions', weighted and added up."""
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+
+from cleangpt.data.tokenizers import Tokenizer
+from cleangpt.environments.base import Environment, Episode, Feedback
+from cleangpt.environments.config import RolloutConfig
+from cleangpt.environments.rewards import REWARDS, Errors
+from cleangpt.errors import UserError, nearest
+from cleangpt.models.base import LanguageModel
+from cleangpt.models.head import TokenScores
+from cleangpt.rollouts.answers import Answer, from_episode
+
+TASK, MODEL, OVERLONG = "task", "model", "overlong"
+HEAD = "reward"
+"""The scalar head of a reward model."""
+
+
+def check_rewards(config: RolloutConfig) -> None:
+    """Checks that every reward has a function or a model.
+
+    Raises:
+        UserError: names the one that has none.
+    """
+    known = [TASK, MODEL, *REWARDS]
+    names = [reward.name for reward in config.rewards]
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f"rollouts.rewards: {name!r} is not registered in REWARDS; allowed: {', '.join(known)}"
+                f"{nearest(name, known)}"
+            )
+    if not names or len(set(names)) != len(names):
+        raise UserError(f"rollouts.rewards are {', '.join(names) or 'none'}; allowed: one or more, each name once")
+    if (MODEL in names) != (config.reward_model is not None):
+        has = "None" if config.reward_model is None else repr(config.reward_model)
+        raise UserError(f"rollouts.reward_model is {has}; allowed together with the reward 'model': a run")
+
+
+class Scorer:
+    """Scores answers."""
+
+    def __init__(
+        self, config: RolloutConfig, environment: Environment, tokenizer: Tokenizer, log: Callable[[str], None],
+        reward_model: LanguageModel | None = None, device: torch.device | None = None,
+    ) -> None:  # fmt: skip
+        self.config, self.environment, self.tokenizer = config, environment, tokenizer
+        self.reward_model, self.device = reward_model, device
+        self.errors = Errors(config.reward_timeout, log)
+
+    def respond(self, episode: Episode, action: list[int]) -> Feedback:
+        """The environment's feedback; if it fails, the episode ends with the reward of an error."""
+        feedback = self.errors.call(TASK, self.environment.step, episode, action)
+        return Feedback(self.config.error_reward) if feedback is None else cast(Feedback, feedback)
+
+    def score(self, episodes: Sequence[Episode], first_id: int) -> list[Answer]:
+        """The answers of episodes that are over, with all their rewards; their ids are consecutive."""
+        answers = [from_episode(episode, first_id + row, TASK) for row, episode in enumerate(episodes)]
+        for reward in self.config.rewards:
+            if reward.name == MODEL:
+                for answer, score in zip(answers, self._model_scores(answers), strict=True):
+                    answer.rewards[MODEL] = [score]
+            elif reward.name != TASK:
+                for answer, episode in zip(answers, episodes, strict=True):
+                    answer.rewards[reward.name] = [self._call(reward.name, episode)]
+        for answer, episode in zip(answers, episodes, strict=True):
+            self._total(answer, episode)
+        return answers
+
+    def _call(self, name: str, episode: Episode) -> float:
+        """The reward of one of the user's functions."""
+        prompt = self.tokenizer.decode(episode.prompt.tokens)
+        answer = self.tokenizer.decode(episode.tokens[len(episode.prompt.tokens) :])
+        score = self.errors.call(name, lambda *given: float(REWARDS[name](*given)), prompt, answer, episode)
+        finite = score is not None and abs(score) < float("inf")
+        if score is not None and not finite:
+            self.errors.call(name, _refuse, score)
+        return cast(float, score) if finite else self.config.error_reward
+
+    def _total(self, answer: Answer, episode: Episode) -> None:
+        """Adds up the rewards by weight; truncated and overlong answers as configured."""
+        config = self.config
+        answer.total = [0.0] * len(answer.actions)
+        for reward in config.rewards:
+            scores = answer.rewards[reward.name]
+            for turn, score in enumerate(scores, start=len(answer.total) - len(scores)):
+                answer.total[turn] += reward.weight * score
+        if answer.total and config.overlong_tokens:
+            last = len(episode.actions[-1])
+            over = last - (episode.prompt.max_new_tokens - config.overlong_tokens)
+            answer.rewards[OVERLONG] = [-min(max(over / config.overlong_tokens, 0.0), 1.0)]
+            answer.total[-1] += answer.rewards[OVERLONG][0]
+        if answer.truncated and config.truncated == "punish":
+            answer.total = [0.0] * (len(answer.total) - 1) + [config.truncated_reward] * bool(answer.total)
+        answer.masked = answer.truncated and config.truncated == "mask"
+
+    @torch.no_grad()
+    def _model_scores(self, answers: Sequence[Answer]) -> list[float]:
+        """The reward model's score of each answer: the head's output at the last token."""
+        assert self.reward_model is not None and self.device is not None
+        longest = max(len(answer.tokens) for answer in answers)
+        tokens = torch.zeros(len(answers), longest, dtype=torch.int64)
+        for row, answer in enumerate(answers):
+            tokens[row, : len(answer.tokens)] = torch.tensor(answer.tokens)
+        last = torch.tensor([[len(answer.tokens) - 1] for answer in answers])
+        given = tokens.to(self.device)
+        scores = cast(TokenScores, self.reward_model(given, targets=given, scores=[HEAD]))
+        found: list[float] = scores.heads[HEAD].cpu().gather(1, last)[:, 0].tolist()
+        return found
+
+
+def _refuse(score: float) -> None:
+    raise ValueError(f"returned {score}, which is not a finite number")

@@ -1,0 +1,170 @@
+"""Rewards are weighted and added up; a reward that fails is counted and named, and does not end the run."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from cleangpt.data.tokenizers import ByteTokenizer
+from cleangpt.environments.base import Environment, Episode, Feedback, Prompt
+from cleangpt.environments.config import Reward, RolloutConfig
+from cleangpt.environments.rewards import REWARDS
+from cleangpt.errors import UserError
+from cleangpt.rollouts.answers import as_columns
+from cleangpt.rollouts.scoring import Scorer, check_rewards
+
+TOKENIZER = ByteTokenizer()
+
+
+def code(text: str) -> list[int]:
+    return [int(token) for token in TOKENIZER.encode(text)]
+
+
+class Constant(Environment):
+    """Every answer is worth 2."""
+
+    def step(self, episode: Episode, action: list[int]) -> Feedback:
+        return Feedback(2.0)
+
+
+def length(prompt: str, answer: str, episode: Episode) -> float:
+    return len(answer)
+
+
+def broken(prompt: str, answer: str, episode: Episode) -> float:
+    raise KeyError("no such answer")
+
+
+def slow(prompt: str, answer: str, episode: Episode) -> float:
+    while True:
+        pass
+
+
+def infinite(prompt: str, answer: str, episode: Episode) -> float:
+    return float("inf")
+
+
+def text(prompt: str, answer: str, episode: Episode) -> Any:
+    return "good"
+
+
+@pytest.fixture(autouse=True)
+def registered() -> Iterator[None]:
+    own = {"length": length, "broken": broken, "slow": slow, "infinite": infinite, "text": text}
+    REWARDS.update(own)
+    yield
+    for name in own:
+        del REWARDS[name]
+
+
+def episode(answer: str, limit: int = 10, truncated: bool = False, reward: float = 2.0) -> Episode:
+    prompt = Prompt(code("ab"), limit, stop_ids={10})
+    tokens = code(answer)
+    return Episode("train", 0, prompt, [tokens], [Feedback(reward)], [[-0.5] * len(tokens)], truncated)
+
+
+def scorer(log: list[str] | None = None, **fields: Any) -> Scorer:
+    return Scorer(RolloutConfig(**fields), Constant(), TOKENIZER, (log if log is not None else []).append)
+
+
+def rewards(*named: tuple[str, float]) -> tuple[Reward, ...]:
+    return tuple(Reward(name=name, weight=weight) for name, weight in named)
+
+
+def test_rewards_are_added_up_by_weight() -> None:
+    (answer,) = scorer(rewards=rewards(("task", 1.0), ("length", -0.1))).score([episode("xyz")], 7)
+    assert answer.id == 7
+    assert answer.rewards == {"task": [2.0], "length": [3.0]}
+    assert answer.total == [pytest.approx(2.0 - 0.3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("broken", "broken: KeyError: 'no such answer'"),
+        ("slow", "slow: TimeoutError: took longer than 0.05 s"),
+        ("infinite", "infinite: ValueError: returned inf, which is not a finite number"),
+        ("text", "text: ValueError: could not convert string to float: 'good'"),
+    ],
+)
+def test_a_reward_that_fails_scores_as_an_error_and_is_counted_and_named_once(name: str, named: str) -> None:
+    log: list[str] = []
+    failing = scorer(log, rewards=rewards((name, 2.0)), reward_timeout=0.05, error_reward=-1.0)
+    began = time.perf_counter()
+    with failing.errors:
+        answers = failing.score([episode("a"), episode("b")], 0)
+    assert time.perf_counter() - began < 2
+    assert [answer.total for answer in answers] == [[-2.0], [-2.0]]
+    assert failing.errors.count == 2
+    assert len(log) == 1 and named in log[0]
+
+
+def test_an_environment_that_fails_ends_the_episode_with_the_reward_of_an_error() -> None:
+    class Broken(Environment):
+        def step(self, episode: Episode, action: list[int]) -> Feedback:
+            raise ZeroDivisionError
+
+    log: list[str] = []
+    failing = Scorer(RolloutConfig(error_reward=-3.0), Broken(), TOKENIZER, log.append)
+    assert failing.respond(episode("a"), [1]) == Feedback(-3.0)
+    assert failing.errors.count == 1 and "task: ZeroDivisionError" in log[0]
+
+
+def test_truncated_answers_are_kept_masked_or_punished_and_keep_their_own_tokens() -> None:
+    cut = episode("xyz", truncated=True)
+    for mode, total, counted in (("keep", 2.0, 3), ("mask", 2.0, 0), ("punish", -1.0, 3)):
+        (answer,) = scorer(truncated=mode).score([cut], 0)
+        columns = as_columns([answer])
+        assert answer.truncated and answer.total == [total]
+        assert columns["tokens"].tolist() == [code("abxyz")], "no end is patched in"
+        assert int(columns["mask"].sum()) == counted
+
+
+@pytest.mark.parametrize(("length", "expected"), [(5, 0.0), (6, 0.0), (8, -0.5), (10, -1.0)])
+def test_overlong_answers_lose_reward_linearly(length: int, expected: float) -> None:
+    """Yu et al. 2025, equation 13, with a limit of 10 and 4 tokens before it."""
+    (answer,) = scorer(overlong_tokens=4).score([episode("x" * length)], 0)
+    assert answer.total == [pytest.approx(2.0 + expected)]
+
+
+def test_the_end_of_an_answer_is_learned_exactly_once_even_if_padding_looks_like_it() -> None:
+    """With a tokenizer whose end of text is token 0, as padding is."""
+    prompt = Prompt([5, 6], 4, stop_ids={0})
+    answers = []
+    for tokens in ([7, 0], [7, 8, 9, 9]):
+        done = Episode("train", 0, prompt, [tokens], [Feedback(1.0)], [[-0.5] * len(tokens)], truncated=tokens[-1] != 0)
+        answers += scorer().score([done], 0)
+    columns = as_columns(answers)
+    targets = columns["tokens"][:, 1:][0].tolist()
+    assert targets == [6, 7, 0, 0, 0]
+    assert columns["mask"].tolist() == [[False, True, True, False, False], [False, True, True, True, True]]
+    assert columns["rewards"].tolist() == [[0, 0, 1, 0, 0], [0, 0, 0, 0, 1]]
+
+
+def test_what_the_environment_says_between_turns_is_read_but_not_learned() -> None:
+    turns = Episode(
+        "train", 0, Prompt([1, 2], 3), [[3], [4, 5]], [Feedback(0.25, done=False, tokens=[8, 9]), Feedback(1.0)],
+        [[-0.1], [-0.2, -0.3]],
+    )  # fmt: skip
+    (answer,) = scorer().score([turns], 0)
+    columns = as_columns([answer])
+    assert columns["tokens"].tolist() == [[1, 2, 3, 8, 9, 4, 5]] == [turns.tokens]
+    assert columns["mask"].tolist() == [[False, True, False, False, True, True]]
+    assert columns["logprobs"][0].tolist() == [0, -0.1, 0, 0, -0.2, -0.3]
+    assert columns["rewards"][0].tolist() == [0, 0.25, 0, 0, 0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rewards": rewards(("lenght", 1.0))}, "'lenght' is not registered in REWARDS; .*did you mean 'length'"),
+        ({"rewards": ()}, "rollouts.rewards are none; allowed: one or more"),
+        ({"rewards": rewards(("task", 1.0), ("task", 2.0))}, "are task, task; allowed: .* each name once"),
+        ({"rewards": rewards(("model", 1.0))}, "rollouts.reward_model is None; allowed together with"),
+        ({"reward_model": "x"}, "rollouts.reward_model is 'x'; allowed together with"),
+    ],
+)
+def test_rewards_that_are_nothing_are_refused_in_one_line(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_rewards(RolloutConfig(**fields))
