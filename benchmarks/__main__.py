@@ -14,7 +14,7 @@ from benchmarks.runner import Row, Setup, section, write_section
 from cleangpt.commands.options import parse
 from cleangpt.errors import UserError, nearest
 
-BENCHMARKS = ("loader", "store", "step", "snapshot", "resume", "parallel", "generation", "vs_nanogpt")
+BENCHMARKS = ("loader", "store", "step", "snapshot", "resume", "parallel", "generation", "preferences", "vs_nanogpt")
 RESULTS = Path(__file__).parent / "RESULTS.md"
 
 
@@ -23,7 +23,7 @@ class Options:
     """What to measure."""
 
     names: tyro.conf.Positional[tuple[str, ...]] = ()
-    """loader, store, step, snapshot, resume, parallel, generation, vs_nanogpt; empty: all."""
+    """loader, store, step, snapshot, resume, parallel, generation, preferences, vs_nanogpt; empty: all."""
     quick: bool = False
     """Smoke test: small sizes and few repetitions; results are not written."""
     peer: Path | None = None

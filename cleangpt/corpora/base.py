@@ -10,7 +10,7 @@ import contextlib
 import errno
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from cleangpt.config import CorpusConfig
 from cleangpt.corpora.card import card
 from cleangpt.data.chat_template import ChatTemplate
-from cleangpt.data.dataset import DATASET, Column, TokenDataset
+from cleangpt.data.columns import Column
+from cleangpt.data.dataset import DATASET, TokenDataset
 from cleangpt.data.tokenizers import Tokenizer
 from cleangpt.data.writer import DatasetWriter, Groups
 from cleangpt.environments.base import Environment
@@ -77,11 +78,13 @@ def write_dataset(
     source: Any = None,
     row_length: int | None = None,
     columns: Mapping[str, Column] | None = None,
+    group: Sequence[str] = (),
     chat_template: ChatTemplate | None = None,
     max_tokens: int | None = None,
 ) -> TokenDataset:
     """Writes the chunks of all groups; `groups(n)` yields those after the first n.
 
+    With a `group`, neighbouring rows belong together, in the roles that it names, such as chosen and rejected.
     With `max_tokens` it stops after the group that reaches this number of training tokens.
 
     Raises:
@@ -89,7 +92,7 @@ def write_dataset(
     """
     writer = DatasetWriter(
         folder, as_json(corpus), tokenizer, source=source, row_length=row_length, masked=row_length is not None,
-        columns=columns, chat_template=chat_template,
+        columns=columns, group=group, chat_template=chat_template,
     )  # fmt: skip
     try:
         with _progress(console) as bar:

@@ -103,26 +103,15 @@ class Chat(TextCorpus):
         paths = find_files(self.files)
         if plain := next(filter(is_plain, paths), None):
             raise UserError(f"{plain} has no conversations; allowed: .jsonl, .jsonl.gz, .jsonl.zst, .parquet")
-        given = None if self.tokenizer_file is None else load_tokenizer(self.tokenizer_file)
-        # A tokenizer learned from the rendered text has the same special tokens as these stand-ins.
-        known = given or (CharTokenizer(END_CHARACTER, END_CHARACTER) if self.tokenizer == "char" else ByteTokenizer())
-        template = self._template(known)
+        given, known = known_tokenizer(self)
+        template = choose_template(self.chat_template, self.tokenizer_file, known)
         files = text_files(paths, partial(self._pieces, template=template, tokenizer=known))
-        tokenizer = given or self.choose_tokenizer(_plain(files, known), console)
+        tokenizer = given or self.choose_tokenizer(without_special(files, known), console)
         return write_dataset(
             self, folder, tokenizer, lambda start: encode_conversations(files, tokenizer, start, self.row_length),
             sum(file.bytes for file in files), console,
             source={"files": stamps(files)}, row_length=self.row_length, chat_template=template,
         )  # fmt: skip
-
-    def _template(self, tokenizer: Tokenizer) -> ChatTemplate:
-        if self.chat_template is not None:
-            return load_template(self.chat_template, tokenizer)
-        if self.tokenizer_file is not None:
-            path = local_path(self.tokenizer_file)
-            if found := find_template(path if path.is_dir() else path.parent):
-                return found
-        return plain_template(tokenizer)
 
     def _pieces(self, path: Path, name: str, template: ChatTemplate, tokenizer: Tokenizer) -> Iterator[Piece]:
         special = special_tokens(tokenizer)
@@ -230,7 +219,26 @@ def _piece(
     return Piece(text, True, read, answers=tuple(answers))
 
 
-def _plain(files: list[TextFile], tokenizer: Tokenizer) -> list[TextFile]:
+def known_tokenizer(corpus: TextCorpus) -> tuple[Tokenizer | None, Tokenizer]:
+    """The tokenizer of `tokenizer_file`, or None if it is to be learned; and one with the same special tokens."""
+    if corpus.tokenizer_file is not None:
+        given = load_tokenizer(corpus.tokenizer_file)
+        return given, given
+    return None, CharTokenizer(END_CHARACTER, END_CHARACTER) if corpus.tokenizer == "char" else ByteTokenizer()
+
+
+def choose_template(given: str | None, tokenizer_file: str | None, tokenizer: Tokenizer) -> ChatTemplate:
+    """The chat template given, or the one next to the tokenizer's file, or a plain one."""
+    if given is not None:
+        return load_template(given, tokenizer)
+    if tokenizer_file is not None:
+        path = local_path(tokenizer_file)
+        if found := find_template(path if path.is_dir() else path.parent):
+            return found
+    return plain_template(tokenizer)
+
+
+def without_special(files: list[TextFile], tokenizer: Tokenizer) -> list[TextFile]:
     """The files with the names of special tokens removed from their text, to train a tokenizer on."""
 
     def without(file: TextFile) -> Iterator[Piece]:

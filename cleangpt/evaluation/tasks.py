@@ -6,6 +6,7 @@ import torch
 from cleangpt.data.shuffle import mix, permute
 from cleangpt.environments.base import Environment, Episode
 from cleangpt.inference.engine import Engine
+from cleangpt.inference.sampling import GREEDY, Sampling
 from cleangpt.models.base import LanguageModel
 
 MAX_BATCH = 1024
@@ -24,14 +25,25 @@ def mean_reward(
         limit: number of tasks to try, always the same ones, spread over the split; None: all.
         device: of the model.
     """
-    engine = Engine(model, device, max_batch=MAX_BATCH)
+    episodes = play(Engine(model, device, max_batch=MAX_BATCH), environment, split, limit)
+    return sum(episode.total_reward for episode in episodes) / len(episodes)
+
+
+def play(
+    engine: Engine, environment: Environment, split: str, limit: int | None, sampling: Sampling = GREEDY
+) -> list[Episode]:
+    """An episode of each task, `limit` of them as in `mean_reward`; the seed of each is one higher."""
     tasks = choose_tasks(environment.tasks(split), limit)
     episodes = [Episode(split, task, environment.reset(split, task)) for task in tasks]
+    seeds = {id(episode): sampling.seed + number for number, episode in enumerate(episodes)}
     acting: dict[int, tuple[Episode, list[int]]] = {}
 
     def act(episode: Episode) -> None:
         prompt = episode.prompt
-        request_id = engine.submit(episode.tokens, max_new_tokens=prompt.max_new_tokens, stop_ids=prompt.stop_ids)
+        request_id = engine.submit(
+            episode.tokens, max_new_tokens=prompt.max_new_tokens, stop_ids=prompt.stop_ids, sampling=sampling,
+            seed=seeds[id(episode)],
+        )  # fmt: skip
         acting[request_id] = (episode, [])
 
     for episode in episodes:
@@ -47,7 +59,7 @@ def mean_reward(
                 del acting[request_id]
                 if not feedback.done:
                     act(episode)
-    return sum(episode.total_reward for episode in episodes) / len(episodes)
+    return episodes
 
 
 def choose_tasks(count: int, limit: int | None) -> list[int]:

@@ -51,6 +51,8 @@ class Run:
     experiment: dict[str, Any]
     environment: dict[str, Any]
     evaluation: dict[str, Any]
+    against: dict[str, Any]
+    """Its comparison with another model."""
 
 
 def write_report(runs: list[Path], out: Path | None = None) -> Path:
@@ -108,7 +110,7 @@ def _load(folders: Sequence[Path]) -> list[Run]:
         rows = read_metrics(folder)
         if not rows:
             raise UserError(f"{folder} has no metrics yet ({METRICS_FILE}); they begin after the first macro-batch")
-        texts = [_object(folder / f"{part}.json") for part in ("experiment", "environment", "evaluation")]
+        texts = [_object(folder / f"{part}.json") for part in ("experiment", "environment", "evaluation", "against")]
         name = str(texts[0].get("name", folder.resolve().name))
         runs.append(Run(folder, name, rows, read_steps(folder), read_samples(folder), *texts))
     for part in ("name", "parent"):
@@ -135,6 +137,8 @@ def _page(runs: list[Run], images: Mapping[str, Path]) -> str:
     parts.append(_section("Curves", "\n".join([CAPTION, *(_image(name, path) for name, path in images.items())])))
     if evaluated := [run for run in runs if run.evaluation]:
         parts.append(_section("Evaluation", _facts_table(evaluated, [run.evaluation for run in evaluated], _metric)))
+    if compared := [run for run in runs if run.against]:
+        parts.append(_section("Win rate", _facts_table(compared, [run.against for run in compared], _metric)))
     parts += [_samples(run, len(runs) > 1) for run in runs if run.samples]
     parts.append(_folded("Experiment", _experiment_table(runs)))
     if any(run.environment for run in runs):
@@ -151,9 +155,16 @@ def _lead(runs: list[Run]) -> str:
     run, lowest = min(rated, key=lambda pair: float(pair[1]["val_loss"]))
     of = "" if len(runs) == 1 else f", by <b>{_text(run.name)}</b>"
     return (
-        f"<p class=lead>Best validation loss <b>{show('val_loss', lowest['val_loss'])}</b> nats per token "
+        f"<p class=lead>Best validation loss <b>{show('val_loss', lowest['val_loss'])}</b>{_per(run)} "
         f"at macro-batch {show('macro_batch', lowest.get('macro_batch'))}{of}.</p>"
     )
+
+
+def _per(run: Run) -> str:
+    """The unit of a run's loss, if it is that of next tokens; preferences and rewards have losses of their own."""
+    objective = run.experiment.get("objective")
+    kind = objective.get("kind") if isinstance(objective, dict) else None
+    return " nats per token" if kind in (None, "next_token") else ""
 
 
 def summary(run: Run) -> dict[str, str]:

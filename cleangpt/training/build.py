@@ -241,7 +241,8 @@ def build_recorder(
             return loss_metrics(val_loss, splits.get(""))
         others = {f"val_{name}": value for name, value in validator.mean_metrics().items() if name != "loss"}
         by_source = source_metrics("val_loss", validator.losses(), splits)
-        return {**others, **loss_metrics(val_loss, splits.get("")), **by_source}
+        perplexity = loss_metrics(val_loss, splits.get("")) if experiment.objective.per_token else {}
+        return {**others, **perplexity, **by_source}
 
     def scores() -> Row:
         if not found:
