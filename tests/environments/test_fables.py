@@ -43,8 +43,9 @@ def test_the_first_sentence_of_every_story_is_grammatical() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        SENTENCE[:-1], SENTENCE[:-1] + "!", SENTENCE + " ", SENTENCE + SENTENCE, SENTENCE.replace("brave", "curious brave"),
-        SENTENCE.replace("Mia", "kitten"), SENTENCE.replace("One cold", "One dry"), "",
+        SENTENCE[:-1], SENTENCE[:-1] + "!", SENTENCE + " ", SENTENCE + SENTENCE, "",
+        SENTENCE.replace("brave", "curious brave"), SENTENCE.replace("Mia", "kitten"),
+        SENTENCE.replace("One cold", "One dry"),
     ],
 )  # fmt: skip
 def test_anything_else_is_not(text: str) -> None:
