@@ -98,7 +98,7 @@ def compare(
         "run": str(run), "checkpoint": checkpoints[0].folder.name, "against": str(checkpoints[1].folder),
         "judge": judge or type(environment).__name__, "split": split, "prompts": len(played[0]),
         **win_rate(*scores), "score": _mean(scores[0]), "score_of_other": _mean(scores[1]),
-        "kl": kl_divergence(*engines, played[0]) if temperature == 1 else None,
+        "kl": kl_divergence(engines[0], engines[1], played[0]) if temperature == 1 else None,
         "length": _mean([sum(map(len, episode.actions)) for episode in played[0]]),
     }  # fmt: skip
     measured = [environment.measures(episode) for episode in played[0]]

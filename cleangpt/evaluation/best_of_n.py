@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,7 +89,7 @@ def chosen(scores: Tensor, values: Tensor, n: int) -> float:
         ),
         0.0,
     )  # fmt: skip
-    _, groups = scores.unique(return_inverse=True)
+    groups = torch.from_numpy(np.unique(scores.numpy(), return_inverse=True)[1])
     sums = torch.zeros(2, int(groups.max()) + 1, dtype=torch.float64)
     sums[0].index_add_(0, groups.sort().values, chances)
     sums[1].index_add_(0, groups, torch.ones_like(chances))
