@@ -22,7 +22,7 @@ experiment = Experiment(
     data=DataConfig(seq_len=corpus.row_length - 1, batch_size=128),
     model=GPTConfig(max_seq_len=32, n_layers=2, n_heads=4, dim=96),
     objective=RewardModel(centring=0.01),
-    optimizer=OptimizerConfig(lr=3e-4, weight_decay=0.0, betas=(0.9, 0.98), clip_norm=1.0),
+    optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.0, betas=(0.9, 0.98), clip_norm=1.0),
     schedule=ScheduleConfig(lr=Schedule(shape="linear", final=0.0, warmup=0.1)),
     training=TrainingConfig(macro_batches=4, batches_per_macro_batch=16),
     saving=SavingConfig(keep_best=1),
