@@ -51,7 +51,7 @@ def run(setup: Setup) -> list[Row]:
 
 
 def _run(setup: Setup) -> list[Row]:
-    steps = 2 if setup.quick else 30
+    steps = 2 if setup.quick else 20
     dataset, base = _data(setup)
     trainers = {
         name: make_trainer(_experiment(objective, base, steps), dataset.sources[0].dataset, setup.folder / name)

@@ -24,7 +24,7 @@ experiment = Experiment(
     corpus=corpus,
     data=DataConfig(seq_len=corpus.row_length - 1, batch_size=128),
     model=GPTConfig(max_seq_len=32, n_layers=2, n_heads=4, dim=96),
-    objective=DPO(beta=0.8, sft_weight=0.2),
+    objective=DPO(beta=0.8, sft_weight=0.25),
     optimizer=OptimizerConfig(lr=6e-4, weight_decay=0.0, betas=(0.9, 0.98), clip_norm=1.0),
     schedule=ScheduleConfig(lr=Schedule(shape="linear", final=0.0, warmup=0.1)),
     training=TrainingConfig(macro_batches=8, batches_per_macro_batch=16),

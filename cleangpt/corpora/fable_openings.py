@@ -75,7 +75,7 @@ class FableOpenings(Corpus):
     """Training sentences."""
     val_sentences: int = 1000
     """Validation sentences."""
-    row: int = 24
+    row: int = 20
     """Tokens per sample, padding included; data.seq_len must be equal to it. A sentence has up to 19."""
     seed: int = 1337
     """Random seed of the choice of sentences."""

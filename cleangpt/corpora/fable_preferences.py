@@ -51,7 +51,7 @@ class FablePreferences(Corpus):
     """Share of the training pairs whose labels are flipped."""
     form: Literal["pairs", "labels"] = "pairs"
     """pairs: a chosen and a rejected answer; labels: single answers, desirable or not, for KTO."""
-    row: int = 24
+    row: int = 20
     """Tokens per sample, padding included; data.seq_len must be equal to it. A sentence has up to 19."""
     seed: int = 1337
     """Random seed of the pairs, and of those whose labels are flipped."""
