@@ -22,7 +22,7 @@ from cleangpt.evaluation.against import open_engine, open_judge
 from cleangpt.evaluation.tasks import play
 from cleangpt.files import write_json
 from cleangpt.inference.sampling import Sampling
-from cleangpt.tracking.plots import panels
+from cleangpt.tracking.plots import best_of_n_plot
 
 TIMES = 8
 """Answers sampled for each of the n: the curve is an average over all choices of n among them."""
@@ -68,7 +68,7 @@ def best_of_n(
             for n in sizes
         ]  # fmt: skip
     write_json(run / "best_of_n.json", curves)
-    draw(curves, run / "plots" / "best_of_n.png")
+    best_of_n_plot(curves, run / "plots" / "best_of_n.png")
     return curves
 
 
@@ -94,8 +94,3 @@ def chosen(scores: Tensor, values: Tensor, n: int) -> float:
     sums[0].index_add_(0, groups.sort().values, chances)
     sums[1].index_add_(0, groups, torch.ones_like(chances))
     return float((sums[0] / sums[1])[groups] @ values)
-
-
-def draw(curves: dict[str, list[dict[str, float]]], path: Path) -> Path | None:
-    """Both scores over √KL, one line for each judge."""
-    return panels(dict.fromkeys(("true score", "judge's score"), curves), "√KL", "Best of n", path)

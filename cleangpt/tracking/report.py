@@ -35,6 +35,8 @@ CAPTION = (
     "<p>Of a long run, the curves by step show the mean of neighboring steps, and a band around the middle "
     f"{100 * (plots.SPREAD[1] - plots.SPREAD[0]):.0f} % of them.</p>"
 )
+FILES = ("experiment", "environment", "evaluation", "against", "best_of_n")
+"""JSON files of a run that are shown, in the order of the fields of `Run`."""
 BY_STEP = {"train_loss": "loss", "training_batch_size": "batch_size"}
 """Keys of metrics.jsonl that have other names in steps.jsonl."""
 
@@ -53,6 +55,8 @@ class Run:
     evaluation: dict[str, Any]
     against: dict[str, Any]
     """Its comparison with another model."""
+    best_of_n: dict[str, Any]
+    """By judge: the scores of the best of n answers."""
 
 
 def write_report(runs: list[Path], out: Path | None = None) -> Path:
@@ -82,11 +86,13 @@ def write_report(runs: list[Path], out: Path | None = None) -> Path:
 def _draw(runs: Sequence[Run], folder: Path, prefix: str) -> dict[str, Path]:
     """Draws every plot that has data; returns the images by title."""
     rows, steps = {run.name: run.rows for run in runs}, {run.name: _by_step(run) for run in runs}
+    judged = {judge: curve for run in runs for judge, curve in run.best_of_n.items()}
     drawn = {
         "Loss": plots.loss_plot(rows, steps, folder / f"{prefix}loss.png"),
         "Validation loss by source": plots.source_plot(rows, folder / f"{prefix}sources.png"),
         "Scores": plots.score_plot(rows, folder / f"{prefix}scores.png"),
         "Metrics of the objective": plots.objective_plot(rows, steps, folder / f"{prefix}objective.png"),
+        "Best of n": plots.best_of_n_plot(judged, folder / f"{prefix}best_of_n.png"),
         "Schedules": plots.schedule_plot(steps, folder / f"{prefix}schedules.png"),
         "Throughput": plots.throughput_plot(rows, steps, folder / f"{prefix}throughput.png"),
         "Gradient norm": plots.gradient_plot(steps, folder / f"{prefix}gradient.png"),
@@ -110,7 +116,7 @@ def _load(folders: Sequence[Path]) -> list[Run]:
         rows = read_metrics(folder)
         if not rows:
             raise UserError(f"{folder} has no metrics yet ({METRICS_FILE}); they begin after the first macro-batch")
-        texts = [_object(folder / f"{part}.json") for part in ("experiment", "environment", "evaluation", "against")]
+        texts = [_object(folder / f"{part}.json") for part in FILES]
         name = str(texts[0].get("name", folder.resolve().name))
         runs.append(Run(folder, name, rows, read_steps(folder), read_samples(folder), *texts))
     for part in ("name", "parent"):
