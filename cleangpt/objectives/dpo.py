@@ -59,5 +59,8 @@ class DPO(PairObjective):
 
     def preference(self, pair: Pair) -> Tensor:
         """h `(pairs,)`."""
-        chosen, rejected = (answer.log_ratio / (answer.length if self.length_normalised else 1) for answer in pair)
+        chosen, rejected = (
+            answer.log_ratio / (answer.length if self.length_normalised else 1)
+            for answer in (pair.chosen, pair.rejected)
+        )
         return chosen - rejected

@@ -24,6 +24,9 @@ class IPO(PairObjective):
     def __call__(self, model: LanguageModel, batch: Batch) -> Loss:
         """The loss, summed over pairs."""
         pair = self.pairs(model, batch)
-        chosen, rejected = (answer.log_ratio / (answer.length if self.length_normalised else 1) for answer in pair)
+        chosen, rejected = (
+            answer.log_ratio / (answer.length if self.length_normalised else 1)
+            for answer in (pair.chosen, pair.rejected)
+        )
         margin = chosen - rejected
         return Loss(pair.sum((margin - 1 / (2 * self.beta)).square()), pair.metrics(margin))

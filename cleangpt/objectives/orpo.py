@@ -26,7 +26,7 @@ class ORPO(PairObjective):
     def __call__(self, model: LanguageModel, batch: Batch) -> Loss:
         """The loss, summed over pairs."""
         pair = self.pairs(model, batch)
-        chosen, rejected = (answer.logprob / answer.length for answer in pair)
+        chosen, rejected = (answer.logprob / answer.length for answer in (pair.chosen, pair.rejected))
         margin = log_odds(chosen) - log_odds(rejected)
         return Loss(pair.sum(-chosen - self.weight * logsigmoid(margin)), pair.metrics(margin))
 

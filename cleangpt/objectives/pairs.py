@@ -52,6 +52,8 @@ class Pair(NamedTuple):
 
     chosen: Answers
     rejected: Answers
+    referenced: bool
+    """Whether there is a reference."""
 
     @property
     def counted(self) -> Tensor:
@@ -64,10 +66,11 @@ class Pair(NamedTuple):
 
     def metrics(self, margin: Tensor) -> dict[str, Tensor]:
         """Sums to log: the implicit rewards' `margin`, how often it is right (a tie is half right), and the log-ratios,
-        of which DPO may lower both."""
+        of which DPO may lower both; without a reference, the log-probabilities."""
+        kind = "log_ratio" if self.referenced else "logprob"
         logged = {
-            "accuracy": right(margin), "margin": margin, "chosen_log_ratio": self.chosen.log_ratio,
-            "rejected_log_ratio": self.rejected.log_ratio,
+            "accuracy": right(margin), "margin": margin, f"chosen_{kind}": self.chosen.log_ratio,
+            f"rejected_{kind}": self.rejected.log_ratio,
         }  # fmt: skip
         return {name: self.sum(values.detach()) for name, values in logged.items()}
 
@@ -90,5 +93,6 @@ class PairObjective(Objective):
 
     def pairs(self, model: LanguageModel, batch: Batch) -> Pair:
         """Both answers to every prompt."""
-        found = answers(model, batch, with_reference=REFERENCE in self.reads)
-        return Pair(*(Answers(*(values[row::2] for values in found)) for row in (0, 1)))
+        referenced = REFERENCE in self.reads
+        found = answers(model, batch, referenced)
+        return Pair(*(Answers(*(values[row::2] for values in found)) for row in (0, 1)), referenced)

@@ -23,5 +23,5 @@ class SimPO(PairObjective):
     def __call__(self, model: LanguageModel, batch: Batch) -> Loss:
         """The loss, summed over pairs."""
         pair = self.pairs(model, batch)
-        chosen, rejected = (self.beta * answer.logprob / answer.length for answer in pair)
+        chosen, rejected = (self.beta * answer.logprob / answer.length for answer in (pair.chosen, pair.rejected))
         return Loss(pair.sum(-logsigmoid(chosen - rejected - self.gamma)), pair.metrics(chosen - rejected))
