@@ -24,7 +24,7 @@ experiment = Experiment(
     objective=RewardModel(centring=0.01),
     optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.0, betas=(0.9, 0.98), clip_norm=1.0),
     schedule=ScheduleConfig(lr=Schedule(shape="linear", final=0.0, warmup=0.1)),
-    training=TrainingConfig(macro_batches=4, batches_per_macro_batch=16),
+    training=TrainingConfig(macro_batches=8, batches_per_macro_batch=16),
     saving=SavingConfig(keep_best=1),
     tracking=TrackingConfig(score_samples=0, sample_tokens=0),
     init_from="fables_sft",

@@ -95,4 +95,5 @@ class PairObjective(Objective):
         """Both answers to every prompt."""
         referenced = REFERENCE in self.reads
         found = answers(model, batch, referenced)
-        return Pair(*(Answers(*(values[row::2] for values in found)) for row in (0, 1)), referenced)
+        chosen, rejected = (Answers(*(values[row::2] for values in found)) for row in (0, 1))
+        return Pair(chosen, rejected, referenced)
