@@ -24,7 +24,8 @@ from cleangpt.config import CorpusConfig
 from cleangpt.corpora.card import card
 from cleangpt.corpora.reading import find_files
 from cleangpt.data.chat_template import ChatTemplate
-from cleangpt.data.dataset import DATASET, Column, TokenDataset
+from cleangpt.data.columns import Column
+from cleangpt.data.dataset import DATASET, TokenDataset
 from cleangpt.data.tokenizers import Tokenizer, load_tokenizer
 from cleangpt.data.writer import DatasetWriter, Groups, SplitFacts
 from cleangpt.environments.base import Environment
@@ -95,11 +96,13 @@ def write_dataset(
     source: Any = None,
     row_length: int | None = None,
     columns: Mapping[str, Column] | None = None,
+    group: Sequence[str] = (),
     chat_template: ChatTemplate | None = None,
     max_tokens: int | None = None,
 ) -> TokenDataset:
     """Writes the chunks of all groups; `groups(n)` yields those after the first n.
 
+    With a `group`, neighbouring rows belong together, in the roles that it names, such as chosen and rejected.
     With `max_tokens` it stops after the group that reaches this number of training tokens.
 
     Raises:
@@ -107,7 +110,7 @@ def write_dataset(
     """
     writer = DatasetWriter(
         folder, as_json(corpus), tokenizer, source=source, row_length=row_length, masked=row_length is not None,
-        columns=columns, chat_template=chat_template,
+        columns=columns, group=group, chat_template=chat_template,
     )  # fmt: skip
     try:
         with _progress(console) as bar:

@@ -12,6 +12,7 @@ def card(name: str, facts: dict[str, Any], tokenizer: Tokenizer) -> str:
     end = "none" if tokenizer.eos_id is None else str(tokenizer.eos_id)
     digests = "".join(f"{file} {digest}\n" for file, digest in sorted(facts["sha256"].items()))
     python = f"Python {facts['source']['python']}\n" if "python" in (facts["source"] or {}) else ""
+    group = f"group       rows: {', '.join(facts['group'])}\n" if facts.get("group") else ""
     columns = "".join(
         f"column      {name}: {column['dtype']}, {column['role']}\n" for name, column in facts["columns"].items()
     )
@@ -21,7 +22,7 @@ def card(name: str, facts: dict[str, Any], tokenizer: Tokenizer) -> str:
         "| split | documents | tokens | bytes of text | bytes per token | longest document |\n"
         f"|---|---:|---:|---:|---:|---:|\n{rows}\n\n"
         f"vocabulary  {facts['vocab_size']:,} tokens ({type(tokenizer).__name__}), end of text: {end}\n"
-        f"stored as   {facts['dtype']}\n{columns}"
+        f"stored as   {facts['dtype']}\n{columns}{group}"
         f"sha256      {hashlib.sha256(digests.encode()).hexdigest()}\n\n{_counts(facts)}"
         f"Documents by length in tokens\n\n{_histogram(facts)}\n"
     )

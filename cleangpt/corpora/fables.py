@@ -18,52 +18,11 @@ from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.shuffle import permute
 from cleangpt.data.tokenizers import ByteTokenizer
 from cleangpt.data.writer import Chunk, Groups
+from cleangpt.environments.fables import WORDS
 from cleangpt.errors import UserError
 
 GROUP = 1000
 """Stories written at a time."""
-
-WORDS: dict[str, tuple[str, ...]] = {
-    "once": (
-        "Once upon a time", "Long ago", "Many years ago", "One cold winter", "One warm summer", "One rainy spring",
-    ),
-    "trait": ("proud", "shy", "lazy", "greedy", "curious", "brave", "lonely", "hasty"),
-    "animal": (
-        "fox", "hare", "mouse", "badger", "squirrel", "otter", "hedgehog", "beaver", "goat", "lamb", "kitten", "puppy",
-    ),
-    "hero": (
-        "Mia", "Lina", "Ada", "Nora", "Ruby", "Hazel", "Wilma", "Elsa",
-        "Tom", "Oscar", "Felix", "Hugo", "Emil", "Jasper", "Otto", "Leo",
-    ),
-    "home": (
-        "in a hollow tree", "under an old bridge", "beside a quiet lake", "at the foot of a hill", "behind a red barn",
-        "near a stony brook", "in a garden full of weeds", "at the edge of a wood",
-    ),
-    "wish": (
-        "golden bell", "silver key", "red balloon", "wooden flute", "warm blanket", "blue lantern", "sweet apple",
-        "round mirror", "little boat", "glass marble", "green umbrella", "paper kite",
-    ),
-    "seen": ("in a dream", "in a shop window", "on top of a cart", "in the hands of a king", "in an old book"),
-    "way": (
-        "through the dark forest", "over the snowy mountain", "across the wide river", "along the dusty road",
-        "down into the deep valley", "past the broken mill",
-    ),
-    "helper": ("owl", "raven", "toad", "heron", "turtle", "donkey", "swan", "mole", "cricket", "bear"),
-    "manner": ("kind", "wise", "tired", "cheerful", "grumpy", "gentle"),
-    "gift": (
-        "a song", "a piece of bread", "a button", "a funny riddle", "a handful of nuts", "a feather", "a kind word",
-        "a jar of honey",
-    ),
-    "place": (
-        "under a flat stone", "in the roots of an oak", "behind the waterfall", "at the bottom of a well",
-        "inside an empty barrel", "in a nest of straw",
-    ),
-    "end": (
-        "and they were friends for the rest of their lives", "and that night the moon shone for them both",
-        "and they shared it every day from then on", "and all who saw it were glad",
-    ),
-}  # fmt: skip
-"""The words of each kind."""
 
 MORALS = {
     "proud": "to ask for help is no shame",

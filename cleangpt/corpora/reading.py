@@ -166,8 +166,13 @@ def json_entries(path: Path) -> Iterator[tuple[Any, str, int]]:
         yield from _json_lines(path, blocks, raw, f"; allowed in {JSON}: an array, or a value per line")
 
 
-def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[dict[str, Any], str, int]]:
-    """The columns of each row of a Parquet file, its location for messages, and the bytes read so far (estimated)."""
+def parquet_rows(
+    path: Path, columns: Sequence[str], optional: Sequence[str] = ()
+) -> Iterator[tuple[dict[str, Any], str, int]]:
+    """The columns of each row of a Parquet file, its location for messages, and the bytes read so far (estimated).
+
+    Those that are `optional` are read if the file has them.
+    """
     _check_uncompressed(path)
     arrow, parquet = require("pyarrow"), require("pyarrow.parquet")
     row, size = 0, path.stat().st_size
@@ -177,7 +182,8 @@ def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[dict[str,
             for column in columns:
                 if column not in file.schema_arrow.names:
                     raise UserError(f"{path} has no column {column!r}{nearest(column, file.schema_arrow.names)}")
-            for batch in file.iter_batches(batch_size=256, columns=list(columns)):
+            wanted = [*columns, *(column for column in optional if column in file.schema_arrow.names)]
+            for batch in file.iter_batches(batch_size=256, columns=wanted):
                 for entry in batch.to_pylist():
                     row += 1
                     yield entry, f"{path}, row {row:,}", size * row // rows

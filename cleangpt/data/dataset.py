@@ -16,15 +16,15 @@ one document at a time, any other in windows that ignore document boundaries.
 
 import mmap
 from bisect import bisect_right
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cleangpt.data.chat_template import ChatTemplate, find_template
+from cleangpt.data.columns import Column, check_column_names
 from cleangpt.data.tokenizers import Tokenizer, load_tokenizer
 from cleangpt.errors import UserError, parsing
 from cleangpt.files import read_json, safe_name, sha256
@@ -33,47 +33,6 @@ FORMAT = 2
 DATASET, TOKENIZER, CARD, JOURNAL = "dataset.json", "tokenizer.json", "card.md", "journal.json"
 DATASET_OF_FORMAT_1 = "store.json"
 SPLITS = ("train", "val", "test")
-RESERVED = ("tokens", "targets", "mask", "cache", "logit_positions")
-"""Names that an extra column cannot have, since every dataset or every model's `forward` has them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Column:
-    """An extra column of a dataset: one number per token, stored, shuffled and mixed like the tokens."""
-
-    dtype: Literal["uint8", "uint16", "int64", "float32"]
-    """On disk; integers become int64 in batches."""
-    role: Literal["input", "extra"]
-    """input: `batch.inputs[name]`, a keyword of the model's `forward`, aligned with the tokens; extra:
-    `batch.extras[name]`, for the objective, aligned with the targets."""
-
-    def __post_init__(self) -> None:
-        if self.dtype not in ("uint8", "uint16", "int64", "float32"):
-            raise UserError(f"a column's dtype is {self.dtype!r}; allowed: uint8, uint16, int64, float32")
-        if self.role not in ("input", "extra"):
-            raise UserError(f"a column's role is {self.role!r}; allowed: input, extra")
-
-    @property
-    def on_disk(self) -> np.dtype[Any]:
-        """The dtype on disk, little-endian on every machine."""
-        dtype: np.dtype[Any] = np.dtype(self.dtype).newbyteorder("<")
-        return dtype
-
-    @property
-    def in_batch(self) -> np.dtype[Any]:
-        """The dtype in a batch."""
-        return np.dtype("float32" if self.dtype == "float32" else "int64")
-
-
-def check_column_names(columns: Mapping[str, Column]) -> None:
-    """Refuses names that are not identifiers, or are reserved.
-
-    Raises:
-        UserError: names the first such column.
-    """
-    for name in columns:
-        if not name.isidentifier() or name in RESERVED:
-            raise UserError(f"a column is named {name!r}; allowed: an identifier other than {', '.join(RESERVED)}")
 
 
 class Split:
@@ -88,25 +47,29 @@ class Split:
         self.row_length: int | None = description["row_length"]
         self.vocab_size: int = description["vocab_size"]
         self.masked: bool = facts["masked"]
-        self.columns = {column: Column(**entry) for column, entry in description["columns"].items()}
+        self.group = len(description.get("group", ())) or 1
+        self.columns: dict[str, Column] = {}
         self._files = [_within(folder, shard["file"]) for shard in facts["shards"]]
         self._starts, self._shards, self._masks = [0], [], []
-        self._columns: dict[str, list[NDArray[Any]]] = {column: [] for column in self.columns}
-        dtype, shuffled = np.dtype(description["dtype"]).newbyteorder("<"), name == "train"
+        self._columns: dict[str, list[NDArray[Any]]] = {}
+        dtype, self._shuffled = np.dtype(description["dtype"]).newbyteorder("<"), name == "train"
         for file, shard in zip(self._files, facts["shards"], strict=True):
             tokens = shard["tokens"]
-            self._shards.append(_map(file, dtype, tokens, shuffled))
+            self._shards.append(_map(file, dtype, tokens, self._shuffled))
             if self.masked:
-                self._masks.append(_map(_within(folder, shard["mask_file"]), np.dtype(np.uint8), tokens, shuffled))
-            for column, kind in self.columns.items():
-                path = _within(folder, shard["column_files"][column])
-                self._columns[column].append(_map(path, kind.on_disk, tokens, shuffled))
+                mask = _within(folder, shard["mask_file"])
+                self._masks.append(_map(mask, np.dtype(np.uint8), tokens, self._shuffled))
             self._starts.append(self._starts[-1] + tokens)
+        for column, entry in description["columns"].items():
+            files = [_within(folder, shard["column_files"][column]) for shard in facts["shards"]]
+            self.add_column(column, Column(**entry), files)
         if self._starts[-1] != self.tokens:
             raise UserError(f"{folder / DATASET}: shards hold {self._starts[-1]:,} tokens, not {self.tokens:,}")
-        if self.row_length is not None and self.row_length * self.documents != self.tokens:
+        rows = self.documents if self.documents % self.group == 0 else 0
+        if self.row_length is not None and self.row_length * rows != self.tokens:
             raise UserError(
-                f"{folder / DATASET}: {self.documents} rows of {self.row_length} are not {self.tokens:,} tokens"
+                f"{folder / DATASET}: {self.documents} rows of {self.row_length}, in groups of {self.group}, are not "
+                f"{self.tokens:,} tokens"
             )
 
     def read(self, start: int, length: int) -> NDArray[Any]:
@@ -120,6 +83,12 @@ class Split:
     def read_column(self, name: str, start: int, length: int) -> NDArray[Any]:
         """The values of one of the `columns` for the same tokens."""
         return self._read(self._columns[name], start, length)
+
+    def add_column(self, name: str, column: Column, files: Sequence[Path]) -> None:
+        """Opens one more column, with one file for each shard."""
+        sizes = [len(shard) for shard in self._shards]
+        found = [_map(file, column.on_disk, size, self._shuffled) for file, size in zip(files, sizes, strict=True)]
+        self.columns[name], self._columns[name] = column, found
 
     def location(self, token: int) -> str:
         """The location of a token of the split: its file, and its index there."""
@@ -171,6 +140,7 @@ class TokenDataset:
             raise ValueError(f"dtype is {description['dtype']!r}")
         self.columns = {name: Column(**entry) for name, entry in description["columns"].items()}
         check_column_names(self.columns)
+        self.group: tuple[str, ...] = tuple(description.get("group", ()))
         self.source: dict[str, Any] = dict(description["source"] or {})
         self.splits = {name: Split(folder, description, name) for name in description["splits"]}
         if self.vocab_size != self.tokenizer.vocab_size:
@@ -216,11 +186,6 @@ class TokenDataset:
         for name, digest in self.description["sha256"].items():
             if (names is None or name in names) and sha256(self.folder / name) != digest:
                 raise UserError(f"{self.folder / name} has changed since it was prepared; run cleangpt prepare --again")
-
-
-def describe_columns(columns: Mapping[str, Column]) -> dict[str, Any]:
-    """The description of columns for dataset.json."""
-    return {name: asdict(column) for name, column in columns.items()}
 
 
 def _count(facts: Mapping[str, Any], name: str) -> int:

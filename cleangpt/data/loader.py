@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cleangpt.data.batch import IGNORED, Batch
 from cleangpt.data.dataset import Split
-from cleangpt.data.ranges import Ranges, add_range, without_ranges
+from cleangpt.data.ranges import Ranges, add_range, with_members, without_ranges
 from cleangpt.data.shuffle import Order, mix, permute
 from cleangpt.errors import UserError
 
@@ -75,7 +75,8 @@ class Samples:
                 f"{self.split.vocab_size:,}, the vocabulary; run cleangpt prepare --again"
             )
         targets = np.where(counts[:, 1:], tokens[:, 1:], IGNORED)
-        batch = Batch({"tokens": torch.from_numpy(np.ascontiguousarray(tokens[:, :-1]))}, torch.from_numpy(targets))
+        inputs = {"tokens": torch.from_numpy(np.ascontiguousarray(tokens[:, :-1]))}
+        batch = Batch(inputs, torch.from_numpy(targets), group=self.split.group)
         for name, column in self.split.columns.items():
             values = np.zeros(tokens.shape, column.in_batch)
             for row, start in enumerate(starts):
@@ -94,9 +95,10 @@ def validation_batches(
     Each `rank` of `world_size` devices gets its own batches of `batch_size`; all get the same number. Every batch has
     the same shape, so that a compiled model is compiled once: the last batch is filled up with samples without targets.
     """
-    chosen = np.arange(samples.num_validation)
-    if limit is not None and limit < len(chosen):
-        chosen = np.sort(permute(chosen[:limit], len(chosen), mix(0)))
+    chosen, group = np.arange(samples.num_validation // samples.split.group), samples.split.group
+    if limit is not None and limit < len(chosen) * group:
+        chosen = np.sort(permute(chosen[: limit // group], len(chosen), mix(0)))
+    chosen = with_members(chosen, group)
     for first in range(0, len(chosen), batch_size * world_size):
         start = first + rank * batch_size
         part = chosen[start : start + batch_size]
@@ -118,15 +120,16 @@ class Stream(Protocol):
 
 
 class SplitStream:
-    """The samples of a split in shuffled order, epoch after epoch."""
+    """The samples of a split in shuffled order, epoch after epoch; a position is a group's, if there are groups."""
 
     def __init__(self, samples: Samples, seed: int) -> None:
-        self.samples, self.order = samples, Order(samples.num_training, seed)
+        self.samples, self.order = samples, Order(samples.num_training // samples.split.group, seed)
         self._ordered = (0, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 
     def batch(self, start: int, count: int) -> Batch:
         """The samples at `count` positions from `start` on."""
-        epochs, samples = self._order_from(start, count)
+        epochs, groups = self._order_from(start, count)
+        samples = with_members(groups, self.samples.split.group)
         offsets = np.zeros_like(samples)
         if self.samples.split.row_length is None:
             for epoch in np.unique(epochs):
@@ -137,13 +140,13 @@ class SplitStream:
         """The metrics visited_share and times_visited before a position, where some positions were skipped."""
         ranges = np.array([(start, min(end, position)) for start, end in skipped_ranges if start < position], np.int64)
         ranges = ranges.reshape(-1, 2)
-        times = (position - int((ranges[:, 1] - ranges[:, 0]).sum())) / self.samples.num_training
+        times = (position - int((ranges[:, 1] - ranges[:, 0]).sum())) / self.order.num_samples
         share = min(1.0, times) if not len(ranges) else self._visited_share(position, ranges)
         return {"visited_share": share, "times_visited": times}
 
     def _visited_share(self, position: int, ranges: NDArray[np.int64]) -> float:
         """The share visited at least once: a sample counts unless the first and every later epoch so far skipped it."""
-        n = self.samples.num_training
+        n = self.order.num_samples
         if position < n:
             return (position - int((ranges[:, 1] - ranges[:, 0]).sum())) / n
         inside = [np.arange(start, min(end, n)) for start, end in ranges.tolist() if start < n]

@@ -19,9 +19,10 @@ import torch
 from numpy.typing import NDArray
 
 from cleangpt.data.batch import Batch
-from cleangpt.data.dataset import Column, TokenDataset
+from cleangpt.data.columns import Column
+from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.loader import Samples, SplitStream
-from cleangpt.data.ranges import Ranges
+from cleangpt.data.ranges import Ranges, with_members
 from cleangpt.data.shuffle import mix
 from cleangpt.data.tokenizers import Tokenizer
 from cleangpt.errors import UserError
@@ -258,7 +259,7 @@ class MixedDataset:
         first, *others = self.sources
         self.tokenizer: Tokenizer = first.dataset.tokenizer
         self.vocab_size = self.tokenizer.vocab_size
-        self.columns = first.dataset.columns
+        self.columns, self.group = first.dataset.columns, first.dataset.group
         for source in others:
             if source.dataset.tokenizer.to_json() != self.tokenizer.to_json():
                 raise UserError(
@@ -269,6 +270,11 @@ class MixedDataset:
                 raise UserError(
                     f"the sources {first.name} and {source.name} have different columns, "
                     f"{_words(self.columns)} and {_words(source.dataset.columns)}; allowed: the same for all"
+                )
+            if source.dataset.group != self.group:
+                raise UserError(
+                    f"the sources {first.name} and {source.name} group rows differently, {self.group} and "
+                    f"{source.dataset.group}; allowed: the same for all"
                 )
         chats = [source for source in self.sources if source.dataset.chat_template]
         self.chat_template = chats[0].dataset.chat_template if chats else None
@@ -289,9 +295,11 @@ class MixedStream:
 
     def __init__(self, streams: Mapping[str, SplitStream], interleaving: Interleaving) -> None:
         self.streams, self.interleaving = streams, interleaving
+        self._group = next(iter(streams.values())).samples.split.group
 
     def batch(self, start: int, count: int) -> Batch:
-        """The samples at `count` positions from `start` on."""
+        """The samples at `count` positions from `start` on, both multiples of the group's size."""
+        start, count = start // self._group, count // self._group
         if len(self.streams) == 1:
             (only,) = self.streams.values()
             return only.batch(start, count)
@@ -300,7 +308,7 @@ class MixedStream:
         for source, stream in enumerate(self.streams.values()):
             mine = np.flatnonzero(sources == source)
             if len(mine):
-                rows.append(mine)
+                rows.append(with_members(mine, self._group))
                 batches.append(stream.batch(taken[source], len(mine)))
         back = torch.from_numpy(np.argsort(np.concatenate(rows)))
         return Batch.cat(batches).rows(back)
@@ -310,13 +318,15 @@ class MixedStream:
 
         A skipped range of the mixture is a range in each source, too.
         """
+        position //= self._group
+        skipped_ranges = [(start // self._group, end // self._group) for start, end in skipped_ranges]
         taken = self.interleaving.taken(position).tolist()
         bounds = [[self.interleaving.taken(bound).tolist() for bound in pair] for pair in skipped_ranges]
         each = {
             name: stream.progress(taken[source], [(start[source], end[source]) for start, end in bounds])
             for source, (name, stream) in enumerate(self.streams.items())
         }
-        sizes = {name: stream.samples.num_training for name, stream in self.streams.items()}
+        sizes = {name: stream.order.num_samples for name, stream in self.streams.items()}
         seen = sum(each[name]["visited_share"] * size for name, size in sizes.items())
         total = sum(sizes.values())
         missed = sum(min(end, position) - start for start, end in skipped_ranges if start < position)
@@ -357,9 +367,10 @@ def training_stream(dataset: MixedDataset, seq_len: int, seed: int, total: int) 
     Raises:
         UserError: a training split does not fit, a source ends although that is an error, or none is left.
     """
-    samples = split_samples(dataset, "train", seq_len)
+    samples, group = split_samples(dataset, "train", seq_len), len(dataset.group) or 1
+    total //= group
     most = [
-        None if source.max_epochs is None else source.max_epochs * samples[source.name].num_training
+        None if source.max_epochs is None else source.max_epochs * (samples[source.name].num_training // group)
         for source in dataset.sources
     ]
     interleaving = interleave(list(samples), [source.weight for source in dataset.sources], most, total)
@@ -367,8 +378,8 @@ def training_stream(dataset: MixedDataset, seq_len: int, seed: int, total: int) 
         position = None if end is None else interleaving.end(number, end)
         if dataset.error_on_exhaustion and position is not None and position < total:
             raise UserError(
-                f"the source {name} ends after {position:,} of the run's {total:,} samples; allowed: a larger "
-                'max_epochs or a shorter run, or corpus.when_source_ends="share"'
+                f"the source {name} ends after {position * group:,} of the run's {total * group:,} samples; allowed: "
+                'a larger max_epochs or a shorter run, or corpus.when_source_ends="share"'
             )
     streams = {
         name: SplitStream(part, mix(seed, number) if name else seed)

@@ -1,6 +1,9 @@
-"""Ranges of a stream that a run skips."""
+"""Ranges of a stream that a run skips, and samples that stay together."""
 
 from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 Ranges = Sequence[Sequence[int]]
 """Ranges of positions of a stream, (first, last + 1), in order and with gaps between them."""
@@ -24,3 +27,8 @@ def without_ranges(position: int, ranges: Ranges) -> int:
             break
         position += end - start
     return position
+
+
+def with_members(groups: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """The samples `(groups * size,)` of groups of neighbours `(groups,)`, such as pairs."""
+    return (groups[:, None] * size + np.arange(size)).reshape(-1)

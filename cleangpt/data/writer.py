@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cleangpt.data.chat_template import CHAT_TEMPLATE, ChatTemplate
+from cleangpt.data.columns import Column, check_column_names, describe_columns
 from cleangpt.data.dataset import (
     CARD,
     DATASET,
@@ -20,10 +21,7 @@ from cleangpt.data.dataset import (
     JOURNAL,
     SPLITS,
     TOKENIZER,
-    Column,
     TokenDataset,
-    check_column_names,
-    describe_columns,
 )
 from cleangpt.data.tokenizers import Tokenizer
 from cleangpt.errors import UserError
@@ -79,13 +77,14 @@ class DatasetWriter:
         row_length: int | None = None,
         masked: bool = False,
         columns: Mapping[str, Column] | None = None,
+        group: Sequence[str] = (),
         chat_template: ChatTemplate | None = None,
         shard_tokens: int = SHARD_TOKENS,
     ) -> None:
         self.folder, self.partial = folder, folder.with_name(folder.name + PARTIAL)
         self.corpus, self.tokenizer, self.source = corpus, tokenizer, source
         self.row_length, self.masked, self.shard_tokens = row_length, masked, shard_tokens
-        self.columns, self.chat_template = dict(columns or {}), chat_template
+        self.columns, self.group, self.chat_template = dict(columns or {}), list(group), chat_template
         check_column_names(self.columns)
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
         self.position = 0
@@ -175,6 +174,7 @@ class DatasetWriter:
             "vocab_size": self.tokenizer.vocab_size,
             "row_length": self.row_length,
             "columns": describe_columns(self.columns),
+            "group": self.group,
             "splits": {name: self._describe(name, self.splits[name]) for name in sorted(self.splits, key=_rank)},
             "sha256": {path.name: sha256(path) for path in self.data_files()},
             **facts,
@@ -221,6 +221,7 @@ class DatasetWriter:
             "source": self.source,
             "tokenizer": self.tokenizer.to_json(),
             "columns": describe_columns(self.columns),
+            "group": self.group,
             "chat_template": self.chat_template and self.chat_template.to_json(),
             "shard_tokens": self.shard_tokens,
         }

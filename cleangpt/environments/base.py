@@ -80,3 +80,7 @@ class Environment:
     def step(self, episode: Episode, action: list[int]) -> Feedback:
         """Responds to an action: the tokens that the policy generated after `episode.tokens`. Has no side effects."""
         raise NotImplementedError
+
+    def measures(self, episode: Episode) -> dict[str, float]:
+        """Other numbers of an episode that has ended, to report beside its reward; by default none."""
+        return {}

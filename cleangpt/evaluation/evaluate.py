@@ -14,11 +14,13 @@ from cleangpt.data.loader import validation_batches
 from cleangpt.data.mixing import MixedDataset, mean_shares, split_samples
 from cleangpt.distributed.device import autocast, compute_dtype
 from cleangpt.errors import UserError, nearest
+from cleangpt.evaluation.reference import add_reference
 from cleangpt.evaluation.tasks import mean_reward
 from cleangpt.evaluation.validate import loss_metrics, source_metrics, validate
 from cleangpt.experiment import Experiment
 from cleangpt.files import user_path, write_json
 from cleangpt.models.base import LanguageModel
+from cleangpt.objectives.pairs import REFERENCE
 from cleangpt.screen import Screen
 from cleangpt.tracking.metrics import metric_key, strict
 from cleangpt.tracking.numbers import show_number
@@ -36,6 +38,8 @@ def evaluate_run(run: Path, checkpoint: str | None, split: str | None, device: t
     loaded = load_checkpoint(folder)
     dataset = prepare(experiment.corpus, user_path(experiment.data.folder))
     check_data(run, dataset)
+    if REFERENCE in experiment.objective.reads:
+        add_reference(dataset, None, run)
     _check(experiment, loaded, dataset)
     name = _split(dataset, split)
     metrics: dict[str, Any] = {"run": str(run), "checkpoint": folder.name, "split": name}
@@ -75,7 +79,7 @@ def evaluate(
     metrics: dict[str, float | None] = {
         "samples": sum(part.num_validation for part in samples.values()),
         "loss": means["loss"],
-        **loss_metrics(means["loss"], splits.get("")),
+        **(loss_metrics(means["loss"], splits.get("")) if experiment.objective.per_token else {}),
         **means,
         **source_metrics("loss", losses, splits),
     }

@@ -6,6 +6,7 @@ import torch
 from cleangpt.data.shuffle import mix, permute
 from cleangpt.environments.base import Environment, Episode
 from cleangpt.inference.engine import Engine
+from cleangpt.inference.sampling import GREEDY, Sampling
 from cleangpt.models.base import LanguageModel
 from cleangpt.rollouts.episodes import play
 
@@ -25,11 +26,19 @@ def mean_reward(
         limit: number of tasks to try, always the same ones, spread over the split; None: all.
         device: of the model.
     """
-    engine = Engine(model, device, max_batch=MAX_BATCH)
+    episodes = play_tasks(Engine(model, device, max_batch=MAX_BATCH), environment, split, limit)
+    return sum(episode.total_reward for episode in episodes) / len(episodes)
+
+
+def play_tasks(
+    engine: Engine, environment: Environment, split: str, limit: int | None, sampling: Sampling = GREEDY
+) -> list[Episode]:
+    """An episode of each task, `limit` of them as in `mean_reward`; each with a seed of its own."""
     tasks = choose_tasks(environment.tasks(split), limit)
     episodes = [Episode(split, task, environment.reset(split, task)) for task in tasks]
-    play(engine, environment, episodes)
-    return sum(episode.total_reward for episode in episodes) / len(episodes)
+    seeds = [sampling.seed + number for number in range(len(episodes))]
+    play(engine, environment, episodes, sampling=sampling, seeds=seeds)
+    return episodes
 
 
 def choose_tasks(count: int, limit: int | None) -> list[int]:

@@ -13,6 +13,7 @@ from cleangpt.data.dataset import Split
 from cleangpt.distributed.device import zero_sum
 from cleangpt.models.base import LanguageModel
 from cleangpt.objectives import Objective
+from cleangpt.objectives.step_means import with_step_means
 from cleangpt.tracking.metrics import metric_key
 
 
@@ -42,6 +43,8 @@ def validate(
     sums = {"loss": zero_sum(device)}
     dtype = sums["loss"].dtype
     count: float = 0
+    if objective.step_means:
+        batches = _with_means(model, objective, list(batches), device, context, reduce)
     for batch in batches:
         if stop():
             count = math.nan
@@ -56,6 +59,21 @@ def validate(
     model.train(was_training)
     *totals, counted = reduce(torch.stack([*sums.values(), torch.tensor(count, dtype=dtype, device=device)])).tolist()
     return {name: total / counted if counted else math.nan for name, total in zip(sums, totals, strict=True)}
+
+
+def _with_means(
+    model: LanguageModel, objective: Objective, batches: list[Batch], device: torch.device,
+    context: AbstractContextManager[Any], reduce: Callable[[Tensor], Tensor],
+) -> list[Batch]:  # fmt: skip
+    """The batches with the objective's means, over all of them."""
+
+    def sum_over_devices(number: float) -> float:
+        return reduce(torch.full_like(zero_sum(device), number)).item()
+
+    count = sum_over_devices(sum(map(objective.count, batches)))
+    with context:
+        parts = (batch.to(device) for batch in batches)
+        return with_step_means(objective, model, batches, parts, count, sum_over_devices)
 
 
 def loss_metrics(loss: float, split: Split | None) -> dict[str, float | None]:

@@ -23,9 +23,12 @@ from cleangpt.interchange import gpt, llama
 from cleangpt.interchange.vocabularies import name_of, read_tokenizer, special_ids, to_tokenizers, word_split
 from cleangpt.models.gpt import GPTConfig
 from cleangpt.models.llama import LlamaConfig
+from cleangpt.objectives.reward_model import HEAD
 
 SHARDS = "model.safetensors.index.json"
 GENERATION_CONFIG, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
+CLASSIFIER, SCORE, REWARD_HEAD = "ForSequenceClassification", "score.weight", f"heads.{HEAD}.weight"
+"""How Transformers calls such a model, its head, and how we call that of a reward model."""
 MAPPINGS: dict[type[ModelConfig], ModuleType] = {GPTConfig: gpt, LlamaConfig: llama}
 """The module that converts each architecture, by configuration class."""
 MODEL_TYPES: dict[str, ModuleType] = {"gpt2": gpt, **dict.fromkeys(llama.HF_FAMILIES, llama)}
@@ -69,7 +72,9 @@ def read_huggingface(folder: Path) -> Checkpoint:
     kind = entries.get("model_type") if isinstance(entries, dict) else None
     if kind not in MODEL_TYPES:
         raise UserError(f"{folder / CONFIG}: model_type is {kind!r}; allowed: {', '.join(MODEL_TYPES)}")
-    mapping = MODEL_TYPES[kind]
+    mapping, scores = MODEL_TYPES[kind], str(entries.get("architectures")).endswith(f"{CLASSIFIER}']")
+    if scores:  # has no language-model head, so none that differs from the embedding
+        entries["tie_word_embeddings"] = True
     try:
         with parsing(CONFIG):
             _check_plain(entries)
@@ -77,9 +82,10 @@ def read_huggingface(folder: Path) -> Checkpoint:
         with parsing(WEIGHTS, RuntimeError):
             found = _read_weights(folder)
             weights: dict[str, Tensor] = mapping.from_huggingface(config, found)
-            _check_weights(
-                found, mapping.used_weights(config), mapping.UNUSED_WEIGHTS, weights["token_embedding.weight"]
-            )
+            used = mapping.used_weights(config) | ({SCORE} if scores else set())
+            _check_weights(found, used, mapping.UNUSED_WEIGHTS, weights["token_embedding.weight"])
+            if scores:
+                weights |= _reward_head(found)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     return Checkpoint(folder, config, read_tokenizer(folder), weights, {"model_type": kind}, find_template(folder))
@@ -113,6 +119,17 @@ def _check_weights(found: dict[str, Tensor], used: set[str], ignored: str, embed
     for name in sorted(used & found.keys()):
         if found[name].dtype not in DTYPES:
             raise UserError(f"{name} is stored as {found[name].dtype}; allowed: floats of 16 bits or more")
+
+
+def _reward_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The scalar head of a model for sequence classification.
+
+    Raises:
+        UserError: it has several labels.
+    """
+    if len(head := tensors[SCORE]) != 1:
+        raise UserError(f"{SCORE} has {len(head)} rows; allowed: 1, a reward model's")
+    return {REWARD_HEAD: head}
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -166,6 +183,8 @@ def check_vocabulary(checkpoint: Checkpoint) -> None:
 def write_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
     """Writes a checkpoint into an empty `folder`, for `AutoModelForCausalLM` and `AutoTokenizer`.
 
+    A reward model is written for `AutoModelForSequenceClassification`, without its language-model head.
+
     Raises:
         UserError: Hugging Face does not support the model or its tokenizer.
     """
@@ -174,6 +193,11 @@ def write_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
     special = _special_ids(checkpoint)
     dtype = str(next(iter(checkpoint.weights.values())).dtype).removeprefix("torch.")
     entries = mapping.config_to_huggingface(checkpoint.config) | special | {"torch_dtype": dtype}
+    tensors = mapping.to_huggingface(checkpoint.config, checkpoint.weights)
+    if (head := checkpoint.weights.get(REWARD_HEAD)) is not None:
+        tensors = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"} | {SCORE: head}
+        kind = re.sub("LMHeadModel|ForCausalLM", CLASSIFIER, entries["architectures"][0])
+        entries |= {"architectures": [kind], "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
     tokenizer = to_tokenizers(checkpoint.tokenizer)
     _check_word_split(entries["model_type"], tokenizer)
     write_json(folder / CONFIG, entries)
@@ -182,7 +206,6 @@ def write_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
     write_json(folder / TOKENIZER_CONFIG, _tokenizer_config(checkpoint))
     if checkpoint.chat_template is not None:
         write_text(folder / HF_TEMPLATE, checkpoint.chat_template.source)
-    tensors = mapping.to_huggingface(checkpoint.config, checkpoint.weights)
     write_tensors(folder / WEIGHTS, tensors, PYTORCH)
 
 

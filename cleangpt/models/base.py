@@ -131,7 +131,8 @@ class LanguageModel(nn.Module):
         Args:
             tokens: ids `(batch, seq)`, int64; with a cache, they follow the tokens in it and are added to it.
             targets: ids `(batch, seq)`, int64, IGNORED where there is none.
-            scores: what to compute besides log-probabilities: names of `heads` and of `TokenScores`' optional fields.
+            scores: what to compute besides log-probabilities: names of `heads`, which can do without targets, and of
+                `TokenScores`' optional fields.
             summed: return sums over all targets, which the chunked loss computes without recomputing any logits.
             cache: keys and values of earlier tokens.
             logit_positions: `(batch, count)`, int64; compute logits `(batch, count, vocab)` at these positions only.
@@ -147,9 +148,9 @@ class LanguageModel(nn.Module):
             return gather_positions(self._logits(features), logit_positions)
         if logit_positions is not None:
             features = gather_positions(features, logit_positions)
-        if targets is None:
-            return self._logits(features)
         heads = {name: self.heads[name](features).squeeze(-1).float() for name in scores if name in self.heads}
+        if targets is None:
+            return TokenScores(features.new_zeros(0), heads=heads) if heads else self._logits(features)
         others = [name for name in scores if name not in heads]
         found = token_scores(
             features, targets, self._scored_logits, self.head_parameters(), others, summed=summed, chunk=self.loss_chunk
@@ -165,12 +166,12 @@ class LanguageModel(nn.Module):
         return logits if self.temperature == 1 else logits.float() / self.temperature
 
     def add_heads(self, names: Collection[str]) -> None:
-        """Adds scalar heads, which output 0 until trained.
+        """Adds scalar heads, which output 0 until trained; without bias, as in Transformers' sequence classification.
 
         They come last among the parameters, so that the others are initialized to the same values as without them.
         """
         del self.heads
-        self.heads = nn.ModuleDict({name: nn.Linear(self.feature_size(), 1) for name in sorted(names)})
+        self.heads = nn.ModuleDict({name: nn.Linear(self.feature_size(), 1, bias=False) for name in sorted(names)})
         for name, parameter in self.heads.named_parameters(prefix="heads"):
             self.init_parameter(name, parameter)
 

@@ -1,18 +1,45 @@
 """Objectives by name: one file each; registering is one line here."""
 
 from cleangpt.objectives.base import Loss, Objective
+from cleangpt.objectives.dpo import DPO
 from cleangpt.objectives.grpo import GRPO
+from cleangpt.objectives.ipo import IPO
+from cleangpt.objectives.kto import KTO
 from cleangpt.objectives.next_token import NextToken
+from cleangpt.objectives.orpo import ORPO
 from cleangpt.objectives.ppo import PPO
 from cleangpt.objectives.reinforce import Reinforce
+from cleangpt.objectives.reward_model import RewardModel
 from cleangpt.objectives.rloo import RLOO
+from cleangpt.objectives.simpo import SimPO
 
-__all__ = ["OBJECTIVES", "Loss", "NextToken", "Objective"]
+__all__ = [
+    "DPO",
+    "GRPO",
+    "IPO",
+    "KTO",
+    "OBJECTIVES",
+    "ORPO",
+    "PPO",
+    "RLOO",
+    "Loss",
+    "NextToken",
+    "Objective",
+    "Reinforce",
+    "RewardModel",
+    "SimPO",
+]
 
 OBJECTIVES: dict[str, type[Objective]] = {
+    "dpo": DPO,
     "grpo": GRPO,
+    "ipo": IPO,
+    "kto": KTO,
     "next_token": NextToken,
+    "orpo": ORPO,
     "ppo": PPO,
     "reinforce": Reinforce,
+    "reward_model": RewardModel,
     "rloo": RLOO,
+    "simpo": SimPO,
 }

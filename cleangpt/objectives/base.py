@@ -28,6 +28,10 @@ class Objective(Checked, section="objective"):
 
     reads: ClassVar[frozenset[str]] = frozenset()
     """Names in `Batch.extras` that a batch must have."""
+    group: ClassVar[tuple[str, ...]] = ()
+    """Roles of neighbouring rows that it compares, such as chosen and rejected; empty: any rows."""
+    per_token: ClassVar[bool] = True
+    """Whether the loss is a cross-entropy per token, which has a perplexity."""
     heads: ClassVar[frozenset[str]] = frozenset()
     """Scalar heads to add to the model, such as a value head; their outputs are in `TokenScores.heads`."""
     on_policy: ClassVar[bool] = False
@@ -36,6 +40,15 @@ class Objective(Checked, section="objective"):
     def count(self, batch: Batch) -> int:
         """The number of things the loss is averaged over, by default the batch's targets. The batch is on the host."""
         return batch.num_targets
+
+    @property
+    def step_means(self) -> tuple[str, ...]:
+        """Names of means over the whole step that the loss reads, such as KTO's KL; see `objectives/step_means.py`."""
+        return ()
+
+    def step_sums(self, model: LanguageModel, batch: Batch) -> dict[str, Tensor]:
+        """The sums over a batch, 0-dim, of the `step_means`; called without gradient, before the loss of any batch."""
+        return {}
 
     def __call__(self, model: LanguageModel, batch: Batch) -> Loss:
         """The loss of a batch on the model's device, summed over everything counted."""

@@ -112,6 +112,11 @@ def source_plot(runs: Runs, path: Path) -> Path | None:
     return panels(dict.fromkeys(losses, runs), "tokens", "Validation loss by source", path)
 
 
+def best_of_n_plot(curves: Runs, path: Path) -> Path | None:
+    """True score and judge's score of the best of n over √KL, one line for each judge."""
+    return panels(dict.fromkeys(("true score", "judge's score"), curves), "√KL", "Best of n", path)
+
+
 def panels(curves: Mapping[str, Runs], x: str, title: str, path: Path) -> Path | None:
     """Stacked panels over the metric `x`, one for each metric in `curves` that any of its runs has.
 

@@ -36,6 +36,8 @@ CAPTION = (
     "<p>Of a long run, the curves by step show the mean of neighboring steps, and a band around the middle "
     f"{100 * (plots.SPREAD[1] - plots.SPREAD[0]):.0f} % of them.</p>"
 )
+FILES = ("experiment", "environment", "stores", "evaluation", "against", "best_of_n")
+"""JSON files of a run that are shown, in the order of the fields of `Run`."""
 BY_STEP = {"train_loss": "loss", "training_batch_size": "batch_size"}
 """Keys of metrics.jsonl that have other names in steps.jsonl."""
 
@@ -53,6 +55,10 @@ class Run:
     environment: dict[str, Any]
     data: dict[str, Any]
     evaluation: dict[str, Any]
+    against: dict[str, Any]
+    """Its comparison with another model."""
+    best_of_n: dict[str, Any]
+    """By judge: the scores of the best of n answers."""
 
 
 def write_report(runs: list[Path], out: Path | None = None) -> Path:
@@ -82,6 +88,7 @@ def write_report(runs: list[Path], out: Path | None = None) -> Path:
 def _draw(runs: Sequence[Run], folder: Path, prefix: str) -> dict[str, Path]:
     """Draws every plot that has data; returns the images by title."""
     rows, steps = {run.name: run.rows for run in runs}, {run.name: _by_step(run) for run in runs}
+    judged = {judge: curve for run in runs for judge, curve in run.best_of_n.items()}
     drawn = {
         "Loss": plots.loss_plot(rows, steps, folder / f"{prefix}loss.png"),
         "Validation loss by source": plots.source_plot(rows, folder / f"{prefix}sources.png"),
@@ -89,6 +96,7 @@ def _draw(runs: Sequence[Run], folder: Path, prefix: str) -> dict[str, Path]:
         "Rollouts": plots.rollout_plot(rows, folder / f"{prefix}rollouts.png"),
         "Reward against KL": plots.reward_plot(rows, folder / f"{prefix}reward.png"),
         "Metrics of the objective": plots.objective_plot(rows, steps, folder / f"{prefix}objective.png"),
+        "Best of n": plots.best_of_n_plot(judged, folder / f"{prefix}best_of_n.png"),
         "Schedules": plots.schedule_plot(rows, steps, folder / f"{prefix}schedules.png"),
         "Throughput": plots.throughput_plot(rows, steps, folder / f"{prefix}throughput.png"),
         "Gradient norm": plots.gradient_plot(steps, folder / f"{prefix}gradient.png"),
@@ -112,9 +120,9 @@ def _load(folders: Sequence[Path]) -> list[Run]:
         rows = read_metrics(folder)
         if not rows:
             raise UserError(f"{folder} has no metrics yet ({METRICS_FILE}); they begin after the first macro-batch")
-        texts = [_object(folder / f"{part}.json") for part in ("experiment", "environment", "stores", "evaluation")]
+        texts = [_object(folder / f"{part}.json") for part in FILES]
         with parsing(folder / "evaluation.json"):
-            texts[-1] = restored(texts[-1])
+            texts[FILES.index("evaluation")] = restored(texts[FILES.index("evaluation")])
         name = str(texts[0].get("name", folder.resolve().name))
         runs.append(Run(folder, name, rows, read_steps(folder), read_samples(folder), *texts))
     for part in ("name", "parent"):
@@ -141,6 +149,8 @@ def _page(runs: list[Run], images: Mapping[str, Path]) -> str:
     parts.append(_section("Curves", "\n".join([CAPTION, *(_image(name, path) for name, path in images.items())])))
     if evaluated := [run for run in runs if run.evaluation]:
         parts.append(_section("Evaluation", _facts_table(evaluated, [run.evaluation for run in evaluated], _metric)))
+    if compared := [run for run in runs if run.against]:
+        parts.append(_section("Win rate", _facts_table(compared, [run.against for run in compared], _metric)))
     parts += [_samples(run, len(runs) > 1) for run in runs if run.samples]
     parts.append(_folded("Experiment", _experiment_table(runs)))
     if any(run.environment for run in runs):
@@ -159,7 +169,7 @@ def _lead(runs: list[Run]) -> str:
     run, lowest = min(rated, key=lambda pair: float(pair[1]["val_loss"]))
     of = "" if len(runs) == 1 else f", by <b>{_text(run.name)}</b>"
     return (
-        f"<p class=lead>Best validation loss <b>{show('val_loss', lowest['val_loss'])}</b> nats per token "
+        f"<p class=lead>Best validation loss <b>{show('val_loss', lowest['val_loss'])}</b>{_per(run)} "
         f"at macro-batch {show('macro_batch', lowest.get('macro_batch'))}{of}.</p>"
     )
 
@@ -181,6 +191,13 @@ def _lead_by_score(runs: list[Run]) -> str:
             words = f"{_text(label(names[0]).capitalize())} <b>{_text(show(names[0], run.rows[-1][names[0]]))}</b>"
             return f"<p class=lead>{words} after the last macro-batch of {_text(run.name)}.</p>"
     return "<p class=lead>No validation loss yet.</p>"
+
+
+def _per(run: Run) -> str:
+    """The unit of a run's loss, if it is that of next tokens; preferences and rewards have losses of their own."""
+    objective = run.experiment.get("objective")
+    kind = objective.get("kind") if isinstance(objective, dict) else None
+    return " nats per token" if kind in (None, "next_token") else ""
 
 
 def summary(run: Run) -> dict[str, str]:

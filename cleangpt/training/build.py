@@ -355,11 +355,13 @@ def build_recorder(
     def validation_metrics(val_loss: float) -> Row:
         if experiment.objective.on_policy:
             return {}
-        own = {"val_loss": val_loss, **loss_metrics(val_loss, splits.get(""))}
+        perplexity = loss_metrics(val_loss, splits.get("")) if experiment.objective.per_token else {}
+        own = {"val_loss": val_loss, **perplexity}
         if validator is None:
             return own
         others = {f"val_{name}": value for name, value in validator.mean_metrics().items() if name != "loss"}
-        return {**own, **others, **source_metrics("val_loss", validator.losses(), splits)}
+        by_source = source_metrics("val_loss", validator.losses(), splits)
+        return {**own, **others, **by_source}
 
     def scores() -> Row:
         if not found:

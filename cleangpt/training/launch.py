@@ -20,7 +20,7 @@ from cleangpt.checkpoints.snapshots import list_snapshots
 from cleangpt.config import LENGTHS, FineTuningConfig, Schedule, peak
 from cleangpt.corpora import Corpus, Mixture, prepare
 from cleangpt.corpora.mixture import environments
-from cleangpt.data.dataset import Column
+from cleangpt.data.columns import Column
 from cleangpt.data.mixing import MixedDataset, split_samples
 from cleangpt.distributed.device import check_precision, choose_device, choose_precision, describe_device
 from cleangpt.distributed.layout import (
@@ -34,6 +34,7 @@ from cleangpt.distributed.layout import (
 from cleangpt.distributed.processes import Ranks, join, local_rank, world_size
 from cleangpt.distributed.signals import SAVE_SIGNAL, ignore_signal
 from cleangpt.errors import UserError
+from cleangpt.evaluation.reference import Reference, add_reference
 from cleangpt.evaluation.tasks import choose_tasks
 from cleangpt.experiment import Experiment, total_samples
 from cleangpt.files import user_path
@@ -42,6 +43,7 @@ from cleangpt.interchange.huggingface import find
 from cleangpt.models import model_class
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.flops import flops_per_token
+from cleangpt.objectives.pairs import REFERENCE
 from cleangpt.rollouts.build import check_rollouts
 from cleangpt.rollouts.collecting import check_prompts
 from cleangpt.screen import Screen
@@ -86,7 +88,7 @@ def train(
         if deadline is not None:
             deadline = float(ranks.across_restarts("end", str(deadline)))
         asked = _length_asked(experiment)
-        experiment, store = prepare_dataset(experiment, ranks)
+        experiment, store = prepare_dataset(experiment, ranks, resumed)
         run: Path = resumed or ranks.on_main(lambda: choose_folder(experiment))
         progress = ProgressBar(None, experiment.tracking.progress and ranks.is_main)
         with open_trainer(
@@ -121,14 +123,26 @@ def _has_own_classes(config: Any) -> bool:
     return own or any(_has_own_classes(part) for part in parts if dataclasses.is_dataclass(part))
 
 
-def prepare_dataset(experiment: Experiment, ranks: Ranks) -> tuple[Experiment, MixedDataset]:
+def prepare_dataset(
+    experiment: Experiment, ranks: Ranks, resumed: Path | None = None
+) -> tuple[Experiment, MixedDataset]:
     """Prepares the dataset if needed; returns the experiment, resolved and checked with it, and the dataset."""
     console = Screen(stderr=True, quiet=not ranks.is_main)
-    folder = user_path(experiment.data.folder)
-    store = ranks.main_process_first(lambda: prepare(experiment.corpus, folder, console=console))
+    store = ranks.main_process_first(lambda: _open_dataset(experiment, resumed, console))
     experiment = resolve_with(experiment, store)
     check(experiment, layout_for(experiment.parallel, ranks.world_size), store=store)
     return experiment, store
+
+
+def _open_dataset(experiment: Experiment, resumed: Path | None, console: Screen) -> MixedDataset:
+    """The dataset, with the log-probabilities of a reference if the objective reads them."""
+    store = prepare(experiment.corpus, user_path(experiment.data.folder), console=console)
+    if REFERENCE in experiment.objective.reads:
+        run = resumed or given_folder(experiment)
+        device = choose_device(experiment.training.device, local_rank())
+        source, precision = experiment.init_from, experiment.training.precision
+        add_reference(store, None if source is None else Reference(source, precision, device), run)
+    return store
 
 
 def _length_asked(experiment: Experiment) -> list[str]:
@@ -188,6 +202,7 @@ def check(
         else:
             split_samples(store, "val", experiment.data.seq_len)
             open_stream(experiment, store)
+            _check_groups(experiment, layout, store.group)
         _check_columns(experiment, store.columns)
         _check_scoring(experiment, store)
         check_parameters(experiment.fine_tuning, experiment.model, experiment.optimizer, layout)
@@ -225,6 +240,31 @@ def _check_corpus(experiment: Experiment) -> None:
     row_length = getattr(corpus, "row_length", None)
     if row_length is not None and seq_len != row_length - 1 and not experiment.objective.on_policy:
         raise UserError(f"data.seq_len is {seq_len}; allowed: {row_length - 1}, the corpus's row length - 1")
+
+
+def _check_groups(experiment: Experiment, layout: Layout, group: tuple[str, ...]) -> None:
+    """Checks that the corpus groups rows as the objective compares them, and that no size splits a group."""
+    data, training, objective = experiment.data, experiment.training, experiment.objective
+    if objective.group and objective.group != group:
+        kind, found = type(objective).__name__, f"has {' and '.join(group)}" if group else "has none"
+        raise UserError(f"objective {kind} compares rows, {' and '.join(objective.group)}; this corpus {found}")
+    sizes = {
+        "data.batch_size": (data.batch_size, layout.dp_size), "data.val_batch_size": (data.val_batch_size, 1),
+        "training.micro_batch_size": (training.micro_batch_size, 1), "data.val_samples": (data.val_samples, 1),
+    }  # fmt: skip
+    for name, (size, devices) in sizes.items():
+        if group and size is not None and size % (len(group) * devices):
+            raise UserError(
+                f"{name} is {size}; allowed: a multiple of {len(group) * devices}, so that rows stay together: "
+                f"{', '.join(group)}"
+            )
+    rates = {f"model.{name}": value for name, value in vars(experiment.model).items() if name.endswith("dropout")}
+    rates["fine_tuning.lora.dropout"] = experiment.fine_tuning.lora.dropout
+    if REFERENCE in objective.reads and any(rates.values()):
+        name, value = next((name, value) for name, value in rates.items() if value)
+        raise UserError(
+            f"{name} is {value}; allowed with objective {type(objective).__name__}: 0, as for its reference"
+        )
 
 
 def _check_columns(experiment: Experiment, columns: Mapping[str, Column]) -> None:
@@ -283,6 +323,9 @@ def _check_optimization(experiment: Experiment) -> None:
 def _check_fine_tuning(experiment: Experiment) -> None:
     """Checks frozen parameters, adapters and moments against each other and `init_from`."""
     tuning, source, rank = experiment.fine_tuning, experiment.init_from, experiment.fine_tuning.lora.rank
+    if REFERENCE in experiment.objective.reads and source is None:
+        kind = type(experiment.objective).__name__
+        raise UserError(f"init_from is None; allowed with objective {kind}: a model, since it is the reference")
     if rank is not None and source is None:
         raise UserError(f"fine_tuning.lora.rank is {rank}; allowed without init_from: None, since weights are random")
     if rank is not None and tuning.freeze:

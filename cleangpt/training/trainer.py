@@ -20,6 +20,7 @@ from cleangpt.distributed.parallelize import gradient_sync
 from cleangpt.distributed.processes import Ranks
 from cleangpt.models.base import LanguageModel
 from cleangpt.objectives import Objective
+from cleangpt.objectives.step_means import with_step_means
 from cleangpt.training.balancing import ExpertLoadBalancer
 from cleangpt.training.meter import LossSums, Meter, StepResult
 from cleangpt.training.metrics import Recorder
@@ -115,6 +116,7 @@ class Trainer:
         plan = self.plan(self.position.samples)
         batches = [self.source.next() for _ in range(plan.accumulation)]
         (count,) = self.ranks.sum(sum(map(self.objective.count, batches)) / self.layout.tensor)
+        batches = self._with_step_means(batches, count)
         sums = LossSums(self.device, copies=self.layout.tensor)
         for number, batch in enumerate(batches, start=1):
             self._backward(batch, count, sums, last=number == len(batches))
@@ -129,6 +131,15 @@ class Trainer:
         self.meter.add(result)
         self.spikes.observe(self.position.samples, result)
         self.recorder.step_log.add(self.position, result)
+
+    def _with_step_means(self, batches: list[Batch], count: float) -> list[Batch]:
+        """The batches with means over the whole step, which the objective reads."""
+        parts = (part.to(self.device) for batch in batches for part in batch.split(self.micro_batch_size))
+        with self.autocast:
+            return with_step_means(
+                self.objective, self.forward_model, batches, parts, count,
+                lambda total: self.ranks.sum(total)[0] / self.layout.tensor,
+            )  # fmt: skip
 
     def _backward(self, batch: Batch, count: float, sums: LossSums, last: bool = True) -> None:
         """Accumulates the gradient of a batch, one micro-batch at a time; the `last` one all-reduces it.

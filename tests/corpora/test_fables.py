@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from cleangpt.corpora import prepare_dataset
-from cleangpt.corpora.fables import MORALS, WORDS, Fables
+from cleangpt.corpora.fables import MORALS, Fables
 from cleangpt.data.dataset import TokenDataset
+from cleangpt.environments.fables import WORDS
 from cleangpt.errors import UserError
 
 

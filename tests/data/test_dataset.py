@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from cleangpt.data.dataset import CARD, DATASET, Column, TokenDataset
+from cleangpt.data.columns import Column
+from cleangpt.data.dataset import CARD, DATASET, TokenDataset
 from cleangpt.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
 from cleangpt.data.writer import DatasetWriter
 from cleangpt.errors import UserError

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cleangpt.data.batch import IGNORED
-from cleangpt.data.dataset import Column
+from cleangpt.data.columns import Column
 from cleangpt.data.loader import DatasetSource, Samples, SplitStream, Stream, validation_batches
 from cleangpt.data.mixing import MixedStream, interleave
 from cleangpt.data.ranges import add_range
@@ -29,6 +29,7 @@ class Memory:
     """A split held in memory, as an independent stand-in for a memory-mapped one."""
 
     vocab_size = 2**62
+    group = 1
 
     def __init__(
         self,

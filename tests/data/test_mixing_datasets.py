@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cleangpt.data.batch import IGNORED
-from cleangpt.data.dataset import Column, TokenDataset
+from cleangpt.data.columns import Column
+from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.loader import DatasetSource, Samples, SplitStream
 from cleangpt.data.mixing import (
     MixedDataset,
@@ -32,7 +33,7 @@ ROW = 5
 class Rows:
     """A split of `count` rows in memory; every token tells its source and its row."""
 
-    row_length, masked, vocab_size, columns = ROW, False, 2**62, {}
+    row_length, masked, vocab_size, columns, group = ROW, False, 2**62, {}, 1
 
     def __init__(self, source: int, count: int) -> None:
         self.documents, self.tokens = count, ROW * count

@@ -41,6 +41,9 @@ SHORT = shlex.split(
 SHORT_RESUMED = ["--training.macro-batches", "2"]
 SMALLER = {
     "adder": ["train-samples", "500", "val-samples", "50", "test-samples", "50"],
+    "fables_dpo": ["train-pairs", "40", "val-pairs", "8"],
+    "fables_reward": ["train-pairs", "40", "val-pairs", "8"],
+    "fables_sft": ["train-sentences", "64", "val-sentences", "16"],
     "mixture_code_shakespeare": ["sources.1.corpus.file", "input.txt"],
     "shakespeare_char": ["file", "input.txt"],
     "shakespeare_char_cpu": ["file", "input.txt"],
@@ -117,6 +120,8 @@ def lines(document: Path) -> list[str]:
 
 def shortened(words: list[str]) -> list[str]:
     """A cleangpt command line that takes a second, by overrides at its end, where they win."""
+    if words[0] == "evaluate" and "--best-of" in words:
+        return [*words, "--best-of", "4"]
     if "--help" in words or words[0] not in ("prepare", "tune", "train", "resume"):
         return words
     if words[0] == "resume":
@@ -167,6 +172,10 @@ def reader(workplace: Path) -> Path:
     )
     said = (json.dumps({"messages": messages}) for messages in asked)
     (workplace / "conversations.jsonl").write_text("\n".join(said), encoding="utf-8")
+    preferred = (
+        {"prompt": f"{number} + 1 = ", "chosen": str(number + 1), "rejected": str(number)} for number in range(300)
+    )
+    (workplace / "preferences.jsonl").write_text("\n".join(map(json.dumps, preferred)), encoding="utf-8")
     (workplace / "input.txt").write_text("To be, or not to be: that is the question.\n" * 200, encoding="utf-8")
     stories = (f"Once upon a time there were {number} mice. They lived well.\n" * 20 for number in range(400))
     (workplace / "stories.txt").write_text("<|endoftext|>\n".join(stories), encoding="utf-8")

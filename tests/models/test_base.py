@@ -121,7 +121,7 @@ def test_heads_come_last_output_zero_and_leave_everything_else_as_it_is(config: 
     torch.manual_seed(0)
     model = build_model(config, {"value", "reward"})
     names = list(model.state_dict())
-    heads = ["heads.reward.weight", "heads.reward.bias", "heads.value.weight", "heads.value.bias"]
+    heads = ["heads.reward.weight", "heads.value.weight"]
     assert names == [*plain.state_dict(), *heads]
     for name, weight in plain.state_dict().items():
         assert torch.equal(model.state_dict()[name], weight)
@@ -139,11 +139,14 @@ def test_a_head_is_a_linear_function_of_the_features_and_is_never_summed(summed:
     nn.init.normal_(model.heads["value"].weight)
     scores = model(TOKENS, targets=TOKENS, scores=["value", "entropy"], summed=summed)
     head = model.heads["value"]
-    expected = (model.features(TOKENS) * head.weight[0]).sum(-1) + head.bias
+    features = model.features(TOKENS)
+    expected = (features * head.weight[0]).sum(-1)
     torch.testing.assert_close(scores.heads["value"], expected, atol=1e-5, rtol=1e-4)
     assert scores.entropy.shape == (() if summed else TOKENS.shape)
     scores.heads["value"].sum().backward()
-    assert head.bias.grad.item() == TOKENS.numel()
+    torch.testing.assert_close(head.weight.grad[0], features.sum((0, 1)).detach(), atol=1e-4, rtol=1e-4)
+    alone = model(TOKENS, scores=["value"])
+    assert torch.equal(alone.heads["value"], scores.heads["value"]) and alone.logprobs.numel() == 0
 
 
 @each_model
@@ -157,11 +160,11 @@ def test_a_checkpoint_loads_with_the_heads_that_it_has(config: ModelConfig) -> N
     found, expected = (one(TOKENS, targets=TOKENS, scores=["value"]) for one in (loaded, model))
     assert torch.equal(found.heads["value"], expected.heads["value"])
     assert torch.equal(found.logprobs, expected.logprobs)
-    missing = {name: weight for name, weight in model.state_dict().items() if name != "heads.value.bias"}
+    wrong = model.state_dict() | {"heads.value.weight": torch.zeros(2, 16)}
     with pytest.raises(
-        UserError, match=r"heads\.value\.bias is missing in the checkpoint, and torch.float32 \(1,\) in the model"
+        UserError, match=r"value.weight is torch.float32 \(2, 16\) in the checkpoint, and torch.float32 \(1, 16\) in"
     ):
-        Checkpoint(Path("run"), config, ByteTokenizer(), missing, {}).model(torch.device("cpu"))
+        Checkpoint(Path("run"), config, ByteTokenizer(), wrong, {}).model(torch.device("cpu"))
 
 
 def test_a_model_whose_configuration_has_no_dim_says_how_wide_its_features_are() -> None:

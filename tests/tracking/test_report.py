@@ -133,6 +133,32 @@ def test_an_evaluation_is_shown_where_there_is_one(tmp_path, without_plots):
     assert page.fact("exact match") == ["50.0 %"]
 
 
+def test_a_comparison_with_another_model_is_shown_with_its_win_rate(tmp_path, without_plots):
+    run = make(tmp_path / "run")
+    assert "Win rate" not in Page(write_report([run])).text
+    against = {"against": "runs/sft", "win_rate": 0.975, "kl": 3.5, "grammatical": 0.96}
+    (run / "against.json").write_text(json.dumps(against), encoding="utf-8")
+    page = Page(write_report([run]))
+    assert "Win rate" in page.text and page.fact("win rate") == ["0.975"] and page.fact("against") == ["runs/sft"]
+
+
+def test_the_best_of_n_is_drawn_over_the_kl_divergence(tmp_path):
+    run = make(tmp_path / "run")
+    curve = [{"n": n, "√KL": n / 4, "true score": n, "judge's score": n**2} for n in (1, 4, 16)]
+    (run / "best_of_n.json").write_text(json.dumps({"reward": curve, "reward100": curve}), encoding="utf-8")
+    page = Page(write_report([run]))
+    assert "Best of n" in [dict(attributes).get("alt") for tag, attributes in page.tags if tag == "img"]
+    assert (run / "plots" / "best_of_n.png").is_file()
+
+
+def test_a_loss_that_is_not_per_token_is_not_called_so(tmp_path, without_plots):
+    run = make(tmp_path / "run")
+    assert "nats per token" in Page(write_report([run])).text
+    experiment = json.loads((run / "experiment.json").read_text()) | {"objective": {"kind": "dpo"}}
+    (run / "experiment.json").write_text(json.dumps(experiment), encoding="utf-8")
+    assert "nats per token" not in Page(write_report([run])).text
+
+
 def test_a_number_beyond_all_floats_is_shown_as_it_stands(tmp_path, without_plots):
     run = make(tmp_path / "run")
     (run / "evaluation.json").write_text('{"loss": 1' + 400 * "0" + "}", encoding="utf-8")

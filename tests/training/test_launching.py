@@ -24,7 +24,7 @@ from cleangpt.config import (
     TrainingConfig,
 )
 from cleangpt.corpora import prepare
-from cleangpt.data.dataset import Column
+from cleangpt.data.columns import Column
 from cleangpt.distributed.device import choose_precision
 from cleangpt.distributed.layout import Layout
 from cleangpt.errors import UserError
