@@ -1,6 +1,7 @@
 """The command line: one file per command, imported when it is called, so that --help and --version are fast."""
 
 import ast
+import contextlib
 import errno
 import gc
 import importlib
@@ -137,7 +138,8 @@ def _trains(words: Sequence[str]) -> bool:
 def _replace_what_output_lacks() -> None:
     """Prints a question mark for a character that standard output cannot encode, instead of failing in mid-text."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
+        with contextlib.suppress(OSError):  # it flushes, perhaps to a reader that has left
+            sys.stdout.reconfigure(errors="replace")
 
 
 def _docstring(name: str) -> str:

@@ -113,7 +113,8 @@ class FablesGold(Environment):
         rows, length = self.dataset.splits[split], self.dataset.row_length
         assert length is not None
         tokens, counted = (read(task * length, length).tolist() for read in (rows.read, rows.read_mask))
-        return Prompt(tokens[: counted.index(1)], max_new_tokens=LONGEST, stop_ids=tuple(self.dataset.tokenizer.stop_ids))
+        stop_ids = tuple(self.dataset.tokenizer.stop_ids)
+        return Prompt(tokens[: counted.index(1)], max_new_tokens=LONGEST, stop_ids=stop_ids)
 
     def step(self, episode: Episode, action: list[int]) -> Feedback:
         """The score of the sentence, which has ended if the end-of-text token is last."""

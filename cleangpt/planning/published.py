@@ -11,7 +11,6 @@ from functools import cache
 from typing import Literal
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from cleangpt.distributed.datasheets import GIB, find_device
@@ -22,6 +21,7 @@ from cleangpt.objectives import NextToken
 from cleangpt.planning.memory import Blocks, StepConfig, device_memory
 from cleangpt.planning.timing import Machine, step_time
 from cleangpt.planning.workload import Passes, Work, Workload, measure
+from cleangpt.screen import Screen
 
 MODELS = {
     "8B": LlamaConfig(vocab_size=128256, n_layers=32, n_heads=32, n_kv_heads=8, dim=4096, hidden_dim=14336),
@@ -102,7 +102,7 @@ ROWS = [
 
 def show_published() -> None:
     """Prints the table of docs/planning.md."""
-    console = Console(width=max(Console().width, 150))  # so that no cell is truncated
+    console = Screen(width=max(Screen().width, 150))  # so that no cell is truncated
     table = Table(box=None, pad_edge=False)
     for name in COLUMNS:
         table.add_column(name, justify="left" if name in COLUMNS[:6] else "right")

@@ -273,10 +273,10 @@ def test_training_leaves_the_run_directory_of_the_design(run: str, own: Path) ->
     }  # fmt: skip
     assert Path(run, "experiment.py").read_text() == own.read_text()
     experiment = json.loads(Path(run, "experiment.json").read_text())
-    assert experiment["model"] == {
+    assert experiment["model"].items() >= {
         "kind": "gpt", "vocab_size": 13, "max_seq_len": 9, "n_layers": 1, "n_heads": 2, "dim": 16, "bias": True,
         "dropout": 0.0,
-    }  # fmt: skip
+    }.items()  # fmt: skip
     environment = json.loads(Path(run, "environment.json").read_text())
     assert environment["cleangpt"] == __version__ and environment["overrides"] == ["--run-dir", "run"]
 
@@ -379,7 +379,7 @@ def test_a_resume_that_finds_a_corrupt_line_leaves_all_files_as_they_were(
         (["--tracking.every", "0"], "--tracking.every is 0; allowed: a whole number of 1 or more"),
         (["--tracking.every=-3"], "--tracking.every is -3; allowed: a whole number of 1 or more"),
         (["--tracking.wandb", "offline", "--tracking.wandb-project", "a/b"], "W&B refuses: "),
-        (["--tracking.wandb", "online"], "W&B refuses: "),
+        (["--tracking.wandb", "online"], "Weights & Biases has no API key here"),
     ],
 )
 @pytest.mark.parametrize("where", [[], ["--run-dir", "mine"]])

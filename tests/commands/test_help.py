@@ -24,7 +24,7 @@ def test_help_without_an_experiment_shows_options_and_sections_on_a_screen(
     command: str, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     printed = help_of(capsys, command, "--help")
-    assert len(printed.splitlines()) <= 60
+    assert len(printed.splitlines()) <= 70
     own = {"plan": "--devices", "tune": "--rates"}.get(command, "--time-limit")
     assert own in printed and "--run-dir FOLDER|none" in printed
     assert all(re.search(rf"^  {name} +\w", printed, re.MULTILINE) for name in SECTIONS)

@@ -143,7 +143,8 @@ def test_a_name_that_is_not_an_option_is_answered_with_those_that_end_like_it(
 def test_the_last_part_of_every_option_leads_to_it(adder: Experiment) -> None:
     """Unless it has too many namesakes, or is the start of others."""
     options = [option.name for option in find_options(train.Options, {"experiment": adder})]
-    for end in {name.rpartition(".")[2] for name in options if "." in name} - {"lr", "weight-decay", "batch-size"}:
+    ends = {name.rpartition(".")[2] for name in options if "." in name} - {name.removeprefix("--") for name in options}
+    for end in ends - {"lr", "weight-decay", "batch-size"}:
         whole = [name for name in options if name.rpartition(".")[2] == end]
         with pytest.raises(UserError) as caught:
             parse(train.Options, [f"--{end}", "1"], program="train", given={"experiment": adder})

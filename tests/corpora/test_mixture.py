@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from cleangpt.checkpoints.run_folder import kinds
+from cleangpt.commands import train
 from cleangpt.commands.overrides import parse_over
 from cleangpt.config import Source
 from cleangpt.corpora import prepare, prepare_dataset
@@ -49,7 +50,7 @@ def test_a_damaged_source_is_told_with_its_place() -> None:
 def test_the_command_line_changes_fields_of_a_source() -> None:
     experiment = load_experiment(experiments()["mixture_code_shakespeare"])
     words = ["--corpus.sources.0.weight", "3", "--corpus.sources.1.corpus.file", "a.txt", "--corpus.temperature", "5"]
-    changed = parse_over(experiment, [], words, "train", "").experiment
+    changed = parse_over(train.Options, experiment, words, "train", "").experiment
     assert isinstance(changed.corpus, Mixture)
     code, shakespeare = changed.corpus.sources
     assert (code.weight, changed.corpus.temperature) == (3.0, 5.0)

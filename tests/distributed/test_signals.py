@@ -143,11 +143,11 @@ def test_a_signal_during_saving(
 
     save_file, calls = shards.save_file, []
 
-    def interrupted(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    def interrupted(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None) -> None:
         calls.append(path.name)
         if len(calls) == 2:
             os.kill(os.getpid(), number)
-        save_file(tensors, path)
+        save_file(tensors, path, metadata)
 
     experiment = tiny(run_dir="broken", saving__async_snapshots=asynchronous)
     broken = trainer(experiment)
