@@ -140,13 +140,13 @@ def write_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
     special = {f"{name}_id": token for name, token in special_ids(checkpoint.tokenizer).items()}
     dtype = str(next(iter(checkpoint.weights.values())).dtype).removeprefix("torch.")
     entries = mapping.config_to_huggingface(checkpoint.config) | special | {"torch_dtype": dtype}
+    tokenizer = to_tokenizers(checkpoint.tokenizer)
+    _check_word_split(entries["model_type"], tokenizer)
     tensors = mapping.to_huggingface(checkpoint.config, checkpoint.weights)
     if (head := checkpoint.weights.get(REWARD_HEAD)) is not None:
         tensors = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"} | {SCORE: head}
         kind = re.sub("LMHeadModel|ForCausalLM", CLASSIFIER, entries["architectures"][0])
         entries |= {"architectures": [kind], "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
-    tokenizer = to_tokenizers(checkpoint.tokenizer)
-    _check_word_split(entries["model_type"], tokenizer)
     write_json(folder / CONFIG, entries)
     write_json(folder / GENERATION_CONFIG, special | _stops(checkpoint))
     write_json(folder / TOKENIZER, tokenizer)
