@@ -56,11 +56,6 @@ def frozen_names(model: LanguageModel, config: FineTuningConfig) -> set[str]:
     return matching(config.freeze, names, "fine_tuning.freeze", "parameter")
 
 
-def is_frozen(name: str, config: FineTuningConfig) -> bool:
-    """Whether a pattern of `freeze` matches the parameter `name`."""
-    return any(fnmatchcase(name, pattern) for pattern in config.freeze)
-
-
 def matching(patterns: Iterable[str], names: Collection[str], field: str, what: str) -> set[str]:
     """The names that match any of the patterns.
 

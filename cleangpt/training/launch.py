@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ from cleangpt.tracking import check_tracking
 from cleangpt.tracking.metrics import metric_key
 from cleangpt.tracking.progress import ProgressBar
 from cleangpt.training.build import build_trainer
-from cleangpt.training.finetuning import check_fine_tuning, is_frozen
+from cleangpt.training.finetuning import check_fine_tuning
 from cleangpt.training.resolve import open_stream, resolve, resolve_with
 
 __all__ = ["check", "check_here", "prepare_dataset", "resolve", "summary", "train"]
@@ -275,8 +276,9 @@ def _check_fine_tuning(experiment: Experiment) -> None:
 def _check_unused_head(experiment: Experiment, layout: Layout) -> None:
     """Checks that a language-model head of its own, which gets no gradient, is frozen where gradients are reduced."""
     untied = vars(experiment.model).get("tied") is False and experiment.fine_tuning.lora.rank is None
-    frozen = is_frozen("head.weight", experiment.fine_tuning)
-    if untied and not experiment.objective.predicts and layout.dp_size > 1 and not frozen:
+    if untied and not experiment.objective.predicts and layout.dp_size > 1 and not any(
+        fnmatchcase("head.weight", pattern) for pattern in experiment.fine_tuning.freeze
+    ):  # fmt: skip
         kind = type(experiment.objective).__name__
         raise UserError(
             f"fine_tuning.freeze is {experiment.fine_tuning.freeze!r}; allowed with objective {kind} on several "
