@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -276,9 +275,8 @@ def _check_fine_tuning(experiment: Experiment) -> None:
 def _check_unused_head(experiment: Experiment, layout: Layout) -> None:
     """Checks that a language-model head of its own, which gets no gradient, is frozen where gradients are reduced."""
     untied = vars(experiment.model).get("tied") is False and experiment.fine_tuning.lora.rank is None
-    if untied and not experiment.objective.predicts and layout.dp_size > 1 and not any(
-        fnmatchcase("head.weight", pattern) for pattern in experiment.fine_tuning.freeze
-    ):  # fmt: skip
+    frozen = not {"head.*", "head.weight"}.isdisjoint(experiment.fine_tuning.freeze)
+    if untied and not experiment.objective.predicts and layout.dp_size > 1 and not frozen:
         kind = type(experiment.objective).__name__
         raise UserError(
             f"fine_tuning.freeze is {experiment.fine_tuning.freeze!r}; allowed with objective {kind} on several "
