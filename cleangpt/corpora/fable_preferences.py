@@ -84,18 +84,17 @@ class FablePreferences(Corpus):
         )  # fmt: skip
 
     def _groups(self, start: int) -> Groups:
-        pairs, read = self.pairs(), 0
+        pairs = self.pairs()
         splits = {"val": (0, self.val_pairs), "train": (self.val_pairs, self.val_pairs + self.train_pairs)}
         for number, (split, first, last) in enumerate(ranges(splits)):
             found = list(islice(pairs, last - first))
             if number >= start:
-                flips = self.flip if split == "train" else 0.0
-                yield last, [self._chunk(split, found, [unit_hash(f"{self.seed}:{read + place}") < flips
-                                                        for place in range(len(found))])]  # fmt: skip
-            read = last
+                share = self.flip if split == "train" else 0.0
+                flipped = [unit_hash(f"{self.seed}:{position}") < share for position in range(first, last)]
+                yield last, [self._chunk(split, found, flipped)]
 
     def pairs(self) -> Iterator[tuple[int, int, int]]:
-        """Prompt, better continuation and worse one, each by its number, without end."""
+        """Prompt, better continuation and worse one, each by its number."""
         golds = np.array([gold(continuation(number)) for number in range(CONTINUATIONS)])
         total = len(prompts()) * CONTINUATIONS**2
         for first in range(0, total, CANDIDATES):

@@ -32,6 +32,8 @@ class Objective(Checked, section="objective"):
     """Roles of neighbouring rows that it compares, such as chosen and rejected; empty: any rows."""
     per_token: ClassVar[bool] = True
     """Whether the loss is a cross-entropy per token, which has a perplexity."""
+    predicts: ClassVar[bool] = True
+    """Whether the loss reads log-probabilities; if not, the language-model head gets no gradient."""
     heads: ClassVar[frozenset[str]] = frozenset()
     """Scalar heads to add to the model, such as a value head; their outputs are in `TokenScores.heads`."""
     on_policy: ClassVar[bool] = False

@@ -29,6 +29,7 @@ class RewardModel(PairObjective):
 
     reads: ClassVar[frozenset[str]] = frozenset({"margin"})
     heads: ClassVar[frozenset[str]] = frozenset({HEAD})
+    predicts: ClassVar[bool] = False
 
     centring: NonNegative = 0.01
     """c: weight of the term that keeps the mean reward near 0."""

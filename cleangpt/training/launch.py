@@ -179,6 +179,7 @@ def check(
     _check_sizes(experiment, layout)
     _check_optimization(experiment)
     _check_fine_tuning(experiment)
+    _check_unused_head(experiment, layout)
     check_loss_chunk(experiment.training, experiment.model, layout)
     if device is not None:
         _check_corpus(experiment)
@@ -336,6 +337,18 @@ def _check_fine_tuning(experiment: Experiment) -> None:
     if tuning.optimizer_state == "kept" and (source is None or rank is not None):
         why = "without init_from" if source is None else "with fine_tuning.lora.rank, since adapters are new"
         raise UserError(f"fine_tuning.optimizer_state is 'kept'; allowed {why}: reset")
+
+
+def _check_unused_head(experiment: Experiment, layout: Layout) -> None:
+    """Checks that a language-model head of its own, which gets no gradient, is frozen where gradients are reduced."""
+    untied = vars(experiment.model).get("tied") is False and experiment.fine_tuning.lora.rank is None
+    frozen = not {"head.*", "head.weight"}.isdisjoint(experiment.fine_tuning.freeze)
+    if untied and not experiment.objective.predicts and layout.dp_size > 1 and not frozen:
+        kind = type(experiment.objective).__name__
+        raise UserError(
+            f"fine_tuning.freeze is {experiment.fine_tuning.freeze!r}; allowed with objective {kind} on several "
+            "devices: with 'head.*', since the untied head gets no gradient"
+        )
 
 
 def _check_source(experiment: Experiment) -> None:

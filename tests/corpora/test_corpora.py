@@ -61,7 +61,7 @@ def write_jsonl(path: Path, texts: list[str]) -> str:
 @pytest.mark.parametrize("kind", CORPORA)
 def test_a_configuration_survives_json(kind: str) -> None:
     cls: Any = CORPORA[kind]
-    corpus = cls(files=("a", "b")) if kind in ("text", "chat") else cls()
+    corpus = cls(files=("a", "b")) if kind in ("text", "chat", "preferences") else cls()
     entry = json.loads(json.dumps(to_json(corpus, CORPORA)))
     assert entry["kind"] == kind
     assert from_json(CorpusConfig, entry, CORPORA) == corpus
@@ -76,9 +76,9 @@ def test_every_field_says_what_it_is(kind: str) -> None:
         assert re.search(rf'^    {field.name}: .*\n    """', source, re.MULTILINE), field.name
 
 
-def test_only_arithmetic_has_an_environment() -> None:
+def test_arithmetic_and_openings_have_an_environment() -> None:
     scored = {kind for kind, corpus in CORPORA.items() if corpus.environment is not Corpus.environment}
-    assert scored == {"adder", "adder_chat", "multiplier"}
+    assert scored == {"adder", "adder_chat", "multiplier", "fable_openings", "fable_preferences"}
 
 
 def test_each_set_of_fields_has_its_own_folder(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_scalar_heads_are_counted() -> None:
     with torch.device("meta"):
         plain, model = build_model(CONFIGS[0]), build_model(CONFIGS[0], ["value"])
     parameters = [measure(one, NextToken(), 1, 8, torch.float32, False).parameters for one in (plain, model)]
-    assert parameters[1] - parameters[0] == CONFIGS[0].dim + 1
+    assert parameters[1] - parameters[0] == CONFIGS[0].dim
 
 
 class Blockless(LanguageModel):

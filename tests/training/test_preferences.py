@@ -24,14 +24,16 @@ from cleangpt.config import (
 from cleangpt.corpora import prepare
 from cleangpt.corpora.fable_openings import FableOpenings
 from cleangpt.corpora.fable_preferences import FablePreferences
+from cleangpt.distributed.layout import Layout
 from cleangpt.errors import UserError
 from cleangpt.evaluation.reference import Reference, add_reference
 from cleangpt.experiment import Experiment
 from cleangpt.models.gpt import GPTConfig
+from cleangpt.models.llama import LlamaConfig
 from cleangpt.objectives import DPO, IPO, KTO, ORPO, Objective, RewardModel, SimPO
 from cleangpt.objectives.pairs import REFERENCE
 from cleangpt.tracking.metrics import read_metrics
-from cleangpt.training.launch import train
+from cleangpt.training.launch import check, train
 from tests.conftest import change
 from tests.forked import run_together
 
@@ -150,6 +152,18 @@ def test_a_run_evaluates_with_the_reference_it_was_trained_with(
     assert main(["evaluate", "run", "--json"]) == 0
     best = load_checkpoint(best_checkpoint(run)).facts["val_loss"]
     assert f'"loss": {best:.4f}'[:15] in capsys.readouterr().out
+
+
+def test_a_head_that_gets_no_gradient_is_frozen_where_gradients_are_reduced(build: Callable[..., Experiment]) -> None:
+    """Otherwise the processes would wait for a gradient that never comes."""
+    llama = LlamaConfig(vocab_size=509, max_seq_len=32, n_layers=1, n_heads=2, dim=16)
+    experiment = build(RewardModel(), model=llama)
+    check(experiment)
+    with pytest.raises(UserError, match=r"freeze is \(\); allowed with objective RewardModel on several devices"):
+        check(experiment, Layout(replicas=2))
+    check(build(RewardModel(), model=replace(llama, tied=True)), Layout(replicas=2))
+    check(build(RewardModel(), model=llama, fine_tuning=FineTuningConfig(freeze=("head.*",))), Layout(replicas=2))
+    check(build(SimPO(), model=llama), Layout(replicas=2))
 
 
 @pytest.mark.parametrize(
