@@ -97,7 +97,7 @@ def test_dynamic_sampling_keeps_prompts_with_a_signal_in_order_and_counts_those_
     drawn = Order(30, 3).at(torch.arange(found.prompts).numpy())[1].tolist()
     assert len(tasks) == 5 and all(task % 2 == 0 for task in tasks)
     assert tasks == [task for task in drawn if task in tasks], "in the order of the prompts"
-    assert found.prompts % 5 == 0 and found.prompts > 5
+    assert 5 < found.prompts < 20
     assert 0.2 < found.without_signal < 0.8
 
 
