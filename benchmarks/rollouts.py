@@ -86,7 +86,7 @@ def _experiment(base: Path, prompts: int, rounds: int) -> Experiment:
         training={
             "batches_per_macro_batch": UPDATES * rounds, "macro_batches": 1000, "device": "cpu", "precision": "fp32",
         },
-        optimizer={"lr": 1e-4}, saving={"best": "lowest val_loss"}, model={"max_seq_len": LONGEST},
+        optimizer={"lr": 1e-4}, saving={"best": "highest train_reward"}, model={"max_seq_len": LONGEST},
     )  # fmt: skip
     data = dataclasses.replace(experiment.data, batch_size=experiment.rollouts.answers // UPDATES)
     return dataclasses.replace(experiment, data=data, init_from=str(base))

@@ -1,4 +1,4 @@
-"""`adder_grpo` with REINFORCE and the mean of a round as baseline, the textbook's form."""
+"""`adder_grpo` with REINFORCE, the textbook's form: the mean of a round as baseline, one update per round."""
 
 from cleangpt.config import (
     DataConfig,
@@ -21,13 +21,13 @@ experiment = Experiment(
     name="adder_reinforce",
     init_from="adder_base",
     corpus=corpus,
-    data=DataConfig(seq_len=corpus.row_length - 1, batch_size=256),
+    data=DataConfig(seq_len=corpus.row_length - 1, batch_size=1024),
     model=GPTConfig(n_layers=2, n_heads=4, dim=96),
     objective=Reinforce(),
-    rollouts=RolloutConfig(prompts=128, completions=8, dynamic_sampling=True),
-    optimizer=OptimizerConfig(lr=7e-4, weight_decay=0.0, betas=(0.9, 0.98), clip_norm=1.0),
+    rollouts=RolloutConfig(prompts=1024, completions=1),
+    optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.0, betas=(0.9, 0.98), clip_norm=1.0),
     schedule=ScheduleConfig(lr=Schedule(shape="linear", final=0.1, warmup=0.05)),
-    training=TrainingConfig(macro_batches=12, batches_per_macro_batch=40),
+    training=TrainingConfig(macro_batches=12, batches_per_macro_batch=10),
     saving=SavingConfig(keep_best=1, best="highest exact_match"),
     tracking=TrackingConfig(score_samples=1000),
 )

@@ -57,7 +57,8 @@ class RolloutConfig(Checked, section="rollouts"):
     """Keep only prompts whose answers differ in reward, and draw further prompts until a round is full ("DAPO",
     equation 11)."""
     max_draws: Group = 4
-    """Dynamic sampling: draws of `prompts` prompts after which a round is filled up with prompts without a signal."""
+    """Dynamic sampling: the most prompts drawn for a round, in multiples of `prompts`; if they do not fill it, prompts
+    without a signal do."""
     old_logprobs: Literal["sampled", "recomputed"] = "sampled"
     """Log-probabilities of the policy that drew an answer. sampled: those noted when sampling; recomputed: from a
     forward pass of the trainer, where its arithmetic differs from the sampler's, as in bf16."""

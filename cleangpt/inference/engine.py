@@ -81,11 +81,12 @@ class _Request:
 
     def receive(self, token: int, logprob: float) -> None:
         """Records a new token."""
-        self.ids.append(token)
+        ids = self.ids
+        ids.append(token)
         self.logprobs.append(logprob)
         if token in self.stop_ids:
             self.finish_reason = "stop"
-        elif len(self.ids) == self.max_new_tokens:
+        elif len(ids) == self.max_new_tokens:
             self.finish_reason = "length"
 
 
@@ -289,7 +290,7 @@ class Engine:
         if self._state is None:
             return
         limit, running = self.model.max_seq_len, self._running
-        staying = [row for row, request in enumerate(running) if not request.ended]
+        staying = [row for row, one in enumerate(running) if one.finish_reason is None and not one.cancelled]
         ended, longest = len(running) - len(staying), max(map(len, self._state.rows))
         if longest <= limit and not (ended and self._waiting) and ended < max(1, len(running) // ENDED_SHARE):
             return
@@ -331,9 +332,9 @@ class Engine:
     def _sample(self, logits: Tensor) -> tuple[list[int], list[float]]:
         """The next token of every row and its log-probability, from logits `(rows, vocab)`; rows with the same
         settings are sampled together."""
-        settings = {id(request.sampling): request.sampling for request in self._running}
-        if len(settings) == 1:
-            tokens, scores = self._sample_group(logits, next(iter(settings.values())), list(range(len(logits))))
+        first = self._running[0].sampling
+        if all(request.sampling is first for request in self._running):
+            tokens, scores = self._sample_group(logits, first, list(range(len(logits))))
             return tokens.tolist(), scores.tolist()
         groups: dict[Sampling, list[int]] = {}
         for row, request in enumerate(self._running):

@@ -22,7 +22,7 @@ from cleangpt.rollouts.scoring import HEAD, check_rewards
 
 def check_rollouts(
     config: RolloutConfig, data: DataConfig, training: TrainingConfig, batch_size: Schedule, model: ModelConfig,
-    lora: LoRAConfig, layout: Layout,
+    lora: LoRAConfig, layout: Layout, best: str,
 ) -> None:  # fmt: skip
     """Checks that rounds, batches, steps and macro-batches divide one another, and what else rollouts cannot do.
 
@@ -51,6 +51,11 @@ def check_rollouts(
     for name, value in dropout.items():
         if value:
             raise UserError(f"{name} is {value}; allowed with rollouts: 0, since dropout would make another policy")
+    if best.endswith(" val_loss"):
+        raise UserError(
+            f"saving.best is {best!r}, which a policy does not have; allowed: a score of its tasks, such as 'highest "
+            "exact_match', or 'highest train_reward'"
+        )
     if layout.tensor > 1:
         raise UserError(
             "parallel.strategy is tp, or parallel.tensor above 1; allowed with rollouts: ddp, fsdp and hsdp"

@@ -1,5 +1,6 @@
 """Collects a round of answers: which prompts, who generates what, and which groups are kept."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -69,9 +70,13 @@ class Collector:
         """A round of answers to the prompts from position `first` on."""
         config, kept, spare, drawn = self.config, list[list[Answer]](), list[list[Answer]](), 0
         self.scorer.errors.count = 0
-        while len(kept) < config.prompts and drawn < config.prompts * (config.max_draws if drawn else 1):
-            groups = self._draw(first + drawn)
-            drawn += config.prompts
+        most = config.prompts * (config.max_draws if config.dynamic_sampling else 1)
+        while len(kept) < config.prompts and drawn < most:
+            # As many as will do at the share kept so far.
+            lacking = math.ceil((config.prompts - len(kept)) * drawn / max(len(kept), 1)) if drawn else config.prompts
+            count = min(lacking, config.prompts, most - drawn)
+            groups = self._draw(first + drawn, count)
+            drawn += count
             for group in groups:
                 (kept if has_signal(group) else spare).append(group)
             if not config.dynamic_sampling:
@@ -84,10 +89,10 @@ class Collector:
             answers, drawn, without_signal, int(errors), [self._text(group[0]) for group in groups[:EXAMPLES]]
         )
 
-    def _draw(self, first: int) -> list[list[Answer]]:
-        """The groups of answers to a round's number of prompts, shared among the processes by chunks."""
+    def _draw(self, first: int, count: int) -> list[list[Answer]]:
+        """The groups of answers to `count` prompts, shared among the processes by chunks."""
         config, each = self.config, self.config.completions
-        tasks = self.order.at(np.arange(first, first + config.prompts))[1].repeat(each)
+        tasks = self.order.at(np.arange(first, first + count))[1].repeat(each)
         rows, own = np.arange(len(tasks)), list[Answer]()
         with self.sampling() as sampler, self.scorer.errors:
             for number, start in enumerate(range(0, len(tasks), config.micro_batch_size)):

@@ -169,17 +169,14 @@ class RolloutSource:
         Each device computes a part, in chunks of `micro_batch_size` rows.
         """
         targets = torch.where(mask, tokens[:, 1:], IGNORED)
-        share = len(tokens) // self.ranks.world_size
-        own = slice(self.ranks.rank * share, (self.ranks.rank + 1) * share)
+        share, size = len(tokens) // self.ranks.world_size, self.config.micro_batch_size
+        first = self.ranks.rank * share
         parts: list[dict[str, Tensor]] = []
-        size = self.config.micro_batch_size
-        for start in range(0, share, size):
-            inputs, expected = tokens[own, :-1][start : start + size], targets[own][start : start + size]
+        for start in range(first, first + share, size):
+            rows = slice(start, min(start + size, first + share))
+            inputs, expected = tokens[rows, :-1].contiguous().to(self.device), targets[rows].to(self.device)
             with self.autocast:
-                scores = cast(
-                    TokenScores,
-                    model(inputs.contiguous().to(self.device), targets=expected.to(self.device), scores=heads),
-                )
+                scores = cast(TokenScores, model(inputs, targets=expected, scores=heads))
             found = {"logprobs": scores.logprobs} | scores.heads
             parts.append({name: score.double().cpu() for name, score in found.items()})
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -25,8 +25,7 @@ def vllm_opener(
     """What opens a sampler of the current weights; vLLM itself is loaded at the first call.
 
     Raises:
-        UserError: there are several processes, or adapters, whose weights vLLM would have to merge, or a padded
-            vocabulary.
+        UserError: there are several processes, adapters, which vLLM would have to merge, or a padded vocabulary.
     """
     if processes > 1 or split_adapters(model.state_dict())[1]:
         raise UserError("rollouts.sampler is 'vllm'; allowed with several processes, or adapters: engine")

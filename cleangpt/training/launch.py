@@ -193,7 +193,7 @@ def check(
     if on_policy:
         check_rollouts(
             experiment.rollouts, experiment.data, experiment.training, experiment.schedule.batch_size, experiment.model,
-            experiment.fine_tuning.lora, layout,
+            experiment.fine_tuning.lora, layout, experiment.saving.best,
         )  # fmt: skip
     if store is not None:
         if (tokens := total_samples(experiment) * experiment.data.seq_len) >= 2**63:

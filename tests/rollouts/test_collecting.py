@@ -97,7 +97,7 @@ def test_dynamic_sampling_keeps_prompts_with_a_signal_in_order_and_counts_those_
     drawn = Order(30, 3).at(torch.arange(found.prompts).numpy())[1].tolist()
     assert len(tasks) == 5 and all(task % 2 == 0 for task in tasks)
     assert tasks == [task for task in drawn if task in tasks], "in the order of the prompts"
-    assert found.prompts % 5 == 0 and found.prompts > 5
+    assert 5 < found.prompts < 20
     assert 0.2 < found.without_signal < 0.8
 
 
@@ -147,6 +147,7 @@ def test_a_prompt_that_leaves_no_room_for_its_answer_is_refused_before_anything_
         ({"training__batches_per_macro_batch": 6}, "batches_per_macro_batch is 6; allowed: a multiple of 4"),
         ({"rollouts__passes": 3}, "batches_per_macro_batch is 4; allowed: a multiple of 12"),
         ({"training__accumulation": 3}, "training.accumulation is 3; allowed: a divisor of the 4 batches of a round"),
+        ({"saving__best": "lowest val_loss"}, "saving.best is 'lowest val_loss', which a policy does not have"),
         ({"model__dropout": 0.1}, "model.dropout is 0.1; allowed with rollouts: 0"),
         ({"rollouts__importance_cap": 2.0}, "rollouts.importance_cap is 2.0; allowed with old_logprobs sampled: None"),
     ],

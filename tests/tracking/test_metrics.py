@@ -275,7 +275,7 @@ def test_tags_are_in_groups_and_each_stands_for_one_metric():
     both = [*tags.values(), *(value for name, value in step_tags.items() if name not in ("step", "samples", "tokens"))]
     assert len(set(both)) == len(both)
     groups = {value.split("/")[0] for value in both if value not in axes}
-    assert groups == {"train", "val", "macro_batch", "speed", "data", "system", "tasks"}
+    assert groups == {"train", "val", "macro_batch", "speed", "data", "system", "tasks", "rollout"}
     assert all("/" in value for value in both if value not in axes)
 
 

@@ -71,10 +71,11 @@ def test_losses_are_summed_over_processes_and_gradient_norms_are_not() -> None:
 
     points = Points()
     log = StepLog(1, 16, points, Two(world_size=2))
-    log.add(Position(samples=8, step=1), result(6.0, count=4.0, reward=2.0))
+    log.add(Position(samples=8, step=1), result(6.0, count=4.0, reward=2.0, ratio_max=1.5))
     log.flush()
     (row,) = points.rows
     assert (row["loss"], row["reward"], row["grad_norm"]) == (3.0, 1.0, 0.5)
+    assert row["ratio_max"] == 1.5, "a maximum is neither summed nor divided"
 
 
 def test_one_step_in_so_many_is_a_point_whatever_step_the_run_begins_at() -> None:
