@@ -53,7 +53,8 @@ class TinyStories(TextCorpus):
         """Where a file has "valid" in its name, val_fraction is not used."""
         if self.files and not any(map(_is_valid, find_files(self.files))):
             return super().remedy(split)
-        return f'it comes from the files {"with" if split == "val" else "without"} "valid" in their name; give stories there'
+        has = "with" if split == "val" else "without"
+        return f'it comes from the files {has} "valid" in their name; give stories there'
 
     def prepare(self, folder: Path, console: Console) -> TokenDataset:
         """Writes both splits."""
