@@ -41,7 +41,7 @@ from cleangpt.distributed.tensors import is_dtensor
 from cleangpt.errors import UserError, parsing
 from cleangpt.files import MANIFEST, PARTIAL, commit_folder, find_corruption, read_json, remove_folder, write_json
 
-FORMAT = 3
+FORMAT = 4
 
 
 CORRUPT = ".corrupt"
@@ -211,7 +211,10 @@ def load_snapshot(
     content = read_json(path / STATE)
     with parsing(path / STATE):
         if content.get("format") != FORMAT:
-            raise UserError(f"{path} has snapshot format {content.get('format')}; this version reads {FORMAT}")
+            raise UserError(
+                f"{path} has snapshot format {content.get('format')}; this version reads {FORMAT}; resume the "
+                "run with the version that wrote it, or start another whose init_from is a checkpoint of this one"
+            )
     tensors: dict[str, Any] = {}
     _flatten(into or {}, "", tensors)
     _read_tensors(path, tensors, group, read_all=True)

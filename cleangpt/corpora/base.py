@@ -56,6 +56,10 @@ class Corpus(CorpusConfig):
         """What has changed since the dataset was made from it, such as "a.txt has changed"; without a network."""
         return changed_files(dataset)
 
+    def remedy(self, split: str) -> str:
+        """What to do where the split has no tokens."""
+        return "give more documents"
+
     def environment(self, dataset: TokenDataset) -> Environment | None:
         """The environment that scores checkpoints on the corpus's tasks; None: they are scored by the loss alone."""
         return None
@@ -134,13 +138,13 @@ def write_dataset(
                     break
         for split in ("train", "val"):
             if split not in writer.splits or not writer.splits[split].tokens:
-                raise UserError(_why_empty(split, writer.splits, getattr(corpus, "val_fraction", None)))
+                raise UserError(_why_empty(split, writer.splits, corpus.remedy(split)))
         return writer.finish(lambda facts: card(folder.name, facts, tokenizer))
     finally:
         writer.close()
 
 
-def _why_empty(split: str, splits: Mapping[str, SplitFacts], val_fraction: float | None) -> str:
+def _why_empty(split: str, splits: Mapping[str, SplitFacts], remedy: str) -> str:
     """Why a split has no tokens, and what to do."""
     some = any(facts.tokens for facts in splits.values())
     counts: Counter[str] = Counter()
@@ -151,8 +155,7 @@ def _why_empty(split: str, splits: Mapping[str, SplitFacts], val_fraction: float
         return f"{f'the split {split}' if some else 'the dataset'} is empty, since everything was left out ({reasons})"
     if not some:
         return "the dataset is empty: there is no text, or every document is empty"
-    change = "" if val_fraction is None else f" or change corpus.val_fraction, which is {val_fraction}"
-    return f"the split {split} is empty; give more documents{change}"
+    return f"the split {split} is empty; {remedy}"
 
 
 def _enough(writer: DatasetWriter, max_tokens: int | None) -> bool:

@@ -53,6 +53,10 @@ class TextCorpus(Corpus):
         if not 0.0001 <= self.val_fraction <= 0.5:
             raise UserError(f"corpus.val_fraction is {self.val_fraction}; allowed: 0.0001 to 0.5")
 
+    def remedy(self, split: str) -> str:
+        """More text, or another share for validation."""
+        return f"give more documents or change corpus.val_fraction, which is {self.val_fraction}"
+
     def choose_tokenizer(self, files: list[TextFile], console: Console) -> Tokenizer:
         """The tokenizer of `tokenizer_file`, or one of the kind `tokenizer`, trained on the files if necessary.
 

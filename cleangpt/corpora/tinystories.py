@@ -49,21 +49,28 @@ class TinyStories(TextCorpus):
         super().check()
         check_budget(self.max_tokens)
 
+    def remedy(self, split: str) -> str:
+        """Where a file has "valid" in its name, val_fraction is not used."""
+        if self.files and not any(map(_is_valid, find_files(self.files))):
+            return super().remedy(split)
+        has = "with" if split == "val" else "without"
+        return f'it comes from the files {has} "valid" in their name; give stories there'
+
     def prepare(self, folder: Path, console: Console) -> TokenDataset:
         """Writes both splits."""
         if not self.files and self.edition == "parquet":
             shards = Shards(HubDataset(REPOSITORY, "data"), folder, keep=False)
             return write_shards(self, folder, shards, partial(self._pieces, marked=True), console, self.max_tokens)
         paths = find_files(self.files) if self.files else self._download()
-        paths = sorted(paths, key=lambda path: "valid" not in path.name)
-        marked = any("valid" in path.name for path in paths)
+        paths = sorted(paths, key=lambda path: not _is_valid(path))
+        marked = any(map(_is_valid, paths))
         files = text_files(paths, partial(self._pieces, marked=marked))
         return self.write(folder, files, console, max_tokens=self.max_tokens)
 
     def _pieces(self, path: Path, name: str, marked: bool) -> Iterator[Piece]:
         pieces = read_separated(path, END_OF_TEXT) if is_plain(path) else read_pieces(path)
         if marked:
-            split = "val" if "valid" in path.name else "train"
+            split = "val" if _is_valid(path) else "train"
             return (replace(piece, split=split) for piece in pieces)
         return split_documents(pieces, name, self.val_fraction)
 
@@ -77,3 +84,8 @@ class TinyStories(TextCorpus):
             otherwise,
             lambda: [Path(hub.hf_hub_download(REPOSITORY, name, repo_type="dataset")) for name in names],
         )
+
+
+def _is_valid(path: Path) -> bool:
+    """Whether a file is for validation, by its name."""
+    return "valid" in path.name

@@ -52,7 +52,10 @@ class BPETokenizer:
         with _library():
             self._tokenizer = _of_library(text)
             self._decoders = _kinds(json.loads(text).get("decoder"))
+            learned = self._tokenizer.get_vocab(with_added_tokens=False)
         self.vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        self._added = self.vocabulary.keys() - learned.keys()
+        """Names of tokens that were added to the model's own, and are text as it is written."""
         self.vocab_size = max(self.vocabulary.values(), default=-1) + 1
         self.leading_blank = self._loses_blank = False
         self._word: list[int] = []  # the tokens of some word
@@ -188,7 +191,8 @@ class BPETokenizer:
         if name is None or self.special.get(name) == token:
             return b""
         if "ByteLevel" in self._decoders:
-            return bytes([BYTES[letter] for letter in name]) if BYTES.keys() >= set(name) else name.encode("utf-8")
+            spelled = name not in self._added and BYTES.keys() >= set(name)
+            return bytes([BYTES[letter] for letter in name]) if spelled else name.encode("utf-8")
         if "ByteFallback" in self._decoders and re.fullmatch("<0x[0-9A-F]{2}>", name):
             return bytes([int(name[3:5], 16)])
         # After another token, since some decoders treat the first one of a text differently.

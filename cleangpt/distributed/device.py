@@ -167,10 +167,19 @@ def keep_freed_memory(device: torch.device) -> None:
             mallopt(parameter, value)
 
 
+WITHOUT_FLOAT64 = frozenset({"mps"})
+"""Types of devices that have no float64."""
+
+
 def zero_sum(device: torch.device) -> Tensor:
     """A 0-dim zero to add many numbers to: float64 if the device supports it."""
-    dtype = torch.float32 if device.type == "mps" else torch.float64
+    dtype = torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
     return torch.zeros((), dtype=dtype, device=device)
+
+
+def in_float64(tensor: Tensor) -> Tensor:
+    """The tensor in float64; on the host if its device has none."""
+    return (tensor.cpu() if tensor.device.type in WITHOUT_FLOAT64 else tensor).double()
 
 
 def seed_everything(seed: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cleangpt.data.shuffle import mix, splitmix
+from cleangpt.distributed.device import in_float64
 from cleangpt.errors import UserError
 from cleangpt.validation import Bounds, Checked, Count, CountOrZero, NonNegative, Positive
 
@@ -73,7 +74,7 @@ def distribution(logits: Tensor, sampling: Sampling, seen: Tensor | None = None)
     probabilities = logits.softmax(dim=-1)
     if sampling.plain:
         return probabilities
-    if sampling.top_p is not None:
+    if sampling.top_p is not None and sampling.top_p < 1:
         probabilities = _nucleus(probabilities, sampling.top_p)
     if sampling.min_p is not None:
         least = sampling.min_p * probabilities.amax(dim=-1, keepdim=True)
@@ -96,8 +97,11 @@ def penalize(logits: Tensor, repetition_penalty: float, seen: Tensor | None) -> 
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     """Keeps the smallest set of most likely tokens that reaches `top_p`; all others get probability 0."""
     ordered, ids = probabilities.sort(dim=-1, descending=True)
-    # A token is kept if those before it have not reached top_p.
-    dropped = ordered.cumsum(dim=-1) - ordered >= top_p
+    # A token is kept if those before it have not reached top_p. The rounding of a large vocabulary's sum in float32 is
+    # more than what its unlikely tokens have together; one rounding at its end lets 0.5 and 0.3 reach 0.8.
+    exact = in_float64(ordered)
+    before = (exact.cumsum(dim=-1) - exact) / exact.sum(dim=-1, keepdim=True)
+    dropped = (before.float() >= top_p).to(ids.device)
     dropped[..., 0] = False  # where top_p is 0 in float32
     return probabilities.masked_fill(torch.zeros_like(dropped).scatter_(-1, ids, dropped), 0.0)
 
@@ -132,9 +136,9 @@ def sample(probabilities: Tensor, draws: Tensor) -> Tensor:
     Raises:
         UserError: a row is not a distribution, since logits are not finite.
     """
-    cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    cumulative = in_float64(probabilities).cumsum(dim=-1)
     if not bool((cumulative[:, -1] > 0).all()):  # of NaN, too
         raise UserError(NOT_FINITE)
     threshold = draws.to(cumulative.device)[:, None] * cumulative[:, -1:]
     # right=True: a token of probability 0 is never sampled.
-    return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    return torch.searchsorted(cumulative, threshold, right=True)[:, 0].to(probabilities.device)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from cleangpt.checkpoints import tensor_files as shards
-from cleangpt.checkpoints.snapshots import Snapshots, list_snapshots, load_snapshot, newest_snapshot, quarantine
+from cleangpt.checkpoints.snapshots import FORMAT, Snapshots, list_snapshots, load_snapshot, newest_snapshot, quarantine
 from cleangpt.config import SavingConfig
 from cleangpt.distributed.device import RandomState
 from cleangpt.distributed.processes import Ranks
@@ -311,11 +311,12 @@ def test_remains_of_an_interrupted_save_are_no_snapshot_and_are_removed(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["mb000001"]
 
 
-def test_a_newer_format_is_refused_in_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [FORMAT + 1, FORMAT - 1, None])
+def test_another_format_is_refused_in_one_line(number: int | None, tmp_path: Path) -> None:
     save(tmp_path, "mb000001")
     path = tmp_path / "mb000001" / "state.json"
-    write_json(path, read_json(path) | {"format": 99})
-    with pytest.raises(UserError, match="snapshot format 99; this version reads 3"):
+    write_json(path, read_json(path) | {"format": number})
+    with pytest.raises(UserError, match=f"^.* has snapshot format {number}; this version reads {FORMAT}; resume "):
         load_snapshot(tmp_path / "mb000001")
 
 

@@ -411,6 +411,26 @@ def test_stories_without_a_validation_file_are_split_by_hash(tmp_path: Path) -> 
     assert sorted(document_ids(store, "train") + document_ids(store, "val")) == sorted(STORIES)
 
 
+@pytest.mark.parametrize(
+    ("train", "valid", "message"),
+    [
+        (
+            STORIES,
+            [""],
+            'the split val is empty; it comes from the files with "valid" in their name; give stories there',
+        ),
+        ([""], VALID, 'the split train is empty; it comes from the files without "valid" in their name'),
+        (STORIES[:1], None, "the split val is empty; give more documents or change corpus.val_fraction"),
+    ],
+)
+def test_a_split_without_stories_is_told_with_what_fills_it(
+    train: list[str], valid: list[str] | None, message: str, tmp_path: Path
+) -> None:
+    files = [write_jsonl(tmp_path / "train.jsonl", train)]
+    files += [] if valid is None else [write_jsonl(tmp_path / "valid.jsonl", valid)]
+    assert_refused(TinyStories(files=tuple(files), tokenizer="byte"), tmp_path / "data", f"^{message}")
+
+
 def test_stories_come_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / EDITIONS["v1"][0], "<|endoftext|>".join(STORIES))
     write(tmp_path / EDITIONS["v1"][1], "<|endoftext|>".join(VALID))

@@ -108,6 +108,19 @@ def test_bpe_needs_room_for_the_bytes() -> None:
         train_bpe([STORY], 256)
 
 
+@pytest.mark.parametrize("name", ["ilÖveyou", "kuća", "Začnimo", "<think>", "漢字", "Ġ of"])
+def test_a_token_that_was_added_is_the_text_it_is_written_as(name: str) -> None:
+    """Its letters may be those by which a byte-level BPE spells bytes; `tokenizers` decodes them as bytes."""
+    peer = library.Tokenizer.from_str(BPE.to_json())
+    peer.add_tokens([name])
+    tokenizer = from_json(peer.to_str())
+    text = f"the {name}, {name}{name} cat"
+    ids = tokenizer.encode(text).tolist()
+    decoder = StreamDecoder(tokenizer)
+    assert ids.count(peer.token_to_id(name)) == 3
+    assert tokenizer.decode(ids) == "".join([decoder.push(token) for token in ids] + [decoder.flush()]) == text
+
+
 def test_the_library_reads_what_we_learned() -> None:
     peer = library.Tokenizer.from_str(BPE.to_json())
     assert peer.encode(STORY).ids == BPE.encode(STORY).tolist()

@@ -196,7 +196,7 @@ def newer(seed: int, folder: Path) -> None:
     write_json(newest / "manifest.json", fsync_files([newest / name for name in FILES[:3]]))
     refused(
         folder,
-        f"{Path('run/snapshots') / newest.name} has snapshot format {format}; this version reads {FORMAT}",
+        f"{Path('run/snapshots') / newest.name} has snapshot format {format}; this version reads {FORMAT}; resume",
     )
 
 

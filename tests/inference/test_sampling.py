@@ -90,6 +90,27 @@ def test_extremes_take_the_token_that_their_limit_takes(fields: dict[str, Any], 
     assert distribution(LOGITS, Sampling(**fields), SEEN).argmax(-1).tolist() == expected
 
 
+@pytest.mark.parametrize("top_p", [0.5, 0.9, 0.999, 0.99999, 0.9999999, 1.0])
+def test_the_nucleus_of_a_large_vocabulary_is_no_smaller_than_it_must_be(top_p: float) -> None:
+    """As float64 has it; the rounding of a sum in float32 would leave out a quarter of the vocabulary at top_p 1."""
+    logits = 3 * torch.randn(1, 150_000, generator=torch.Generator().manual_seed(0))
+    kept = distribution(logits, Sampling(top_p=top_p))[0] > 0
+    inside = logits.double().softmax(dim=-1)[0][kept]
+    rounding = torch.finfo(torch.float32).eps
+    assert inside.sum() >= top_p - rounding
+    assert inside.sum() - inside.min() < top_p + rounding
+    assert kept.all() or top_p < 1
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "top_p", "size"),
+    [([0.3, 0.1, 0.1, 0.5], 0.8, 2), ([0.25] * 4, 0.75, 3), ([0.4, 0.3, 0.2, 0.1], 0.9, 3), ([0.7, 0.2, 0.1], 0.9, 2)],
+)
+def test_tokens_that_sum_to_exactly_top_p_are_enough(probabilities: list[float], top_p: float, size: int) -> None:
+    logits = torch.tensor([probabilities]).log()
+    assert int((distribution(logits, Sampling(top_p=top_p)) > 0).sum()) == size
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("temperature", [0.5, 1e30])
 def test_logits_that_are_not_finite_are_told_rather_than_sampled_from(value: float, temperature: float) -> None:
