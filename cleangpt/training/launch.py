@@ -1,15 +1,12 @@
 """From an experiment to a run: check, prepare, resolve, open, build, train."""
 
-import dataclasses
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from cleangpt.checkpoints.run_folder import (
-    EXPERIMENT_FILE,
     check_folder,
     check_registered,
     choose_folder,
@@ -17,19 +14,18 @@ from cleangpt.checkpoints.run_folder import (
     given_folder,
 )
 from cleangpt.checkpoints.snapshots import list_snapshots
-from cleangpt.config import LENGTHS, FineTuningConfig, Schedule, peak
+from cleangpt.config import Schedule, peak
 from cleangpt.corpora import Corpus, Mixture, prepare
 from cleangpt.corpora.mixture import environments
 from cleangpt.data.columns import Column
 from cleangpt.data.mixing import MixedDataset, split_samples
-from cleangpt.distributed.device import check_precision, choose_device, choose_precision, describe_device
+from cleangpt.distributed.device import check_precision, choose_device
 from cleangpt.distributed.layout import (
     Layout,
     check_compilation,
     check_devices,
     check_loss_chunk,
     layout_for,
-    state_bytes,
 )
 from cleangpt.distributed.processes import Ranks, join, local_rank, world_size
 from cleangpt.distributed.signals import SAVE_SIGNAL, ignore_signal
@@ -41,21 +37,18 @@ from cleangpt.files import user_path
 from cleangpt.inference.text import start_of_sample
 from cleangpt.interchange.huggingface import find
 from cleangpt.models import model_class
-from cleangpt.models.base import LanguageModel
-from cleangpt.models.flops import flops_per_token
 from cleangpt.objectives.pairs import REFERENCE
 from cleangpt.rollouts.build import check_rollouts
 from cleangpt.rollouts.collecting import check_prompts
 from cleangpt.screen import Screen
 from cleangpt.tracking import check_tracking
-from cleangpt.tracking.metrics import metric_key
-from cleangpt.tracking.numbers import show_bytes, show_number
 from cleangpt.tracking.progress import ProgressBar
 from cleangpt.training.build import only_environment, open_trainer
 from cleangpt.training.finetuning import check_parameters
 from cleangpt.training.resolve import open_stream, resolve, resolve_with
+from cleangpt.training.summary import length_asked, next_commands, summary
 
-__all__ = ["check", "check_here", "prepare_dataset", "resolve", "summary", "train"]
+__all__ = ["check", "check_here", "prepare_dataset", "resolve", "train"]
 
 
 def train(
@@ -87,7 +80,7 @@ def train(
     with ignore_signal(SAVE_SIGNAL), join(experiment.parallel.timeout) as ranks:
         if deadline is not None:
             deadline = float(ranks.across_restarts("end", str(deadline)))
-        asked = _length_asked(experiment)
+        asked = length_asked(experiment)
         experiment, store = prepare_dataset(experiment, ranks, resumed)
         run: Path = resumed or ranks.on_main(lambda: choose_folder(experiment))
         progress = ProgressBar(None, experiment.tracking.progress and ranks.is_main)
@@ -104,23 +97,6 @@ def train(
     for line in [f"{status}; next:", *next_commands(experiment, run, source)]:
         progress.log(line)
     return run
-
-
-def next_commands(experiment: Experiment, run: Path, source: Path | None) -> list[str]:
-    """The command lines that show what a run has learned; those for classes of one's own name the file of these."""
-    copy = run / EXPERIMENT_FILE
-    file = source or (copy if copy.is_file() else Path("FILE.py"))
-    code = ["--code", str(file)] if _has_own_classes(experiment) else []
-    calls = [["evaluate", str(run), *code], ["sample", str(run), *code], ["report", str(run)]]
-    return [f"  {shlex.join(['cleangpt', *words])}" for words in calls]
-
-
-def _has_own_classes(config: Any) -> bool:
-    """Whether a dataclass, or one that it holds, is defined outside CleanGPT."""
-    values = [getattr(config, entry.name) for entry in dataclasses.fields(config)]
-    parts = [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
-    own = type(config).__module__.partition(".")[0] != "cleangpt"
-    return own or any(_has_own_classes(part) for part in parts if dataclasses.is_dataclass(part))
 
 
 def prepare_dataset(
@@ -143,12 +119,6 @@ def _open_dataset(experiment: Experiment, resumed: Path | None, console: Screen)
         source, precision = experiment.init_from, experiment.training.precision
         add_reference(store, None if source is None else Reference(source, precision, device), run)
     return store
-
-
-def _length_asked(experiment: Experiment) -> list[str]:
-    """A line about the length of the run, if it is not given in macro-batches."""
-    given = {name: value for name in LENGTHS[1:] if (value := getattr(experiment.training, name)) is not None}
-    return [f"given    training.{name} {value:,}, rounded up to full macro-batches" for name, value in given.items()]
 
 
 # Checks --------------------------------------------------------------------------------------------------------------
@@ -360,54 +330,3 @@ def _check_source(experiment: Experiment) -> None:
     find(experiment.init_from)
     if experiment.fine_tuning.optimizer_state == "kept":
         find_moments(experiment.init_from)
-
-
-# What is about to happen ---------------------------------------------------------------------------------------------
-def summary(
-    experiment: Experiment, run: Path, store: MixedDataset, model: LanguageModel, device: torch.device, layout: Layout
-) -> list[str]:
-    """The summary printed before a run starts: model, memory per device, data, length, device and precision."""
-    data, training = experiment.data, experiment.training
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    share = f" ({trained:,} of them train)" if experiment.fine_tuning != FineTuningConfig() else ""
-    micro_batch = training.micro_batch_size or data.batch_size // layout.dp_size
-    state = state_bytes(model) / (layout.shards * layout.tensor)
-    activations = float(model.activation_bytes(micro_batch, data.seq_len)) / layout.tensor
-    tokens = total_samples(experiment) * data.seq_len
-    return [
-        f"run      {run}",
-        f"model    {parameters:,} parameters{share}, {flops_per_token(model, data.seq_len):,} FLOPs per token",
-        f"memory   about {show_bytes(state + activations)}: weights, gradients and moments {show_bytes(state)}, "
-        f"activations {show_bytes(activations)}",
-        *(_rollout_lines(experiment) if experiment.objective.on_policy else _data_lines(experiment, store)),
-        f"length   {training.num_macro_batches} macro-batches of {training.batches_per_macro_batch} batches "
-        f"of {data.batch_size} x {data.seq_len} tokens: {tokens:,} tokens",
-        f"device   {describe_device(device)}, precision {choose_precision(device, training.precision)}",
-    ]
-
-
-def _rollout_lines(experiment: Experiment) -> list[str]:
-    """A line about the rounds of rollouts."""
-    config, rounds = experiment.rollouts, total_samples(experiment) // experiment.rollouts.samples
-    return [
-        f"rollouts {rounds:,} rounds of {config.prompts:,} prompts x {config.completions} answers, {config.passes} "
-        f"pass{'es' * (config.passes > 1)} over each; rewards: {', '.join(reward.name for reward in config.rewards)}"
-    ]
-
-
-def _data_lines(experiment: Experiment, store: MixedDataset) -> list[str]:
-    """A line for each source: its share of a mixture's samples, its tokens, and how often they are visited."""
-    progress = open_stream(experiment, store).progress(total_samples(experiment))
-    samples = split_samples(store, "train", experiment.data.seq_len)
-    lines = []
-    for name, part in ((source.name, source.dataset) for source in store.sources):
-        times = progress[metric_key("times_visited", name)]
-        share = times * samples[name].num_training / total_samples(experiment)
-        words = f"{name}: {show_number(100 * share, 2)} % of the samples, " if name else ""
-        tokens = part.splits["train"].tokens
-        lines.append(
-            f"data     {words}{tokens:,} training tokens in {part.folder}, "
-            f"{show_number(times, 2)} times visited at the end"
-        )
-    return lines

@@ -35,8 +35,9 @@ from cleangpt.training.finetuning import (
     lr_factors,
     matching,
 )
-from cleangpt.training.launch import check, summary
+from cleangpt.training.launch import check
 from cleangpt.training.optimizer import Optimizer
+from cleangpt.training.summary import summary
 from cleangpt.training.trainer import Trainer
 from tests.forked import run_together
 from tests.losses import next_token

@@ -32,8 +32,9 @@ from cleangpt.experiment import Experiment
 from cleangpt.models.gpt import GPT
 from cleangpt.objectives import NextToken
 from cleangpt.tracking.metrics import read_metrics
-from cleangpt.training.launch import check, check_here, next_commands
+from cleangpt.training.launch import check, check_here
 from cleangpt.training.resolve import curves, num_steps, resolve, resolve_with
+from cleangpt.training.summary import next_commands
 
 Build = Callable[..., Experiment]
 

@@ -23,7 +23,7 @@ from cleangpt.errors import UserError
 from cleangpt.evaluation.evaluate import evaluate_run
 from cleangpt.experiment import Experiment
 from cleangpt.tracking.metrics import read_metrics
-from cleangpt.training.launch import summary
+from cleangpt.training.summary import summary
 from cleangpt.training.trainer import Trainer
 from tests import forked
 from tests.forked import Command
