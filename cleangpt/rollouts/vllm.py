@@ -1,4 +1,4 @@
-"""Generation by vLLM, on GPUs, behind the protocol of `Sampler`; needs cleangpt[vllm].
+"""Generation by vLLM, on GPUs, behind the protocol of `Sampler`; needs that package.
 
 The weights are handed over at the start of every round. vLLM's arithmetic is not the trainer's, and its random numbers
 are its own, so rollouts differ from the engine's; importance weights (`rollouts.importance_cap`) correct for the first.
