@@ -39,7 +39,7 @@ class BPETokenizer:
     are omitted when decoding. What the tokenizer's post-processor puts before a text stands before it here, too; what
     it puts after one does not, since only a whole document ends. A SentencePiece-like tokenizer, which adds a space
     before every text, does so even if the text starts with a space, as SentencePiece does; `tokenizers` may not, and
-    would lose that space.
+    would lose that space. An added token that takes the blanks next to it, as some of Phi 3's do, loses them here, too.
 
     Args:
         text: the content of a `tokenizer.json`.
