@@ -188,5 +188,5 @@ def test_the_nearest_right_name_is_offered() -> None:
 
 
 def test_a_missing_package_is_named() -> None:
-    with pytest.raises(UserError, match=r"needs the package no_such_thing.*pip install no_such_thing"):
+    with pytest.raises(UserError, match=r"needs the package no_such_thing, .*: pip install no_such_thing$"):
         require("no_such_thing.part")

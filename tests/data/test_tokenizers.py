@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,16 @@ def test_bpe_learns_what_is_frequent() -> None:
     assert len(BPE.encode(STORY)) < len(STORY) / 2
     assert BPE.vocab_size <= 300
     assert BPE.eos_id == 0
+
+
+@pytest.mark.parametrize("letters", ["ACGT", " ", "ab漢字"])
+def test_a_word_without_end_is_learned_from_in_parts(letters: str) -> None:
+    """The library's time grows with the square of a word's length."""
+    text = "".join(random.Random(0).choices(letters, k=20_000))
+    parts = [text[start : start + 1000] for start in range(0, len(text), 1000)]
+    learned = train_bpe(["the cat " + text], 320)
+    assert learned.to_json() == train_bpe(["the cat ", *parts], 320).to_json()
+    assert learned.decode(learned.encode(text).tolist()) == text
 
 
 def test_a_text_that_spells_a_special_token_is_text() -> None:

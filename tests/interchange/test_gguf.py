@@ -211,5 +211,5 @@ def test_a_tokenizer_that_llama_cpp_does_not_support_is_refused() -> None:
 
 def test_without_the_package_one_line_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
-    with pytest.raises(UserError, match="pip install gguf"):
+    with pytest.raises(UserError, match="needs the package gguf, which is not installed: pip install gguf"):
         export(checkpoint_of(GPT_SMALL, BPE), "gguf", tmp_path / "model.gguf")

@@ -1,5 +1,6 @@
 """Training on preferences by every objective: the same whatever the split, and resumed bit for bit."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -85,7 +86,7 @@ def assert_close(one: Path, other: Path) -> None:
     first, second = last_weights(one), last_weights(other)
     assert first.keys() == second.keys()
     for name, tensor in first.items():
-        torch.testing.assert_close(tensor, second[name], atol=2e-5, rtol=2e-4)
+        torch.testing.assert_close(tensor, second[name], atol=5e-5, rtol=2e-4)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
@@ -104,14 +105,17 @@ def test_a_run_is_the_same_in_micro_batches_and_learns(build: Callable[..., Expe
 def test_a_resumed_run_ends_with_the_same_bits(
     build: Callable[..., Experiment], objective: Objective, base: str
 ) -> None:
-    """Although the model that it started from, its reference, has become another since."""
-    whole = train(build(objective, run_dir="whole", training__macro_batches=3))
-    part = train(build(objective, run_dir="part", training__macro_batches=3, saving__keep_snapshots=9))
+    """Although the model that it started from, its reference, is no longer there."""
+    shutil.copytree(base, "start")
+    fields = {"training__macro_batches": 3, "init_from": "start"}
+    whole = train(build(objective, run_dir="whole", **fields))
+    part = train(build(objective, run_dir="part", **fields))
+    shutil.rmtree("start")
     for snapshot in list_snapshots(part / "snapshots")[:-1]:
         for path in sorted(snapshot.rglob("*"), reverse=True):
             path.unlink() if path.is_file() else path.rmdir()
         snapshot.rmdir()
-    assert main(["resume", str(part), "--init-from", "somewhere/else"]) == 0
+    assert main(["resume", str(part)]) == 0
     first, second = last_weights(whole), last_weights(part)
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
