@@ -36,7 +36,7 @@ GROUP = 1000
 
 @lru_cache(maxsize=1)
 def tokenizer() -> BPETokenizer:
-    """The tokenizer of all corpora of openings; needs cleangpt[bpe]."""
+    """The tokenizer of all corpora of openings; needs tokenizers."""
     return train_bpe(map(_text, range(0, SENTENCES, 37)), VOCABULARY)
 
 
@@ -69,7 +69,7 @@ def sentence(prompt: int, answer: int) -> Row:
 
 @dataclass(frozen=True, kw_only=True)
 class FableOpenings(Corpus):
-    """First sentences of fables, each a prompt and what follows it, which alone counts. Needs cleangpt[bpe]."""
+    """First sentences of fables, each a prompt and what follows it, which alone counts. Needs tokenizers."""
 
     train_sentences: int = 20_000
     """Training sentences."""

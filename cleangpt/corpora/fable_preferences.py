@@ -41,7 +41,7 @@ CANDIDATES = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class FablePreferences(Corpus):
-    """Pairs of openings, the better one first; or each by itself, with a label. Needs cleangpt[bpe]."""
+    """Pairs of openings, the better one first; or each by itself, with a label. Needs tokenizers."""
 
     train_pairs: int = 2000
     """Training pairs."""

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from cleangpt.corpora.base import write_dataset
-from cleangpt.corpora.conversations import choose_template, known_tokenizer, without_special
-from cleangpt.corpora.reading import Piece, find_files, is_plain, json_lines, parquet_rows, split_documents
+from cleangpt.corpora.conversations import changed_template, choose_template, known_tokenizer, without_special
+from cleangpt.corpora.reading import FORMS, Piece, find_files, is_plain, read_entries, split_documents
 from cleangpt.corpora.rows import PAIR, RATED, Row, fitted, mismatched, padded, per_token
 from cleangpt.corpora.text import TextCorpus, grouped, stamps, text_files
 from cleangpt.corpora.told import Example, Fields, Told, example
@@ -32,6 +32,7 @@ from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.tokenizers import Tokenizer
 from cleangpt.data.writer import Chunk, Groups
 from cleangpt.errors import UserError
+from cleangpt.validation import File
 
 CUT, LONG = "truncated at the start of the prompt", "skipped, an answer longer than a row"
 """Counts on the card, besides the number of examples and those of `told.py`."""
@@ -46,8 +47,8 @@ class Preferences(TextCorpus):
     the name of a special token, which would be encoded as that token. The card counts all of these.
     """
 
-    files: tuple[str, ...]
-    """Paths, globs or folders: .jsonl, .jsonl.gz, .jsonl.zst, .parquet."""
+    files: tuple[File, ...]
+    """Paths, globs or folders: .jsonl or .json, also with .gz, .bz2, .xz or .zst, and .parquet."""
     prompt_field: str = "prompt"
     """Field or column with the prompt; conversations may contain it instead."""
     chosen_field: str = "chosen"
@@ -62,7 +63,7 @@ class Preferences(TextCorpus):
     """With label_field: field with the answer."""
     as_chat: bool = False
     """Write them by a chat template, texts as a question and its answer; needed for lists of messages. Needs
-    cleangpt[chat]."""
+    jinja2."""
     chat_template: str | None = None
     """With as_chat: a Jinja file, a folder with one, or hf:NAME; None: the one next to tokenizer_file, else a plain one
     that writes each message below its role."""
@@ -86,7 +87,7 @@ class Preferences(TextCorpus):
         """Writes both splits."""
         paths = find_files(self.files)
         if plain := next(filter(is_plain, paths), None):
-            raise UserError(f"{plain} has no preferences; allowed: .jsonl, .jsonl.gz, .jsonl.zst, .parquet")
+            raise UserError(f"{plain} has no preferences; allowed: {FORMS}")
         given, known = known_tokenizer(self)
         template = choose_template(self.chat_template, self.tokenizer_file, known) if self.as_chat else None
         files = text_files(paths, partial(self._pieces, template=template, tokenizer=known))
@@ -111,6 +112,12 @@ class Preferences(TextCorpus):
             group=PAIR if paired else RATED, chat_template=template,
         )  # fmt: skip
 
+    def changed_inputs(self, dataset: TokenDataset) -> Iterator[str]:
+        """What has changed since the dataset was made: also the chat template."""
+        yield from super().changed_inputs(dataset)
+        if self.as_chat:
+            yield from changed_template(dataset, self.chat_template, self.tokenizer_file)
+
     @property
     def _column(self) -> str:
         return "margin" if self.label_field is None else "desirable"
@@ -125,11 +132,9 @@ class Preferences(TextCorpus):
         return split_documents(examples, name, self.val_fraction)
 
     def _entries(self, path: Path) -> Iterator[tuple[Any, str, int]]:
-        if path.suffix.lower() != ".parquet":
-            return json_lines(path)
         single = [self.completion_field, self.label_field]
         wanted = [self.chosen_field, self.rejected_field, self.margin_field] if self.label_field is None else single
-        return parquet_rows(path, [name for name in wanted if name is not None], optional=[self.prompt_field])
+        return read_entries(path, [name for name in wanted if name is not None], optional=[self.prompt_field])
 
     def _chunk(self, split: str, examples: list[Example], tokenizer: Tokenizer) -> Chunk:
         """The rows of one split's examples."""

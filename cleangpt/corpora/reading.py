@@ -137,13 +137,13 @@ def read_documents(path: Path, text_field: str | None = None) -> Iterator[Piece]
             yield Piece(text, True, read)
 
 
-def read_entries(path: Path, fields: Sequence[str]) -> Iterator[tuple[Any, str, int]]:
+def read_entries(path: Path, fields: Sequence[str], optional: Sequence[str] = ()) -> Iterator[tuple[Any, str, int]]:
     """What a file of JSON or Parquet lists, the location of each entry for messages, and the bytes read so far.
 
-    Of Parquet, only the columns that `fields` names.
+    Of Parquet, only the columns that `fields` and `optional` name; those that are optional may be absent.
     """
     if _suffix(path) == PARQUET:
-        return parquet_rows(path, fields)
+        return parquet_rows(path, fields, optional)
     return json_entries(path) if _suffix(path) == JSON else json_lines(path)
 
 

@@ -69,7 +69,7 @@ class RolloutConfig(Checked, section="rollouts"):
     """Measure the KL divergence from the initial model even if the objective has no KL term, which costs one more
     forward pass a round."""
     sampler: Literal["engine", "vllm"] = "engine"
-    """What generates: engine, CleanGPT's own; vllm, on GPUs, needs cleangpt[vllm]."""
+    """What generates: engine, CleanGPT's own; vllm, on GPUs, needs the package vllm."""
 
     @property
     def answers(self) -> int:

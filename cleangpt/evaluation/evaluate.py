@@ -37,9 +37,9 @@ def evaluate_run(run: Path, checkpoint: str | None, split: str | None, device: t
     folder = best_checkpoint(run) if checkpoint is None else _named(run, checkpoint)
     loaded = load_checkpoint(folder)
     dataset = prepare(experiment.corpus, user_path(experiment.data.folder))
-    check_data(run, dataset)
     if REFERENCE in experiment.objective.reads:
         add_reference(dataset, None, run)
+    check_data(run, dataset)
     _check(experiment, loaded, dataset)
     name = _split(dataset, split)
     metrics: dict[str, Any] = {"run": str(run), "checkpoint": folder.name, "split": name}

@@ -16,6 +16,7 @@ from cleangpt.corpora.base import Corpus
 from cleangpt.corpora.conversations import Chat
 from cleangpt.corpora.fineweb_edu import FineWebEdu
 from cleangpt.corpora.hub_text import HubDataset
+from cleangpt.corpora.preferences import Preferences
 from cleangpt.corpora.shakespeare_char import ShakespeareChar
 from cleangpt.corpora.stdlib import Stdlib
 from cleangpt.corpora.text import Text
@@ -202,6 +203,7 @@ RELATIVE: dict[str, Callable[[str], Corpus]] = {
     "tokenizer_file": lambda root: TinyStories(tokenizer_file=f"{root}tokenizer.json"),
     "a tokenizer's folder": lambda root: TinyStories(tokenizer_file=f"hf:{root}hf"),
     "chat_template": lambda root: Chat(files=("/tmp/chats",), chat_template=f"{root}template.jinja"),
+    "preferences": lambda root: Preferences(files=(f"{root}texts",)),
 }
 
 
@@ -229,7 +231,7 @@ def test_files_of_absolute_paths_are_shared_from_everywhere(
     assert len(folders) == 1
 
 
-@pytest.mark.parametrize("kind", sorted(CORPORA.keys() - {"text", "chat"}))
+@pytest.mark.parametrize("kind", sorted(CORPORA.keys() - {"text", "chat", "preferences"}))
 def test_what_is_generated_or_downloaded_is_shared_from_everywhere(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
