@@ -102,6 +102,7 @@ def test_the_data_loader_works_in_other_processes(counted: Path) -> None:
     assert sorted(torch.cat([inputs[:, 0] for inputs, _ in batches]).tolist()) == list(range(0, 999, 9))
 
 
+@pytest.mark.slow
 def test_the_bare_loop_trains_what_the_trainer_trains(tmp_path: Path) -> None:
     """Otherwise their times could not be compared."""
     store = make_store(tmp_path / "store", 10_000)

@@ -143,6 +143,7 @@ def test_a_row_that_fails_takes_no_other_with_it_and_a_second_call_goes_on(
     assert not list((tmp_path / "work").glob("*"))
 
 
+@pytest.mark.slow
 def test_a_row_that_takes_too_long_ends_with_all_its_processes_and_the_rest_goes_on(
     tmp_path: Path, words: list[str]
 ) -> None:
@@ -161,6 +162,7 @@ def test_what_has_no_time_is_named_and_left_for_the_next_call(
     assert list(read(tmp_path / "gpu.jsonl")[CARD]) == ["other"]
 
 
+@pytest.mark.slow
 def test_a_killed_command_keeps_what_it_has_and_leaves_no_process_behind(tmp_path: Path, words: list[str]) -> None:
     results = tmp_path / "gpu.jsonl"
     command = Command(functools.partial(run, rows("quick", "endless"), words))
@@ -291,6 +293,7 @@ def test_bytes_that_differ_are_counted_over_all_tensors(tmp_path: Path) -> None:
     assert differing(tmp_path / "one", tmp_path / "other") == 1, "the byte of the sign"
 
 
+@pytest.mark.slow
 def test_a_plan_counts_a_chunked_loss_in_chunks(tmp_path: Path) -> None:
     from cleangpt.distributed.datasheets import find_device
 

@@ -633,7 +633,9 @@ class Terminal(io.TextIOWrapper):
         return self.buffer.getvalue().decode(self.encoding)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "shift_jis"])
+@pytest.mark.parametrize(
+    "encoding", ["cp1252", *(pytest.param(name, marks=pytest.mark.torture) for name in ("ascii", "shift_jis"))]
+)
 def test_what_the_output_cannot_encode_is_replaced_in_every_command(
     workplace: Path, encoding: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -736,6 +738,7 @@ def test_prepare_makes_a_store_once(workplace: Path, capsys: pytest.CaptureFixtu
     assert "sha256" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_own_model_is_resumed_and_evaluated_with_its_code(workplace: Path) -> None:
     Path("bigram.py").write_text(
         EXPERIMENT.replace("experiment = ", "OWN").split("OWN")[0]

@@ -478,6 +478,7 @@ def test_the_experiment_of_gpt2_starts_from_a_folders_weights_and_tokenizer(
     assert main(["sample", "run", "--prompt", "To be", "--max-new-tokens", "8", "--device", "cpu"]) == 0
 
 
+@pytest.mark.slow
 def test_an_exported_model_is_the_base_of_hugging_face_with_the_adapters_added_there(
     shakespeare: PreTrainedModel,
 ) -> None:

@@ -35,6 +35,7 @@ def theirs(tokenizer: Tokenizer) -> TheirTokenizer:
     return TheirTokenizer.from_str(json.dumps(to_tokenizers(tokenizer)))
 
 
+@pytest.mark.slow
 @given(st.text())
 def test_bytes_have_the_same_ids_and_text(text: str) -> None:
     ours, other = ByteTokenizer(), theirs(ByteTokenizer())

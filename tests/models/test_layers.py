@@ -81,7 +81,7 @@ def test_each_sample_of_a_batch_has_its_own_documents() -> None:
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @given(data=st.data(), window=st.sampled_from([None, 1, 3, 20]))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @torch.no_grad()
 def test_attention_over_blocks_equals_attention_with_the_mask(data: st.DataObject, window: int | None) -> None:
     """The way of CUDA devices and that of all others, here on the same device."""

@@ -43,6 +43,7 @@ def test_a_model_of_405_billion_parameters_is_planned_at_once(tiny: Callable[...
     assert not next(entry for entry in plan.estimates if entry.strategy == "ddp").fits
 
 
+@pytest.mark.slow
 def test_the_budget_is_the_length_of_the_run_and_sets_hours_and_cost(small: Experiment) -> None:
     device = find_device("a100", price=2.0)
     plan, twice = make_plan(small, device, [4]), make_plan(small, device, [4], tokens=2 * 6 * 4 * 32 * 9)

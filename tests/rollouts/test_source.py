@@ -88,6 +88,7 @@ def test_a_run_records_what_its_rounds_were(policy: Build, trainer: Open) -> Non
     assert "[reward " in read_samples(Path("run"))[0]["text"] and "+" in read_samples(Path("run"))[0]["text"]
 
 
+@pytest.mark.slow
 def test_the_report_shows_reward_against_divergence(policy: Build, trainer: Open) -> None:
     trainer(policy(run_dir="run")).train()
     page = write_report([Path("run")]).read_text(encoding="utf-8")

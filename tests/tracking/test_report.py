@@ -198,6 +198,7 @@ def test_a_run_named_twice_counts_once(tmp_path, without_plots):
     assert write_report([run, run]) == run / "report.html"
 
 
+@pytest.mark.slow
 def test_a_comparison_in_a_runs_folder_leaves_its_own_report(tmp_path):
     runs = [make(tmp_path / "a"), make(tmp_path / "b")]
     own = write_report(runs[:1]).read_bytes()

@@ -193,6 +193,7 @@ def test_an_experiment_is_trained_and_its_model_asked_from_python(tiny: Build) -
         loaded.generate("1", top_p=2)
 
 
+@pytest.mark.slow
 def test_importing_cleangpt_imports_no_pytorch() -> None:
     code = "import cleangpt, sys; sys.exit('torch' in sys.modules or not hasattr(cleangpt, 'train'))"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

@@ -521,6 +521,7 @@ def test_autocast_keeps_fp32_weights_and_learns_nearly_the_same(tiny: Build, tra
     assert one["val_loss"] == pytest.approx(two["val_loss"], rel=0.02)
 
 
+@pytest.mark.slow
 def test_recomputed_activations_change_nothing_but_the_memory(tiny: Build, trainer: Open) -> None:
     """Bit for bit, dropout included; counts the bytes that autograd keeps for the backward pass."""
     kept: dict[str, int] = {}

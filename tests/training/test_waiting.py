@@ -60,6 +60,7 @@ def no_values(monkeypatch: pytest.MonkeyPatch) -> None:
 LLAMA = LlamaConfig(n_layers=2, n_heads=2, dim=16, hidden_dim=32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
