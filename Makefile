@@ -29,7 +29,7 @@ all-tests: $(INSTALLED)
 
 # the same, and writes the table of the slowest tests into CONTRIBUTING.md
 slowest: $(INSTALLED)
-	$(PYTEST) -m 'not torture' --slowest CONTRIBUTING.md
+	$(PYTEST) -m 'not torture' --slowest=CONTRIBUTING.md
 
 # every fault at every place where it can happen, with a table of what was lost (docs/reliability.md), and the
 # repetitions of tests that .ci/run leaves out
