@@ -52,12 +52,12 @@ types: $(INSTALLED)
 benchmarks: $(INSTALLED)
 	$(BIN)/python -m benchmarks
 
-# pip would compile every module of every package on one core; Python compiles those that are imported when they first are,
-# and keeps the result unless it is told not to
-unexport PYTHONDONTWRITEBYTECODE
+# pip would compile the packages on one core. Left to the first import, some would fail in the tests, where warnings of
+# the compiler are errors
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --no-compile --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -W ignore -c "import compileall, sysconfig; compileall.compile_dir(sysconfig.get_path('purelib'), quiet=2, workers=0)"
 	$(BIN)/python -c "open('$(INSTALLED)', 'w').close()"
 
 clean:
