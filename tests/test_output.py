@@ -89,7 +89,7 @@ def test_mistakes_keep_their_exit_code(workplace: Path, streams: tuple[int, ...]
     assert start("train", "nothing", hook=functools.partial(without_reader, streams)).wait() == 2
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_the_demo_trains_both_its_models_for_nobody(workplace: Path) -> None:
     assert start("demo", hook=functools.partial(without_reader, (1,))).wait(600) == 0
     assert len(list(Path("runs").glob("*/*/report.html"))) == 2

@@ -115,9 +115,13 @@ def test_tensor_parallelism_does_not_pay_for_a_small_model(tiny: Callable[..., E
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(experiments()))
-def test_every_experiment_of_the_project_is_planned(name: str) -> None:
+def test_every_experiment_of_the_project_is_planned_or_refused_in_one_line(name: str) -> None:
     experiment = load_experiment(experiments()[name])
     experiment = replace(experiment, model=replace(experiment.model, vocab_size=512))
+    if experiment.objective.reads:  # rollouts, and columns of preferences, are not planned
+        with pytest.raises(UserError, match=r"cannot be planned: they read \w+"):
+            make_plan(experiment, find_device("l4"), [1, 2, 4])
+        return
     plan = make_plan(experiment, find_device("l4"), [1, 2, 4])
     assert {entry.devices for entry in plan.estimates} == {1, 2, 4} and plan.fitting()
     json.dumps(plan.to_json(), allow_nan=False)
