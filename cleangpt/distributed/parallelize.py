@@ -26,7 +26,6 @@ from torch.utils.checkpoint import (
     SelectiveCheckpointContext,
     checkpoint,
     create_selective_checkpoint_contexts,
-    noop_context_fn,
 )
 
 from cleangpt.distributed.layout import Layout
@@ -119,18 +118,24 @@ def apply_activation_checkpointing(model: LanguageModel, every: int | None, sele
     and of attention are kept as well, so that nothing expensive is computed twice. Results do not change, dropout
     included. The block's `forward` is replaced rather than wrapped in a module, which would rename its parameters.
     """
-    contexts = partial(create_selective_checkpoint_contexts, keep_products) if selective else noop_context_fn
     for block in list(model.layers())[::every] if every else []:
-        block.forward = _checkpointed(block.forward, contexts)
+        block.forward = _checkpointed(block.forward, selective)
 
 
-def _checkpointed(forward: Callable[..., Any], contexts: Callable[[], Any]) -> Callable[..., Any]:
-    """A function, not a `partial`: torch.compile silently skips a block whose `forward` is a partial."""
+def _checkpointed(forward: Callable[..., Any], selective: bool) -> Callable[..., Any]:
+    """A function, not a `partial`: torch.compile silently skips a block whose `forward` is a partial.
+
+    Two, since the compiler refuses a `context_fn` that does nothing.
+    """
+    contexts = partial(create_selective_checkpoint_contexts, keep_products)
 
     def checkpointed(*inputs: Any) -> Any:
+        return checkpoint(forward, *inputs, use_reentrant=False)
+
+    def selectively(*inputs: Any) -> Any:
         return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts)
 
-    return checkpointed
+    return selectively if selective else checkpointed
 
 
 PRODUCTS = {
