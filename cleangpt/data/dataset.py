@@ -80,6 +80,12 @@ class Split:
         """The loss mask of the same tokens; only of a split that is `masked`."""
         return self._read(self._masks, start, length)
 
+    def read_row(self, number: int) -> tuple[list[int], list[int]]:
+        """The tokens of a row and their loss mask; only of a split that is `masked` and has a `row_length`."""
+        assert self.row_length is not None
+        start = number * self.row_length
+        return self.read(start, self.row_length).tolist(), self.read_mask(start, self.row_length).tolist()
+
     def read_column(self, name: str, start: int, length: int) -> NDArray[Any]:
         """The values of one of the `columns` for the same tokens."""
         return self._read(self._columns[name], start, length)

@@ -26,9 +26,7 @@ class ExactAnswer(Environment):
 
     def reset(self, split: str, task: int) -> Prompt:
         """The question of a row."""
-        rows, length = self.dataset.splits[split], self.dataset.row_length
-        assert length is not None
-        tokens, counted = (read(task * length, length).tolist() for read in (rows.read, rows.read_mask))
+        tokens, counted = self.dataset.splits[split].read_row(task)
         start = counted.index(1)
         answer = tokens[start : [*counted, 0].index(0, start)]
         return Prompt(tokens[:start], max_new_tokens=len(answer), extras={"answer": answer})

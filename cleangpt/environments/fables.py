@@ -110,9 +110,7 @@ class FablesGold(Environment):
 
     def reset(self, split: str, task: int) -> Prompt:
         """The prompt of a sample."""
-        rows, length = self.dataset.splits[split], self.dataset.row_length
-        assert length is not None
-        tokens, counted = (read(task * length, length).tolist() for read in (rows.read, rows.read_mask))
+        tokens, counted = self.dataset.splits[split].read_row(task)
         stop_ids = tuple(self.dataset.tokenizer.stop_ids)
         return Prompt(tokens[: counted.index(1)], max_new_tokens=LONGEST, stop_ids=stop_ids)
 

@@ -46,12 +46,10 @@ class Prompts(Environment):
 
     def reset(self, split: str, task: int) -> Prompt:
         """The tokens before the first that counts; an answer may fill the row."""
-        rows, length = self.dataset.splits[split], self.dataset.row_length
-        assert length is not None
-        place = task * rows.group * length
-        tokens, counted = (read(place, length).tolist() for read in (rows.read, rows.read_mask))
+        rows = self.dataset.splits[split]
+        tokens, counted = rows.read_row(task * rows.group)
         start = [*counted, 1].index(1)
-        return Prompt(tokens[:start], max(1, length - start), tuple(self.dataset.tokenizer.stop_ids))
+        return Prompt(tokens[:start], max(1, len(tokens) - start), tuple(self.dataset.tokenizer.stop_ids))
 
     def step(self, episode: Episode, action: list[int]) -> Feedback:
         """Ends the episode."""

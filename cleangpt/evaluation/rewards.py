@@ -35,8 +35,6 @@ def open_reward_model(source: str, device: torch.device) -> RewardScorer:
 
 def _texts(split: Split) -> Iterator[list[int]]:
     """The rows of a split, each up to the last token that counts."""
-    length = split.row_length
-    assert length is not None
     for row in range(split.documents):
-        tokens, mask = (read(row * length, length).tolist() for read in (split.read, split.read_mask))
-        yield tokens[: length - mask[::-1].index(1)]
+        tokens, mask = split.read_row(row)
+        yield tokens[: len(tokens) - mask[::-1].index(1)]

@@ -9,7 +9,7 @@ from torch import Tensor
 from cleangpt.data.batch import IGNORED, Batch
 from cleangpt.models.base import LanguageModel
 from cleangpt.objectives.base import Loss, Objective
-from cleangpt.objectives.pairs import REFERENCE, answers
+from cleangpt.objectives.pairs import REFERENCE, answers, sums
 from cleangpt.validation import NonNegative, Positive
 
 
@@ -58,5 +58,4 @@ class KTO(Objective):
             "desirable_log_ratio": found.log_ratio * wanted, "undesirable_log_ratio": found.log_ratio * ~wanted,
             "desirable_share": wanted.float(), "kl": above.extras["kl"],
         }  # fmt: skip
-        sums = {name: torch.where(found.counted, value.detach(), 0.0).sum() for name, value in logged.items()}
-        return Loss(torch.where(found.counted, loss, 0.0).sum(), sums)
+        return Loss(torch.where(found.counted, loss, 0.0).sum(), sums(logged, found.counted))

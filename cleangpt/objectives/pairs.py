@@ -4,6 +4,7 @@ Rows alternate between the chosen and the rejected answer to a prompt. A pair co
 fills up the last batch of a validation has none, and adds nothing.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -72,7 +73,17 @@ class Pair(NamedTuple):
             "accuracy": right(margin), "margin": margin, f"chosen_{kind}": self.chosen.log_ratio,
             f"rejected_{kind}": self.rejected.log_ratio,
         }  # fmt: skip
-        return {name: self.sum(values.detach()) for name, values in logged.items()}
+        return sums(logged, self.counted)
+
+
+def counted_pairs(batch: Batch) -> Tensor:
+    """Which pairs have both answers `(pairs,)`, bool."""
+    return (batch.targets != IGNORED).any(dim=-1).view(-1, 2).all(dim=-1)
+
+
+def sums(values: Mapping[str, Tensor], counted: Tensor) -> dict[str, Tensor]:
+    """The sum of each value over what counts, to be logged; both have the same shape."""
+    return {name: torch.where(counted, value.detach(), 0.0).sum() for name, value in values.items()}
 
 
 def right(margin: Tensor) -> Tensor:
@@ -89,7 +100,7 @@ class PairObjective(Objective):
 
     def count(self, batch: Batch) -> int:
         """The number of pairs that have both answers."""
-        return int((batch.targets != IGNORED).any(dim=-1).view(-1, 2).all(dim=-1).sum())
+        return int(counted_pairs(batch).sum())
 
     def pairs(self, model: LanguageModel, batch: Batch) -> Pair:
         """Both answers to every prompt."""

@@ -110,7 +110,7 @@ def answer_mask(batch: Batch) -> Tensor:
 
 def count_answers(batch: Batch) -> int:
     """Answers that are not left out."""
-    return int((batch.targets != IGNORED).any(dim=1).sum())
+    return int(answer_mask(batch).any(dim=1).sum())
 
 
 def token_weights(mask: Tensor, norm: Norm, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -11,7 +11,7 @@ from cleangpt.data.batch import IGNORED, Batch
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.head import TokenScores
 from cleangpt.objectives.base import Loss
-from cleangpt.objectives.pairs import PairObjective, right
+from cleangpt.objectives.pairs import PairObjective, counted_pairs, right, sums
 from cleangpt.validation import NonNegative
 
 HEAD = "reward"
@@ -37,7 +37,7 @@ class RewardModel(PairObjective):
     def __call__(self, model: LanguageModel, batch: Batch) -> Loss:
         """The loss, summed over pairs; overconfidence is how sure the model is, minus how often it is right."""
         chosen, rejected = rewards(model, batch).view(-1, 2).unbind(dim=-1)
-        counted = (batch.targets != IGNORED).any(dim=-1).view(-1, 2).all(dim=-1)
+        counted = counted_pairs(batch)
         margin = chosen - rejected
         loss = -logsigmoid(margin - batch.extras["margin"][::2, 0]) + self.centring * (chosen + rejected).square()
         logged = {
@@ -45,8 +45,7 @@ class RewardModel(PairObjective):
             "overconfidence": torch.sigmoid(margin.abs()) - right(margin),
             "mean_reward": (chosen + rejected) / 2,
         }  # fmt: skip
-        sums = {name: torch.where(counted, values.detach(), 0.0).sum() for name, values in logged.items()}
-        return Loss(torch.where(counted, loss, 0.0).sum(), sums)
+        return Loss(torch.where(counted, loss, 0.0).sum(), sums(logged, counted))
 
 
 def rewards(model: LanguageModel, batch: Batch) -> Tensor:

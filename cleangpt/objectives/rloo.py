@@ -8,6 +8,7 @@ from cleangpt.data.batch import Batch
 from cleangpt.models.base import LanguageModel
 from cleangpt.objectives.base import Loss
 from cleangpt.objectives.policy import (
+    MOST,
     PolicyObjective,
     Round,
     answer_mask,
@@ -48,11 +49,10 @@ class RLOO(PolicyObjective):
         """The loss, summed over answers."""
         scores, mask = self.scores(model, batch), answer_mask(batch)
         advantages = batch.extras["advantages"].masked_fill(~mask, 0.0)
-        ratio = log_ratios(scores.logprobs, batch.extras["old_logprobs"], mask).sum(dim=1, keepdim=True).clamp(-20, 20)
-        weights = token_weights(
-            mask, "sequence", advantages.dtype
-        )  # of equal advantages, so the sum over tokens is the answer's
-        ratio = ratio.exp().expand_as(advantages)
+        ratio = log_ratios(scores.logprobs, batch.extras["old_logprobs"], mask).sum(dim=1, keepdim=True)
+        ratio = ratio.clamp(-MOST, MOST).exp().expand_as(advantages)
+        # An answer's tokens have equal advantages, so their mean is the answer's loss.
+        weights = token_weights(mask, "sequence", advantages.dtype)
         loss = (weights * clipped(ratio, advantages, self.clip_low, self.clip_high)).sum()
         metrics = ratio_metrics(batch, scores.logprobs, ratio, advantages, weights, self.clip_low, self.clip_high)
         return self.with_entropy(loss, scores, weights, metrics)

@@ -15,9 +15,11 @@ from cleangpt.distributed.layout import Layout
 from cleangpt.environments.config import RolloutConfig
 from cleangpt.errors import UserError
 from cleangpt.inference.engine import Engine
+from cleangpt.inference.rewards import RewardScorer
 from cleangpt.models.base import LanguageModel
+from cleangpt.objectives.reward_model import HEAD
 from cleangpt.rollouts.episodes import Sampler
-from cleangpt.rollouts.scoring import HEAD, check_rewards
+from cleangpt.rollouts.scoring import check_rewards
 
 
 def check_rollouts(
@@ -67,7 +69,7 @@ def check_rollouts(
         )
 
 
-def load_reward_model(name: str | None, tokenizer: Tokenizer, device: torch.device) -> LanguageModel | None:
+def load_reward_model(name: str | None, tokenizer: Tokenizer, device: torch.device) -> RewardScorer | None:
     """The reward model of a run or checkpoint, frozen.
 
     Raises:
@@ -81,7 +83,7 @@ def load_reward_model(name: str | None, tokenizer: Tokenizer, device: torch.devi
         raise UserError(f"rollouts.reward_model is {name!r}, which has no head {HEAD!r}; allowed: a reward model")
     if not same_tokens(checkpoint.tokenizer, tokenizer):
         raise UserError(f"rollouts.reward_model is {name!r}, whose tokenizer is not the corpus's")
-    return model.requires_grad_(False)
+    return RewardScorer(model.requires_grad_(False), device)
 
 
 @contextlib.contextmanager

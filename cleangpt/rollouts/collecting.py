@@ -69,6 +69,7 @@ class Collector:
     def collect(self, first: int) -> Collected:
         """A round of answers to the prompts from position `first` on."""
         config, kept, spare, drawn = self.config, list[list[Answer]](), list[list[Answer]](), 0
+        groups: list[list[Answer]] = []
         self.scorer.errors.count = 0
         most = config.prompts * (config.max_draws if config.dynamic_sampling else 1)
         while len(kept) < config.prompts and drawn < most:
@@ -79,14 +80,12 @@ class Collector:
             drawn += count
             for group in groups:
                 (kept if has_signal(group) else spare).append(group)
-            if not config.dynamic_sampling:
-                kept = groups
-        without_signal = (drawn - len(kept)) / drawn if config.dynamic_sampling else _equal_share(kept)
-        groups = (kept + spare)[: config.prompts]
+        if config.dynamic_sampling:
+            groups = (kept + spare)[: config.prompts]
         errors = self.ranks.sum(self.scorer.errors.count)[0]
         answers = [answer for group in groups for answer in group]
         return Collected(
-            answers, drawn, without_signal, int(errors), [self._text(group[0]) for group in groups[:EXAMPLES]]
+            answers, drawn, len(spare) / drawn, int(errors), [self._text(group[0]) for group in groups[:EXAMPLES]]
         )
 
     def _draw(self, first: int, count: int) -> list[list[Answer]]:
@@ -131,10 +130,6 @@ def has_signal(group: Sequence[Answer]) -> bool:
     """Whether the answers to a prompt that count differ in reward, by outcome: a standard deviation may round to 0."""
     totals = {sum(answer.total) for answer in group if not answer.masked}
     return len(totals) > 1
-
-
-def _equal_share(groups: Sequence[Sequence[Answer]]) -> float:
-    return sum(not has_signal(group) for group in groups) / len(groups)
 
 
 def check_prompts(environment: Environment, limit: int) -> None:

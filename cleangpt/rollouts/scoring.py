@@ -3,20 +3,15 @@
 from collections.abc import Callable, Sequence
 from typing import cast
 
-import torch
-
 from cleangpt.data.tokenizers import Tokenizer
 from cleangpt.environments.base import Environment, Episode, Feedback
 from cleangpt.environments.config import RolloutConfig
 from cleangpt.environments.rewards import REWARDS, Errors
 from cleangpt.errors import UserError, nearest
-from cleangpt.models.base import LanguageModel
-from cleangpt.models.head import TokenScores
+from cleangpt.inference.rewards import RewardScorer
 from cleangpt.rollouts.answers import Answer, from_episode
 
 TASK, MODEL, OVERLONG = "task", "model", "overlong"
-HEAD = "reward"
-"""The scalar head of a reward model."""
 
 
 def check_rewards(config: RolloutConfig) -> None:
@@ -45,10 +40,9 @@ class Scorer:
 
     def __init__(
         self, config: RolloutConfig, environment: Environment, tokenizer: Tokenizer, log: Callable[[str], None],
-        reward_model: LanguageModel | None = None, device: torch.device | None = None,
+        reward_model: RewardScorer | None = None,
     ) -> None:  # fmt: skip
-        self.config, self.environment, self.tokenizer = config, environment, tokenizer
-        self.reward_model, self.device = reward_model, device
+        self.config, self.environment, self.tokenizer, self.reward_model = config, environment, tokenizer, reward_model
         self.errors = Errors(config.reward_timeout, log)
 
     def respond(self, episode: Episode, action: list[int]) -> Feedback:
@@ -61,7 +55,9 @@ class Scorer:
         answers = [from_episode(episode, first_id + row, TASK) for row, episode in enumerate(episodes)]
         for reward in self.config.rewards:
             if reward.name == MODEL:
-                for answer, score in zip(answers, self._model_scores(answers), strict=True):
+                assert self.reward_model is not None
+                scores = self.reward_model.scores([answer.tokens for answer in answers]).tolist()
+                for answer, score in zip(answers, scores, strict=True):
                     answer.rewards[MODEL] = [score]
             elif reward.name != TASK:
                 for answer, episode in zip(answers, episodes, strict=True):
@@ -96,20 +92,6 @@ class Scorer:
         if answer.truncated and config.truncated == "punish":
             answer.total = [0.0] * (len(answer.total) - 1) + [config.truncated_reward] * bool(answer.total)
         answer.masked = answer.truncated and config.truncated == "mask"
-
-    @torch.no_grad()
-    def _model_scores(self, answers: Sequence[Answer]) -> list[float]:
-        """The reward model's score of each answer: the head's output at the last token."""
-        assert self.reward_model is not None and self.device is not None
-        longest = max(len(answer.tokens) for answer in answers)
-        tokens = torch.zeros(len(answers), longest, dtype=torch.int64)
-        for row, answer in enumerate(answers):
-            tokens[row, : len(answer.tokens)] = torch.tensor(answer.tokens)
-        last = torch.tensor([[len(answer.tokens) - 1] for answer in answers])
-        given = tokens.to(self.device)
-        scores = cast(TokenScores, self.reward_model(given, targets=given, scores=[HEAD]))
-        found: list[float] = scores.heads[HEAD].cpu().gather(1, last)[:, 0].tolist()
-        return found
 
 
 def _refuse(score: float) -> None:

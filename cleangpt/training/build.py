@@ -272,7 +272,7 @@ def open_rollouts(
     environment, limit = only_environment(experiment, dataset), experiment.data.seq_len + 1
     scorer = Scorer(
         config, environment, dataset.tokenizer, log if ranks.is_main else lambda text: None,
-        load_reward_model(config.reward_model, dataset.tokenizer, device), device,
+        load_reward_model(config.reward_model, dataset.tokenizer, device),
     )  # fmt: skip
     plain = partial(uncompiled, experiment.training.compile)
     opener: Callable[[], AbstractContextManager[Sampler]] = partial(

@@ -62,11 +62,8 @@ def test_only_the_run_of_tokens_after_the_question_is_the_answer() -> None:
         class Rows:
             documents = 1
 
-            def read(self, start: int, length: int) -> np.ndarray:
-                return np.array([7, 8, 1, 2, 9, 3], np.uint16)
-
-            def read_mask(self, start: int, length: int) -> np.ndarray:
-                return np.array([0, 0, 1, 1, 0, 1], np.uint8)
+            def read_row(self, number: int) -> tuple[list[int], list[int]]:
+                return [7, 8, 1, 2, 9, 3], [0, 0, 1, 1, 0, 1]
 
         splits = {"val": Rows()}  # noqa: RUF012
 
