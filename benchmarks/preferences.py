@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.made import close, make_trainer, train_macro_batch
-from benchmarks.runner import Row, Setup, interleave
+from benchmarks.runner import Row, Setup, cpu_seconds, interleave, one_thread
 from cleangpt.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from cleangpt.config import DataConfig, OptimizerConfig, TrackingConfig, TrainingConfig
 from cleangpt.corpora import prepare
@@ -42,12 +42,8 @@ MODEL = GPTConfig(vocab_size=VOCABULARY, max_seq_len=32, n_layers=2, n_heads=4, 
 
 def run(setup: Setup) -> list[Row]:
     """The rows of the benchmark; those against TRL only where it is installed."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         return _run(setup)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _run(setup: Setup) -> list[Row]:
@@ -58,7 +54,7 @@ def _run(setup: Setup) -> list[Row]:
         for name, objective in (("ours", DPO(beta=BETA)), ("next token", NextToken()))
     }
     measures: dict[str, Callable[[], float]] = {
-        name: lambda trainer=trainer: _cpu(lambda: train_macro_batch(trainer)) / steps  # type: ignore[misc]
+        name: lambda trainer=trainer: cpu_seconds(lambda: train_macro_batch(trainer)) / steps  # type: ignore[misc]
         for name, trainer in trainers.items()
     }
     if importlib.util.find_spec("trl") is not None:
@@ -93,13 +89,6 @@ def _experiment(objective: Objective, base: Path, steps: int) -> Experiment:
         training=TrainingConfig(macro_batches=1000, batches_per_macro_batch=steps, device="cpu", precision="fp32"),
         tracking=TrackingConfig(progress=False, sample_tokens=0, score_samples=0),
     )  # fmt: skip
-
-
-def _cpu(work: Callable[[], Any]) -> float:
-    """CPU seconds of this process."""
-    began = time.process_time()
-    work()
-    return time.process_time() - began
 
 
 def trl_step(folder: Path, base: Path, steps: int) -> float:

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.made import close, make_trainer, shipped, train_macro_batch
-from benchmarks.runner import Row, Setup, interleave
+from benchmarks.runner import Row, Setup, cpu_seconds, interleave, one_thread
 from cleangpt.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from cleangpt.corpora import prepare
 from cleangpt.data.dataset import TokenDataset
@@ -38,12 +38,8 @@ LONGEST = 16
 
 def run(setup: Setup) -> list[Row]:
     """The rows of the benchmark; that against TRL only where it is installed."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         return _run(setup)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _run(setup: Setup) -> list[Row]:
@@ -55,7 +51,7 @@ def _run(setup: Setup) -> list[Row]:
         for name, objective in (("ours", policy.objective), ("updates alone", NextToken()))
     }
     measures: dict[str, Callable[[], float]] = {
-        name: lambda trainer=trainer: _cpu(lambda: train_macro_batch(trainer)) / rounds  # type: ignore[misc]
+        name: lambda trainer=trainer: cpu_seconds(lambda: train_macro_batch(trainer)) / rounds  # type: ignore[misc]
         for name, trainer in trainers.items()
     }
     if importlib.util.find_spec("trl") is not None:
@@ -90,13 +86,6 @@ def _experiment(base: Path, prompts: int, rounds: int) -> Experiment:
     )  # fmt: skip
     data = dataclasses.replace(experiment.data, batch_size=experiment.rollouts.answers // UPDATES)
     return dataclasses.replace(experiment, data=data, init_from=str(base))
-
-
-def _cpu(work: Callable[[], Any]) -> float:
-    """CPU seconds of this process."""
-    began = time.process_time()
-    work()
-    return time.process_time() - began
 
 
 def trl_round(folder: Path, base: Path, dataset: TokenDataset, policy: Experiment, rounds: int) -> float:

@@ -1,11 +1,15 @@
 """Interleaved measurements of ours and its peers (A B A B ...), and their ratios as a table."""
 
+import contextlib
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+
+import torch
 
 from cleangpt.files import write_text
 
@@ -84,6 +88,24 @@ def interleave(measures: Mapping[str, Callable[[], T]], repetitions: int, warm_u
         for name, measure in measures.items():
             taken[name].append(measure())
     return taken
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Has PyTorch compute on one thread, as CPU times need to be compared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """CPU seconds that this process spends on a piece of work."""
+    began = time.process_time()
+    work()
+    return time.process_time() - began
 
 
 def quantity(value: float, unit: str) -> str:

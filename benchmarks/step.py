@@ -115,8 +115,15 @@ def nanogpt_loop(
     checkout: Path, experiment: Experiment, batches: Sequence[tuple[Tensor, Tensor]], compiled: bool = False
 ) -> Callable[[int], float]:
     """The same loop over the model and the optimizer of a nanoGPT checkout."""
-    module = nanogpt_module(checkout)
-    config, settings = experiment.model, experiment.optimizer
+    model, optimizer = nanogpt_model(checkout, experiment, torch.device("cpu"))
+    called = torch.compile(model) if compiled else model
+    clip_norm = experiment.optimizer.clip_norm
+    return train_loop(lambda inputs, targets: called(inputs, targets)[1], model, optimizer, clip_norm, batches)
+
+
+def nanogpt_model(checkout: Path, experiment: Experiment, device: torch.device) -> tuple[Any, Any]:
+    """The model and the optimizer of a nanoGPT checkout, as an experiment on GPT-2 has them."""
+    module, config, settings = nanogpt_module(checkout), experiment.model, experiment.optimizer
     assert isinstance(config, GPTConfig)
     with contextlib.redirect_stdout(io.StringIO()):
         model = module.GPT(
@@ -124,10 +131,9 @@ def nanogpt_loop(
                 block_size=config.max_seq_len, vocab_size=config.vocab_size, n_layer=config.n_layers,
                 n_head=config.n_heads, n_embd=config.dim, dropout=config.dropout, bias=config.bias,
             )
-        )  # fmt: skip
-        optimizer = model.configure_optimizers(settings.weight_decay, settings.lr, settings.betas, "cpu")
-    called = torch.compile(model) if compiled else model
-    return train_loop(lambda inputs, targets: called(inputs, targets)[1], model, optimizer, settings.clip_norm, batches)
+        ).to(device)  # fmt: skip
+        optimizer = model.configure_optimizers(settings.weight_decay, settings.lr, settings.betas, device.type)
+    return model, optimizer
 
 
 def nanogpt_module(checkout: Path) -> Any:

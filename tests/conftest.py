@@ -77,6 +77,18 @@ def change(experiment: Experiment, **fields: Any) -> Experiment:
     return experiment
 
 
+def stop_after(trainer: Trainer, steps: int) -> None:
+    """Asks the trainer to stop after so many of its steps."""
+    step, until = trainer.step, trainer.position.step + steps
+
+    def counted() -> None:
+        step()
+        if trainer.position.step >= until:
+            signal.raise_signal(signal.SIGTERM)
+
+    trainer.step = counted  # type: ignore[method-assign]
+
+
 @pytest.fixture(autouse=True)
 def nothing_compiled() -> Iterator[None]:
     """Forgets what a test compiled: PyTorch gives up on a function that all tests together compile too many times."""

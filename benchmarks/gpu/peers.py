@@ -1,8 +1,6 @@
 """Peers on the same device: nanoGPT, by its own functions, and Transformers, in the loop of nanoGPT's train.py."""
 
 import ast
-import contextlib
-import io
 import math
 import os
 import pickle
@@ -16,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.step import nanogpt_module
+from benchmarks.step import nanogpt_model
 from benchmarks.store import token_files
 from cleangpt.config import ModelConfig
 from cleangpt.data.dataset import TokenDataset
@@ -71,16 +69,7 @@ def train_loop(
 
 def nanogpt(checkout: Path, planned: Experiment, store: TokenDataset, device: torch.device, compiled: bool) -> Loop:
     """nanoGPT's model and optimizer, and the `get_batch` of its train.py, which reads the same tokens."""
-    module, config, settings = nanogpt_module(checkout), planned.model, planned.optimizer
-    assert isinstance(config, GPTConfig)
-    with contextlib.redirect_stdout(io.StringIO()):
-        model = module.GPT(
-            module.GPTConfig(
-                block_size=config.max_seq_len, vocab_size=config.vocab_size, n_layer=config.n_layers,
-                n_head=config.n_heads, n_embd=config.dim, dropout=config.dropout, bias=config.bias,
-            )
-        ).to(device)  # fmt: skip
-        optimizer = model.configure_optimizers(settings.weight_decay, settings.lr, settings.betas, device.type)
+    model, optimizer = nanogpt_model(checkout, planned, device)
     data = store.folder.parent / "nanogpt"
     data.mkdir(exist_ok=True)
     (data / "train.bin").write_bytes(token_files(store.folder)[0].read_bytes())

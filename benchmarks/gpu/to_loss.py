@@ -5,20 +5,19 @@ at the first validation at or below that loss. nanoGPT validates on 200 random b
 best checkpoint is validated as ours is as well.
 """
 
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.gpu.journal import Outcome, read
 from benchmarks.gpu.setup import PROJECT, LeftOut, Measurement, Setup
 from benchmarks.step import nanogpt_module
+from benchmarks.vs_nanogpt import copy_of_peer
 from cleangpt.corpora import prepare_dataset
 from cleangpt.corpora.shakespeare_char import SIZE, ShakespeareChar
 from cleangpt.data.batch import IGNORED
@@ -138,16 +137,6 @@ def run_of_peer(text: Path, setup: Setup) -> tuple[float, list[Measurement]]:
         Measurement("nanoGPT: best validation loss", swept, "nats", note=f"by its own estimate {best:.4f}"),
         Measurement(PEER_TIME, there, "s", note=f"{max(TARGET, best):.4f} by its own estimate"),
     ]
-
-
-def copy_of_peer(checkout: Path, folder: Path, store: TokenDataset) -> Path:
-    """A checkout of nanoGPT with Shakespeare prepared by its own script, which finds the text already there."""
-    shutil.copytree(checkout, folder, ignore=shutil.ignore_patterns(".git", "*.bin", "*.pkl"))
-    data = folder / "data" / "shakespeare_char"
-    tokens = np.concatenate([store.splits[split].read(0, store.splits[split].tokens) for split in ("train", "val")])
-    (data / "input.txt").write_text(store.tokenizer.decode(tokens.tolist()), encoding="utf-8", newline="")
-    watch([sys.executable, "prepare.py"], data)
-    return folder
 
 
 def watch(command: Sequence[str], folder: Path) -> list[tuple[float, str]]:

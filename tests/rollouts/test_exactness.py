@@ -1,6 +1,5 @@
 """Rollouts are exact: the same whatever the chunks, processes and micro-batches, and resumed within a round."""
 
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from cleangpt.objectives.ppo import PPO
 from cleangpt.rollouts.source import RolloutSource
 from cleangpt.tracking.metrics import read_metrics, read_steps
 from cleangpt.training.trainer import Trainer
+from tests.conftest import stop_after
 from tests.faults._runs import differing
 from tests.forked import run_together
 
@@ -50,18 +50,6 @@ def rounds_of(trainer: Trainer) -> list[dict[str, Tensor]]:
 
     source._begin_round = begin_round  # type: ignore[method-assign]
     return found
-
-
-def stop_after(trainer: Trainer, steps: int) -> None:
-    """Asks the trainer to stop after so many of its steps."""
-    step, until = trainer.step, trainer.position.step + steps
-
-    def counted() -> None:
-        step()
-        if trainer.position.step >= until:
-            signal.raise_signal(signal.SIGTERM)
-
-    trainer.step = counted  # type: ignore[method-assign]
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

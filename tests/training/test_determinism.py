@@ -3,7 +3,6 @@
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from cleangpt.config import SavingConfig
 from cleangpt.data.batch import Batch
 from cleangpt.experiment import Experiment
 from cleangpt.training.trainer import Trainer
+from tests.conftest import stop_after
 from tests.faults._runs import differing
 from tests.forked import run_together
 
@@ -88,18 +88,6 @@ def test_a_batch_that_comes_late_changes_no_bit(tiny: Build, trainer: Open, undi
     late.source.stream.batch = batch  # type: ignore[method-assign]
     late.train()
     assert differing(undisturbed, final("two")) == ""
-
-
-def stop_after(trainer: Trainer, steps: int) -> None:
-    """Asks the trainer to stop after so many of its steps."""
-    step, until = trainer.step, trainer.position.step + steps
-
-    def counted() -> None:
-        step()
-        if trainer.position.step >= until:
-            signal.raise_signal(signal.SIGTERM)
-
-    trainer.step = counted  # type: ignore[method-assign]
 
 
 def test_a_run_stopped_after_every_step_ends_with_the_same_bits(

@@ -26,6 +26,7 @@ from cleangpt.tracking.metrics import read_metrics
 from cleangpt.training.summary import summary
 from cleangpt.training.trainer import Trainer
 from tests import forked
+from tests.conftest import stop_after
 from tests.forked import Command
 
 Build = Callable[..., Experiment]
@@ -50,20 +51,6 @@ def three(tiny: Build, weights: tuple[Any, ...] = CURRICULUM, **fields: Any) -> 
     return tiny(
         **{"corpus": Mixture(sources=sources), "data__seq_len": seq_len, "model__max_seq_len": seq_len, **fields}
     )
-
-
-def stop_after(trainer: Trainer, steps: int) -> None:
-    """Raises SIGTERM within the step of that number."""
-    original, count = trainer.step, 0
-
-    def step() -> None:
-        nonlocal count
-        original()
-        count += 1
-        if count == steps:
-            signal.raise_signal(signal.SIGTERM)
-
-    trainer.step = step  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(
