@@ -1,12 +1,12 @@
 """Lines of preference data as texts: which part of a text is the answer, and which of two is better."""
 
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from cleangpt.corpora.conversations import ROLES, SPECIAL
 from cleangpt.corpora.reading import Piece, checked
+from cleangpt.data import spelling
 from cleangpt.data.chat_template import ASSISTANT, ChatTemplate, Spans, check_messages
 from cleangpt.errors import UserError, nearest
 
@@ -63,14 +63,15 @@ def example(
         raise UserError(f"{location}: {type(entry).__name__} where an object should be")
     names = [fields.chosen, fields.rejected] if fields.label is None else [fields.completion]
     prompt, answers = entry.get(fields.prompt), [_given(entry, name, location) for name in names]
+    spelled = any(spelling.special_in(text, special) for text in spelling.texts([prompt, *answers]))
     if template is None:
         told = [_plain(prompt, answer, fields, location) for answer in answers]
     else:
-        told = _rendered(_conversations(prompt, answers, fields, location), template, special, location)
+        conversations = _conversations(prompt, answers, fields, location)
+        told = _rendered(conversations, template, special, location)
+        spelled = spelled or any(template.render_guarded(messages, special) for messages, _ in conversations)
     texts = [text.text for text in told]
-    spelled = re.compile("|".join(map(re.escape, special)) or "(?!)")
-    said = str([prompt, *answers])
-    reason = SPECIAL if spelled.search(said) else ""
+    reason = SPECIAL if spelled else ""
     reason = reason or (EMPTY if any(not 0 < begin < end for text in told for begin, end in text.answer) else "")
     reason = reason or (ALIKE if len(texts) == 2 and texts[0] == texts[1] else "")
     return Example(

@@ -153,6 +153,17 @@ def test_what_cannot_be_compared_is_skipped_and_counted(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_a_special_token_that_only_the_template_completes_is_spelled_too(tmp_path: Path) -> None:
+    (tmp_path / "roles.jinja").write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}", encoding="utf-8"
+    )
+    bad = {"prompt": [message(USER, "?"), message("|endoftext|", "x")], "chosen": "a", "rejected": "b"}
+    good = [numbered(number) for number in range(20)]
+    dataset = prepared(tmp_path, [*good, bad], as_chat=True, chat_template=str(tmp_path / "roles.jinja"))
+    assert len(rows(dataset)) == 40
+    assert counts(dataset)["conversations skipped, a special token in the text"] == 1
+
+
 @pytest.mark.parametrize(
     ("line", "fields", "message"),
     [
