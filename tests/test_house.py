@@ -17,8 +17,8 @@ SPINE = (
 """The way of a batch from disk to optimizer step."""
 MAY_SEE_ALL = {
     "experiment", "experiment_files", "training/launch", "training/build", "training/resolve",
-    "training/schedules", "training/summary", "training/tuning", "checkpoints/run_folder", "evaluation/evaluate",
-    "planning/plan", "__init__",
+    "training/schedules", "training/summary", "training/tuning", "checkpoints/run_folder", "evaluation/datasets",
+    "evaluation/evaluate", "planning/plan", "__init__",
 }  # fmt: skip
 """Modules that take a whole Experiment; commands do as well."""
 SCREEN = 50

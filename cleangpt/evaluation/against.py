@@ -14,12 +14,12 @@ import torch
 
 from cleangpt.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from cleangpt.checkpoints.run_folder import find_checkpoint, read_experiment
-from cleangpt.corpora import prepare
 from cleangpt.corpora.mixture import environments
 from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.tokenizers import Tokenizer, same_tokens
 from cleangpt.environments.base import Environment, Episode, Feedback, Prompt
 from cleangpt.errors import UserError
+from cleangpt.evaluation.datasets import open_dataset
 from cleangpt.evaluation.tasks import MAX_BATCH, play_tasks
 from cleangpt.experiment_files import run_file
 from cleangpt.files import write_json
@@ -76,7 +76,7 @@ def compare(
         UserError: the models have different tokens, or there is nothing to judge by.
     """
     experiment = read_experiment(run)
-    dataset = prepare(experiment.corpus, Path(experiment.data.folder))
+    dataset = open_dataset(run, experiment)
     first = dataset.sources[0].dataset
     if split not in first.splits:
         raise UserError(f"--split is {split!r}; allowed: {', '.join(first.splits)}")

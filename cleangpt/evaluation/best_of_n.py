@@ -15,10 +15,10 @@ from torch import Tensor
 
 from cleangpt.checkpoints.checkpoint import load_checkpoint
 from cleangpt.checkpoints.run_folder import find_checkpoint, read_experiment
-from cleangpt.corpora import prepare
 from cleangpt.corpora.mixture import environments
 from cleangpt.errors import UserError
 from cleangpt.evaluation.against import open_engine, open_judge
+from cleangpt.evaluation.datasets import open_dataset
 from cleangpt.evaluation.tasks import play_tasks
 from cleangpt.files import write_json
 from cleangpt.inference.sampling import Sampling
@@ -45,7 +45,7 @@ def best_of_n(
         UserError: the corpus does not score answers.
     """
     experiment = read_experiment(run)
-    dataset = prepare(experiment.corpus, Path(experiment.data.folder))
+    dataset = open_dataset(run, experiment)
     environment = next(iter(environments(experiment.corpus, dataset).values()), None)
     if environment is None or not judges:
         raise UserError("--best-of needs a --judge, and a corpus that scores answers, which this one does not"

@@ -7,20 +7,18 @@ import torch
 from rich.table import Table
 
 from cleangpt.checkpoints.checkpoint import Checkpoint, best_checkpoint, load_checkpoint
-from cleangpt.checkpoints.run_folder import check_data, read_experiment
-from cleangpt.corpora import prepare
+from cleangpt.checkpoints.run_folder import read_experiment
 from cleangpt.corpora.mixture import environments
 from cleangpt.data.loader import validation_batches
 from cleangpt.data.mixing import MixedDataset, mean_shares, split_samples
 from cleangpt.distributed.device import autocast, compute_dtype
 from cleangpt.errors import UserError, nearest
-from cleangpt.evaluation.reference import add_reference
+from cleangpt.evaluation.datasets import open_dataset
 from cleangpt.evaluation.tasks import mean_reward
 from cleangpt.evaluation.validate import loss_metrics, source_metrics, validate
 from cleangpt.experiment import Experiment
-from cleangpt.files import user_path, write_json
+from cleangpt.files import write_json
 from cleangpt.models.base import LanguageModel
-from cleangpt.objectives.pairs import REFERENCE
 from cleangpt.screen import Screen
 from cleangpt.tracking.metrics import metric_key, strict
 from cleangpt.tracking.numbers import show_number
@@ -36,10 +34,7 @@ def evaluate_run(run: Path, checkpoint: str | None, split: str | None, device: t
     experiment = read_experiment(run)
     folder = best_checkpoint(run) if checkpoint is None else _named(run, checkpoint)
     loaded = load_checkpoint(folder)
-    dataset = prepare(experiment.corpus, user_path(experiment.data.folder))
-    if REFERENCE in experiment.objective.reads:
-        add_reference(dataset, None, run)
-    check_data(run, dataset)
+    dataset = open_dataset(run, experiment)
     _check(experiment, loaded, dataset)
     name = _split(dataset, split)
     metrics: dict[str, Any] = {"run": str(run), "checkpoint": folder.name, "split": name}

@@ -1,14 +1,13 @@
 """Opens a reward model, to score answers in training or evaluation."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
 from cleangpt.checkpoints.run_folder import find_run, read_experiment
-from cleangpt.corpora import prepare
 from cleangpt.data.dataset import Split
 from cleangpt.errors import UserError
+from cleangpt.evaluation.datasets import open_dataset
 from cleangpt.inference.rewards import RewardScorer
 from cleangpt.interchange.huggingface import open_checkpoint
 
@@ -29,7 +28,7 @@ def open_reward_model(source: str, device: torch.device) -> RewardScorer:
     except UserError:
         return scorer
     experiment = read_experiment(run)
-    dataset = prepare(experiment.corpus, Path(experiment.data.folder))
+    dataset = open_dataset(run, experiment)
     return scorer.normalised([row for part in dataset.sources for row in _texts(part.dataset.splits["val"])])
 
 
