@@ -4,9 +4,12 @@ For all tests in which neither a fresh interpreter nor torchrun is what is teste
 environment, output, exit code and signals, like any other. Where a system cannot fork, each is a fresh interpreter.
 """
 
+import contextlib
 import functools
+import itertools
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import socket
@@ -132,11 +135,17 @@ def run_together(
     return subprocess.CompletedProcess(list(words), int(any(codes)), *printed)
 
 
+PORTS = itertools.cycle(random.Random(os.getpid()).sample(range(20000, 32000), 12000))
+"""Below those that Linux gives to connections, one of which could take a port between its choice and its use."""
+
+
 def free_port() -> int:
     """A port on which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    for port in PORTS:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("unreachable: the ports cycle")
 
 
 @functools.cache

@@ -138,6 +138,7 @@ class Ranks:
             # torchrun sends SIGTERM when one process has died, before the others can report it.
             with ignore_signal(signal.SIGTERM):
                 reason = _diagnose(self, self.heartbeats, "timed out" in str(error).lower())
+                _stay_for_others(self, self.heartbeats)
             raise RunFailedError(reason) from error
         elif self.heartbeats is not None:
             _report_failure(self.rank, self.heartbeats, error)
@@ -206,9 +207,12 @@ def _diagnose(ranks: Ranks, heartbeats: Store, timed_out: bool) -> str:
     """Why a collective failed: the error that a process reported, or which processes are silent."""
     try:
         heartbeats.set(f"lost_{ranks.rank}", "")
+        if timed_out:  # gloo then closes the connections to the others, who see no more than that
+            heartbeats.set("timed_out", "")
         with contextlib.suppress(dist.DistStoreError):
             heartbeats.wait(["error"], PATIENCE)
             return str(heartbeats.get("error").decode())
+        timed_out = heartbeats.check(["timed_out"])
         silent = [rank for rank in range(ranks.world_size) if not heartbeats.check([f"lost_{rank}"])]
         step_here, _ = _last_heartbeat(ranks.rank, heartbeats)
         last_seen = [(*_last_heartbeat(rank, heartbeats), rank) for rank in silent]
@@ -225,6 +229,15 @@ def _diagnose(ranks: Ranks, heartbeats: Store, timed_out: bool) -> str:
             f"no answer within {ranks.timeout.total_seconds():.0f} s at step {step_here} from {failed or 'any process'}"
         )
     return f"lost the connection at step {step_here} to {failed or 'another process'}"
+
+
+def _stay_for_others(ranks: Ranks, heartbeats: Store) -> None:
+    """Keeps the store alive, where this process hosts it, until the others that are alive have found the reason too."""
+    with contextlib.suppress(RuntimeError):
+        heartbeats.set(f"diagnosed_{ranks.rank}", "")
+        if ranks.is_main:
+            alive = [rank for rank in range(ranks.world_size) if heartbeats.check([f"lost_{rank}"])]
+            heartbeats.wait([f"diagnosed_{rank}" for rank in alive], PATIENCE)
 
 
 def _last_heartbeat(rank: int, heartbeats: Store) -> tuple[int, str]:

@@ -1,5 +1,7 @@
 """What a process says of another that it waited for in vain, from the words that all have left of themselves."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
@@ -18,7 +20,7 @@ def three(monkeypatch: pytest.MonkeyPatch) -> list[Ranks]:
     """Processes 0, 1 and 2 of machines m0, m1 and m2, in steps 120, 120 and 118."""
     monkeypatch.setattr(room, "PATIENCE", timedelta(seconds=0.2))
     store = HashStore()
-    processes = [Ranks(rank, 0, 3, store, timedelta(seconds=600)) for rank in range(3)]
+    processes = [Ranks(rank, 0, 3, store, timeout=timedelta(seconds=600)) for rank in range(3)]
     for process, step in zip(processes, (120, 120, 118), strict=True):
         monkeypatch.setattr(room.platform, "node", lambda name=f"m{process.rank}": name)
         process.heartbeat(step)
@@ -34,6 +36,28 @@ def said(process: Ranks, error: BaseException) -> str:
 def test_a_silent_process_is_named_with_its_machine_and_its_step(three: list[Ranks]) -> None:
     line = "no answer within 600 s at step 120 from process 2 (machine m2), last heard of at step 118"
     assert [said(process, TIMED_OUT) for process in three[:2]] == [line, line]
+
+
+def test_one_whose_connection_another_closed_as_it_timed_out_names_the_silent_one_too(three: list[Ranks]) -> None:
+    line = "no answer within 600 s at step 120 from process 2 (machine m2), last heard of at step 118"
+    assert [said(process, error) for process, error in zip(three[:2], (TIMED_OUT, CLOSED), strict=True)] == [line, line]
+
+
+def test_the_host_of_the_store_stays_until_all_have_found_the_reason(
+    three: list[Ranks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would take the store with it, and they could not tell its own end from the failure that they look for."""
+    store = three[0].heartbeats
+    assert store is not None
+    store.set("error", "the disk is full")
+    store.set("lost_1", "")
+    monkeypatch.setattr(room, "PATIENCE", timedelta(seconds=20))  # for which it would stay at the most
+    with ThreadPoolExecutor() as pool:
+        host = pool.submit(said, three[0], CLOSED)
+        time.sleep(0.3)
+        assert not host.done()
+        store.set("diagnosed_1", "")
+        assert host.result(timeout=10) == "the disk is full"
 
 
 def test_a_process_that_has_lost_the_same_one_is_not_named(three: list[Ranks]) -> None:

@@ -98,8 +98,9 @@ shards.save_file = write_half
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_process_killed_while_it_writes_its_shard_leaves_the_snapshot_before(workplace: Path, rank: str) -> None:
     (workplace / "killed.py").write_text(EXPERIMENT + KILLED_WHILE_WRITING)
-    assert run_together(2, "train", "killed.py", "--run-dir", "run", DYING=rank).returncode != 0
-    assert list(Path("run/snapshots").glob("mb000004.*.partial"))
+    died = run_together(2, "train", "killed.py", "--run-dir", "run", DYING=rank)
+    assert died.returncode != 0
+    assert list(Path("run/snapshots").glob("mb000004.*.partial")), died.stderr
     newest, complaints = newest_snapshot(Path("run/snapshots"))
     assert newest is not None and newest.name == "mb000003" and not complaints
     finish("resume", "run", "--training.macro-batches", "6")
