@@ -42,12 +42,19 @@ def counted(tmp_path: Path) -> Path:
     return path
 
 
+MARKS = {
+    "step": [], "snapshot": [], "loader": pytest.mark.torture, "parallel": pytest.mark.torture,
+    "vs_nanogpt": pytest.mark.torture,
+}  # fmt: skip
+"""When a benchmark's test runs, where that is not with the slow tests."""
+
+
 # The whole -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[] if name in ("step", "snapshot") else pytest.mark.slow) for name in command.BENCHMARKS],
+    [pytest.param(name, marks=MARKS.get(name, pytest.mark.slow)) for name in command.BENCHMARKS],
 )
 def test_a_benchmark_gives_a_table_of_positive_figures_and_leaves_nothing_behind(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

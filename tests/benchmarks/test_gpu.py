@@ -16,7 +16,7 @@ from benchmarks.gpu.journal import append, goal, quantity, read, table
 from benchmarks.gpu.models import SPEED_ROWS, data_for, speed_experiment
 from benchmarks.gpu.peers import function_of
 from benchmarks.gpu.resume import differing
-from benchmarks.gpu.rows import ROWS
+from benchmarks.gpu.rows import ROWS, Row
 from benchmarks.gpu.setup import Measurement, Setup
 from benchmarks.gpu.synchronisation import READ, STEPS, cases, trace, trainer_of
 from benchmarks.made import close
@@ -316,12 +316,20 @@ def peer(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        [row for row in ROWS if row.name in ("gpt2", "resume", "generation", "plan")],
+        pytest.param(ROWS, marks=pytest.mark.torture),
+    ],
+    ids=["a few", "all"],
+)
 def test_every_row_runs_at_toy_size(
-    tmp_path: Path, words: list[str], peer: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, words: list[str], peer: Path, chosen: list[Row], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(ROWS, [*words, "--peer", str(peer), "--minutes", "60"]) == 0, capfd.readouterr()
+    assert run(chosen, [*words, "--peer", str(peer), "--minutes", "60"]) == 0, capfd.readouterr()
     found = read(tmp_path / "gpu.jsonl")[CARD]
-    assert {name: outcome.status for name, outcome in found.items()} == {row.name: "done" for row in ROWS}
+    assert {name: outcome.status for name, outcome in found.items()} == {row.name: "done" for row in chosen}
     for name, outcome in found.items():
         assert outcome.measurements, name
         for entry in outcome.measurements:

@@ -66,7 +66,7 @@ def peer(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_whole_runs_are_timed_and_swept_over_the_same_split(
     peer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -117,8 +117,11 @@ class Payload:
 @pytest.mark.parametrize(
     "patterns",
     [
-        ("hf-sums/*", "sums/checkpoints/val*/*.safetensors"),
-        *((pattern,) for pattern in ("sums/**/*", "talk/**/*", "hf-*/*", "data/**/*")),
+        ("hf-sums/*", "sums/checkpoints/val*/*.safetensors", "data/*/*.json"),
+        pytest.param(("sums/**/*",), marks=pytest.mark.torture),
+        ("talk/**/*",),
+        ("hf-*/*",),
+        pytest.param(("data/**/*",), marks=pytest.mark.torture),
     ],
     ids=["a few", "a run", "a run of a chat", "exports", "datasets"],
 )

@@ -477,8 +477,8 @@ def test_a_field_out_of_range_is_refused(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
-        {"sliding_window": 5, "tied": True, "qk_norm": True},
+        pytest.param({}, marks=pytest.mark.torture),
+        pytest.param({"sliding_window": 5, "tied": True, "qk_norm": True}, marks=pytest.mark.torture),
         {"separator": 7, "value_residual": True, "activation": "relu2", "logit_soft_cap": 30.0, "ngrams": (2, 3)},
     ],
 )

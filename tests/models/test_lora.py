@@ -252,7 +252,7 @@ def test_the_checkpoints_loss_is_that_of_the_model_in_training_and_another_run_s
         {},
         pytest.param({"training__recompute_every": 1}, marks=pytest.mark.slow),
         pytest.param({"training__precision": "fp16"}, marks=pytest.mark.slow),
-        pytest.param({"training__compile": "model"}, marks=pytest.mark.slow),
+        pytest.param({"training__compile": "model"}, marks=pytest.mark.torture),
         pytest.param({"training__compile": "blocks", "training__recompute_every": 2}, marks=pytest.mark.slow),
     ],
     ids=lambda fields: " ".join(map(str, fields.values())) or "plain",
@@ -279,7 +279,7 @@ def test_a_run_with_adapters_resumes_bit_for_bit(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compiled", ["model", "blocks"])
+@pytest.mark.parametrize("compiled", ["model", pytest.param("blocks", marks=pytest.mark.torture)])
 def test_a_compiled_model_with_adapters_learns_the_same(base: Path, tiny: Build, trainer: Open, compiled: str) -> None:
     fields = lora() | {"model__dropout": 0.0}
     trainer(tiny(run_dir="plain", **fields)).train()

@@ -181,7 +181,9 @@ def same_rollouts(one: str, two: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "strategy"), [(2, "ddp"), (2, "fsdp"), (3, "ddp")])
+@pytest.mark.parametrize(
+    ("processes", "strategy"), [pytest.param(2, "ddp", marks=pytest.mark.torture), (2, "fsdp"), (3, "ddp")]
+)
 def test_several_processes_draw_the_same_answers_as_one(workplace: Path, processes: int, strategy: str) -> None:
     launch(1, "train", "own.py", "--run-dir", "one")
     launch(processes, "train", "own.py", "--run-dir", "two", "--parallel.strategy", strategy)
@@ -189,7 +191,7 @@ def test_several_processes_draw_the_same_answers_as_one(workplace: Path, process
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.torture), "fsdp"])
 def test_two_processes_interrupted_within_a_round_end_with_the_same_bits(workplace: Path, strategy: str) -> None:
     words = ["--parallel.strategy", strategy]
     launch(2, "train", "own.py", "--run-dir", "one", *words)
@@ -200,7 +202,7 @@ def test_two_processes_interrupted_within_a_round_end_with_the_same_bits(workpla
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize(("before", "after"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.torture)])
 def test_a_round_begun_on_some_processes_is_finished_by_others(workplace: Path, before: int, after: int) -> None:
     launch(1, "train", "own.py", "--run-dir", "one")
     launch(before, "train", "own.py", "--run-dir", "two", STOP_AFTER="6")

@@ -104,7 +104,7 @@ def test_a_run_stopped_after_every_step_ends_with_the_same_bits(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compiled", ["model", "blocks"])
+@pytest.mark.parametrize("compiled", [pytest.param("model", marks=pytest.mark.torture), "blocks"])
 def test_a_compiled_model_gives_the_same_bits_again_and_when_resumed(tiny: Build, trainer: Open, compiled: str) -> None:
     for run in ("one", "two"):
         trainer(tiny(run_dir=run, training__compile=compiled)).train()
@@ -153,7 +153,7 @@ def test_the_order_of_sets_which_differs_between_processes_changes_no_bit(workpl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.torture), "fsdp"])
 def test_two_processes_give_the_same_bits_again_and_when_resumed(workplace: Path, strategy: str) -> None:
     words = ["--parallel.strategy", strategy]
     for run in ("one", "two"):

@@ -510,25 +510,45 @@ def is_frozen(name: str) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["gpt", "llama"])
-def test_frozen_layers_and_adapters_learn_the_same_on_several_processes(workplace: Path, model: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "tuning", "strategies"),
+    [
+        ("gpt", "lora", ["fsdp"]),
+        ("llama", "freeze", ["tp"]),
+        *(
+            pytest.param(model, tuning, strategies, marks=pytest.mark.torture)
+            for model in ("gpt", "llama")
+            for tuning, strategies in (
+                ("freeze", ["ddp", "fsdp", "tp"]),
+                ("lora", ["ddp", "fsdp"]),  # adapters are refused where matrices are cut
+                ("kept", ["ddp", "fsdp", "tp"]),
+            )
+        ),
+    ],
+)
+def test_frozen_layers_and_adapters_learn_the_same_on_several_processes(
+    workplace: Path, model: str, tuning: str, strategies: list[str]
+) -> None:
     (workplace / "several.py").write_text(SEVERAL)
     train(1, "base", MODEL=model)
-    strategies = {"ddp": ["ddp"], "fsdp": ["fsdp", "--training.recompute-every", "1"], "tp": ["tp"]}
-    for tuning in ("freeze", "lora", "kept"):
-        train(1, tuning, MODEL=model, TUNING=tuning)
-        for name, words in strategies.items():
-            if (tuning, name) != ("lora", "tp"):
-                train(2, f"{tuning}_{name}", "--parallel.strategy", *words, MODEL=model, TUNING=tuning)
-                assert_same_run(tuning, f"{tuning}_{name}")
-            if tuning == "freeze":
-                assert_frozen(f"freeze_{name}", is_frozen)
-    assert_frozen("lora_fsdp", lambda name: True)
-    assert not (set(Path("lora_fsdp/snapshots").glob("*.partial")))
+    train(1, "one", MODEL=model, TUNING=tuning)
+    for name in strategies:
+        words = ["--training.recompute-every", "1"] if name == "fsdp" else []
+        train(2, name, "--parallel.strategy", name, *words, MODEL=model, TUNING=tuning)
+        assert_same_run("one", name)
+        if tuning != "kept":
+            assert_frozen(name, is_frozen if tuning == "freeze" else lambda name: True)
+        assert not set(Path(name, "snapshots").glob("*.partial"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [["fsdp", "--training.precision", "bf16"], ["fsdp", "--training.compile", "blocks"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["fsdp", "--training.precision", "bf16"],
+        pytest.param(["fsdp", "--training.compile", "blocks"], marks=pytest.mark.torture),
+    ],
+)
 def test_adapters_learn_on_cut_weights_in_bf16_and_compiled(workplace: Path, words: list[str]) -> None:
     (workplace / "several.py").write_text(SEVERAL)
     train(1, "base")

@@ -147,7 +147,7 @@ def assert_silent_one_is_named(code: int, errors: str, processes: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "strategy"), [(2, "fsdp"), (4, "ddp")])
+@pytest.mark.parametrize(("processes", "strategy"), [(2, "fsdp"), pytest.param(4, "ddp", marks=pytest.mark.torture)])
 def test_a_process_that_hangs_is_named_with_its_machine_and_its_step(processes: int, strategy: str) -> None:
     words = ("--parallel.timeout", "4", "--parallel.strategy", strategy)
     code, errors, seconds = one_machine(processes, *words, FAULT=f"stop 5 {processes - 1}")
@@ -155,7 +155,7 @@ def test_a_process_that_hangs_is_named_with_its_machine_and_its_step(processes: 
     assert seconds < 90
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_torchrun_ends_all_when_one_hangs() -> None:
     process = torchrun("--standalone", "--nproc_per_node=2", words=("--parallel.timeout", "4"), FAULT="stop 5 1")
     _, errors = process.communicate(timeout=90)
@@ -164,7 +164,9 @@ def test_torchrun_ends_all_when_one_hangs() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["hsdp --parallel.replicas 2", "fsdp --parallel.tensor 2"])
+@pytest.mark.parametrize(
+    "strategy", [pytest.param("hsdp --parallel.replicas 2", marks=pytest.mark.torture), "fsdp --parallel.tensor 2"]
+)
 def test_a_process_that_hangs_between_two_blocks_is_named_by_those_that_share_the_model(strategy: str) -> None:
     """They wait for it in groups of their own, whose time-outs are not those of the group of all."""
     words = ("--parallel.timeout", "4", "--parallel.strategy", *strategy.split())
