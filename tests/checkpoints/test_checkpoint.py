@@ -35,6 +35,7 @@ def kept(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("val*")}
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(losses=st.lists(st.sampled_from([1.0, 1.5, 2.0, 2.5, math.nan]), min_size=1, max_size=9), keep=st.integers(1, 3))
 def test_those_kept_are_the_best_n_the_older_first_on_a_tie(

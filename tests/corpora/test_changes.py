@@ -172,6 +172,7 @@ def test_nothing_is_said_where_nothing_has_changed(corpus: Any, tokenizer: str) 
     assert opened(corpus)[1] == ""
 
 
+@pytest.mark.slow
 def test_another_python_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = Stdlib(max_bytes=200_000)
     opened(corpus, tmp_path)

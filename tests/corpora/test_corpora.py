@@ -162,6 +162,7 @@ def made_shakespeare() -> str:
     return "".join(np.random.default_rng(0).choice(list(kinds), 1_115_394))
 
 
+@pytest.mark.slow
 def test_shakespeare_is_split_as_nanogpt_splits_it(tmp_path: Path) -> None:
     text = made_shakespeare()
     said = io.StringIO()
@@ -259,6 +260,7 @@ def test_modules_left_out_and_held_out(tmp_path: Path) -> None:
         Stdlib().files(tmp_path / "pkg")
 
 
+@pytest.mark.slow
 def test_the_standard_library_as_byte_pairs(tmp_path: Path) -> None:
     store = prepare_dataset(Stdlib(tokenizer="bpe", vocab_size=600, max_bytes=200_000), tmp_path, console=QUIET)
     assert isinstance(store.tokenizer, BPETokenizer)

@@ -35,6 +35,7 @@ def test_every_trait_has_its_moral() -> None:
     assert set(WORDS["trait"]) == set(MORALS)
 
 
+@pytest.mark.slow
 def test_the_splits_hold_as_many_stories_as_asked_for_and_no_story_twice(tmp_path: Path) -> None:
     store = prepare_dataset(Fables(train_stories=1500, val_stories=30), tmp_path, console=Console(quiet=True))
     assert isinstance(store, TokenDataset)

@@ -45,6 +45,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_one_prepares_and_the_other_takes_what_it_made(workplace: Path) -> None:
     first = Command(prepare_slowly)
     wait_until(lambda: began() == 1)

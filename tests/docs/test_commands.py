@@ -214,6 +214,7 @@ def test_the_model_of_ones_own_in_the_readme_takes_at_most_60_lines() -> None:
     assert len(example.splitlines()) <= 60
 
 
+@pytest.mark.slow
 def test_evaluating_a_model_of_ones_own_without_its_code_is_refused_in_one_line(
     reader: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -464,6 +464,7 @@ def shakespeare(saved: Callable[..., Path], workplace: Path) -> PreTrainedModel:
     return theirs
 
 
+@pytest.mark.slow
 def test_the_experiment_of_gpt2_starts_from_a_folders_weights_and_tokenizer(
     shakespeare: PreTrainedModel, capsys: pytest.CaptureFixture[str]
 ) -> None:

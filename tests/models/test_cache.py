@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from cleangpt.models.cache import KVCache
 from cleangpt.models.gpt import GPT, GPTConfig
 from cleangpt.models.llama import Llama, LlamaConfig
+from tests.thinned import slow_after
 
 LENGTH, VOCABULARY = 24, 17
 SIZE = {"vocab_size": VOCABULARY, "max_seq_len": LENGTH, "n_layers": 3, "n_heads": 4, "dim": 32}
@@ -41,7 +42,8 @@ def sharp(kind: str) -> nn.Module:
 
 
 MODELS = {kind: sharp(kind) for kind in KINDS}
-every_kind = pytest.mark.parametrize("kind", KINDS)
+COMMON = ["gpt", "shared keys", "n-grams in documents and windows"]
+every_kind = pytest.mark.parametrize("kind", slow_after(3, [*COMMON, *(kind for kind in KINDS if kind not in COMMON)]))
 
 
 def assert_close(ours: Tensor, expected: Tensor) -> None:

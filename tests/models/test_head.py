@@ -22,6 +22,7 @@ from cleangpt.models.gpt import GPTConfig
 from cleangpt.models.head import OPTIONAL_SCORES, TokenScores, token_scores
 from cleangpt.models.llama import LlamaConfig
 from cleangpt.models.lora import add_adapter
+from tests.thinned import slow_after
 
 VOCABULARY, DIM = 97, 16
 SIZE: dict[str, Any] = {"vocab_size": VOCABULARY, "max_seq_len": 16, "n_layers": 2, "n_heads": 2, "dim": DIM}
@@ -126,6 +127,7 @@ def test_the_summed_log_probability_in_chunks_has_the_same_gradients(kind: str, 
     assert_close(found, expected)
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(
     kind=st.sampled_from(sorted(CONFIGS)),
@@ -235,11 +237,12 @@ def recorded(chunk: int | None, summed: bool) -> Operations:
 
 
 @pytest.mark.parametrize(("chunk", "largest"), [(None, 48 * 5000), (8, 16 * 5000), (48, 48 * 5000)])
-@pytest.mark.parametrize("summed", [True, False])
+@pytest.mark.parametrize("summed", slow_after(1, [True, False]))
 def test_no_tensor_is_larger_than_the_head_or_a_chunk_of_logits(chunk: int | None, largest: int, summed: bool) -> None:
     assert recorded(chunk, summed).largest == largest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("summed", [True, False])
 def test_the_logits_of_one_chunk_are_freed_before_those_of_the_next_are_computed(summed: bool) -> None:
     assert recorded(None, summed).most_alive == 48

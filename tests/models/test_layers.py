@@ -79,6 +79,7 @@ def test_each_sample_of_a_batch_has_its_own_documents() -> None:
     torch.testing.assert_close(model(torch.cat(samples)), torch.cat([model(sample) for sample in samples]))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @given(data=st.data(), window=st.sampled_from([None, 1, 3, 20]))
 @settings(max_examples=5, deadline=None)

@@ -46,6 +46,7 @@ from cleangpt.models.layers import apply_rope, rope_cos_sin
 from cleangpt.models.llama import Llama, LlamaConfig
 from tests.generation import greedy
 from tests.losses import next_token
+from tests.thinned import slow_after
 
 SMALL = LlamaConfig(vocab_size=97, max_seq_len=64, n_layers=3, n_heads=4, n_kv_heads=2, dim=48, hidden_dim=80)
 
@@ -140,7 +141,7 @@ def test_logits_and_gradients_are_those_of_hugging_face(kind: str, tokens: torch
         torch.testing.assert_close(ours.get_parameter(name).grad, gradient, atol=1e-4, rtol=1e-3)
 
 
-@each_kind
+@pytest.mark.parametrize("kind", slow_after(2, KINDS))
 def test_greedy_tokens_are_those_of_hugging_face(kind: str, tokens: torch.Tensor, tmp_path: Path) -> None:
     theirs = random_model(kind)
     prompts = tokens[:, :10]
@@ -288,8 +289,14 @@ def test_what_hugging_face_does_not_have_is_refused_in_one_line(changes: dict[st
     ("shape", "parameters"),
     [
         ({"n_layers": 32, "n_heads": 32, "dim": 4096, "hidden_dim": 14336}, 8_030_261_248),
-        ({"n_layers": 80, "n_heads": 64, "dim": 8192, "hidden_dim": 28672}, 70_553_706_496),
-        ({"n_layers": 126, "n_heads": 128, "dim": 16384, "hidden_dim": 53248}, 405_853_388_800),
+        pytest.param(
+            {"n_layers": 80, "n_heads": 64, "dim": 8192, "hidden_dim": 28672}, 70_553_706_496, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {"n_layers": 126, "n_heads": 128, "dim": 16384, "hidden_dim": 53248},
+            405_853_388_800,
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_llama_3_1_has_its_published_sizes(shape: dict[str, int], parameters: int) -> None:

@@ -214,6 +214,7 @@ def test_the_first_validation_is_that_of_the_base(base: Path, tiny: Build, train
     tuned.source.close()
 
 
+@pytest.mark.slow
 def test_equal_runs_write_equal_bytes_that_are_as_readable_as_other_files(
     base: Path, tiny: Build, trainer: Open
 ) -> None:

@@ -18,6 +18,7 @@ from cleangpt.training.trainer import Trainer
 from tests.conftest import stop_after
 from tests.faults._runs import differing
 from tests.forked import run_together
+from tests.thinned import slow_after
 
 Build = Callable[..., Experiment]
 Open = Callable[[Experiment], Trainer]
@@ -62,7 +63,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", slow_after(1, VARIANTS))
 def test_a_run_stopped_after_every_step_ends_with_the_same_bits(policy: Build, trainer: Open, variant: str) -> None:
     """Within rounds and between them; every step but the first follows a resume."""
     trainer(policy(run_dir="one", tracking__every=1, **VARIANTS[variant])).train()

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from cleangpt.tracking import plots
+from tests.thinned import slow_after
 
 
 def rows(count=5, base=2.0, **metrics):
@@ -130,7 +131,7 @@ def test_metrics_that_no_run_has_have_no_panel(tmp_path, drawn):
 
 
 @pytest.mark.parametrize("metrics", [{}, {"weight_decay": 0, "lr": 0.0, "loss": math.nan, "val_loss": 1e30}])
-@pytest.mark.parametrize("count", [1, 2, 500])
+@pytest.mark.parametrize("count", slow_after(1, [2, 1, 500]))
 def test_any_length_and_value_is_drawn_without_a_warning(tmp_path, count, metrics):
     one, by_step = {"one": rows(count, **metrics)}, {"one": steps(count, **metrics)}
     drawn = [

@@ -177,6 +177,7 @@ def test_losses_over_different_data_are_not_compared(tmp_path, without_plots, fi
     assert "different data" not in Page(write_report(runs[1:])).text
 
 
+@pytest.mark.slow
 def test_a_comparison_shows_each_run_and_what_differs(tmp_path):
     runs = [make(tmp_path / "a" / "1", lr=1e-3), make(tmp_path / "a" / "2", lr=2e-3), make(tmp_path / "b", name="own")]
     page = Page(write_report(runs, tmp_path / "out"))
@@ -188,6 +189,7 @@ def test_a_comparison_shows_each_run_and_what_differs(tmp_path):
     assert not (runs[0] / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_runs_of_one_name_in_folders_of_one_name_are_told_apart(tmp_path):
     page = Page(write_report([make(tmp_path / "a" / "1"), make(tmp_path / "b" / "1")], tmp_path / "out"))
     assert page.rows[0] == ["", f"tiny 1 {tmp_path / 'a'}", f"tiny 1 {tmp_path / 'b'}"]

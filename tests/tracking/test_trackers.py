@@ -127,6 +127,7 @@ def test_a_failure_is_reported_on_the_screen_and_in_the_log(tmp_path, monkeypatc
     assert set(trackers.state_dict()["wandb"]) == {"id"}
 
 
+@pytest.mark.slow
 def test_tracking_draws_no_random_number(tmp_path):
     before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
     trackers = begin(tmp_path, wandb="offline", tensorboard=True)

@@ -56,7 +56,9 @@ def three(tiny: Build, weights: tuple[Any, ...] = CURRICULUM, **fields: Any) -> 
 @pytest.mark.parametrize(
     "steps", [pytest.param(5, marks=pytest.mark.slow), 8, pytest.param(14, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("weights", [CURRICULUM, (5.0, 3.0, 2.0)], ids=["curriculum", "constant"])
+@pytest.mark.parametrize(
+    "weights", [CURRICULUM, pytest.param((5.0, 3.0, 2.0), marks=pytest.mark.slow)], ids=["curriculum", "constant"]
+)
 def test_a_mixture_of_three_stores_resumes_bit_for_bit(
     tiny: Build, trainer: Open, steps: int, weights: tuple[Any, ...]
 ) -> None:

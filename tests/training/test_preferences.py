@@ -38,6 +38,7 @@ from cleangpt.tracking.metrics import read_metrics
 from cleangpt.training.launch import check, train
 from tests.conftest import change
 from tests.forked import run_together
+from tests.thinned import slow_after
 
 PAIRS = FablePreferences(train_pairs=40, val_pairs=6)
 LABELS = replace(PAIRS, form="labels")
@@ -90,7 +91,7 @@ def assert_close(one: Path, other: Path) -> None:
         torch.testing.assert_close(tensor, second[name], atol=5e-5, rtol=2e-4)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+@pytest.mark.parametrize("objective", slow_after(1, OBJECTIVES), ids=str)
 def test_a_run_is_the_same_in_micro_batches_and_learns(build: Callable[..., Experiment], objective: Objective) -> None:
     """And accumulated batches are the same as larger ones."""
     build = partial(build, objective)

@@ -20,6 +20,7 @@ from cleangpt.training.meter import StepResult
 from cleangpt.training.recovery import SpikeDetector, first_not_finite
 from cleangpt.training.trainer import Trainer
 from tests.losses import scaled
+from tests.thinned import slow_after
 
 Build = Callable[..., Experiment]
 Open = Callable[[Experiment], Trainer]
@@ -105,7 +106,7 @@ def spoil_after(trainer: Trainer, step: int, what: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["weight", "moment"])
-@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("asynchronous", slow_after(1, [True, False]))
 def test_poisoned_weights_never_push_out_good_snapshots(
     tiny: Build, trainer: Open, what: str, asynchronous: bool
 ) -> None:

@@ -29,6 +29,7 @@ from cleangpt.training.launch import train
 from cleangpt.training.meter import LossSums, StepResult
 from cleangpt.training.trainer import Trainer
 from tests.losses import scaled
+from tests.thinned import slow_after
 
 Build = Callable[..., Experiment]
 Open = Callable[[Experiment], Trainer]
@@ -136,7 +137,7 @@ GROWING = {
 
 
 @pytest.mark.parametrize("steps", [3, *(pytest.param(steps, marks=pytest.mark.slow) for steps in (1, 4, 9))])
-@pytest.mark.parametrize("fields", [{}, GROWING], ids=["plain", "growing batch"])
+@pytest.mark.parametrize("fields", slow_after(1, [{}, GROWING]), ids=["plain", "growing batch"])
 def test_a_run_stopped_by_a_signal_ends_bit_for_bit_like_an_unbroken_one(
     tiny: Build, trainer: Open, steps: int, fields: dict[str, Any]
 ) -> None:
@@ -188,6 +189,7 @@ def test_a_damaged_newest_snapshot_costs_one_macro_batch(tiny: Build, trainer: O
     assert_equal(weights(unbroken), weights(resumed))
 
 
+@pytest.mark.slow
 def test_a_signal_during_validation_saves_and_validates_again_later(tiny: Build, trainer: Open) -> None:
     unbroken = trainer(tiny(run_dir="unbroken"))
     unbroken.train()
@@ -373,6 +375,7 @@ def strict(path: Path) -> Any:
     return [json.loads(part, parse_constant=refuse) for part in (text.splitlines() if "jsonl" in path.name else [text])]
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_with_weights_of_no_use_says_so_and_all_its_files_are_json(tiny: Build) -> None:
     """Its weights are finite, its losses are not. So are the figures of an evaluation, and it can be shown."""
     fields = {"optimizer__lr": 1e18, "optimizer__clip_norm": None, "training__max_skipped_steps": 1000}
@@ -443,6 +446,7 @@ def test_validation_takes_batches_of_a_size_of_its_own(tiny: Build, trainer: Ope
     assert rows == [13] * 4  # of 40 samples
 
 
+@pytest.mark.slow
 def test_time_trained_goes_on_across_a_resume(tiny: Build, trainer: Open) -> None:
     first = trainer(tiny(run_dir="run"))
     signal_after(first, 9)

@@ -122,6 +122,7 @@ def test_the_loss_of_a_rate_is_that_of_the_end_of_a_run_by_hand(
                             f"train with: --optimizer.lr {best:g}\n")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_search_brackets_the_lowest_loss_and_is_the_same_again(own: str) -> None:
     losses = tune("--factor", "4")
     rates = sorted(losses)
