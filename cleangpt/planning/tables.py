@@ -11,12 +11,13 @@ from cleangpt.tracking.numbers import show_number
 def show(plan: Plan) -> None:
     """Prints a table of strategies and the parts of the best, or for several numbers of devices a table of these."""
     console = Screen(width=max(Screen().width, 112))  # so that no cell is truncated
+    price = f"{plan.device.price:.2f}" if plan.device.price >= 0.1 else show_number(plan.device.price, 2)
     device, counts = plan.device, list(dict.fromkeys(entry.devices for entry in plan.estimates))
     console.print(f"model    {plan.parameters:,} parameters, {plan.flops_per_token:,} FLOPs per token", highlight=False)
     console.print(f"length   {plan.tokens:,} tokens", highlight=False)
     console.print(
         f"device   {device.name}, {device.memory / GIB:.0f} GiB, {device.flops(plan.precision) / 1e12:,.4g} TFLOP/s in "
-        f"{plan.precision}, ${_digits(device.price, 2)} an hour (assumed)",
+        f"{plan.precision}, ${price} an hour (assumed)",
         highlight=False,
     )
     single = len(counts) == 1
