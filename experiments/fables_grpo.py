@@ -1,4 +1,8 @@
-"""`fables_ppo` with GRPO: eight answers to a prompt are compared with each other, and the KL term is in the loss."""
+"""`fables_ppo` with GRPO: eight answers to a prompt are compared with each other, and the KL term is in the loss.
+
+Advantages are not standardised: once all answers are good, the least of differences would count as much as the first
+ones did, and the KL term for little; docs/policies.md shows what becomes of that.
+"""
 
 from cleangpt.config import (
     DataConfig,
@@ -21,7 +25,7 @@ experiment = Experiment(
     corpus=FableOpenings(),
     data=DataConfig(seq_len=31, batch_size=64),
     model=GPTConfig(max_seq_len=32, n_layers=2, n_heads=4, dim=96),
-    objective=GRPO(norm="token", kl_coef=0.02),
+    objective=GRPO(norm="token", standardise=False, kl_coef=0.02),
     rollouts=RolloutConfig(
         prompts=16,
         completions=8,

@@ -35,7 +35,9 @@ experiment = Experiment(
         truncated="punish",
         truncated_reward=-3.0,
     ),
-    optimizer=OptimizerConfig(lr=5e-4, weight_decay=0.0, betas=(0.9, 0.98), clip_norm=1.0),
+    optimizer=OptimizerConfig(
+        lr=5e-4, weight_decay=0.0, betas=(0.9, 0.98), clip_norm=1.0, lr_factors=(("heads.*", 10.0),)
+    ),
     schedule=ScheduleConfig(lr=Schedule(shape="linear", final=0.1, warmup=0.05)),
     training=TrainingConfig(macro_batches=12, batches_per_macro_batch=16),
     saving=SavingConfig(keep_best=1, best="highest train_reward"),
