@@ -176,7 +176,9 @@ def check(
             _check_groups(experiment, layout, store.group)
         _check_columns(experiment, store.columns)
         _check_scoring(experiment, store)
-        check_parameters(experiment.fine_tuning, experiment.model, experiment.optimizer, layout)
+        check_parameters(
+            experiment.fine_tuning, experiment.model, experiment.optimizer, layout, experiment.objective.heads
+        )
 
 
 def _check_sizes(experiment: Experiment, layout: Layout) -> None:
