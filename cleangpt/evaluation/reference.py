@@ -127,8 +127,10 @@ def _sums(dataset: TokenDataset) -> dict[str, str]:
 
 
 def _digest(checkpoint: Checkpoint, precision: str) -> str:
-    """A checksum of weights, configuration and precision."""
-    digest = hashlib.sha256(f"{checkpoint.config} {precision}".encode())
+    """A checksum of weights, configuration, precision, and the number of tokens where others pad the embedding."""
+    tokens = checkpoint.tokenizer.vocab_size
+    padded = f" {tokens}" if tokens != checkpoint.config.vocab_size else ""
+    digest = hashlib.sha256(f"{checkpoint.config} {precision}{padded}".encode())
     for name, weight in sorted(checkpoint.weights.items()):
         digest.update(name.encode())
         digest.update(weight.contiguous().view(torch.uint8).numpy().tobytes())
@@ -180,6 +182,7 @@ def _values(split: Split, checkpoint: Checkpoint, reference: Reference) -> Itera
     """The log-probability of each token given those before it in its row, 0 where it does not count."""
     assert split.row_length is not None
     model, device = checkpoint.model(reference.device), reference.device
+    model.scored_vocab = checkpoint.tokenizer.vocab_size
     samples, rows = Samples(split, split.row_length - 1), max(1, TOKENS // split.row_length)
     for first in range(0, split.documents, rows):
         numbers = np.arange(first, min(first + rows, split.documents))

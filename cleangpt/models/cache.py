@@ -67,9 +67,9 @@ class BlockCache:
             self.keys[:, :, first : first + count] = key
             self.values[:, :, first : first + count] = value
         else:
-            slots = owner.positions[:, -count:].remainder(self.slots)[:, None, :, None].expand_as(key)
-            self.keys.scatter_(2, slots, key)
-            self.values.scatter_(2, slots, value)
+            places = owner.rows, slice(None), owner.positions[:, -count:].remainder(self.slots)
+            self.keys[places] = key.transpose(1, 2)
+            self.values[places] = value.transpose(1, 2)
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
@@ -95,6 +95,8 @@ class KVCache:
         """Whether all rows have the same length."""
         self.positions = torch.empty(0, dtype=torch.int64)
         """Positions of the tokens being read `(batch, seq)`."""
+        self.rows = torch.empty(0, 1, dtype=torch.int64)
+        """The numbers of the rows `(batch, 1)`."""
         self.separators: Tensor | None = None
         """Separators before each position `(batch, max_len + 1)`, where attention ends with documents."""
         self.ids = torch.empty(0, dtype=torch.int64)
@@ -132,6 +134,8 @@ class KVCache:
         start, steps = self.end, torch.arange(seq, device=tokens.device)
         rows = steps[None] + start if self.even else self.lengths[:, None] + steps
         self.positions = rows.expand(batch, seq)
+        if len(self.rows) != batch:
+            self.rows = torch.arange(batch, device=tokens.device)[:, None]
         self.lengths = self.lengths + seq
         self.end = start + seq
         if separator is not None:
@@ -173,7 +177,7 @@ class KVCache:
     def select(self, rows: Sequence[int]) -> None:
         """Keeps these rows of the batch, in this order; a row named twice is copied."""
         index = torch.tensor(rows, device=self.lengths.device)
-        self._update(lambda tensor: tensor[index])
+        self._update(lambda tensor: tensor.index_select(0, index))
 
     def join(self, other: "KVCache") -> None:
         """Appends the rows of another cache of the same model, which must not be used afterwards."""
@@ -213,6 +217,8 @@ class KVCache:
         limited = window is not None and self.end > window and (seq > 1 or slots > window)
         if self.even and self.separators is None and not limited and (seq == 1 or start == 0):
             return None
+        if seq == 1 and window is None and self.separators is None:
+            return (torch.arange(self.end, device=self.lengths.device) < self.lengths[:, None])[:, None, None]
         if self.wraps(window):
             before = self.positions_in_slots(slots, min(start, slots), self.lengths - seq)
             keys = torch.cat([before, self.positions], dim=1)
