@@ -36,10 +36,11 @@ def scores_after_prompts(
     lengths = (prompts >= 0).sum(dim=1).tolist()
     cache = model.new_cache(longest - min(lengths))
     assert cache is not None
-    cache.resize(longest + width, longest - min(lengths))
+    cache.resize(longest, longest - min(lengths))
     model.features(prompts.clamp(min=0), cache=cache)
     cache.rewind(lengths)
     cache.select(rows.tolist())
+    cache.finish(width)
     places = first[:, None] + torch.arange(width, device=tokens.device)
     read, expected = tokens.gather(1, places), targets.gather(1, places)
     found = cast(TokenScores, model(read, targets=expected, scores=names, summed=summed, cache=cache))

@@ -61,11 +61,11 @@ def test_losses_and_gradients_are_those_without_padding(objective: Objective) ->
     (loss, gradients), (padded_loss, padded_gradients) = (
         loss_and_gradients(objective, model, batch) for model in models(objective.heads)
     )
-    torch.testing.assert_close(padded_loss, loss)
+    torch.testing.assert_close(padded_loss, loss, rtol=1e-5, atol=1e-5)
     rows = padded_gradients["token_embedding.weight"]
     assert not rows[VOCABULARY:].any()
     padded_gradients["token_embedding.weight"] = rows[:VOCABULARY]
-    torch.testing.assert_close(padded_gradients, gradients)
+    torch.testing.assert_close(padded_gradients, gradients, rtol=1e-3, atol=1e-4)
 
 
 def test_the_probabilities_of_all_tokens_add_up_to_one() -> None:
