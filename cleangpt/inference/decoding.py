@@ -1,11 +1,12 @@
 """The tokens of a batch and their KV cache: the state that `Engine` and speculative decoding build on."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from cleangpt.data.records import shift_ends, stack_rows
 from cleangpt.errors import UserError
 from cleangpt.inference.sampling import NOT_FINITE
 from cleangpt.models.base import LanguageModel
@@ -29,6 +30,7 @@ class DecodingState:
         compiled: the compiled model, for everything after the prefill.
         rollback_tokens: how many tokens can be rolled back at a time.
         max_new_tokens: the most tokens that will be added to a row, to save memory; None: unknown.
+        inputs: of each row, what the model reads besides tokens, as in `Engine.submit`; None: nothing.
     """
 
     def __init__(
@@ -41,9 +43,11 @@ class DecodingState:
         compiled: LanguageModel | None = None,
         rollback_tokens: int = 0,
         max_new_tokens: int | None = None,
+        inputs: Sequence[Mapping[str, Tensor]] | None = None,
     ) -> None:
         self.model, self.device = model, device
         self.rows = [list(row) for row in rows]
+        self.inputs: list[Mapping[str, Tensor]] = list(inputs or [{}] * len(self.rows))
         self.rollback_tokens, self.max_new_tokens = rollback_tokens, max_new_tokens
         self._cached, self._decoder = cached and model.can_cache, model if compiled is None else compiled
         self._cache: KVCache | None = None
@@ -76,21 +80,25 @@ class DecodingState:
     def select(self, rows: Sequence[int]) -> None:
         """Keeps these rows, in this order; a row named twice is copied."""
         if list(rows) != list(range(len(self.rows))):
-            self.rows = [list(self.rows[row]) for row in rows]
+            self.rows, self.inputs = [list(self.rows[row]) for row in rows], [self.inputs[row] for row in rows]
             if self._cache is not None:
                 self._cache.select(rows)
 
     def join(self, other: "DecodingState") -> None:
         """Appends the rows of another state of the same model; call `logits` of both first."""
         self.rows += other.rows
+        self.inputs += other.inputs
         if self._cache is not None and other._cache is not None:
             self._cache.join(other._cache)
 
     def _prefill(self, last: int) -> Tensor:
         """Prefills a new cache with all rows."""
         limit = self.model.max_seq_len
-        self.rows = [row[-max(last, limit // 2) :] if len(row) > limit else row for row in self.rows]
-        lengths = [len(row) for row in self.rows]
+        kept = [row[-max(last, limit // 2) :] if len(row) > limit else row for row in self.rows]
+        cut = [len(row) - len(left) for row, left in zip(self.rows, kept, strict=True)]
+        self.inputs = [shift_ends(given, count) if count else given
+                       for given, count in zip(self.inputs, cut, strict=True)]  # fmt: skip
+        self.rows, lengths = kept, [len(row) for row in kept]
         longest = max(lengths)
         # Padding comes after a row, so none of its tokens attends to it.
         tokens = torch.tensor([row + [0] * (longest - len(row)) for row in self.rows], device=self.device)
@@ -100,7 +108,8 @@ class DecodingState:
         if cache is not None and self.max_new_tokens is not None:
             needed = longest + self.max_new_tokens + self.rollback_tokens
             cache.resize(min(cache.max_len, math.ceil(needed / CACHE_STEP) * CACHE_STEP), rollback_tokens)
-        logits: Tensor = self.model(tokens, cache=cache, logit_positions=positions)
+        others = {name: tensor.to(self.device) for name, tensor in stack_rows(self.inputs).items()}
+        logits: Tensor = self.model(tokens, cache=cache, logit_positions=positions, **others)
         if cache is not None:
             cache.rewind(lengths)
         return logits

@@ -1,7 +1,7 @@
 """The generation engine: prompts in, tokens out, in one batch that rows join and leave between steps."""
 
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, cast
 
@@ -64,6 +64,7 @@ class _Request:
     sampling: Sampling
     seed: int
     stop_ids: frozenset[int]
+    inputs: Mapping[str, Tensor]
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -142,6 +143,7 @@ class Engine:
         sampling: Sampling = GREEDY,
         seed: int | None = None,
         stop_ids: Collection[int] = (),
+        inputs: Mapping[str, Tensor] | None = None,
     ) -> int:
         """Adds a request, which joins the batch as soon as there is room, and returns its id.
 
@@ -151,6 +153,8 @@ class Engine:
             sampling: how to sample.
             seed: of this request; None: the seed of `sampling`.
             stop_ids: tokens that end it, besides `eos_ids`.
+            inputs: what the model reads besides tokens, such as images and where they end, without the dimension of
+                rows; see `data/records.py`.
 
         Raises:
             UserError: the prompt is empty, or has a token beyond the model's vocabulary; or `sampling` leaves tokens
@@ -163,7 +167,7 @@ class Engine:
                 "are given for a temperature alone"
             )
         seed = row_seed(sampling.seed if seed is None else seed)
-        request = _Request(self._submitted, max_new_tokens, sampling, seed, self.eos_ids.union(stop_ids))
+        request = _Request(self._submitted, max_new_tokens, sampling, seed, self.eos_ids.union(stop_ids), inputs or {})
         if max_new_tokens > 0:
             self._waiting.append((request, prompt))
         self._submitted += 1
@@ -296,6 +300,7 @@ class Engine:
             return
         for row in staying:
             if len(self._state.rows[row]) > limit:
+                running[row].inputs = self._state.inputs[row]
                 self._waiting.appendleft((running[row], self._state.rows[row]))
         staying = [row for row in staying if len(self._state.rows[row]) <= limit]
         self._running = [running[row] for row in staying]
@@ -312,11 +317,13 @@ class Engine:
         logits = [] if self._state is None else [self._state.logits()[:, 0]]
         count = min(len(self._waiting), self.max_batch - len(self._running))
         if joining := [self._waiting.popleft() for _ in range(count)]:
-            prompts = [tuple(prompt) for _, prompt in joining]
+            prompts = [(tuple(prompt), tuple(map(id, request.inputs.values()))) for request, prompt in joining]
             distinct = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+            inputs = {prompt: request.inputs for prompt, (request, _) in zip(prompts, joining, strict=True)}
             state = DecodingState(
-                self.model, list(distinct), self.device, cached=self.cached, compiled=self._compiled,
-                max_new_tokens=max(request.remaining for request, _ in joining),
+                self.model, [tokens for tokens, _ in distinct], self.device, cached=self.cached,
+                compiled=self._compiled, max_new_tokens=max(request.remaining for request, _ in joining),
+                inputs=[inputs[prompt] for prompt in distinct],
             )  # fmt: skip
             # Several samples of one prompt share its prefill.
             copies = [distinct[prompt] for prompt in prompts]
