@@ -67,6 +67,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}
+"""Packages that are installed under another name than they are imported by."""
+
+
 def require(module: str) -> ModuleType:
     """Imports an optional `module`.
 
@@ -79,4 +83,5 @@ def require(module: str) -> ModuleType:
         package = module.split(".")[0]
         if error.name is None or package != error.name.split(".")[0]:
             raise
+        package = DISTRIBUTIONS.get(package, package)
         raise UserError(f"this needs the package {package}, which is not installed: pip install {package}") from None

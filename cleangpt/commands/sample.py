@@ -12,12 +12,13 @@ from cleangpt.commands.options import parse
 from cleangpt.data.tokenizers import Tokenizer, same_tokens
 from cleangpt.distributed.device import can_compile, choose_device
 from cleangpt.errors import UserError
+from cleangpt.inference.images import read_images
 from cleangpt.inference.sampling import Sampling
 from cleangpt.inference.text import TextChunk, complete, stream
 from cleangpt.interchange.huggingface import open_checkpoint
 from cleangpt.models.base import LanguageModel
 from cleangpt.tracking.numbers import show_number
-from cleangpt.validation import Count, CountOrZero, Device, Metavar, Pattern, RunOrModel
+from cleangpt.validation import Count, CountOrZero, Device, File, Metavar, Pattern, RunOrModel
 
 
 @dataclasses.dataclass
@@ -28,6 +29,8 @@ class Options:
     """Folder of a run or of a checkpoint, an experiment's name for its newest run, or hf:NAME_OR_FOLDER."""
     prompt: Annotated[str | None, VERBATIM, Metavar("TEXT")] = None
     """Text to continue; default: the start of a document."""
+    image: tuple[File, ...] = ()
+    """Pictures that the prompt begins with, for a model that reads images; resized to the size that it reads."""
     max_new_tokens: CountOrZero = 200
     """Maximum number of tokens to generate."""
     sampling: Annotated[Sampling, FLAT] = Sampling(temperature=0.8)  # noqa: RUF009 - frozen
@@ -69,8 +72,10 @@ def _generate(
 ) -> Iterable[Iterable[TextChunk]]:
     """The texts, each as the chunks in which it is generated."""
     sampling, prompt, count = options.sampling, options.prompt, options.num_samples
+    images = read_images(model, tokenizer, options.image) if options.image else None
     given: dict[str, Any] = {
-        "max_new_tokens": options.max_new_tokens, "stop": options.stop, "cached": options.cache, "compiled": compiled,
+        "images": images, "max_new_tokens": options.max_new_tokens, "stop": options.stop, "cached": options.cache,
+        "compiled": compiled,
     }  # fmt: skip
     if options.draft is None and count > 1:
         return complete(model, tokenizer, [prompt] * count, device, sampling=sampling, **given)

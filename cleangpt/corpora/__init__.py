@@ -13,6 +13,7 @@ from cleangpt.corpora.adder import Adder
 from cleangpt.corpora.adder_chat import AdderChat
 from cleangpt.corpora.base import CORPORA, Corpus, as_json, has_relative_paths, lock_folder, user_errors
 from cleangpt.corpora.conversations import Chat
+from cleangpt.corpora.digits import Digits
 from cleangpt.corpora.fable_openings import FableOpenings
 from cleangpt.corpora.fable_preferences import FablePreferences
 from cleangpt.corpora.fables import Fables
@@ -20,8 +21,10 @@ from cleangpt.corpora.fineweb_edu import FineWebEdu
 from cleangpt.corpora.mixture import Mixture
 from cleangpt.corpora.multiplier import Multiplier
 from cleangpt.corpora.openwebtext import OpenWebText
+from cleangpt.corpora.pictures import Pictures
 from cleangpt.corpora.preferences import Preferences
 from cleangpt.corpora.shakespeare_char import ShakespeareChar
+from cleangpt.corpora.shapes import ShapesCaptions, ShapesVQA
 from cleangpt.corpora.stdlib import Stdlib
 from cleangpt.corpora.text import Text
 from cleangpt.corpora.tinystories import TinyStories
@@ -37,14 +40,18 @@ CORPORA |= {
     "adder": Adder,
     "adder_chat": AdderChat,
     "chat": Chat,
+    "digits": Digits,
     "fable_openings": FableOpenings,
     "fable_preferences": FablePreferences,
     "fables": Fables,
     "fineweb_edu": FineWebEdu,
     "multiplier": Multiplier,
     "openwebtext": OpenWebText,
+    "pictures": Pictures,
     "preferences": Preferences,
     "shakespeare_char": ShakespeareChar,
+    "shapes_captions": ShapesCaptions,
+    "shapes_vqa": ShapesVQA,
     "stdlib": Stdlib,
     "text": Text,
     "tinystories": TinyStories,

@@ -26,6 +26,7 @@ from cleangpt.corpora.reading import find_files
 from cleangpt.data.chat_template import ChatTemplate
 from cleangpt.data.columns import Column
 from cleangpt.data.dataset import DATASET, TokenDataset
+from cleangpt.data.records import Records
 from cleangpt.data.tokenizers import Tokenizer, load_tokenizer
 from cleangpt.data.writer import DatasetWriter, Groups, SplitFacts
 from cleangpt.environments.base import Environment
@@ -100,6 +101,7 @@ def write_dataset(
     source: Any = None,
     row_length: int | None = None,
     columns: Mapping[str, Column] | None = None,
+    records: Mapping[str, Records] | None = None,
     group: Sequence[str] = (),
     chat_template: ChatTemplate | None = None,
     max_tokens: int | None = None,
@@ -114,7 +116,7 @@ def write_dataset(
     """
     writer = DatasetWriter(
         folder, as_json(corpus), tokenizer, source=source, row_length=row_length, masked=row_length is not None,
-        columns=columns, group=group, chat_template=chat_template,
+        columns=columns, records=records, group=group, chat_template=chat_template,
     )  # fmt: skip
     try:
         with _progress(console) as bar:
@@ -125,7 +127,7 @@ def write_dataset(
                 for chunk in chunks:
                     writer.append(
                         chunk.split, chunk.tokens, chunk.lengths, mask=chunk.mask, columns=chunk.columns,
-                        text_bytes=chunk.text_bytes, counts=chunk.counts,
+                        records=chunk.records, text_bytes=chunk.text_bytes, counts=chunk.counts,
                     )  # fmt: skip
                     tokens += len(chunk.tokens)
                 rate = tokens / max(time.monotonic() - began, 1e-9)

@@ -7,6 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from cleangpt.data.records import cat_rows
+
 IGNORED = -100
 """Target of a position that does not count in the loss."""
 
@@ -64,6 +66,6 @@ class Batch:
     def cat(batches: Sequence["Batch"]) -> "Batch":
         """The rows of several batches, concatenated; all have the same inputs, extras and group."""
         first = batches[0]
-        inputs = {name: torch.cat([batch.inputs[name] for batch in batches]) for name in first.inputs}
+        inputs = {name: cat_rows([batch.inputs[name] for batch in batches]) for name in first.inputs}
         extras = {name: torch.cat([batch.extras[name] for batch in batches]) for name in first.extras}
         return Batch(inputs, torch.cat([batch.targets for batch in batches]), extras, first.group)

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -222,11 +222,11 @@ class BPETokenizer:
         return str(self._tokenizer.to_str(pretty=True))
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, special: Sequence[str] = ()) -> BPETokenizer:
     """Trains a byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2) with at most `vocab_size` tokens.
 
-    The first token is `<|endoftext|>`, the next 256 are the bytes. If the texts are too short for that many merges,
-    there are fewer tokens. The same texts give the same tokenizer.
+    The first token is `<|endoftext|>`, then come other `special` ones and the 256 bytes. If the texts are too short for
+    that many merges, there are fewer tokens. The same texts give the same tokenizer.
 
     A run of characters without a blank, or of blanks, is learned from in parts of 1,000, since the library's time grows
     with the square of a word's length.
@@ -239,7 +239,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     tokenizer.decoder = library.decoders.ByteLevel()
     trainer = library.trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[END_OF_TEXT, *special],
         initial_alphabet=sorted(library.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

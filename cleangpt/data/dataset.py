@@ -7,6 +7,7 @@
     train_00000.bin        token ids, little-endian uint16 (vocabulary up to 65,536) or uint32, document after document
     train_00000.mask       with a loss mask: one uint8 per token, 1 where the token counts as a target
     train_00000.NAME.bin   with extra columns: one number per token, little-endian
+    train.NAME.bin         with records, such as images: see records.py
     train_documents.bin    the start of every document, uint64, in tokens from the start of the split
 
 The shards of a split are read as one sequence of tokens. Opening a dataset reads the JSON file and the sizes of the
@@ -14,7 +15,6 @@ others; tokens are read when they are used. A dataset whose documents all have t
 one document at a time, any other in windows that ignore document boundaries.
 """
 
-import mmap
 from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 
 from cleangpt.data.chat_template import ChatTemplate, find_template
 from cleangpt.data.columns import Column, check_column_names
+from cleangpt.data.mapped import map_file, read_count
+from cleangpt.data.records import Records, no_records, open_records, records_of
 from cleangpt.data.tokenizers import Tokenizer, load_tokenizer
 from cleangpt.errors import UserError, parsing
 from cleangpt.files import read_json, safe_name, sha256
@@ -42,7 +44,7 @@ class Split:
         """`description` is the content of dataset.json; train is read shuffled, the others in order."""
         facts = description["splits"][name]
         self.tokens, self.documents, self.text_bytes = (
-            _count(facts, key) for key in ("tokens", "documents", "text_bytes")
+            read_count(facts, key) for key in ("tokens", "documents", "text_bytes")
         )
         self.row_length: int | None = description["row_length"]
         self.vocab_size: int = description["vocab_size"]
@@ -55,14 +57,15 @@ class Split:
         dtype, self._shuffled = np.dtype(description["dtype"]).newbyteorder("<"), name == "train"
         for file, shard in zip(self._files, facts["shards"], strict=True):
             tokens = shard["tokens"]
-            self._shards.append(_map(file, dtype, tokens, self._shuffled))
+            self._shards.append(map_file(file, dtype, tokens, self._shuffled))
             if self.masked:
                 mask = _within(folder, shard["mask_file"])
-                self._masks.append(_map(mask, np.dtype(np.uint8), tokens, self._shuffled))
+                self._masks.append(map_file(mask, np.dtype(np.uint8), tokens, self._shuffled))
             self._starts.append(self._starts[-1] + tokens)
         for column, entry in description["columns"].items():
             files = [_within(folder, shard["column_files"][column]) for shard in facts["shards"]]
             self.add_column(column, Column(**entry), files)
+        self.records = open_records(folder, description, name)
         if self._starts[-1] != self.tokens:
             raise UserError(f"{folder / DATASET}: shards hold {self._starts[-1]:,} tokens, not {self.tokens:,}")
         rows = self.documents if self.documents % self.group == 0 else 0
@@ -93,7 +96,7 @@ class Split:
     def add_column(self, name: str, column: Column, files: Sequence[Path]) -> None:
         """Opens one more column, with one file for each shard."""
         sizes = [len(shard) for shard in self._shards]
-        found = [_map(file, column.on_disk, size, self._shuffled) for file, size in zip(files, sizes, strict=True)]
+        found = [map_file(file, column.on_disk, size, self._shuffled) for file, size in zip(files, sizes, strict=True)]
         self.columns[name], self._columns[name] = column, found
 
     def location(self, token: int) -> str:
@@ -146,6 +149,7 @@ class TokenDataset:
             raise ValueError(f"dtype is {description['dtype']!r}")
         self.columns = {name: Column(**entry) for name, entry in description["columns"].items()}
         check_column_names(self.columns)
+        self.records = records_of(description)
         self.group: tuple[str, ...] = tuple(description.get("group", ()))
         self.source: dict[str, Any] = dict(description["source"] or {})
         self.splits = {name: Split(folder, description, name) for name in description["splits"]}
@@ -154,6 +158,12 @@ class TokenDataset:
                 f"{folder / DATASET}: vocab_size is {self.vocab_size!r}; allowed: the tokenizer's, which is "
                 f"{self.tokenizer.vocab_size:,}"
             )
+
+    def add_records(self, records: Mapping[str, Records]) -> None:
+        """Adds kinds of records of which the dataset has none, as other sources of a mixture have them."""
+        self.records = dict(records)
+        for split in self.splits.values():
+            split.records |= {name: no_records(kind) for name, kind in records.items() if name not in split.records}
 
     def fingerprint(self) -> dict[str, Any]:
         """Checksums of all columns, recorded when they were written, and of the tokenizer; sizes and times."""
@@ -194,33 +204,5 @@ class TokenDataset:
                 raise UserError(f"{self.folder / name} has changed since it was prepared; run cleangpt prepare --again")
 
 
-def _count(facts: Mapping[str, Any], name: str) -> int:
-    """A count from the description of a split; raises ValueError for anything else."""
-    count = facts[name]
-    if type(count) is not int or count < 0:
-        raise ValueError(f"{name} is {count!r}")
-    return count
-
-
 def _within(folder: Path, name: str) -> Path:
     return folder / safe_name(name, folder / DATASET)
-
-
-def _map(path: Path, dtype: np.dtype[Any], length: int, shuffled: bool) -> NDArray[Any]:
-    """Memory-maps `path`; checks that its size is that of `length` numbers.
-
-    A file that is read `shuffled` gains nothing from the system's readahead, which is switched off.
-    """
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; run cleangpt prepare --again") from None
-    if size != length * dtype.itemsize:
-        raise UserError(f"{path} has {size:,} bytes, not {length * dtype.itemsize:,}; run cleangpt prepare --again")
-    if length == 0:
-        return np.zeros(0, dtype)
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if shuffled and hasattr(mmap, "MADV_RANDOM"):
-        mapped.madvise(mmap.MADV_RANDOM)
-    return np.frombuffer(mapped, dtype, length)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from cleangpt.data.batch import IGNORED, Batch
 from cleangpt.data.dataset import Split
 from cleangpt.data.ranges import Ranges, add_range, with_members, without_ranges
+from cleangpt.data.records import record_inputs
 from cleangpt.data.shuffle import Order, mix, permute
 from cleangpt.errors import UserError
 
@@ -55,7 +56,7 @@ class Samples:
     def batch(self, samples: NDArray[np.int64], offsets: NDArray[np.int64]) -> Batch:
         """The given samples `(batch,)`, each window shifted by its offset `(batch,)` in tokens.
 
-        Extra columns of the split become inputs or extras `(batch, seq_len)`, 0 in padding.
+        Extra columns of the split become inputs or extras `(batch, seq_len)`, 0 in padding; records: see records.py.
 
         Raises:
             UserError: a token is not in the vocabulary, so the file has changed since it was prepared.
@@ -84,6 +85,7 @@ class Samples:
                 values[row, :length] = self.split.read_column(name, start, length)
             seen, part = (batch.inputs, slice(-1)) if column.role == "input" else (batch.extras, slice(1, None))
             seen[name] = torch.from_numpy(np.ascontiguousarray(values[:, part]))
+        batch.inputs |= record_inputs(self.split.records, starts, self._window - 1)
         return batch
 
 

@@ -23,6 +23,7 @@ from cleangpt.data.columns import Column
 from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.loader import Samples, SplitStream
 from cleangpt.data.ranges import Ranges, with_members
+from cleangpt.data.records import common_records
 from cleangpt.data.shuffle import mix
 from cleangpt.data.tokenizers import Tokenizer
 from cleangpt.errors import UserError
@@ -276,6 +277,9 @@ class MixedDataset:
                     f"the sources {first.name} and {source.name} group rows differently, {self.group} and "
                     f"{source.dataset.group}; allowed: the same for all"
                 )
+        self.records = common_records({source.name: source.dataset.records for source in self.sources})
+        for source in self.sources:
+            source.dataset.add_records(self.records)
         chats = [source for source in self.sources if source.dataset.chat_template]
         self.chat_template = chats[0].dataset.chat_template if chats else None
         for source in chats:

@@ -23,6 +23,14 @@ from cleangpt.data.dataset import (
     TOKENIZER,
     TokenDataset,
 )
+from cleangpt.data.records import (
+    PlacedRecords,
+    Records,
+    check_placed,
+    check_record_names,
+    describe_records,
+    record_files,
+)
 from cleangpt.data.tokenizers import Tokenizer
 from cleangpt.errors import UserError
 from cleangpt.files import PARTIAL, commit_folder, read_json, sha256, write_json, write_text
@@ -44,6 +52,8 @@ class SplitFacts:
     """Number of documents with 2**k to 2**(k+1) - 1 tokens, by k."""
     counts: dict[str, int] = field(default_factory=dict)
     """The corpus's own counts, for the card."""
+    records: dict[str, int] = field(default_factory=dict)
+    """Number of records of each kind."""
 
     def add(self, tokens: int, lengths: NDArray[np.int64], text_bytes: int, counts: Mapping[str, int]) -> None:
         """Adds `tokens` from `text_bytes` bytes of UTF-8, and the full `lengths` of the documents that ended."""
@@ -77,6 +87,7 @@ class DatasetWriter:
         row_length: int | None = None,
         masked: bool = False,
         columns: Mapping[str, Column] | None = None,
+        records: Mapping[str, Records] | None = None,
         group: Sequence[str] = (),
         chat_template: ChatTemplate | None = None,
         shard_tokens: int = SHARD_TOKENS,
@@ -85,7 +96,9 @@ class DatasetWriter:
         self.corpus, self.tokenizer, self.source = corpus, tokenizer, source
         self.row_length, self.masked, self.shard_tokens = row_length, masked, shard_tokens
         self.columns, self.group, self.chat_template = dict(columns or {}), list(group), chat_template
+        self.records = dict(records or {})
         check_column_names(self.columns)
+        check_record_names(self.records, self.columns)
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
         self.position = 0
         self.splits: dict[str, SplitFacts] = {}
@@ -105,15 +118,17 @@ class DatasetWriter:
         *,
         mask: NDArray[np.uint8] | None = None,
         columns: Mapping[str, NDArray[Any]] | None = None,
+        records: Mapping[str, PlacedRecords] | None = None,
         text_bytes: int = 0,
         counts: Mapping[str, int] | None = None,
     ) -> None:
         """Appends `tokens` to a split; `lengths` has the tokens in this call of each document that ends among them.
 
-        Tokens after the last end belong to a document that continues in the next call.
+        Tokens after the last end belong to a document that continues in the next call. Records end among the tokens of
+        this call; of a kind that is not in `records` there are none.
 
         Raises:
-            UserError: an id is not in the tokenizer's vocabulary, or the columns do not match the tokens.
+            UserError: an id is not in the tokenizer's vocabulary, or columns or records do not match the tokens.
         """
         facts = self.splits.setdefault(split, SplitFacts())
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.tokenizer.vocab_size:
@@ -123,6 +138,7 @@ class DatasetWriter:
                 f"{self.tokenizer.vocab_size:,}, the tokenizer's"
             )
         self._check_columns(columns or {}, len(tokens))
+        self._append_records(split, facts, records or {}, len(tokens))
         if len(lengths):
             lengths = np.concatenate([[lengths[0] + facts.unfinished], lengths[1:]]).astype(np.int64)
         if self.row_length is None:
@@ -143,6 +159,19 @@ class DatasetWriter:
                 self._write(f"{split}_{shard:05d}.{name}.bin", content, full)
             written = part.stop
         facts.add(len(tokens), lengths, text_bytes, counts or {})
+
+    def _append_records(self, split: str, facts: SplitFacts, records: Mapping[str, PlacedRecords], tokens: int) -> None:
+        if unknown := records.keys() - self.records.keys():
+            raise UserError(f"records {min(unknown)} are appended; allowed: those of the dataset")
+        for name, placed in records.items():
+            check_placed(name, self.records[name], placed, tokens)
+        for name, kind in self.records.items():
+            values, ends = (self._file(file) for file in record_files(split, name))
+            facts.records.setdefault(name, 0)
+            if name in records:
+                values.write(np.asarray(records[name].values, dtype=kind.on_disk).tobytes())
+                ends.write(np.asarray(records[name].ends + facts.tokens, dtype="<i8").tobytes())
+                facts.records[name] += len(records[name].ends)
 
     def commit(self, position: int) -> None:
         """Flushes everything appended to disk, together with `position`, which the caller counts in its own units."""
@@ -174,6 +203,7 @@ class DatasetWriter:
             "vocab_size": self.tokenizer.vocab_size,
             "row_length": self.row_length,
             "columns": describe_columns(self.columns),
+            **describe_records(self.records),
             "group": self.group,
             "splits": {name: self._describe(name, self.splits[name]) for name in sorted(self.splits, key=_rank)},
             "sha256": {path.name: sha256(path) for path in self.data_files()},
@@ -221,6 +251,7 @@ class DatasetWriter:
             "source": self.source,
             "tokenizer": self.tokenizer.to_json(),
             "columns": describe_columns(self.columns),
+            **describe_records(self.records),
             "group": self.group,
             "chat_template": self.chat_template and self.chat_template.to_json(),
             "shard_tokens": self.shard_tokens,
@@ -275,7 +306,9 @@ class DatasetWriter:
                 entry["column_files"] = {column: f"{name}_{index:05d}.{column}.bin" for column in self.columns}
             shards.append(entry)
         document_file = f"{name}_documents.bin" if self.row_length is None else None
-        counts = {key: value for key, value in asdict(facts).items() if key != "unfinished"}
+        counts = {
+            key: value for key, value in asdict(facts).items() if key != "unfinished" and (key != "records" or value)
+        }
         return counts | {"masked": self.masked, "document_file": document_file, "shards": shards}
 
 
@@ -301,6 +334,8 @@ class Chunk:
     """Whatever else the card is to count."""
     columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     """One value per token for each column of the dataset."""
+    records: Mapping[str, PlacedRecords] = field(default_factory=dict)
+    """Records of the dataset that end among the tokens."""
 
 
 Groups = Iterator[tuple[int, list[Chunk]]]

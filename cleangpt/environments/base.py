@@ -3,9 +3,11 @@
 The same object scores a checkpoint, by its mean reward over tasks (`evaluation/tasks.py`), and rewards a policy.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,8 @@ class Prompt:
     """Maximum number of tokens in an action."""
     stop_ids: Collection[int] = ()
     """Tokens that end an action and are included in it."""
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the policy reads besides tokens, such as images and where they end; see `data/records.py`."""
     extras: dict[str, Any] = field(default_factory=dict)
     """Data that the environment needs to judge actions, such as the right answer; hidden from the policy."""
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from cleangpt.data.dataset import TokenDataset
+from cleangpt.data.records import records_of_row
 from cleangpt.environments.base import Environment, Episode, Feedback, Prompt
 
 
@@ -26,10 +27,12 @@ class ExactAnswer(Environment):
 
     def reset(self, split: str, task: int) -> Prompt:
         """The question of a row."""
-        tokens, counted = self.dataset.splits[split].read_row(task)
+        rows = self.dataset.splits[split]
+        tokens, counted = rows.read_row(task)
         start = counted.index(1)
         answer = tokens[start : [*counted, 0].index(0, start)]
-        return Prompt(tokens[:start], max_new_tokens=len(answer), extras={"answer": answer})
+        inputs = records_of_row(rows.records, task * len(tokens), start)
+        return Prompt(tokens[:start], max_new_tokens=len(answer), inputs=inputs, extras={"answer": answer})
 
     def step(self, episode: Episode, action: list[int]) -> Feedback:
         """Compares the action with the answer."""

@@ -1,7 +1,7 @@
 """The tokens of a batch and their KV cache: the state that `Engine` and speculative decoding build on."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cleangpt.data.records import shift_ends, stack_rows
 from cleangpt.errors import UserError
 from cleangpt.inference.ragged import Ragged
 from cleangpt.models.base import LanguageModel
@@ -32,6 +33,7 @@ class DecodingState:
         compiled: the compiled model, for everything after the prefill.
         rollback_tokens: how many tokens can be rolled back at a time.
         max_new_tokens: the most tokens that will be added to a row, to save memory; None: unknown.
+        inputs: of each row, what the model reads besides tokens, as in `Engine.submit`; None: nothing.
     """
 
     def __init__(
@@ -44,9 +46,11 @@ class DecodingState:
         compiled: LanguageModel | None = None,
         rollback_tokens: int = 0,
         max_new_tokens: int | None = None,
+        inputs: Sequence[Mapping[str, Tensor]] | None = None,
     ) -> None:
         self.model, self.device = model, device
         self.tokens = Ragged(rows, np.int64)
+        self.inputs: list[Mapping[str, Tensor]] = list(inputs or [{}] * len(self.tokens.lengths))
         self.rollback_tokens, self.max_new_tokens = rollback_tokens, max_new_tokens
         self._cached, self._decoder = cached and model.can_cache, model if compiled is None else compiled
         self._cache: KVCache | None = None
@@ -84,12 +88,14 @@ class DecodingState:
         """Keeps these rows, in this order; a row named twice is copied."""
         if list(rows) != list(range(len(self.tokens.lengths))):
             self.tokens.select(rows)
+            self.inputs = [self.inputs[row] for row in rows]
             if self._cache is not None:
                 self._cache.select(rows)
 
     def join(self, other: "DecodingState") -> None:
         """Appends the rows of another state of the same model; call `logits` of both first."""
         self.tokens.join(other.tokens)
+        self.inputs += other.inputs
         if self._cache is not None and other._cache is not None:
             self._cache.join(other._cache)
 
@@ -97,8 +103,7 @@ class DecodingState:
         """Prefills a new cache with all rows."""
         limit = self.model.max_seq_len
         if self.tokens.longest > limit:
-            rows = map(self.tokens.row, range(len(self.tokens.lengths)))
-            self.tokens = Ragged([row[-max(last, limit // 2) :] if len(row) > limit else row for row in rows], np.int64)
+            self._keep_last(max(last, limit // 2), limit)
         lengths, longest = self.tokens.lengths.tolist(), self.tokens.longest
         # Padding comes after a row, so none of its tokens attends to it.
         tokens = self._on_device(self.tokens.padded())
@@ -108,10 +113,18 @@ class DecodingState:
         if cache is not None and self.max_new_tokens is not None:
             needed = longest + self.max_new_tokens + self.rollback_tokens
             cache.resize(min(cache.max_len, math.ceil(needed / CACHE_STEP) * CACHE_STEP), rollback_tokens)
-        logits: Tensor = self.model(tokens, cache=cache, logit_positions=positions)
+        others = {name: tensor.to(self.device) for name, tensor in stack_rows(self.inputs).items()}
+        logits: Tensor = self.model(tokens, cache=cache, logit_positions=positions, **others)
         if cache is not None:
             cache.rewind(lengths)
         return logits
+
+    def _keep_last(self, count: int, limit: int) -> None:
+        """Keeps the last `count` tokens of rows with more than `limit`."""
+        rows = [self.tokens.row(place) for place in range(len(self.tokens.lengths))]
+        cut = [len(row) - count if len(row) > limit else 0 for row in rows]
+        self.tokens = Ragged([row[start:] for row, start in zip(rows, cut, strict=True)], np.int64)
+        self.inputs = [shift_ends(given, start) for given, start in zip(self.inputs, cut, strict=True)]
 
     def _decode(self, cache: KVCache, last: int) -> Tensor:
         """Reads the tokens that are not in the cache yet."""

@@ -1,7 +1,7 @@
 """The generation engine: prompts in, tokens out, in one batch that rows join and leave between steps."""
 
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, cast
 
@@ -115,6 +115,7 @@ class Engine:
         sampling: Sampling = GREEDY,
         seed: int | None = None,
         stop_ids: Collection[int] = (),
+        inputs: Mapping[str, Tensor] | None = None,
     ) -> int:
         """Adds a request, which joins the batch as soon as there is room, and returns its id.
 
@@ -124,6 +125,8 @@ class Engine:
             sampling: how to sample.
             seed: of this request; None: the seed of `sampling`.
             stop_ids: tokens that end it, besides `eos_ids`.
+            inputs: what the model reads besides tokens, such as images and where they end, without the dimension of
+                rows; see `data/records.py`.
 
         Raises:
             UserError: the prompt is empty, or has a token beyond the model's vocabulary; or `sampling` leaves tokens
@@ -138,7 +141,9 @@ class Engine:
         seed = row_seed(sampling.seed if seed is None else seed)
         stops = self.eos_ids.union(stop_ids) if stop_ids else self.eos_ids
         if max_new_tokens > 0:
-            self._waiting.append(Request(self._submitted, prompt, max_new_tokens, sampling, seed, stops))
+            self._waiting.append(
+                Request(self._submitted, prompt, max_new_tokens, sampling, seed, stops, inputs or {})
+            )
         self._submitted += 1
         return self._submitted - 1
 
@@ -271,7 +276,7 @@ class Engine:
         too_long = running & (tokens.lengths > self.model.max_seq_len)
         for place in np.flatnonzero(too_long):
             request = rows.take_back(place)
-            request.prompt = tokens.row(place)
+            request.prompt, request.inputs = tokens.row(place), rows.state.inputs[place]
             self._waiting.appendleft(request)
         staying = np.flatnonzero(running & ~too_long)
         if len(staying):
@@ -287,11 +292,13 @@ class Engine:
         logits = [] if self._rows is None else [self._rows.state.logits()[:, 0]]
         free = self.max_batch - (0 if self._rows is None else len(self._rows.requests))
         if joining := [self._waiting.popleft() for _ in range(min(len(self._waiting), free))]:
-            prompts = [tuple(request.prompt) for request in joining]
+            prompts = [(tuple(request.prompt), tuple(map(id, request.inputs.values()))) for request in joining]
             distinct = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+            inputs = {prompt: request.inputs for prompt, request in zip(prompts, joining, strict=True)}
             state = DecodingState(
-                self.model, list(distinct), self.device, cached=self.cached, compiled=self._compiled,
-                max_new_tokens=max(request.remaining for request in joining),
+                self.model, [tokens for tokens, _ in distinct], self.device, cached=self.cached,
+                compiled=self._compiled, max_new_tokens=max(request.remaining for request in joining),
+                inputs=[inputs[prompt] for prompt in distinct],
             )  # fmt: skip
             # Several samples of one prompt share its prefill.
             copies = [distinct[prompt] for prompt in prompts]

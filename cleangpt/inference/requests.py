@@ -1,11 +1,12 @@
 """The requests in an engine's batch: what a step needs of each, in arrays."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cleangpt.inference.decoding import DecodingState
 from cleangpt.inference.ragged import Ragged
@@ -25,6 +26,7 @@ class Request:
     sampling: Sampling
     seed: int
     stop_ids: frozenset[int]
+    inputs: Mapping[str, Tensor]
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 

@@ -1,15 +1,17 @@
 """Text from a model: prompts in, text out."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cleangpt.data.dataset import TokenDataset
+from cleangpt.data.records import records_of_row
 from cleangpt.data.tokenizers import StreamDecoder, Tokenizer
 from cleangpt.errors import UserError
 from cleangpt.inference.engine import Engine, Token
+from cleangpt.inference.images import ImagePrompt
 from cleangpt.inference.sampling import Sampling
 from cleangpt.inference.speculative import speculate
 from cleangpt.models.base import LanguageModel
@@ -25,7 +27,9 @@ def sample_text(
     was_training = model.training
     model.eval()
     engine = Engine(model, device, vocab_size=dataset.vocab_size, eos_ids=dataset.tokenizer.stop_ids)
-    generated = [token.id for token in stream_tokens(engine, tokens, count, Sampling(temperature=0.8, seed=seed))]
+    inputs = {} if prompt else first_records(dataset, len(tokens))
+    sampling = Sampling(temperature=0.8, seed=seed)
+    generated = [token.id for token in stream_tokens(engine, tokens, count, sampling, inputs=inputs)]
     model.train(was_training)
     streamer = TextStreamer(dataset.tokenizer)
     return "".join(map(streamer.push, [*tokens, *generated])) + streamer.flush(cut=len(generated) == count)
@@ -57,11 +61,19 @@ def validation_prompt(dataset: TokenDataset) -> Tensor:
     return torch.from_numpy(tokens[:length])
 
 
+def first_records(dataset: TokenDataset, length: int) -> dict[str, Tensor]:
+    """The images and other records among the first tokens of the validation split."""
+    return records_of_row(dataset.splits["val"].records, 0, length)
+
+
 def stream_tokens(
-    engine: Engine, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling, stop_ids: Collection[int] = ()
-) -> Iterator[Token]:
-    """Streams the tokens generated after one prompt, without a stop token."""
-    request_id = engine.submit(prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids)
+    engine: Engine, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling, stop_ids: Collection[int] = (),
+    inputs: Mapping[str, Tensor] | None = None,
+) -> Iterator[Token]:  # fmt: skip
+    """Streams the tokens generated after one prompt, without a stop token; for `inputs`, see `Engine.submit`."""
+    request_id = engine.submit(
+        prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids, inputs=inputs
+    )
     for outputs in engine.steps():
         token, reason = outputs[request_id]
         if reason != "stop":
@@ -129,15 +141,18 @@ def stream(
     draft_tokens: int = 4,
     cached: bool = True,
     compiled: bool = False,
+    images: ImagePrompt | None = None,
 ) -> Iterator[TextChunk]:
-    """Streams the text that a model generates after a prompt (None: the start of a document).
+    """Streams the text that a model generates after `images` and a prompt (None: the start of a document).
 
     With a `draft` model, a smaller one with the same tokenizer, decoding is speculative.
 
     Raises:
-        UserError: the tokenizer does not know a character of the prompt.
+        UserError: the tokenizer does not know a character of the prompt, or there is a draft model besides images.
     """
-    tokens, ends = prompt_tokens(tokenizer, prompt), tokenizer.stop_ids
+    (tokens, inputs), ends = prompt_inputs(tokenizer, prompt, images), tokenizer.stop_ids
+    if draft is not None and inputs:
+        raise UserError("there are images and a draft model; allowed: one of them")
     if draft is not None:
         generated = speculate(
             model, draft, tokens, device, max_new_tokens=max_new_tokens, draft_tokens=draft_tokens, sampling=sampling,
@@ -147,7 +162,7 @@ def stream(
         engine = Engine(
             model, device, vocab_size=tokenizer.vocab_size, eos_ids=ends, cached=cached, compiled=compiled
         )  # fmt: skip
-        generated = stream_tokens(engine, tokens, max_new_tokens, sampling)
+        generated = stream_tokens(engine, tokens, max_new_tokens, sampling, inputs=inputs)
     streamer, count = TextStreamer(tokenizer, stop, begins=not prompt), 0
     for token in generated:
         count += 1
@@ -168,6 +183,7 @@ def complete(
     stop: Sequence[str] = (),
     cached: bool = True,
     compiled: bool = False,
+    images: ImagePrompt | None = None,
 ) -> list[list[TextChunk]]:
     """The chunks that `stream` would yield for each of several prompts, generated as one batch, with consecutive seeds.
 
@@ -179,12 +195,13 @@ def complete(
     )  # fmt: skip
     streamers = [TextStreamer(tokenizer, stop, begins=not prompt) for prompt in prompts]
     chunks = [list[TextChunk]() for _ in prompts]
-    rows = {
-        engine.submit(
-            prompt_tokens(tokenizer, prompt), max_new_tokens=max_new_tokens, sampling=sampling, seed=sampling.seed + row
-        ): row
-        for row, prompt in enumerate(prompts)
-    }
+    rows = dict[int, int]()
+    for row, prompt in enumerate(prompts):
+        tokens, inputs = prompt_inputs(tokenizer, prompt, images)
+        request = engine.submit(
+            tokens, max_new_tokens=max_new_tokens, sampling=sampling, seed=sampling.seed + row, inputs=inputs
+        )
+        rows[request] = row
     for outputs in engine.steps():
         for request_id, (token, reason) in outputs.items():
             streamer, row = streamers[rows[request_id]], chunks[rows[request_id]]
@@ -196,6 +213,15 @@ def complete(
         if not streamer.stopped:
             row.append(TextChunk(streamer.flush(cut=len(row) == max_new_tokens), None))
     return chunks
+
+
+def prompt_inputs(
+    tokenizer: Tokenizer, prompt: str | None, images: ImagePrompt | None
+) -> tuple[list[int], dict[str, Tensor]]:
+    """Tokens and other inputs of images and a prompt, which may then be empty."""
+    if images is None:
+        return prompt_tokens(tokenizer, prompt), {}
+    return images.before(prompt_tokens(tokenizer, prompt) if prompt else list(tokenizer.prefix), tokenizer.prefix)
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str | None) -> list[int]:

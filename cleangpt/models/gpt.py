@@ -15,6 +15,7 @@ from cleangpt.config import Layers, ModelConfig, Width
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.cache import BlockCache, KVCache
 from cleangpt.models.layers import MLP, attention
+from cleangpt.models.vision import VisionConfig, build_vision
 from cleangpt.validation import Positive, ShareBelowOne
 
 
@@ -44,6 +45,8 @@ class GPTConfig(ModelConfig):
     """Divide the attention scores of the n-th block by n as well (Karamcheti et al. 2021, "Mistral")."""
     dropout: ShareBelowOne = 0.0
     """Dropout probability in training: of embeddings, attention weights, and the outputs of attention and MLP."""
+    vision: VisionConfig = VisionConfig()  # noqa: RUF009 - frozen
+    """How the model reads images, if it does."""
 
     @property
     def mlp_size(self) -> int:
@@ -65,12 +68,14 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=config.bias)
         self.out = nn.Linear(config.dim, config.dim, bias=config.bias)
 
-    def forward(self, x: Tensor, past: BlockCache | None = None, divisor: Tensor | None = None) -> Tensor:
-        """`(batch, seq, dim)` to the same shape; each position attends to itself and all before, in `past` too; a
-        `divisor`, 0-dim, divides the scores."""
+    def forward(
+        self, x: Tensor, past: BlockCache | None = None, divisor: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """`(batch, seq, dim)` to the same shape; each position attends to itself and all before, in `past` too, unless
+        a `mask` says otherwise; a `divisor`, 0-dim, divides the scores."""
         batch, seq, _ = x.shape
         query, key, value = self.qkv(x).view(batch, seq, -1, 3, self.head_dim).permute(3, 0, 2, 1, 4)
-        query, mask = query if divisor is None else query / divisor, None
+        query = query if divisor is None else query / divisor
         if past is not None:
             key, value, mask = past.extend(key, value)
         attended = attention(query, key, value, mask, self.dropout if self.training else 0.0, self.scale)
@@ -88,9 +93,11 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(config.dim, config.norm_eps, bias=config.bias)
         self.mlp = MLP(config.dim, config.mlp_size, gated=False, activation=config.activation, bias=config.bias)
 
-    def forward(self, x: Tensor, past: BlockCache | None = None, divisor: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, past: BlockCache | None = None, divisor: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """`(batch, seq, dim)` to the same shape; for the arguments, see `Attention`."""
-        attended = self.attention(self.attention_norm(x), past, divisor)
+        attended = self.attention(self.attention_norm(x), past, divisor, mask)
         x = x + F.dropout(attended, self.dropout, self.training)
         return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
 
@@ -118,6 +125,7 @@ class GPT(LanguageModel):
         assert config.vocab_size is not None and config.max_seq_len is not None
         self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
         self.position_embedding = nn.Embedding(config.max_seq_len, config.dim)
+        self.vision = build_vision(config.vision, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.final_norm = nn.LayerNorm(config.dim, config.norm_eps, bias=config.bias)
         self.head = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
@@ -127,15 +135,21 @@ class GPT(LanguageModel):
         """All blocks."""
         return self.blocks
 
-    def features(self, tokens: Tensor, *, cache: KVCache | None = None) -> Tensor:
-        """Token ids `(batch, seq)` to features `(batch, seq, dim)`; seq is at most `max_seq_len`."""
+    def features(
+        self, tokens: Tensor, *, images: Tensor | None = None, images_ends: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Token ids `(batch, seq)`, at most `max_seq_len`, to features `(batch, seq, dim)`; images: see `Vision`."""
         past = [None] * len(self.blocks) if cache is None else cache.blocks
         positions = torch.arange(tokens.shape[1], device=tokens.device) if cache is None else cache.begin(tokens)
-        x = self.token_embedding(tokens) + self.position_embedding(positions)
-        x = F.dropout(x, self.config.dropout, self.training)
+        x, masks = self.token_embedding(tokens), {None: None} if cache is None else cache.masks
+        if self.vision is not None:
+            x = self.vision(x, images, images_ends)
+            self.vision.open_masks(masks, images_ends, tokens, cache)
+        x = F.dropout(x + self.position_embedding(positions), self.config.dropout, self.training)
         for layer, block in enumerate(self.blocks):
             divisor = positions.new_full((), layer + 1) if self.config.scale_attention_by_layer else None
-            x = block(x, past[layer], divisor)
+            x = block(x, past[layer], divisor, masks[None])
         return self.final_norm(x)  # type: ignore[no-any-return]
 
     def to_logits(self, features: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from cleangpt.models.layers import (
 )
 from cleangpt.models.moe import MixtureOfExperts
 from cleangpt.models.ngrams import ngram_rows, tokens_before
+from cleangpt.models.vision import VisionConfig, build_vision
 from cleangpt.validation import Bounds, Count, ShareBelowOne
 
 Scale = Annotated[float, Bounds(above=0, most=1e30)]
@@ -107,6 +108,8 @@ class LlamaConfig(ModelConfig):
     separator: Annotated[int, Bounds(0)] | None = None
     """Id of the token that ends a document; attention does not cross it (Dubey et al. 2024, section 3.2). None: no
     limit. Positions do not restart, since only their differences matter."""
+    vision: VisionConfig = VisionConfig()  # noqa: RUF009 - frozen
+    """How the model reads images, if it does."""
 
     @property
     def num_kv_heads(self) -> int:
@@ -305,6 +308,7 @@ class Llama(LanguageModel):
         config.check_fit()
         self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
         self.ngram_embeddings = nn.ModuleList(nn.Embedding(config.ngram_rows, config.dim) for _ in config.ngrams)
+        self.vision = build_vision(config.vision, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.final_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.head = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
@@ -314,8 +318,11 @@ class Llama(LanguageModel):
         """All blocks."""
         return self.blocks
 
-    def features(self, tokens: Tensor, *, cache: KVCache | None = None) -> Tensor:
-        """Token ids `(batch, seq)` to features `(batch, seq, dim)`.
+    def features(
+        self, tokens: Tensor, *, images: Tensor | None = None, images_ends: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Token ids `(batch, seq)` to features `(batch, seq, dim)`; for images, see `Vision`.
 
         Raises:
             ValueError: seq exceeds `max_seq_len` or what fits into the cache.
@@ -328,8 +335,11 @@ class Llama(LanguageModel):
         past = [None] * len(self.blocks) if cache is None else cache.blocks
         masks = attention_masks(tokens, set(config.windows()), config.separator) if cache is None else {}
         cos_sin = rope_cos_sin(positions, config.rope_frequencies(positions.device))
-        first_value = None
-        x = F.dropout(self._embed(tokens, cache), config.dropout, self.training)
+        first_value, x = None, self._embed(tokens, cache)
+        if self.vision is not None:
+            x = self.vision(x, images, images_ends)
+            self.vision.open_masks(masks if cache is None else cache.masks, images_ends, tokens, cache)
+        x = F.dropout(x, config.dropout, self.training)
         for layer, block in enumerate(self.blocks):
             x, value = block(x, cos_sin, masks.get(config.window(layer)), first_value, past[layer])
             first_value = value if first_value is None else first_value

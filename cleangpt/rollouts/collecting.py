@@ -150,11 +150,13 @@ def check_prompts(environment: Environment, limit: int) -> None:
 
 
 def check_prompt_fits(prompt: Prompt, limit: int, what: str) -> None:
-    """Refuses a prompt that leaves too little room for its answer.
+    """Refuses a prompt that leaves too little room for its answer, or has more than tokens.
 
     Raises:
-        UserError: names the lengths and the field.
+        UserError: names the lengths and the field, or what it has.
     """
+    if prompt.inputs:
+        raise UserError(f"{what} has {', '.join(prompt.inputs)}; allowed for a policy that learns: tokens alone")
     longest = len(prompt.tokens) + prompt.max_new_tokens
     if longest > limit:
         raise UserError(

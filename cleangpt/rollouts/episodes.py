@@ -1,7 +1,9 @@
 """Plays episodes: what scores a checkpoint and what trains a policy."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Protocol
+
+from torch import Tensor
 
 from cleangpt.data.shuffle import mix
 from cleangpt.environments.base import Environment, Episode, Feedback
@@ -17,7 +19,7 @@ class Sampler(Protocol):
 
     def submit(
         self, prompt: Sequence[int], *, max_new_tokens: int, sampling: Sampling, seed: int | None,
-        stop_ids: Collection[int],
+        stop_ids: Collection[int], inputs: Mapping[str, Tensor] | None = None,
     ) -> int:  # fmt: skip
         """Adds a request and returns its id."""
 
@@ -57,8 +59,9 @@ def play(
             return
         seed = None if seeds is None else mix(seeds[number], len(episode.actions))
         request_id = sampler.submit(
-            tokens, max_new_tokens=prompt.max_new_tokens, sampling=sampling, seed=seed, stop_ids=prompt.stop_ids
-        )
+            tokens, max_new_tokens=prompt.max_new_tokens, sampling=sampling, seed=seed, stop_ids=prompt.stop_ids,
+            inputs=prompt.inputs,
+        )  # fmt: skip
         acting[request_id] = number
 
     for number in range(len(episodes)):

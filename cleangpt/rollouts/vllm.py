@@ -5,7 +5,7 @@ are its own, so rollouts differ from the engine's; importance weights (`rollouts
 Tested with a stand-in for vLLM; it has not been run on hardware yet.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -52,13 +52,15 @@ class VLLMSampler:
 
     def submit(
         self, prompt: Sequence[int], *, max_new_tokens: int, sampling: Sampling, seed: int | None,
-        stop_ids: Collection[int],
+        stop_ids: Collection[int], inputs: Mapping[str, Tensor] | None = None,
     ) -> int:  # fmt: skip
         """Adds a request and returns its id.
 
         Raises:
-            UserError: `sampling` leaves tokens out.
+            UserError: `sampling` leaves tokens out, or the policy reads more than tokens.
         """
+        if inputs:
+            raise UserError(f"rollouts.sampler is 'vllm'; allowed for prompts with {', '.join(inputs)}: engine")
         if not sampling.plain:
             raise UserError(
                 "top_k, top_p, min_p or repetition_penalty is set; allowed with rollouts: a temperature alone"

@@ -19,6 +19,7 @@ from cleangpt.corpora import Corpus, Mixture, prepare
 from cleangpt.corpora.mixture import environments
 from cleangpt.data.columns import Column
 from cleangpt.data.mixing import MixedDataset, split_samples
+from cleangpt.data.records import Records
 from cleangpt.distributed.device import check_precision, choose_device
 from cleangpt.distributed.layout import (
     Layout,
@@ -37,6 +38,7 @@ from cleangpt.files import user_path
 from cleangpt.inference.text import start_of_sample
 from cleangpt.interchange.huggingface import find
 from cleangpt.models import model_class
+from cleangpt.models.vision import check_images, image_inputs
 from cleangpt.objectives.pairs import REFERENCE
 from cleangpt.rollouts.build import check_rollouts
 from cleangpt.rollouts.collecting import check_prompts
@@ -174,7 +176,7 @@ def check(
             split_samples(dataset, "val", experiment.data.seq_len)
             open_stream(experiment, dataset)
             _check_groups(experiment, layout, dataset.group)
-        _check_columns(experiment, dataset.columns)
+        _check_columns(experiment, dataset.columns, dataset.records)
         _check_scoring(experiment, dataset)
         check_parameters(
             experiment.fine_tuning, experiment.model, experiment.optimizer, layout, experiment.objective.heads
@@ -240,16 +242,17 @@ def _check_groups(experiment: Experiment, layout: Layout, group: tuple[str, ...]
         )
 
 
-def _check_columns(experiment: Experiment, columns: Mapping[str, Column]) -> None:
+def _check_columns(experiment: Experiment, columns: Mapping[str, Column], records: Mapping[str, Records]) -> None:
     """Checks that batches have what model and objective read, and that the model can have the objective's heads."""
-    inputs = {name for name, column in columns.items() if column.role == "input"}
+    inputs = {name for name, column in columns.items() if column.role == "input"} | records.keys()
     objective, kind = experiment.objective, type(experiment.objective).__name__
     if missing := [] if objective.on_policy else sorted(objective.reads - (columns.keys() - inputs)):
         raise UserError(f"objective {kind} reads {missing[0]!r}, which the batches of this corpus do not have")
     model = model_class(experiment.model)
     if missing := sorted(model.inputs - inputs):
         raise UserError(f"model {model.__name__} reads {missing[0]!r}, which the batches of this corpus do not have")
-    if unknown := sorted(inputs - model.inputs):
+    check_images(experiment.model, records)
+    if unknown := sorted(inputs - model.inputs - image_inputs(experiment.model)):
         raise UserError(f"the batches of this corpus have the input {unknown[0]!r}; {model.__name__} does not read it")
     if objective.heads and not hasattr(experiment.model, "dim"):
         raise UserError(f"objective {kind} needs a head, and {type(experiment.model).__name__} has no dim to make one")

@@ -41,6 +41,7 @@ class Memory:
         self.array, self.mask, self.row_length = tokens, mask, row_length
         self.tokens, self.masked = len(tokens), mask is not None
         self.documents = len(tokens) // row_length if row_length else 1
+        self.records: dict[str, Any] = {}
         self.columns = {name: column for name, (column, _) in (columns or {}).items()}
         self.values = {name: values for name, (_, values) in (columns or {}).items()}
 

@@ -60,7 +60,7 @@ def test_only_the_run_of_tokens_after_the_question_is_the_answer() -> None:
         row_length = 6
 
         class Rows:
-            documents = 1
+            documents, records = 1, {}
 
             def read_row(self, number: int) -> tuple[list[int], list[int]]:
                 return [7, 8, 1, 2, 9, 3], [0, 0, 1, 1, 0, 1]

@@ -1,0 +1,297 @@
+"""Your own pictures with text: conversations with pictures in their messages, or pictures with captions.
+
+JSON lines, JSON or Parquet, as LLaVA, TRL and Hugging Face's image folders have them:
+
+    {"messages": [
+        {"role": "user", "content": [{"type": "image", "path": "a.png"}, {"type": "text", "text": "How many?"}]},
+        {"role": "assistant", "content": "Two."}]}
+    {"file_name": "a.png", "text": "Two red circles."}
+
+Paths are relative to the file that names them. The targets are the assistant's answers, or the captions.
+"""
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from cleangpt.corpora.base import write_dataset
+from cleangpt.corpora.conversations import (
+    CUT,
+    NO_ANSWER,
+    SPECIAL,
+    Chat,
+    choose_template,
+    known_tokenizer,
+    without_special,
+)
+from cleangpt.corpora.packing import pack
+from cleangpt.corpora.reading import (
+    FORMS,
+    Piece,
+    TextFile,
+    find_files,
+    is_plain,
+    read_entries,
+    split_documents,
+    text_in,
+)
+from cleangpt.corpora.text import END_CHARACTER, characters, stamps, text_files
+from cleangpt.data.chat_template import ASSISTANT, ChatTemplate, answer_mask, encode_chat, special_tokens
+from cleangpt.data.dataset import TokenDataset
+from cleangpt.data.images import IMAGE_CHARACTER, IMAGE_TOKEN, IMAGES, expanded, image_token
+from cleangpt.data.pictures import read_picture
+from cleangpt.data.records import PlacedRecords, Records
+from cleangpt.data.tokenizers import CharTokenizer, Tokenizer, load_tokenizer, train_bpe
+from cleangpt.data.writer import Chunk, Groups
+from cleangpt.errors import UserError
+from cleangpt.validation import Bounds
+
+GROUP = 256
+"""Conversations whose pictures are decoded and written together."""
+READERS = 4
+"""Threads that decode pictures."""
+Pixels = Annotated[int, Bounds(1, 4096)]
+
+
+Parts = list[str | Path]
+"""The content of a message: texts, and the paths of pictures."""
+
+
+@dataclass(frozen=True)
+class PicturePiece(Piece):
+    """A conversation, with the files of its pictures."""
+
+    pictures: tuple[str, ...] = ()
+    location: str = ""
+    """For messages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures(Chat):
+    """Your own pictures with conversations or captions. Needs jinja2, Pillow and, for bpe, tokenizers.
+
+    Pictures are decoded and resized when the dataset is prepared. Conversations are packed into rows; one longer than a
+    row is truncated, or skipped if that would leave no answer, or cut a picture off.
+    """
+
+    tokenizer: Literal["char", "byte", "bpe"] = "bpe"
+    """bpe: byte-pair encoding trained on the text; char: one token per character."""
+    image_field: str = "file_name"
+    """For captions: field with the path of a picture; ignored where there is a list of messages."""
+    caption_field: str = "text"
+    """For captions: field with the text."""
+    height: Pixels = 64
+    """Of the pictures in pixels, as the model reads them."""
+    width: Pixels = 64
+    """Of the pictures in pixels."""
+    channels: Literal[1, 3] = 3
+    """1: grey; 3: red, green and blue."""
+    image_tokens: Annotated[int, Bounds(1, 65536)] = 16
+    """Tokens that a picture stands at: its patches, as the model's encoder counts them."""
+
+    def check(self) -> None:
+        """Raises UserError for a field out of range."""
+        super().check()
+        if self.tokenizer == "byte" and self.tokenizer_file is None:
+            raise UserError(
+                "corpus.tokenizer is 'byte'; allowed with pictures: bpe or char, which have a token for them"
+            )
+        if self.image_tokens >= self.pack:
+            raise UserError(
+                f"corpus.pack is {self.pack}; allowed: more than corpus.image_tokens, which is {self.image_tokens}"
+            )
+
+    def choose_tokenizer(self, files: list[TextFile], console: Console) -> Tokenizer:
+        """The tokenizer of `tokenizer_file`, or one of the kind `tokenizer` trained on the files, with a token for
+        images.
+
+        Raises:
+            UserError: there is no text to train on, or the given tokenizer has no such token.
+        """
+        if self.tokenizer_file is not None:
+            given = load_tokenizer(self.tokenizer_file)
+            image_token(given)
+            return given
+        console.print(f"learning the {self.tokenizer} tokenizer from the text", markup=False)
+        if self.tokenizer == "bpe":
+            texts = (piece.text.replace(IMAGE_TOKEN, "") for file in files for piece in file.pieces())
+            return train_bpe(texts, self.vocab_size, [IMAGE_TOKEN])
+        found = characters(files).replace(IMAGE_CHARACTER, "")
+        return CharTokenizer(END_CHARACTER + IMAGE_CHARACTER + found, END_CHARACTER)
+
+    def prepare(self, folder: Path, console: Console) -> TokenDataset:
+        """Writes both splits."""
+        paths = [path for path in find_files(self.files) if not is_plain(path)]
+        if not paths:
+            raise UserError(f"{', '.join(self.files)} has no list of pictures; allowed: {FORMS}, which names them")
+        given, known = known_tokenizer(self)
+        template = choose_template(self.chat_template, self.tokenizer_file, known)
+        files = text_files(paths, partial(self._pieces, template=template, tokenizer=known))
+        tokenizer = given or self.choose_tokenizer(without_special(files, known), console)
+        image_token(tokenizer)
+        shape = (self.height, self.width, self.channels)
+        return write_dataset(
+            self, folder, tokenizer, partial(self._groups, files, tokenizer), sum(file.bytes for file in files),
+            console, source={"files": stamps(files)}, row_length=self.row_length, chat_template=template,
+            records={IMAGES: Records(dtype="uint8", shape=shape, tokens=self.image_tokens)},
+        )  # fmt: skip
+
+    def _entries(self, path: Path) -> Iterator[tuple[Any, str, int]]:
+        return read_entries(path, (), [self.messages_field, self.image_field, self.caption_field])
+
+    def _pieces(self, path: Path, name: str, template: ChatTemplate, tokenizer: Tokenizer) -> Iterator[Piece]:
+        special = {**special_tokens(tokenizer), IMAGE_TOKEN: -1}
+        mark = IMAGE_CHARACTER if self.tokenizer == "char" and self.tokenizer_file is None else IMAGE_TOKEN
+        rendered = (self._piece(entry, location, read, path.parent, template, special, mark)
+                    for entry, location, read in self._entries(path))  # fmt: skip
+        return split_documents(rendered, name, self.val_fraction)
+
+    def _piece(
+        self, entry: Any, location: str, read: int, folder: Path, template: ChatTemplate, special: dict[str, int],
+        mark: str,
+    ) -> PicturePiece:  # fmt: skip
+        """A conversation as text, with a mark for each picture."""
+        if not isinstance(entry, dict) or entry.get(self.messages_field) is not None:
+            parts = self._listed_parts(entry, location)
+        else:
+            picture = text_in(entry, self.image_field, location, "corpus.image_field")
+            caption = text_in(entry, self.caption_field, location, "corpus.caption_field")
+            parts = [[Path(picture)], [caption]]
+            entry = {self.messages_field: [{self.role_field: role} for role in ("user", ASSISTANT)]}
+        pictures = [str(folder / part) for message in parts for part in message if isinstance(part, Path)]
+        fields = (self.messages_field, self.content_field)
+        plain, marked = (self._messages(_with_texts(entry, *fields, parts, text), location) for text in ("", mark))
+        if all(message["role"] != ASSISTANT for message in plain):
+            return PicturePiece("", True, read, skip_reason=NO_ANSWER)
+        shown = _as_parts(marked, mark) if reads_parts(template) else marked
+        try:
+            if template.render_guarded(plain, special) is not None:
+                return PicturePiece("", True, read, skip_reason=SPECIAL)
+            text, answers = template.render_answers(shown, special)
+        except UserError as error:
+            raise UserError(f"{location}: {error}") from None
+        if text.count(mark) != len(pictures):
+            raise UserError(f"{location}: the chat template writes {text.count(mark)} of {len(pictures)} pictures")
+        return PicturePiece(text, True, read, answers=tuple(answers), pictures=tuple(pictures), location=location)
+
+    def _listed_parts(self, entry: Any, location: str) -> list[Parts]:
+        """The contents of the messages of an entry."""
+        listed = entry.get(self.messages_field) if isinstance(entry, dict) else None
+        if not isinstance(listed, list) or not listed or not all(isinstance(message, dict) for message in listed):
+            raise UserError(f"{location}: no list of messages in a field {self.messages_field!r}")
+        return [_parts(message, self.content_field, location) for message in listed]
+
+    def _groups(self, files: list[TextFile], tokenizer: Tokenizer, start: int) -> Groups:
+        before, number = 0, 0
+        for file in files:
+            pieces = iter(file.pieces())
+            while group := list(itertools.islice(pieces, GROUP)):
+                number += 1
+                if number > start:
+                    yield (
+                        before + group[-1].read,
+                        [
+                            self._chunk(split, [piece for piece in group if piece.split == split], tokenizer)
+                            for split in sorted({piece.split for piece in group})
+                        ],
+                    )
+            before += file.bytes
+
+    def _chunk(self, split: str, pieces: list[Any], tokenizer: Tokenizer) -> Chunk:
+        """The conversations of one split in rows, with their pictures."""
+        counts = Counter({"conversations": len(pieces), "pictures": 0, SPECIAL: 0, NO_ANSWER: 0, CUT: 0})
+        counts.update(piece.skip_reason for piece in pieces if piece.skip_reason)
+        pieces = [piece for piece in pieces if not piece.skip_reason]
+        documents, masks, numbers = (list[NDArray[np.int64]]() for _ in range(3))
+        names, text_bytes = list[str](), 0
+        for piece, (ids, places) in zip(pieces, encode_chat(tokenizer, [piece.text for piece in pieces]), strict=True):
+            mask = answer_mask(places, list(piece.answers))
+            if tokenizer.eos_id is not None and ids[-1:].tolist() != [tokenizer.eos_id]:
+                ids, mask = np.append(ids, tokenizer.eos_id), np.append(mask, 0)
+            image = image_token(tokenizer)
+            mask = np.where(ids == image, 0, mask).repeat(np.where(ids == image, self.image_tokens, 1))
+            ids, ends = expanded(ids, image, self.image_tokens)
+            if not mask[1 : self.row_length].any() or ends.max(initial=0) > self.row_length:
+                counts[NO_ANSWER] += 1
+                continue
+            number = np.zeros(len(ids), np.int64)
+            number[ends - 1] = np.arange(len(names), len(names) + len(ends)) + 1
+            names += piece.pictures
+            counts[CUT] += len(ids) > self.row_length
+            for parts, values in ((documents, ids), (masks, mask), (numbers, number)):
+                parts.append(values[: self.row_length])
+            text_bytes += len(piece.text.encode("utf-8"))
+        tokens, mask = pack(documents, self.row_length, masks)
+        flat = pack(numbers, self.row_length)[0].reshape(-1)
+        ends = np.flatnonzero(flat)
+        counts["pictures"] = len(ends)
+        images = self._read([names[number - 1] for number in flat[ends].tolist()])
+        return Chunk(
+            split, tokens.reshape(-1), np.full(len(tokens), self.row_length, np.int64), text_bytes, mask.reshape(-1),
+            counts, records={IMAGES: PlacedRecords(images, ends + 1)},
+        )  # fmt: skip
+
+    def _read(self, names: list[str]) -> NDArray[np.uint8]:
+        """The pictures in files; one named several times is decoded once."""
+        distinct = list(dict.fromkeys(names))
+        with ThreadPoolExecutor(READERS) as readers:
+            read = partial(read_picture, height=self.height, width=self.width, channels=self.channels)
+            found = dict(zip(distinct, readers.map(read, distinct), strict=True))
+        shape = (self.height, self.width, self.channels)
+        return np.stack([found[name] for name in names]) if names else np.zeros((0, *shape), np.uint8)
+
+
+def reads_parts(template: ChatTemplate) -> bool:
+    """Whether a chat template reads contents in parts, and writes the token of each image itself."""
+    return re.search(r"==\s*['\"]image['\"]", template.source) is not None
+
+
+def _parts(message: Any, content_field: str, location: str) -> Parts:
+    """The content of a message.
+
+    Raises:
+        UserError: a part is neither text nor an image with a path.
+    """
+    content = message.get(content_field) if isinstance(message, dict) else None
+    found: Parts = []
+    for part in content if isinstance(content, list) else [content or ""]:
+        part = part if isinstance(part, dict) else {"type": "text", "text": part}
+        given = next((part[key] for key in ("path", "image", "url") if isinstance(part.get(key), str)), None)
+        if part.get("type") == "image" and given is not None and not re.match(r"[a-z]+:", given):
+            found.append(Path(given))
+        elif part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+            found.append(part["text"])
+        else:
+            raise UserError(
+                f"{location}: a part of a message is {str(part)[:100]}; allowed: {{'type': 'text', 'text': …}} and "
+                "{'type': 'image', 'path': …} with a local file"
+            )
+    return found
+
+
+def _with_texts(entry: Any, messages_field: str, content_field: str, parts: list[Parts], mark: str) -> dict[str, Any]:
+    """An entry whose messages have texts as contents, with a mark for each picture."""
+    texts = ["".join(mark if isinstance(part, Path) else part for part in message) for message in parts]
+    listed = entry[messages_field]
+    messages = [{**message, content_field: text} for message, text in zip(listed, texts, strict=True)]
+    return {**entry, messages_field: messages}
+
+
+def _as_parts(messages: list[dict[str, Any]], mark: str) -> list[dict[str, Any]]:
+    """Messages whose contents are lists of parts, as chat templates of models that read images expect them."""
+
+    def parts(text: str) -> list[dict[str, str]]:
+        pieces = [piece for piece in re.split(f"({re.escape(mark)})", text) if piece]
+        return [{"type": "image"} if piece == mark else {"type": "text", "text": piece} for piece in pieces]
+
+    return [{**message, "content": parts(message["content"] or "")} for message in messages]

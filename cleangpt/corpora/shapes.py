@@ -1,0 +1,184 @@
+"""Pictures of shapes with captions, or with questions and answers; drawn when the dataset is prepared.
+
+A word is one token, of a byte-pair encoding trained on captions and questions alike, so that a model of the one can
+learn the other. The scenes of the splits differ; those of the test split have a pair of colour and shape that no other
+has.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from cleangpt.corpora.base import Corpus, write_dataset
+from cleangpt.corpora.rows import Row, joined, padded
+from cleangpt.data.dataset import TokenDataset
+from cleangpt.data.images import IMAGE_TOKEN, IMAGES, image_token, images_first
+from cleangpt.data.records import Records
+from cleangpt.data.shuffle import mix
+from cleangpt.data.tokenizers import BPETokenizer, train_bpe
+from cleangpt.data.writer import Chunk, Groups
+from cleangpt.environments.base import Environment
+from cleangpt.environments.exact_answer import ExactAnswer
+from cleangpt.environments.shapes import QUESTIONS, SIDE, Scene, ShapeQuestions, ask, caption, draw_scene, picture
+from cleangpt.errors import UserError
+from cleangpt.validation import Bounds
+
+VOCABULARY, LEARNED_FROM = 384, 2000
+"""Tokens at most, and scenes that the tokenizer is learned from."""
+GROUP = 500
+"""Scenes written at a time."""
+SPLITS = {"val": 1, "test": 2, "train": 3}
+"""Seeds of the splits."""
+
+
+@lru_cache(maxsize=1)
+def tokenizer() -> BPETokenizer:
+    """The tokenizer of captions, questions and answers; needs tokenizers."""
+    return train_bpe(_texts(), VOCABULARY, [IMAGE_TOKEN])
+
+
+def _texts() -> Iterator[str]:
+    for number in range(LEARNED_FROM):
+        scene = draw_scene(mix(0, number), held_out=number % 2 == 1)
+        yield caption(scene)
+        for kind in QUESTIONS:
+            if asked := ask(scene, kind, number):
+                yield f"{asked[0]} {asked[1]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes(Corpus):
+    """Pictures of 48 x 48 pixels, one at the start of each row, and text about them."""
+
+    longest: ClassVar[int]
+    """Tokens of the longest text of a row."""
+
+    train_samples: Annotated[int, Bounds(1, 2**24)] = 20_000
+    """Training scenes."""
+    val_samples: Annotated[int, Bounds(1, 2**20)] = 500
+    """Validation scenes."""
+    test_samples: Annotated[int, Bounds(1, 2**20)] = 500
+    """Test scenes, each with a pair of colour and shape that is in no other split."""
+    image_tokens: Annotated[int, Bounds(1, 2304)] = 36
+    """Tokens that an image stands at: its patches, as the model's encoder counts them."""
+    seed: Annotated[int, Bounds(0, 2**63 - 1)] = 1337
+    """Random seed of the scenes."""
+
+    @property
+    def row_length(self) -> int:
+        """Tokens in every row; a sample has one less."""
+        return self.image_tokens + self.longest + 1
+
+    def text(self, scene: Scene, number: int, split: str) -> Row:
+        """The tokens that follow a scene's picture, and which of them count."""
+        raise NotImplementedError
+
+    def prepare(self, folder: Path, console: Console) -> TokenDataset:
+        """Writes the three splits."""
+        records = {IMAGES: Records(dtype="uint8", shape=(SIDE, SIDE, 3), tokens=self.image_tokens)}
+        return write_dataset(
+            self, folder, tokenizer(), self._groups, sum(self._sizes().values()), console, row_length=self.row_length,
+            records=records,
+        )  # fmt: skip
+
+    def scenes(self, split: str, first: int, last: int) -> list[Scene]:
+        """Some scenes of a split; those of train are none of val's."""
+        kept = _validation(self.seed, self.val_samples) if split == "train" else frozenset()
+        found = []
+        for number in range(first, last):
+            attempts = (draw_scene(mix(self.seed, SPLITS[split], number, attempt), split == "test")
+                        for attempt in range(1000))  # fmt: skip
+            found.append(next(scene for scene in attempts if scene not in kept))
+        return found
+
+    def _sizes(self) -> dict[str, int]:
+        return {"val": self.val_samples, "test": self.test_samples, "train": self.train_samples}
+
+    def _groups(self, start: int) -> Groups:
+        done, groups = 0, list[tuple[str, int, int, int]]()
+        for split, size in self._sizes().items():
+            for first in range(0, size, GROUP):
+                last = min(first + GROUP, size)
+                done += last - first
+                groups.append((split, first, last, done))
+        for split, first, last, done in groups[start:]:
+            yield done, [self._chunk(split, first, self.scenes(split, first, last))]
+
+    def _chunk(self, split: str, first: int, scenes: list[Scene]) -> Chunk:
+        image, known = np.full(self.image_tokens, image_token(tokenizer())), tokenizer()
+        texts = [self.text(scene, first + number, split) for number, scene in enumerate(scenes)]
+        rows = [Row(np.concatenate([image, text.tokens]), np.concatenate([np.zeros_like(image, np.uint8), text.mask]))
+                for text in texts]  # fmt: skip
+        if (longest := max(len(row.tokens) for row in rows)) > self.row_length:
+            raise UserError(f"a text has {longest - self.image_tokens} tokens, more than {self.longest}")
+        tokens, mask = padded(rows, self.row_length)
+        images: NDArray[np.uint8] = np.stack([picture(scene) for scene in scenes])
+        text_bytes = sum(len(known.decode(text.tokens.tolist())) for text in texts)
+        return Chunk(
+            split, tokens.reshape(-1), np.full(len(rows), self.row_length), text_bytes, mask.reshape(-1),
+            records=images_first(images, self.image_tokens, self.row_length),
+        )  # fmt: skip
+
+
+@lru_cache(maxsize=4)
+def _validation(seed: int, count: int) -> frozenset[Scene]:
+    return frozenset(draw_scene(mix(seed, SPLITS["val"], number, 0), False) for number in range(count))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapesCaptions(Shapes):
+    """Pictures, each followed by a caption that names every shape in it, which alone counts. Needs tokenizers and
+    Pillow."""
+
+    longest: ClassVar[int] = 25
+
+    def text(self, scene: Scene, number: int, split: str) -> Row:
+        """The caption and the end of text."""
+        return joined(np.zeros(0, np.int64), _ended(caption(scene)))
+
+    def environment(self, dataset: TokenDataset) -> Environment:
+        """Pictures to be captioned, with reward 1 for exactly the caption, else 0."""
+        return ExactAnswer(dataset)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapesVQA(Shapes):
+    """Pictures, each followed by questions and answers, of which the answers count. Needs tokenizers and Pillow.
+
+    In training there are several questions after a picture, in validation and test one, the kinds of questions in turn.
+    """
+
+    longest: ClassVar[int] = 90
+
+    questions: Annotated[int, Bounds(1, 7)] = 6
+    """Questions after a training picture."""
+
+    def text(self, scene: Scene, number: int, split: str) -> Row:
+        """Questions, and their answers with the end of text."""
+        kinds, wanted = list(QUESTIONS), self.questions if split == "train" else 1
+        parts: list[Row] = []
+        for attempt in range(1000):
+            kind = kinds[(number + attempt) % len(kinds)]
+            if (asked := ask(scene, kind, mix(self.seed, SPLITS[split], number, attempt))) and len(parts) < wanted:
+                parts.append(joined(tokenizer().encode(asked[0]), _ended(f" {asked[1]}")))
+            if len(parts) == wanted:
+                break
+        return Row(
+            *(np.concatenate(arrays) for arrays in zip(*((part.tokens, part.mask) for part in parts), strict=True))
+        )
+
+    def environment(self, dataset: TokenDataset) -> Environment:
+        """Questions about pictures, with reward 1 for exactly the right answer, else 0."""
+        return ShapeQuestions(dataset)
+
+
+def _ended(text: str) -> NDArray[np.int64]:
+    """The tokens of a text and the end of text."""
+    known = tokenizer()
+    return np.append(known.encode(text), np.int64(known.eos_id or 0))

@@ -1,0 +1,64 @@
+"""Images as a dataset's records, and the token that marks their places."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cleangpt.data.records import PlacedRecords
+from cleangpt.data.tokenizers import BPETokenizer, CharTokenizer, Tokenizer
+from cleangpt.errors import UserError
+
+IMAGES = "images"
+"""The records of a dataset that are images: uint8, (height, width, channels)."""
+IMAGE_TOKEN = "<image>"
+"""The special token that images stand at, as LLaVA and others call it."""
+IMAGE_CHARACTER = "\ufffc"
+"""The same for a tokenizer of characters: Unicode's object replacement character."""
+
+
+def image_token(tokenizer: Tokenizer) -> int:
+    """The id of the token that images stand at.
+
+    Raises:
+        UserError: the tokenizer has none.
+    """
+    if isinstance(tokenizer, BPETokenizer) and IMAGE_TOKEN in tokenizer.special:
+        return tokenizer.special[IMAGE_TOKEN]
+    if isinstance(tokenizer, CharTokenizer) and IMAGE_CHARACTER in tokenizer.characters:
+        return tokenizer.characters.index(IMAGE_CHARACTER)
+    raise UserError(f"the tokenizer has no token for images; allowed: one with the special token {IMAGE_TOKEN}")
+
+
+def images_first(images: NDArray[np.uint8], tokens: int, row_length: int) -> dict[str, PlacedRecords]:
+    """The records of rows that each begin with an image.
+
+    Args:
+        images: one per row `(rows, height, width, channels)`.
+        tokens: that an image stands at.
+        row_length: tokens in a row.
+    """
+    ends = np.arange(len(images), dtype=np.int64) * row_length + tokens
+    return {IMAGES: PlacedRecords(images, ends)}
+
+
+def shifted(image: NDArray[Any], down: int, right: int) -> NDArray[Any]:
+    """An image `(height, width, ...)` moved by some pixels; what it leaves is 0."""
+    moved = np.zeros_like(image)
+    height, width = image.shape[:2]
+    moved[max(0, down) : height + min(0, down), max(0, right) : width + min(0, right)] = image[
+        max(0, -down) : height + min(0, -down), max(0, -right) : width + min(0, -right)
+    ]
+    return moved
+
+
+def expanded(ids: NDArray[np.int64], image: int, tokens: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Token ids with every image token repeated, and where each image ends in them.
+
+    Args:
+        ids: `(length,)`.
+        image: the image token.
+        tokens: that an image stands at.
+    """
+    repeats = np.where(ids == image, tokens, 1)
+    return ids.repeat(repeats), np.cumsum(repeats)[ids == image]

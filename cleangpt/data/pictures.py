@@ -1,0 +1,85 @@
+"""Picture files to arrays of one size, by Pillow; what cannot be one picture is refused in one line."""
+
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cleangpt.errors import UserError, require
+from cleangpt.files import user_path
+
+MOST_PIXELS = 2**26
+"""Width x height of the largest picture that is decoded: 8,192 x 8,192."""
+
+
+def read_picture(path: Path | str, height: int, width: int, channels: int = 3) -> NDArray[np.uint8]:
+    """A picture in a file, resized to `(height, width, channels)`.
+
+    Raises:
+        UserError: the file is missing, or `decode_picture` refuses it.
+    """
+    file = user_path(str(path))
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror or error}") from None
+    return decode_picture(content, str(file), height, width, channels)
+
+
+def decode_picture(content: bytes, name: str, height: int, width: int, channels: int = 3) -> NDArray[np.uint8]:
+    """A picture in any format that Pillow reads, resized to `(height, width, channels)` by bicubic interpolation.
+
+    It is turned as its EXIF data say, transparency becomes white, CMYK and palettes become RGB, and 16-bit grey loses
+    its lower bits.
+
+    Args:
+        content: of the file.
+        name: for messages.
+        height: of the result in pixels.
+        width: of the result in pixels.
+        channels: 1: grey; 3: red, green and blue.
+
+    Raises:
+        UserError: it is no picture, is truncated, damaged, animated or too large, or has floating-point pixels.
+    """
+    library, operations = require("PIL.Image"), require("PIL.ImageOps")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large pictures, which are refused below, and of damaged EXIF data
+            image: Any = library.open(io.BytesIO(content))
+            if image.width * image.height > MOST_PIXELS:
+                raise UserError(
+                    f"{name} has {image.width:,} x {image.height:,} pixels; allowed: at most {MOST_PIXELS:,} in all"
+                )
+            if (frames := getattr(image, "n_frames", 1)) > 1:
+                raise UserError(f"{name} is animated, with {frames:,} frames; allowed: a single one")
+            image.load()
+            image = operations.exif_transpose(image)
+            resized = _plain(image, name, "L" if channels == 1 else "RGB").resize((width, height), library.BICUBIC)
+    except library.DecompressionBombError:
+        raise UserError(f"{name} has too many pixels; allowed: at most {MOST_PIXELS:,}") from None
+    except library.UnidentifiedImageError:
+        raise UserError(f"{name} is not a picture in a format that Pillow reads") from None
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file may fail in any of its decoders
+        raise UserError(f"{name} cannot be decoded: {str(error).splitlines()[0] if str(error) else error!r}") from None
+    return np.array(resized, np.uint8).reshape(height, width, channels)
+
+
+def _plain(image: Any, name: str, mode: str) -> Any:
+    """The picture in RGB or grey, on white where it is transparent."""
+    if image.mode == "F":
+        raise UserError(f"{name} has floating-point pixels; allowed: 8 or 16 bits")
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        scaled = values >> 8 if values.max(initial=0) > 255 else values
+        image = require("PIL.Image").fromarray(scaled.clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = require("PIL.Image").new("RGBA", image.size, "white")
+        image = require("PIL.Image").alpha_composite(white, image)
+    return image if image.mode == mode else image.convert(mode)
