@@ -153,7 +153,7 @@ class ChatTemplate:
                     f"message {number} has {'tool calls' if message.get('tool_calls') else 'no text'}, for which the "
                     "plain chat template has no form; give the chat template of a model that has"
                 )
-        # As in transformers, a field that is null, such as the content beside tool calls, is none: most write "None" else.
+        # Without fields that are null, as in transformers: of content beside tool calls, templates would write "None".
         given = [{key: value for key, value in message.items() if value is not None} for message in messages]
         values = {
             "messages": given, "add_generation_prompt": add_generation_prompt,
