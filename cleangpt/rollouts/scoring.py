@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 from cleangpt.data.tokenizers import Tokenizer
 from cleangpt.environments.base import Environment, Episode, Feedback
@@ -100,7 +100,7 @@ def _rewards(function: RewardFunction, prompt: str, answer: str, episode: Episod
     Raises:
         ValueError: it is none of these.
     """
-    result = function(prompt, answer, episode)
+    result: Any = function(prompt, answer, episode)
     rewards = [float(reward) for reward in (result if isinstance(result, list | tuple) else [result])]
     if isinstance(result, list | tuple) and len(rewards) != len(episode.actions):
         raise ValueError(f"returned {len(rewards)} rewards for {len(episode.actions)} actions")

@@ -134,6 +134,8 @@ def panels(curves: Mapping[str, Runs], x: str, title: str, path: Path) -> Path |
             for index, (run, rows) in enumerate(runs.items()):
                 _line(axis, rows, x, name, index, label=run)
             _format_axis(axis, name)
+            if not metrics.metric(x).unit:  # no count, which may be in thousands
+                axis.xaxis.set_major_formatter("{x:.4g}")
         axes[0].set_title(title)
         axes[-1].set_xlabel(_axis_label(x))
         if len(next(iter(known.values()))) > 1:
