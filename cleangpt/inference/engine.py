@@ -141,9 +141,7 @@ class Engine:
         seed = row_seed(sampling.seed if seed is None else seed)
         stops = self.eos_ids.union(stop_ids) if stop_ids else self.eos_ids
         if max_new_tokens > 0:
-            self._waiting.append(
-                Request(self._submitted, prompt, max_new_tokens, sampling, seed, stops, inputs or {})
-            )
+            self._waiting.append(Request(self._submitted, prompt, max_new_tokens, sampling, seed, stops, inputs or {}))
         self._submitted += 1
         return self._submitted - 1
 
