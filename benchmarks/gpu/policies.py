@@ -65,9 +65,7 @@ def answers(model: LanguageModel, objective: PolicyObjective) -> Batch:
     return Batch({"tokens": tokens[:, :-1].contiguous()}, targets, extras | {"fresh": torch.ones(8)})
 
 
-def computed(
-    model: LanguageModel, objective: PolicyObjective, batch: Batch, precision: str
-) -> tuple[Tensor, Tensor]:
+def computed(model: LanguageModel, objective: PolicyObjective, batch: Batch, precision: str) -> tuple[Tensor, Tensor]:
     """The mean loss, and its gradient as one vector."""
     device = batch.targets.device
     with autocast(device, compute_dtype(device, precision)):

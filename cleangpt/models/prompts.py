@@ -23,9 +23,9 @@ def scores_after_prompts(
 ) -> TokenScores | None:
     """The scores of targets, as the model's `forward` returns them; outputs of heads are 0 before a row's first target.
 
-    None: there are no targets, or no row has a prompt.
+    None: the model shares no prompts, there are no targets, or no row has a prompt.
     """
-    if targets is None:
+    if targets is None or not model.shares_prompts:
         return None
     first, width = answer_places(targets)
     longest = int(first.max())

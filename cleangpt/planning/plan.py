@@ -21,9 +21,9 @@ from cleangpt.models import build_model
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.flops import flops_per_token
 from cleangpt.models.meta import on_meta
-from cleangpt.planning.memory import Memory, StepConfig, device_memory, kinds_of_blocks
 from cleangpt.objectives.pairs import REFERENCE
 from cleangpt.objectives.policy import PolicyObjective
+from cleangpt.planning.memory import Memory, StepConfig, device_memory, kinds_of_blocks
 from cleangpt.planning.rollouts import reads_reference, round_seconds
 from cleangpt.planning.timing import Machine, StepTime, sent_bytes, step_time
 from cleangpt.planning.workload import Workload, measure
@@ -325,7 +325,9 @@ def _notes(experiment: Experiment) -> list[str]:
     if REFERENCE in experiment.objective.reads and not experiment.objective.on_policy:
         return ["before the first step: a forward pass of the reference over the dataset, once for all runs"]
     if experiment.objective.on_policy:
-        return [f"rollouts: every answer is taken to have {experiment.data.seq_len} tokens, data.seq_len; rewards are free"]
+        return [
+            f"rollouts: every answer is taken to have {experiment.data.seq_len} tokens, data.seq_len; rewards are free"
+        ]
     return []
 
 

@@ -143,9 +143,7 @@ class Tuning:
             if kept.get("data", self.data) != self.data:
                 raise UserError(f"{folder} holds rates that were tried on other data; give another --out")
             name = score_name(self.metric)
-            self.losses = {
-                row["lr"]: math.inf if row[name] is None else self.sign * row[name] for row in kept["rates"]
-            }
+            self.losses = {row["lr"]: math.inf if row[name] is None else self.sign * row[name] for row in kept["rates"]}
 
     def grid(self, factor: float) -> dict[float, float]:
         """Searches over the experiment's rate times powers of `factor`; returns losses by rate, lowest rate first."""

@@ -248,7 +248,9 @@ def test_data_has_the_models_vocabulary_and_room_to_validate(tmp_path: Path) -> 
     assert store.vocab_size == 50_257 and 50_000 < tokens.max() < 50_257
 
 
-@pytest.mark.parametrize("row", [pytest.param(masks, marks=pytest.mark.slow), experts, optimizers, loss_chunks, losses, grpo_round])
+@pytest.mark.parametrize(
+    "row", [pytest.param(masks, marks=pytest.mark.slow), experts, optimizers, loss_chunks, losses, grpo_round]
+)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_parts_are_as_exact_here_as_they_must_be_there(
     row: Callable[[Setup], Iterator[Measurement]], toy: Setup

@@ -57,9 +57,13 @@ def scored(one: LanguageModel, shares: bool, tokens: Tensor, targets: Tensor, **
     found = one(tokens, targets=targets, scores=["value", "entropy", "log_z"], **options)
     values = torch.where(targets != IGNORED, found.heads["value"], 0.0)
     several = (targets != IGNORED).sum() if options.get("summed") else 1
-    total = ((found.logprobs / several).sin() + (found.entropy / several).cos() + found.log_z).sum() + values.sin().sum()
+    total = (
+        (found.logprobs / several).sin() + (found.entropy / several).cos() + found.log_z
+    ).sum() + values.sin().sum()
     total.backward()
-    gradient = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in one.parameters()])
+    gradient = torch.cat(
+        [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in one.parameters()]
+    )
     return found._replace(heads={"value": values}), gradient
 
 
@@ -105,7 +109,7 @@ def test_each_prompt_is_read_once_and_padding_never() -> None:
 def test_what_is_read_after_the_prompts_has_every_target(answers: list[tuple[int, int]]) -> None:
     _, targets = rows([(min(pair), max(pair)) for pair in answers])
     first, width = answer_places(targets)
-    assert 0 <= int(first.min()) and int(first.max()) + width <= SEQ
+    assert int(first.min()) >= 0 and int(first.max()) + width <= SEQ
     places = torch.arange(SEQ)
     read = (places >= first[:, None]) & (places < first[:, None] + width)
     assert not ((targets != IGNORED) & ~read).any()
