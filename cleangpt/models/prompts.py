@@ -32,7 +32,8 @@ def scores_after_prompts(
     if longest == 0:
         return None
     beyond = torch.arange(longest, device=tokens.device) >= first[:, None]
-    prompts, rows = tokens[:, :longest].masked_fill(beyond, -1).unique(dim=0, return_inverse=True)  # type: ignore[no-untyped-call]
+    known = tokens[:, :longest].masked_fill(beyond, -1)
+    prompts, rows = known.unique(dim=0, return_inverse=True)  # type: ignore[no-untyped-call]
     lengths = (prompts >= 0).sum(dim=1).tolist()
     cache = model.new_cache(longest - min(lengths))
     assert cache is not None
