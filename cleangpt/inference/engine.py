@@ -272,7 +272,7 @@ class Engine:
         if not many and tokens.longest <= rows.state.capacity:
             return
         too_long = running & (tokens.lengths > self.model.max_seq_len)
-        for place in np.flatnonzero(too_long):
+        for place in np.flatnonzero(too_long).tolist():
             request = rows.take_back(place)
             request.prompt, request.inputs = tokens.row(place), rows.state.inputs[place]
             self._waiting.appendleft(request)

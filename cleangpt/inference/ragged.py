@@ -36,7 +36,8 @@ class Ragged:
     def last(self, count: int) -> NDArray[Any]:
         """The last `count` numbers of each row `(rows, count)`; none may be shorter."""
         places = self.lengths[:, None] + np.arange(-count, 0)
-        return self._values[np.arange(len(places))[:, None], places]
+        numbers: NDArray[Any] = self._values[np.arange(len(places))[:, None], places]
+        return numbers
 
     def padded(self) -> NDArray[Any]:
         """All rows, zeros after the end of each `(rows, longest)`."""

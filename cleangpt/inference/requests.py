@@ -104,7 +104,7 @@ class Rows:
 
     def reason(self, place: int) -> FinishReason | None:
         """Why a row has ended; None if it has not."""
-        return REASONS[self.facts["state"][place]]
+        return REASONS[int(self.facts["state"][place])]
 
     def take_back(self, place: int) -> Request:
         """The request of a row, with all that has been generated."""

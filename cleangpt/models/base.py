@@ -142,12 +142,8 @@ class LanguageModel(nn.Module):
             ValueError: a name in `scores` is unknown.
         """
         inputs: dict[str, Any] = modalities if cache is None else {**modalities, "cache": cache}
-        if (
-            self.shares_prompts
-            and not inputs
-            and (found := scores_after_prompts(self, tokens, targets, scores, summed))
-        ):
-            return found
+        if not inputs and (shared := scores_after_prompts(self, tokens, targets, scores, summed)) is not None:
+            return shared
         features = self.features(tokens, **inputs)
         if logit_positions is not None and self.gather_logits is not None:
             # Under tensor parallelism features are sharded along the sequence; only logits are gathered.

@@ -23,16 +23,17 @@ def scores_after_prompts(
 ) -> TokenScores | None:
     """The scores of targets, as the model's `forward` returns them; outputs of heads are 0 before a row's first target.
 
-    None: there are no targets, or no row has a prompt.
+    None: the model shares no prompts, there are no targets, or no row has a prompt.
     """
-    if targets is None:
+    if targets is None or not model.shares_prompts:
         return None
     first, width = answer_places(targets)
     longest = int(first.max())
     if longest == 0:
         return None
     beyond = torch.arange(longest, device=tokens.device) >= first[:, None]
-    prompts, rows = tokens[:, :longest].masked_fill(beyond, -1).unique(dim=0, return_inverse=True)
+    known = tokens[:, :longest].masked_fill(beyond, -1)
+    prompts, rows = known.unique(dim=0, return_inverse=True)  # type: ignore[no-untyped-call]
     lengths = (prompts >= 0).sum(dim=1).tolist()
     cache = model.new_cache(longest - min(lengths))
     assert cache is not None

@@ -240,8 +240,7 @@ def _prepare(model: LanguageModel, training: TrainingConfig, tuning: FineTuningC
 
 
 def set_scoring(model: LanguageModel, experiment: Experiment, layout: Layout) -> None:
-    """Tells a model how its scores of targets are computed: in chunks, and for a policy as it is sampled; of answers to
-    prompts that rows have in common, with each prompt read once."""
+    """Tells a model how its scores of targets are computed: in chunks, as sampled, with prompts of answers shared."""
     training, objective = experiment.training, experiment.objective
     model.loss_chunk = training.loss_chunk
     if objective.on_policy:
@@ -256,10 +255,8 @@ def set_scoring(model: LanguageModel, experiment: Experiment, layout: Layout) ->
 def open_source(
     experiment: Experiment, dataset: MixedDataset, placed: PlacedModel, ranks: Ranks, log: Callable[[str], None]
 ) -> BatchSource:
-    """The training batches of this process: of the corpus, or the policy's own.
-
-    Answers are scored over the tokenizer's tokens, as they are sampled, without those that pad the embedding.
-    """
+    """The training batches of this process: of the corpus, or the policy's own."""
+    # Answers are scored over the tokens that may be sampled, without those that pad the embedding.
     if experiment.objective.on_policy or not experiment.objective.per_token:
         placed.model.scored_vocab = dataset.vocab_size
     if isinstance(experiment.objective, PolicyObjective):

@@ -249,7 +249,15 @@ def test_data_has_the_models_vocabulary_and_room_to_validate(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "row", [pytest.param(masks, marks=pytest.mark.slow), experts, optimizers, loss_chunks, losses, grpo_round]
+    "row",
+    [
+        pytest.param(masks, marks=pytest.mark.slow),
+        experts,
+        optimizers,
+        loss_chunks,
+        losses,
+        pytest.param(grpo_round, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_parts_are_as_exact_here_as_they_must_be_there(

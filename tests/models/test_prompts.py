@@ -80,7 +80,7 @@ def test_scores_and_gradients_are_those_of_rows_read_by_themselves(kind: str, su
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-4)
 
 
-@settings(max_examples=30)
+@settings(max_examples=8)
 @given(st.lists(st.tuples(st.integers(0, SEQ), st.integers(0, SEQ)), min_size=1, max_size=7), st.integers(0, 5))
 def test_wherever_answers_begin_and_end(answers: list[tuple[int, int]], seed: int) -> None:
     one, given_rows = model("gpt"), rows([(min(pair), max(pair)) for pair in answers], seed)
@@ -105,6 +105,7 @@ def test_each_prompt_is_read_once_and_padding_never() -> None:
     assert read == [tuple(tokens.shape)] * 2, "without targets, and where nothing asks for one, rows are read whole"
 
 
+@settings(max_examples=20)
 @given(st.lists(st.tuples(st.integers(0, SEQ), st.integers(0, SEQ)), min_size=1, max_size=7))
 def test_what_is_read_after_the_prompts_has_every_target(answers: list[tuple[int, int]]) -> None:
     _, targets = rows([(min(pair), max(pair)) for pair in answers])
