@@ -1,20 +1,24 @@
 """This version against an older checkout of CleanGPT, both as whole processes of the same command lines, in turn.
 
     python -m benchmarks.versions --before CHECKOUT
+    python -m benchmarks.versions --before CHECKOUT --rounds 15 start snapshot resume
 
-It times what a user waits for: the start to the end of the first step, a step (by the run's own metrics), a step whose
-loss is computed in chunks and its memory, a run that saves a snapshot after every step, and a resume.
+`start` is everything up to the end of the first step, `resume` the same of a run that goes on, `snapshot` a run that
+saves one after every step: in CPU time, user and system together, which other work on the machine disturbs less than
+it does the clock. `step`, `chunks` and `memory` are metrics of a run: a step, a step whose loss is computed in chunks,
+and its memory. All processes have one thread.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -40,16 +44,16 @@ class Version:
 
     def __init__(self, checkout: Path, folder: Path) -> None:
         self.folder = folder
-        self.environment = os.environ | {"PYTHONPATH": str(checkout)}
+        self.environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
         self.numbers = itertools.count(1)
         folder.mkdir()
 
     def call(self, module: str, *words: str) -> float:
-        """Runs `python -m module words`; returns the seconds it took."""
-        began = time.perf_counter()
+        """Runs `python -m module words`; returns the seconds of CPU time it took."""
+        before = cpu_time_of_children()
         done = subprocess.run([sys.executable, "-m", module, *words], cwd=self.folder, env=self.environment,
                               capture_output=True, text=True)  # fmt: skip
-        taken = time.perf_counter() - began
+        taken = cpu_time_of_children() - before
         if done.returncode:
             raise SystemExit(f"{module} {' '.join(words)} failed:\n{done.stdout}{done.stderr}")
         return taken
@@ -66,47 +70,65 @@ class Version:
         return float(json.loads(lines[-1])[name])
 
     def first_step(self) -> float:
-        """Seconds from the start of a new run to the end of its first step."""
+        """CPU time from the start of a new run to the end of its first step."""
         return self.call("benchmarks.first_step", *CHAR, "--run-dir", f"runs/{next(self.numbers)}")
 
-    def resumed(self, run: str) -> float:
-        """Seconds from the start of a resume to the end of its first step."""
-        return self.call("benchmarks.first_step", "resume", run, "--training.macro-batches", "9")
+    @functools.cached_property
+    def kept(self) -> str:
+        """A run of 12 million parameters, to be resumed."""
+        return self.run(*PAIRS, "--training.macro-batches", "1", "--training.batches-per-macro-batch", "1")
+
+    def resumed(self) -> float:
+        """CPU time from the start of a resume to the end of its first step."""
+        return self.call("benchmarks.first_step", "resume", self.kept, "--training.macro-batches", "9")
 
 
-def measures(version: Version) -> dict[str, Callable[[], float]]:
-    """The measurements of a version by name; smaller is better."""
-    kept = version.run(*PAIRS, "--training.macro-batches", "1", "--training.batches-per-macro-batch", "1")
-    chunks = (*PAIRS, *SHORT, "4", "--training.loss-chunk", "128")
-    length = ("--training.macro-batches", "10", "--training.batches-per-macro-batch", "1")
-    saves = (*PAIRS, *length, "--saving.keep-best", "1", "--saving.no-async-snapshots")
-    return {
-        "start to the first step, s": version.first_step,
-        "a step of 4 x 128, s": lambda: version.metric("step_time", *CHAR, *SHORT, "60"),
-        "a step of 12 million parameters, loss in chunks, s": lambda: version.metric("step_time", *chunks),
-        "its memory, bytes": lambda: version.metric("peak_memory", *chunks),
-        "a run with ten snapshots of 12 million parameters, s": lambda: version.call(
-            "cleangpt", *saves, "--run-dir", f"runs/{next(version.numbers)}"
-        ),
-        "resume to the first step, 12 million parameters, s": lambda: version.resumed(kept),
-    }
+def cpu_time_of_children() -> float:
+    """Seconds, user and system, of all processes that this one has started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+CHUNKS = (*PAIRS, *SHORT, "4", "--training.loss-chunk", "128")
+TEN = ("--training.macro-batches", "10", "--training.batches-per-macro-batch", "1")
+SAVES = (*PAIRS, *TEN, "--saving.keep-best", "1", "--saving.no-async-snapshots")
+ROWS: dict[str, tuple[str, Callable[[Version], float]]] = {
+    "start": ("start to the first step, s of CPU time", Version.first_step),
+    "snapshot": (
+        "a run with ten snapshots of 12 million parameters, s of CPU time",
+        lambda version: version.call("cleangpt", *SAVES, "--run-dir", f"runs/{next(version.numbers)}"),
+    ),
+    "resume": ("resume to the first step, 12 million parameters, s of CPU time", Version.resumed),
+    "step": ("a step of 4 x 128, s", lambda version: version.metric("step_time", *CHAR, *SHORT, "60")),
+    "chunks": (
+        "a step of 12 million parameters, loss in chunks, s", lambda version: version.metric("step_time", *CHUNKS)
+    ),
+    "memory": ("its memory, bytes", lambda version: version.metric("peak_memory", *CHUNKS)),
+}  # fmt: skip
+"""What is measured, by name; smaller is better."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the comparison and prints the median ratio of each measure."""
+    """Runs the comparison and prints the median ratio of each row."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.versions", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--before", type=Path, required=True, help="a checkout of the older version")
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved repetitions")
+    parser.add_argument("--rounds", type=int, default=7, help="interleaved repetitions, after one that warms up")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"{', '.join(ROWS)}; all by default")
     options = parser.parse_args(arguments)
+    if unknown := set(options.rows) - ROWS.keys():
+        parser.error(f"no row {min(unknown)}; allowed: {', '.join(ROWS)}")
     with tempfile.TemporaryDirectory(prefix="versions-") as name:
-        before = measures(Version(options.before.resolve(), Path(name) / "before"))
-        after = measures(Version(PROJECT, Path(name) / "after"))
-        for what in after:
-            pairs = [(after[what](), before[what]()) for _ in range(options.rounds)]
+        before, after = (
+            Version(checkout, Path(name) / which)
+            for checkout, which in ((options.before.resolve(), "before"), (PROJECT, "after"))
+        )
+        for row in options.rows or ROWS:
+            what, measure = ROWS[row]
+            pairs = [(measure(after), measure(before)) for _ in range(options.rounds + 1)][1:]
             ratios = [now / then for now, then in pairs]
             now, then = (statistics.median(side) for side in zip(*pairs, strict=True))
             spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
-            print(f"{what:55} {now:12.4g} {then:12.4g}  ratio {statistics.median(ratios):.3f}  ({spread})", flush=True)
+            print(f"{what:65} {now:12.4g} {then:12.4g}  ratio {statistics.median(ratios):.3f}  ({spread})", flush=True)
     return 0
 
 

@@ -212,7 +212,7 @@ def read_experiment(run: Path) -> Experiment:
     return from_json(Experiment, read_json(run / EXPERIMENT), kinds())
 
 
-def check_data(run: Path, store: MixedDataset) -> dict[str, Any]:
+def check_data(run: Path, dataset: MixedDataset) -> dict[str, Any]:
     """Refuses a dataset that is not the one the run began with, whose checksums are in stores.json.
 
     Returns:
@@ -223,7 +223,7 @@ def check_data(run: Path, store: MixedDataset) -> dict[str, Any]:
     """
     known, now = _known_data(run), {}
     with parsing(run / STORES):
-        for name, part in ((source.name, source.dataset) for source in store.sources):
+        for name, part in ((source.name, source.dataset) for source in dataset.sources):
             facts = part.check_same(known[name]) if name in known else part.fingerprint()
             now[name] = {"folder": str(part.folder), **facts}
     return now

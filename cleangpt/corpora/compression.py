@@ -25,6 +25,12 @@ def is_compressed(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES
 
 
+def check_uncompressed(path: Path) -> None:
+    """Raises UserError for a compressed file, where only plain ones are read."""
+    if is_compressed(path):
+        raise UserError(f"{path} is compressed, which is read for JSON alone; decompress it")
+
+
 def decompressed(path: Path, raw: BinaryIO) -> Iterator[bytes]:
     """The content of a compressed file, opened as `raw`, in blocks; it may have several frames, one after another.
 

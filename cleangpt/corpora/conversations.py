@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from rich.console import Console
@@ -28,10 +28,12 @@ from cleangpt.corpora.reading import (
     text_in,
 )
 from cleangpt.corpora.text import END_CHARACTER, TextCorpus, grouped, stamps, text_files
+from cleangpt.corpora.tools import IGNORED, tools_in
 from cleangpt.data import spelling
 from cleangpt.data.chat_template import (
     ASSISTANT,
     ChatTemplate,
+    Tools,
     answer_ends,
     answer_mask,
     check_messages,
@@ -64,6 +66,14 @@ NO_ANSWER, SPECIAL, CUT, ENDLESS = (
 """Counts on the card, besides the number of conversations."""
 
 
+@dataclass(frozen=True)
+class Conversation(Piece):
+    """A conversation as text."""
+
+    ignored_tools: bool = False
+    """Whether it has tools that the template does not write."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Chat(TextCorpus):
     """Your own conversations, one per line of JSON or row of Parquet. Needs jinja2.
@@ -88,6 +98,9 @@ class Chat(TextCorpus):
     the user's only message."""
     response_field: str = "response"
     """With prompt_fields: the field with the answer."""
+    tools_field: str = "tools"
+    """Field or column, which may be absent, with the functions that the assistant may call, a list of JSON schemas or
+    this list as text; the chat template gets it as tools."""
     system: str | None = None
     """System message for conversations without one; None: no system message."""
     chat_template: File | None = None
@@ -122,11 +135,12 @@ class Chat(TextCorpus):
             sum(file.bytes for file in files), console,
             source={"files": stamps(files)}, row_length=self.row_length, chat_template=template,
         )  # fmt: skip
-        if endless := sum(split["counts"].get(ENDLESS, 0) for split in dataset.description["splits"].values()):
+        if endless := total(dataset, ENDLESS):
             console.print(
                 f"{ENDLESS}: {endless:,}, so the model will not learn to end it; {_remedy(template)}",
                 markup=False, soft_wrap=True,
             )  # fmt: skip
+        warn_of_tools(dataset, console)
         return dataset
 
     def changed_inputs(self, dataset: TokenDataset) -> Iterator[str]:
@@ -136,13 +150,18 @@ class Chat(TextCorpus):
 
     def _pieces(self, path: Path, name: str, template: ChatTemplate, tokenizer: Tokenizer) -> Iterator[Piece]:
         special = special_tokens(tokenizer)
-        rendered = (_piece(self._messages(entry, location), location, read, template, special)
-                    for entry, location, read in self._entries(path))  # fmt: skip
+        rendered = (
+            _conversation(
+                self._messages(entry, location), tools_in(entry, self.tools_field, location), location, read, template,
+                special,
+            )
+            for entry, location, read in self._entries(path)
+        )  # fmt: skip
         return split_documents(rendered, name, self.val_fraction)
 
     def _entries(self, path: Path) -> Iterator[tuple[Any, str, int]]:
         fields = [*self.prompt_fields, self.response_field] if self.prompt_fields else [self.messages_field]
-        return read_entries(path, fields)
+        return read_entries(path, fields, optional=[self.tools_field])
 
     def _messages(self, entry: Any, location: str) -> list[dict[str, Any]]:
         """The conversation of one line or row.
@@ -176,11 +195,7 @@ class Chat(TextCorpus):
             else message
             for message in listed
         ]
-        messages = check_messages(messages, location)
-        for message in messages:
-            message["role"] = ROLES.get(message["role"].strip().lower(), message["role"])
-            checked(message["content"] or "", location, "corpus.content_field")
-        return messages
+        return known_messages(messages, location, "corpus.content_field")
 
 
 def encode_conversations(files: list[TextFile], tokenizer: Tokenizer, start: int, row_length: int) -> Groups:
@@ -198,7 +213,7 @@ def encode_conversations(files: list[TextFile], tokenizer: Tokenizer, start: int
 
 def _chunk(split: str, pieces: list[Piece], tokenizer: Tokenizer, row_length: int) -> Chunk:
     """The conversations of one split in rows; each ends with the end-of-text token, where the tokenizer has one."""
-    counts = Counter({"conversations": len(pieces), SPECIAL: 0, NO_ANSWER: 0, CUT: 0, ENDLESS: 0})
+    counts = Counter({"conversations": len(pieces), SPECIAL: 0, NO_ANSWER: 0, CUT: 0, ENDLESS: 0, IGNORED: 0})
     ends = tokenizer.stop_ids.union(special_tokens(tokenizer).values())
     counts.update(piece.skip_reason for piece in pieces if piece.skip_reason)
     pieces = [piece for piece in pieces if not piece.skip_reason]
@@ -214,29 +229,59 @@ def _chunk(split: str, pieces: list[Piece], tokenizer: Tokenizer, row_length: in
         counts[CUT] += len(ids) > row_length
         documents.append(ids[:row_length])
         masks.append(mask[:row_length])
+        counts[IGNORED] += cast(Conversation, piece).ignored_tools
         text_bytes += len(piece.text.encode("utf-8"))
     tokens, mask = pack(documents, row_length, masks)
     lengths = np.full(len(tokens), row_length, np.int64)
     return Chunk(split, tokens.reshape(-1), lengths, text_bytes, mask.reshape(-1), counts)
 
 
-def _piece(
+def _conversation(
     messages: list[dict[str, Any]],
+    tools: Tools | None,
     location: str,
     read: int,
     template: ChatTemplate,
     special: Mapping[str, int],
-) -> Piece:
+) -> Conversation:
     """A conversation as text."""
     if all(message["role"] != ASSISTANT for message in messages):
-        return Piece("", True, read, skip_reason=NO_ANSWER)
+        return Conversation("", True, read, skip_reason=NO_ANSWER)
     try:
-        if template.render_guarded(messages, special) is not None:
-            return Piece("", True, read, skip_reason=SPECIAL)
-        text, answers = template.render_answers(messages, special)
+        if template.render_guarded(messages, special, tools=tools) is not None:
+            return Conversation("", True, read, skip_reason=SPECIAL)
+        text, answers = template.render_answers(messages, special, tools)
+        ignored = bool(tools) and template.render(messages) == text
     except UserError as error:
         raise UserError(f"{location}: {error}") from None
-    return Piece(text, True, read, answers=tuple(answers))
+    return Conversation(text, True, read, answers=tuple(answers), ignored_tools=ignored)
+
+
+def known_messages(messages: object, location: str, setting: str) -> list[dict[str, Any]]:
+    """`check_messages`, with the roles that templates know; `setting` chooses the field of the text.
+
+    Raises:
+        UserError: as `check_messages`, or a text could not be in a plain text file.
+    """
+    known = check_messages(messages, location)
+    for message in known:
+        message["role"] = ROLES.get(message["role"].strip().lower(), message["role"])
+        checked(message["content"] or "", location, setting)
+    return known
+
+
+def total(dataset: TokenDataset, count: str) -> int:
+    """A count on the card, over all splits."""
+    return sum(split["counts"].get(count, 0) for split in dataset.description["splits"].values())
+
+
+def warn_of_tools(dataset: TokenDataset, console: Console) -> None:
+    """Says in one line how many conversations have tools of which the model will not learn."""
+    if ignored := total(dataset, IGNORED):
+        remedy = "give a chat template that writes tools" if dataset.chat_template else "give corpus.as_chat"
+        console.print(
+            f"{IGNORED}: {ignored:,}, so the model will not learn to call them; {remedy}", markup=False, soft_wrap=True
+        )
 
 
 def known_tokenizer(corpus: TextCorpus) -> tuple[Tokenizer | None, Tokenizer]:

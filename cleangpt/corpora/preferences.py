@@ -21,11 +21,18 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from cleangpt.corpora.base import write_dataset
-from cleangpt.corpora.conversations import changed_template, choose_template, known_tokenizer, without_special
+from cleangpt.corpora.conversations import (
+    changed_template,
+    choose_template,
+    known_tokenizer,
+    warn_of_tools,
+    without_special,
+)
 from cleangpt.corpora.reading import FORMS, Piece, find_files, is_plain, read_entries, split_documents
 from cleangpt.corpora.rows import PAIR, RATED, Row, fitted, mismatched, padded, per_token
 from cleangpt.corpora.text import TextCorpus, grouped, stamps, text_files
 from cleangpt.corpora.told import Example, Fields, Told, example
+from cleangpt.corpora.tools import IGNORED
 from cleangpt.data.chat_template import ChatTemplate, answer_mask, encode_chat, special_tokens
 from cleangpt.data.columns import Column
 from cleangpt.data.dataset import TokenDataset
@@ -61,6 +68,9 @@ class Preferences(TextCorpus):
     """For single answers: field that is true for a desirable answer; None: the data are pairs."""
     completion_field: str = "completion"
     """With label_field: field with the answer."""
+    tools_field: str = "tools"
+    """Field or column, which may be absent, with the functions that the assistant may call, a list of JSON schemas or
+    this list as text; the chat template gets it as tools."""
     as_chat: bool = False
     """Write them by a chat template, texts as a question and its answer; needed for lists of messages. Needs
     jinja2."""
@@ -106,11 +116,13 @@ class Preferences(TextCorpus):
 
         paired = self.label_field is None
         column = Column(dtype="float32" if paired else "uint8", role="extra")
-        return write_dataset(
+        dataset = write_dataset(
             self, folder, tokenizer, groups, sum(file.bytes for file in files), console,
             source={"files": stamps(files)}, row_length=self.row_length, columns={self._column: column},
             group=PAIR if paired else RATED, chat_template=template,
         )  # fmt: skip
+        warn_of_tools(dataset, console)
+        return dataset
 
     def changed_inputs(self, dataset: TokenDataset) -> Iterator[str]:
         """What has changed since the dataset was made: also the chat template."""
@@ -125,7 +137,7 @@ class Preferences(TextCorpus):
     def _pieces(self, path: Path, name: str, template: ChatTemplate | None, tokenizer: Tokenizer) -> Iterator[Piece]:
         fields = Fields(
             self.prompt_field, self.chosen_field, self.rejected_field, self.margin_field, self.label_field,
-            self.completion_field,
+            self.completion_field, self.tools_field,
         )  # fmt: skip
         special = special_tokens(tokenizer)
         examples = (example(fields, *entry, template, special) for entry in self._entries(path))
@@ -134,11 +146,13 @@ class Preferences(TextCorpus):
     def _entries(self, path: Path) -> Iterator[tuple[Any, str, int]]:
         single = [self.completion_field, self.label_field]
         wanted = [self.chosen_field, self.rejected_field, self.margin_field] if self.label_field is None else single
-        return read_entries(path, [name for name in wanted if name is not None], optional=[self.prompt_field])
+        return read_entries(
+            path, [name for name in wanted if name is not None], optional=[self.prompt_field, self.tools_field]
+        )
 
     def _chunk(self, split: str, examples: list[Example], tokenizer: Tokenizer) -> Chunk:
         """The rows of one split's examples."""
-        counts = Counter({"examples": len(examples), CUT: 0, LONG: 0})
+        counts = Counter({"examples": len(examples), CUT: 0, LONG: 0, IGNORED: 0})
         counts.update(entry.skip_reason for entry in examples if entry.skip_reason)
         examples = [entry for entry in examples if not entry.skip_reason]
         told = [text for entry in examples for text in entry.told]
@@ -151,6 +165,7 @@ class Preferences(TextCorpus):
                 counts[LONG] += 1
                 continue
             counts[CUT] += len(fit[0].tokens) < len(group[0].tokens)
+            counts[IGNORED] += entry.ignored_tools
             kept += fit
             values += [entry.value] * len(fit)
         tokens, mask = padded(kept, self.row_length)

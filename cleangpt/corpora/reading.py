@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,8 +17,9 @@ from glob import escape, glob, has_magic
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cleangpt.corpora.compression import SUFFIXES, as_file, decompressed, is_compressed
-from cleangpt.errors import UserError, nearest, require
+from cleangpt.corpora.compression import SUFFIXES, as_file, check_uncompressed, decompressed, is_compressed
+from cleangpt.corpora.parquet import parquet_rows
+from cleangpt.errors import UserError, nearest
 from cleangpt.files import user_path
 
 BLOCK = 2**16
@@ -103,7 +103,7 @@ def is_plain(path: Path) -> bool:
 
 def read_text(path: Path) -> Iterator[Piece]:
     """A plain text file, which is one document; an empty file has none. A byte-order mark is no part of it."""
-    _check_uncompressed(path)
+    check_uncompressed(path)
     with naming(path), path.open("rb") as file:
         block = file.read(BLOCK)
         at = mark_length(block, path)
@@ -164,38 +164,6 @@ def json_entries(path: Path) -> Iterator[tuple[Any, str, int]]:
                 yield entry, f"{path}, entry {number:,}", raw.tell()
             return
         yield from _json_lines(path, blocks, raw, f"; allowed in {JSON}: an array, or a value per line")
-
-
-def parquet_rows(
-    path: Path, columns: Sequence[str], optional: Sequence[str] = ()
-) -> Iterator[tuple[dict[str, Any], str, int]]:
-    """The columns of each row of a Parquet file, its location for messages, and the bytes read so far (estimated).
-
-    Those that are `optional` are read if the file has them.
-    """
-    _check_uncompressed(path)
-    arrow, parquet = require("pyarrow"), require("pyarrow.parquet")
-    row, size = 0, path.stat().st_size
-    try:
-        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
-            rows = file.metadata.num_rows
-            for column in columns:
-                if column not in file.schema_arrow.names:
-                    raise UserError(f"{path} has no column {column!r}{nearest(column, file.schema_arrow.names)}")
-            wanted = [*columns, *(column for column in optional if column in file.schema_arrow.names)]
-            for batch in file.iter_batches(batch_size=256, columns=wanted):
-                for entry in batch.to_pylist():
-                    row += 1
-                    yield entry, f"{path}, row {row:,}", size * row // rows
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}, after row {row:,}: not valid UTF-8: {error.reason}") from None
-    except (arrow.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of the system; a damaged page is an OSError, too
-            raise UserError(f"{path}: {os.strerror(error.errno)}") from None
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is not an intact Parquet file: {reason}") from None
-    if row != rows:
-        raise UserError(f"{path} is not an intact Parquet file: {row:,} of its {rows:,} rows can be read")
 
 
 def split_tail(pieces: Iterable[Piece], start: int) -> Iterator[Piece]:
@@ -291,11 +259,6 @@ def mark_length(start: bytes, path: Path) -> int:
 def _suffix(path: Path) -> str:
     """The suffix of a file in lower case, without that of its compression."""
     return Path(path.stem if is_compressed(path) else path.name).suffix.lower()
-
-
-def _check_uncompressed(path: Path) -> None:
-    if is_compressed(path):
-        raise UserError(f"{path} is compressed, which is read for JSON alone; decompress it")
 
 
 def _cut(data: bytes) -> int:

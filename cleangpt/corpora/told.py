@@ -4,10 +4,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cleangpt.corpora.conversations import ROLES, SPECIAL
+from cleangpt.corpora.conversations import SPECIAL, known_messages
 from cleangpt.corpora.reading import Piece, checked
+from cleangpt.corpora.tools import tools_in
 from cleangpt.data import spelling
-from cleangpt.data.chat_template import ASSISTANT, ChatTemplate, Spans, check_messages
+from cleangpt.data.chat_template import ASSISTANT, ChatTemplate, Spans, Tools
 from cleangpt.errors import UserError, nearest
 
 EMPTY, ALIKE = "skipped, an empty prompt or answer", "skipped, both answers alike"
@@ -24,6 +25,7 @@ class Fields:
     margin: str | None
     label: str | None
     completion: str
+    tools: str
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Example(Piece):
     told: tuple[Told, ...] = ()
     value: float = 0.0
     """The margin of a pair; 1 for a desirable answer, 0 for one that is not."""
+    ignored_tools: bool = False
+    """Whether it has tools that are not in the texts."""
 
 
 def example(
@@ -64,19 +68,25 @@ def example(
     names = [fields.chosen, fields.rejected] if fields.label is None else [fields.completion]
     prompt, answers = entry.get(fields.prompt), [_given(entry, name, location) for name in names]
     spelled = any(spelling.special_in(text, special) for text in spelling.texts([prompt, *answers]))
+    tools = tools_in(entry, fields.tools, location)
+    ignored = bool(tools)
     if template is None:
         told = [_plain(prompt, answer, fields, location) for answer in answers]
     else:
         conversations = _conversations(prompt, answers, fields, location)
-        told = _rendered(conversations, template, special, location)
-        spelled = spelled or any(template.render_guarded(messages, special) for messages, _ in conversations)
+        told = _rendered(conversations, tools, template, special, location)
+        spelled = spelled or any(
+            template.render_guarded(messages, special, tools=tools) is not None for messages, _ in conversations
+        )
+        ignored = ignored and template.render(conversations[0][0]) == told[0].text
     texts = [text.text for text in told]
     reason = SPECIAL if spelled else ""
     reason = reason or (EMPTY if any(not 0 < begin < end for text in told for begin, end in text.answer) else "")
     reason = reason or (ALIKE if len(texts) == 2 and texts[0] == texts[1] else "")
     return Example(
-        "".join(texts), True, read, skip_reason=reason, told=tuple(told), value=_value(entry, fields, location)
-    )
+        "".join(texts), True, read, skip_reason=reason, told=tuple(told), value=_value(entry, fields, location),
+        ignored_tools=ignored,
+    )  # fmt: skip
 
 
 def _given(entry: Mapping[str, Any], name: str, location: str) -> Any:
@@ -126,15 +136,15 @@ def _messages(value: Any, role: str, location: str) -> Messages:
     """A list of messages; a text is one message in the given role."""
     if isinstance(value, str):
         value = [{"role": role, "content": value}]
-    messages = [dict(message) if isinstance(message, dict) else message for message in value] if value else value
-    for message in check_messages(messages, location):
-        message["role"] = ROLES.get(message["role"], message["role"])
-        checked(message["content"], location, "the content of messages")
-    return messages
+    return known_messages(value, location, "the content of messages")
 
 
 def _rendered(
-    conversations: list[tuple[Messages, int]], template: ChatTemplate, special: Collection[str], location: str
+    conversations: list[tuple[Messages, int]],
+    tools: Tools | None,
+    template: ChatTemplate,
+    special: Collection[str],
+    location: str,
 ) -> list[Told]:
     """The texts of conversations; an answer is what the assistant says after the prompt."""
     told = []
@@ -143,7 +153,7 @@ def _rendered(
         if not answers or messages[-1]["role"] != ASSISTANT:
             raise UserError(f"{location}: the last message is not the assistant's")
         try:
-            text, spans = template.render_answers(messages, special)
+            text, spans = template.render_answers(messages, special, tools)
         except UserError as error:
             raise UserError(f"{location}: {error}") from None
         told.append(Told(text, spans[-answers:]))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from cleangpt.data.rendering import BEGIN, END, Renderer, TemplateError, render_here
 from cleangpt.data.special_tokens import END_OF_TEXT, HF_CONFIG, named_tokens
-from cleangpt.data.spelling import GUARD, guarded, pattern, special_in, texts
+from cleangpt.data.spelling import GUARD, guarded, guarded_within, pattern, special_in, texts
 from cleangpt.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 from cleangpt.errors import UserError, parsing, require
 from cleangpt.files import read_json, read_text
@@ -46,6 +46,8 @@ PLAIN = """\
 """For a tokenizer without a template: each message below its role; an answer ends with the end-of-text token."""
 
 Message = Mapping[str, Any]
+Tools = Sequence[Mapping[str, Any]]
+"""Functions that the assistant may call, each described by a JSON schema."""
 Spans = list[tuple[int, int]]
 """First character of each answer, and the one after its last."""
 
@@ -59,15 +61,19 @@ class ChatTemplate:
     ends: tuple[str, ...] = field(default=(), compare=False)
     """The special tokens that it was seen to end answers with, when the conversations of a dataset were rendered."""
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    def render(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools | None = None
+    ) -> str:
         """The text of a conversation; with `add_generation_prompt`, up to where the assistant's next answer starts.
 
         Raises:
             UserError: the template is invalid, refuses the conversation, or does what the sandbox forbids.
         """
-        return _unmarked(self._render(messages, add_generation_prompt))[0]
+        return _unmarked(self._render(messages, add_generation_prompt, tools))[0]
 
-    def render_answers(self, messages: Sequence[Message], special: Collection[str]) -> tuple[str, Spans]:
+    def render_answers(
+        self, messages: Sequence[Message], special: Collection[str], tools: Tools | None = None
+    ) -> tuple[str, Spans]:
         """The text of a conversation, and the span of each answer in it, its end token included.
 
         A template may mark answers with ``{% generation %}``. Otherwise an answer is what its message adds to the text
@@ -77,12 +83,13 @@ class ChatTemplate:
         Raises:
             UserError: as `render`, or a message changes how those before it are written.
         """
-        text, spans = _unmarked(self._render(messages, False))
+        text, spans = _unmarked(self._render(messages, False, tools))
         if self.marks_answers:
             return text, spans
         for number, message in enumerate(messages):
             if message["role"] == ASSISTANT:
-                before, after = self.render(messages[:number], True), self.render(messages[: number + 1])
+                before = self.render(messages[:number], True, tools)
+                after = self.render(messages[: number + 1], tools=tools)
                 if not (after.startswith(before) and text.startswith(after)):
                     raise UserError(
                         f"the chat template writes message {number + 1} differently once others follow, so its answers "
@@ -93,17 +100,22 @@ class ChatTemplate:
         return text, spans
 
     def render_guarded(
-        self, messages: Sequence[Message], special: Collection[str], add_generation_prompt: bool = False
+        self,
+        messages: Sequence[Message],
+        special: Collection[str],
+        add_generation_prompt: bool = False,
+        tools: Tools | None = None,
     ) -> str | None:
-        """The text with guards in the `special` tokens that the messages spell; None if they spell none.
+        """The text with guards in the `special` tokens that messages and tools spell; None if they spell none.
 
         Raises:
             UserError: as `render`.
         """
-        protected = guarded(messages, special)
-        if protected == list(messages):
+        protected, protected_tools = guarded(messages, special), guarded_within(tools, special)
+        if protected == list(messages) and protected_tools == tools:
             return None
-        plain, safe = (self._render(each, add_generation_prompt) for each in (messages, protected))
+        plain = self._render(messages, add_generation_prompt, tools)
+        safe = self._render(protected, add_generation_prompt, protected_tools)
         return None if special_in(plain, special) == special_in(safe, special) else _unmarked(safe)[0]
 
     def around_answer(self, messages: Sequence[Message]) -> tuple[str, str]:
@@ -131,7 +143,7 @@ class ChatTemplate:
         facts: dict[str, Any] = {"template": self.source, **self.special}
         return json.dumps(facts | ({"ends": self.ends} if self.ends else {}), ensure_ascii=False, indent=2) + "\n"
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool, tools: Tools | None = None) -> str:
         require("jinja2")
         for number, message in enumerate(messages, start=1):
             if any(BEGIN in text or END in text for text in texts(message)):
@@ -141,9 +153,11 @@ class ChatTemplate:
                     f"message {number} has {'tool calls' if message.get('tool_calls') else 'no text'}, for which the "
                     "plain chat template has no form; give the chat template of a model that has"
                 )
+        # Without fields that are null, as in transformers: of content beside tool calls, templates would write "None".
+        given = [{key: value for key, value in message.items() if value is not None} for message in messages]
         values = {
-            "messages": [dict(message) for message in messages], "add_generation_prompt": add_generation_prompt,
-            "tools": None, "documents": None, **self.special,
+            "messages": given, "add_generation_prompt": add_generation_prompt,
+            "tools": tools, "documents": None, **self.special,
         }  # fmt: skip
         try:
             return render_here(self.source, values) if self.source == PLAIN else RENDERER.render(self.source, values)
@@ -237,9 +251,23 @@ def check_messages(messages: object, place: str) -> list[dict[str, Any]]:
             raise UserError(f"{where} has no text as its role")
         given = {key: value for key, value in message.items() if value is not None}
         checked.append(given | {"content": _content(message, where)})
-        if any(BEGIN in text or END in text for text in texts(given)):
-            raise UserError(f"{where} has U+FDD0 or U+FDD1, not characters; remove them")
+        check_characters(given, where)
     return checked
+
+
+def check_characters(value: object, where: str) -> None:
+    """Checks all texts in a JSON value, which may be written by a template.
+
+    Raises:
+        UserError: one has something that is not a character; the message starts with `where`.
+    """
+    for text in texts(value):
+        if BEGIN in text or END in text:
+            raise UserError(f"{where} has U+FDD0 or U+FDD1, not characters; remove them")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UserError(f"{where} has an unpaired surrogate, which is not a character; remove it") from None
 
 
 def _content(message: dict[str, Any], where: str) -> str | None:

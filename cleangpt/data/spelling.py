@@ -55,6 +55,11 @@ def guarded(messages: Sequence[Mapping[str, Any]], names: Collection[str]) -> li
     return [{key: guard(key, value) for key, value in message.items()} for message in messages]
 
 
+def guarded_within(value: Any, names: Collection[str]) -> Any:
+    """A copy of a JSON value with `GUARD` in every special token that one of its texts spells, in any case."""
+    return _changed(value, _known(tuple(names)).split)
+
+
 def _changed(value: Any, change: Callable[[str], str]) -> Any:
     """A JSON value with all its texts changed."""
     if isinstance(value, str):

@@ -5,17 +5,19 @@ from rich.table import Table
 from cleangpt.distributed.datasheets import GIB
 from cleangpt.planning.plan import Estimate, Plan
 from cleangpt.screen import Screen
+from cleangpt.tracking.numbers import show_number
 
 
 def show(plan: Plan) -> None:
     """Prints a table of strategies and the parts of the best, or for several numbers of devices a table of these."""
     console = Screen(width=max(Screen().width, 112))  # so that no cell is truncated
+    price = f"{plan.device.price:.2f}" if plan.device.price >= 0.1 else show_number(plan.device.price, 2)
     device, counts = plan.device, list(dict.fromkeys(entry.devices for entry in plan.estimates))
     console.print(f"model    {plan.parameters:,} parameters, {plan.flops_per_token:,} FLOPs per token", highlight=False)
     console.print(f"length   {plan.tokens:,} tokens", highlight=False)
     console.print(
         f"device   {device.name}, {device.memory / GIB:.0f} GiB, {device.flops(plan.precision) / 1e12:,.4g} TFLOP/s in "
-        f"{plan.precision}, ${device.price:.2f} an hour (assumed)",
+        f"{plan.precision}, ${price} an hour (assumed)",
         highlight=False,
     )
     single = len(counts) == 1
@@ -41,9 +43,9 @@ def _estimates(estimates: list[Estimate]) -> Table:
     for entry in estimates:
         table.add_row(
             f"{entry.devices}", entry.strategy + (" *" if entry.chosen else ""), f"{entry.micro_batch}",
-            f"{entry.memory.total / GIB:,.1f}", "yes" if entry.fits else "no", f"{entry.time.total:.3g} s",
+            _digits(entry.memory.total / GIB, 1), "yes" if entry.fits else "no", f"{entry.time.total:.3g} s",
             f"{entry.time.exposed / entry.time.total:.0%}", f"{entry.tokens_per_second:,.0f}", f"{entry.mfu:.0%}",
-            f"{entry.hours:,.{2 if entry.hours < 1000 else 0}f}", f"${entry.cost:,.{2 if entry.cost < 1000 else 0}f}",
+            _digits(entry.hours, 2), f"${_digits(entry.cost, 2)}",
         )  # fmt: skip
     return table
 
@@ -64,5 +66,10 @@ def _breakdown(entry: Estimate) -> Table:
     ]
     for index, (name, size) in enumerate(vars(memory).items()):
         what, value = step[index] if index < len(step) else ("", "")
-        table.add_row(name, f"{size / GIB:,.2f}", f"  {what}", value)
+        table.add_row(name, _digits(size / GIB, 2), f"  {what}", value)
     return table
+
+
+def _digits(value: float, decimals: int) -> str:
+    """`show_number`, and from a thousand on without decimals: ``$0.0042``, ``12,345``."""
+    return show_number(value, decimals) if value < 1000 else f"{value:,.0f}"

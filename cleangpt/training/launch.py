@@ -81,14 +81,14 @@ def train(
         if deadline is not None:
             deadline = float(ranks.across_restarts("end", str(deadline)))
         asked = length_asked(experiment)
-        experiment, store = prepare_dataset(experiment, ranks, resumed)
+        experiment, dataset = prepare_dataset(experiment, ranks, resumed)
         run: Path = resumed or ranks.on_main(lambda: choose_folder(experiment))
         progress = ProgressBar(None, experiment.tracking.progress and ranks.is_main)
         with open_trainer(
-            experiment, run, store, progress, ranks, end=deadline, resumed=resumed is not None, source=source,
+            experiment, run, dataset, progress, ranks, end=deadline, resumed=resumed is not None, source=source,
             overrides=overrides,
         ) as trainer:  # fmt: skip
-            for line in summary(experiment, run, store, trainer.model, trainer.device, trainer.layout) + asked:
+            for line in summary(experiment, run, dataset, trainer.model, trainer.device, trainer.layout) + asked:
                 progress.log(line)
             status = trainer.train()
     if status == "interrupted":
@@ -104,21 +104,21 @@ def prepare_dataset(
 ) -> tuple[Experiment, MixedDataset]:
     """Prepares the dataset if needed; returns the experiment, resolved and checked with it, and the dataset."""
     console = Screen(stderr=True, quiet=not ranks.is_main)
-    store = ranks.main_process_first(lambda: _open_dataset(experiment, resumed, console))
-    experiment = resolve_with(experiment, store)
-    check(experiment, layout_for(experiment.parallel, ranks.world_size), store=store)
-    return experiment, store
+    dataset = ranks.main_process_first(lambda: _open_dataset(experiment, resumed, console))
+    experiment = resolve_with(experiment, dataset)
+    check(experiment, layout_for(experiment.parallel, ranks.world_size), dataset=dataset)
+    return experiment, dataset
 
 
 def _open_dataset(experiment: Experiment, resumed: Path | None, console: Screen) -> MixedDataset:
     """The dataset, with the log-probabilities of a reference if the objective reads them."""
-    store = prepare(experiment.corpus, user_path(experiment.data.folder), console=console)
+    dataset = prepare(experiment.corpus, user_path(experiment.data.folder), console=console)
     if REFERENCE in experiment.objective.reads:
         run = resumed or given_folder(experiment)
         device = choose_device(experiment.training.device, local_rank())
         source, precision = experiment.init_from, experiment.training.precision
-        add_reference(store, None if source is None else Reference(source, precision, device), run)
-    return store
+        add_reference(dataset, None if source is None else Reference(source, precision, device), run)
+    return dataset
 
 
 # Checks --------------------------------------------------------------------------------------------------------------
@@ -133,15 +133,15 @@ def check(
     experiment: Experiment,
     layout: Layout = Layout(),  # noqa: B008 - frozen
     device: torch.device | None = None,
-    store: MixedDataset | None = None,
+    dataset: MixedDataset | None = None,
 ) -> None:
     """Checks that the parts of an experiment fit together; each part has checked itself.
 
     Args:
-        experiment: resolved, if there is a `store`.
+        experiment: resolved, if there is a `dataset`.
         layout: how processes share the model and each batch.
         device: of this process; None: for planning only.
-        store: the prepared dataset; None: not prepared yet.
+        dataset: the prepared dataset; None: not prepared yet.
 
     Raises:
         UserError: one line naming the fields, their values and what is allowed.
@@ -165,17 +165,17 @@ def check(
             experiment.rollouts, experiment.data, experiment.training, experiment.schedule.batch_size, experiment.model,
             experiment.fine_tuning.lora, layout, experiment.saving.best,
         )  # fmt: skip
-    if store is not None:
+    if dataset is not None:
         if (tokens := total_samples(experiment) * experiment.data.seq_len) >= 2**63:
             raise UserError(f"the run has {tokens:,} tokens; allowed: less than 2**63")
         if on_policy:
-            check_prompts(only_environment(experiment, store), experiment.data.seq_len + 1)
+            check_prompts(only_environment(experiment, dataset), experiment.data.seq_len + 1)
         else:
-            split_samples(store, "val", experiment.data.seq_len)
-            open_stream(experiment, store)
-            _check_groups(experiment, layout, store.group)
-        _check_columns(experiment, store.columns)
-        _check_scoring(experiment, store)
+            split_samples(dataset, "val", experiment.data.seq_len)
+            open_stream(experiment, dataset)
+            _check_groups(experiment, layout, dataset.group)
+        _check_columns(experiment, dataset.columns)
+        _check_scoring(experiment, dataset)
         check_parameters(experiment.fine_tuning, experiment.model, experiment.optimizer, layout)
 
 
@@ -253,15 +253,15 @@ def _check_columns(experiment: Experiment, columns: Mapping[str, Column]) -> Non
         raise UserError(f"objective {kind} needs a head, and {type(experiment.model).__name__} has no dim to make one")
 
 
-def _check_scoring(experiment: Experiment, store: MixedDataset) -> None:
+def _check_scoring(experiment: Experiment, dataset: MixedDataset) -> None:
     """Checks what a run samples and scores after a macro-batch, by starting on it."""
     tracking = experiment.tracking
     if tracking.sample_tokens:
         try:
-            start_of_sample(store.sources[0].dataset, tracking.sample_prompt)
+            start_of_sample(dataset.sources[0].dataset, tracking.sample_prompt)
         except UserError as error:
             raise UserError(f"tracking.sample_prompt is {tracking.sample_prompt!r}: {error}") from None
-    found = environments(experiment.corpus, store) if tracking.score_samples else {}
+    found = environments(experiment.corpus, dataset) if tracking.score_samples else {}
     for environment in found.values():
         count = environment.tasks("val")
         if not count:

@@ -30,12 +30,12 @@ def resolve(experiment: Experiment, vocab_size: int, epoch: int | None = None) -
     return with_length(experiment, macro_batches(experiment, epoch))
 
 
-def resolve_with(experiment: Experiment, store: MixedDataset) -> Experiment:
+def resolve_with(experiment: Experiment, dataset: MixedDataset) -> Experiment:
     """`resolve` with a prepared dataset."""
     if experiment.objective.on_policy:
-        return resolve(experiment, store.vocab_size)
-    samples = list(split_samples(store, "train", experiment.data.seq_len).values())
-    return resolve(experiment, store.vocab_size, samples[0].num_training if len(samples) == 1 else None)
+        return resolve(experiment, dataset.vocab_size)
+    samples = list(split_samples(dataset, "train", experiment.data.seq_len).values())
+    return resolve(experiment, dataset.vocab_size, samples[0].num_training if len(samples) == 1 else None)
 
 
 def with_length(experiment: Experiment, length: int) -> Experiment:
@@ -92,9 +92,9 @@ def planned_steps(experiment: Experiment) -> int:
     return math.ceil(total_samples(experiment) / (experiment.data.batch_size * experiment.training.accumulation))
 
 
-def open_stream(experiment: Experiment, store: MixedDataset) -> Stream:
+def open_stream(experiment: Experiment, dataset: MixedDataset) -> Stream:
     """The training samples of the experiment's run; see `training_stream`."""
-    return training_stream(store, experiment.data.seq_len, experiment.training.seed, total_samples(experiment))
+    return training_stream(dataset, experiment.data.seq_len, experiment.training.seed, total_samples(experiment))
 
 
 def curves(experiment: Experiment) -> tuple[list[int], dict[str, list[float]]]:

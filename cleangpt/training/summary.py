@@ -21,7 +21,7 @@ from cleangpt.training.resolve import open_stream
 
 
 def summary(
-    experiment: Experiment, run: Path, store: MixedDataset, model: LanguageModel, device: torch.device, layout: Layout
+    experiment: Experiment, run: Path, dataset: MixedDataset, model: LanguageModel, device: torch.device, layout: Layout
 ) -> list[str]:
     """The summary printed before a run starts: model, memory per device, data, length, device and precision."""
     data, training = experiment.data, experiment.training
@@ -37,7 +37,7 @@ def summary(
         f"model    {parameters:,} parameters{share}, {flops_per_token(model, data.seq_len):,} FLOPs per token",
         f"memory   about {show_bytes(state + activations)}: weights, gradients and moments {show_bytes(state)}, "
         f"activations {show_bytes(activations)}",
-        *(_rollout_lines(experiment) if experiment.objective.on_policy else _data_lines(experiment, store)),
+        *(_rollout_lines(experiment) if experiment.objective.on_policy else _data_lines(experiment, dataset)),
         f"length   {training.num_macro_batches} macro-batches of {training.batches_per_macro_batch} batches "
         f"of {data.batch_size} x {data.seq_len} tokens: {tokens:,} tokens",
         f"device   {describe_device(device)}, precision {choose_precision(device, training.precision)}",
@@ -53,12 +53,12 @@ def _rollout_lines(experiment: Experiment) -> list[str]:
     ]
 
 
-def _data_lines(experiment: Experiment, store: MixedDataset) -> list[str]:
+def _data_lines(experiment: Experiment, dataset: MixedDataset) -> list[str]:
     """A line for each source: its share of a mixture's samples, its tokens, and how often they are visited."""
-    progress = open_stream(experiment, store).progress(total_samples(experiment))
-    samples = split_samples(store, "train", experiment.data.seq_len)
+    progress = open_stream(experiment, dataset).progress(total_samples(experiment))
+    samples = split_samples(dataset, "train", experiment.data.seq_len)
     lines = []
-    for name, part in ((source.name, source.dataset) for source in store.sources):
+    for name, part in ((source.name, source.dataset) for source in dataset.sources):
         times = progress[metric_key("times_visited", name)]
         share = times * samples[name].num_training / total_samples(experiment)
         words = f"{name}: {show_number(100 * share, 2)} % of the samples, " if name else ""

@@ -97,7 +97,7 @@ class Tuning:
     Args:
         experiment: from `short_run`, its vocabulary known.
         folder: an interrupted search continues from it.
-        store: of the experiment's corpus.
+        dataset: of the experiment's corpus.
         ranks: the processes; all call every method together.
         log: called with a line about each rate's loss.
 
@@ -106,10 +106,10 @@ class Tuning:
     """
 
     def __init__(
-        self, experiment: Experiment, folder: Path, store: MixedDataset, ranks: Ranks, log: Callable[[str], None]
+        self, experiment: Experiment, folder: Path, dataset: MixedDataset, ranks: Ranks, log: Callable[[str], None]
     ) -> None:
-        self.experiment, self.folder, self.store, self.ranks, self.log = experiment, folder, store, ranks, log
-        self.data = {source.name: source.dataset.fingerprint()["sha256"] for source in store.sources}
+        self.experiment, self.folder, self.dataset, self.ranks, self.log = experiment, folder, dataset, ranks, log
+        self.data = {source.name: source.dataset.fingerprint()["sha256"] for source in dataset.sources}
         """Checksums of what the rates are tried on, by source."""
         self.losses: dict[float, float] = {}
         """Loss by rate; infinite if the run diverged."""
@@ -155,7 +155,7 @@ class Tuning:
         experiment = replace(with_lr(self.experiment, lr), run_dir=str(run))
         progress = ProgressBar(progress=False)
         try:
-            with open_trainer(experiment, run, self.store, progress, self.ranks, validate=False) as trainer:
+            with open_trainer(experiment, run, self.dataset, progress, self.ranks, validate=False) as trainer:
                 if trainer.train() == "interrupted":
                     raise RunInterruptedError
         except DivergedError:

@@ -1,5 +1,6 @@
 """Conversations are read in the forms of the field, learned by their answers alone, and travel with their template."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tokenizers as library
 from rich.console import Console
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cleangpt.checkpoints.checkpoint import load_checkpoint
 from cleangpt.config import Source
@@ -305,6 +307,69 @@ def test_a_template_with_which_no_end_is_learned_is_told(
     told = capsys.readouterr().out
     assert (f"{count}, so the model will not learn to end it" in told) == bool(endless)
     assert ("put {% endgeneration %} after" in told) == (name == "marked without its end")
+
+
+# Tools ---------------------------------------------------------------------------------------------------------------
+
+CITY = {"type": "function", "function": {"name": "weather", "description": "", "parameters": {
+    "properties": {"city": {"type": "string"}}}}}  # fmt: skip
+HOURS = {"type": "function", "function": {"name": "sleep", "description": "Für <n> hours.", "parameters": {
+    "properties": {"n": {"type": "integer", "minimum": 0}}, "required": ["n"]}}}  # fmt: skip
+TOOLED = "{% if tools %}{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}{% endif %}" + MARKED
+
+
+def written(path: Path, entries: list[dict[str, Any]]) -> str:
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(entries), path)
+        return str(path)
+    return write_jsonl(path, entries)
+
+
+def noted(folder: Path, path: str, source: str, **fields: Any) -> tuple[TokenDataset, str]:
+    """A dataset of 40 conversations by this template, and what its preparation prints."""
+    (folder / "t.jinja").write_text(source, encoding="utf-8")
+    corpus = Chat(files=(path,), chat_template=str(folder / "t.jinja"), pack=500, val_fraction=0.2, **fields)
+    console = Console(record=True, width=200, file=io.StringIO())
+    return prepare_dataset(corpus, folder / "data", console=console), console.export_text()  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("field", ["tools", "functions"])
+@pytest.mark.parametrize("as_text", [False, True])
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_the_template_gets_the_tools_of_each_row(suffix: str, as_text: bool, field: str, tmp_path: Path) -> None:
+    """Also from Parquet, whose objects have the fields of all others, as null."""
+    given = [[[CITY, HOURS], [HOURS], None][number % 3] for number in range(40)]
+    entries = [{"messages": messages, field: json.dumps(tools, ensure_ascii=False) if as_text else tools}
+               for messages, tools in zip(ASKED, given, strict=False)]  # fmt: skip
+    fields = {} if field == "tools" else {"tools_field": field}
+    store, told = noted(tmp_path, written(tmp_path / f"a{suffix}", entries), TOOLED, **fields)
+    assert "will not learn to call" not in told
+    texts = "".join(store.tokenizer.decode(ids.tolist()) for split in ("train", "val") for ids in rows(store, split)[0])
+    peer = PreTrainedTokenizerFast(tokenizer_object=library.Tokenizer(library.models.BPE()), chat_template=TOOLED)
+    for messages, tools in zip(ASKED, given, strict=False):
+        assert peer.apply_chat_template(messages, tools=tools, tokenize=False) in texts
+
+
+def test_tools_that_the_template_does_not_write_are_told(tmp_path: Path) -> None:
+    entries = [{"messages": messages} | ({"tools": [CITY]} if number % 2 else {"tools": []})
+               for number, messages in enumerate(ASKED[:40])]  # fmt: skip
+    store, told = noted(tmp_path, write_jsonl(tmp_path / "a.jsonl", entries), MARKED)
+    count = "conversations with tools that are not in the text: 20"
+    assert f"{count}, so the model will not learn to call them; give a chat template that writes tools\n" in told
+    assert f"{count}\n" in (store.folder / CARD).read_text(encoding="utf-8")
+
+
+def test_what_is_wrong_with_tools_is_one_line_that_names_the_row(tmp_path: Path) -> None:
+    entries = [{"messages": messages, "tools": [CITY] if number != 6 else 5} for number, messages in enumerate(ASKED)]
+    with pytest.raises(UserError, match=r"a\.jsonl, line 7: int in the field 'tools'; allowed: a list of JSON schemas"):
+        make(tmp_path, files=(write_jsonl(tmp_path / "a.jsonl", entries),))
+
+
+def test_a_conversation_whose_tools_spell_a_special_token_is_skipped(tmp_path: Path) -> None:
+    entries = [{"messages": messages, "tools": [{"name": "<|endoftext|>" if number == 6 else "fine"}]}
+               for number, messages in enumerate(ASKED[:40])]  # fmt: skip
+    store, _ = noted(tmp_path, write_jsonl(tmp_path / "a.jsonl", entries), TOOLED)
+    assert "conversations skipped, a special token in the text: 1\n" in (store.folder / CARD).read_text("utf-8")
 
 
 # With the tokenizer of another model ---------------------------------------------------------------------------------

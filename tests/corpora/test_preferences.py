@@ -22,12 +22,12 @@ def message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def prepared(folder: Path, lines: list[Any], **fields: Any) -> TokenDataset:
+def prepared(folder: Path, lines: list[Any], console: Console | None = None, **fields: Any) -> TokenDataset:
     """The dataset of the lines, which are repeated so that each split has some."""
     file = folder / "preferences.jsonl"
     file.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
     corpus = Preferences(files=(str(file),), **{"row": 60, "val_fraction": 0.5} | fields)
-    return prepare_dataset(corpus, folder / "data", console=Console(quiet=True))
+    return prepare_dataset(corpus, folder / "data", console=console or Console(quiet=True))
 
 
 def rows(dataset: TokenDataset) -> list[tuple[str, str]]:
@@ -91,6 +91,53 @@ def test_conversations_are_written_by_a_template(tmp_path: Path, form: str) -> N
 def test_texts_as_a_question_and_its_answer(tmp_path: Path) -> None:
     dataset = prepared(tmp_path, [numbered(number) for number in range(20)], as_chat=True)
     assert ("user\nSay 3: \nassistant\n", "3|") in rows(dataset)
+
+
+def test_messages_come_in_the_forms_that_conversations_have(tmp_path: Path) -> None:
+    """Speakers by other names and in capitals, content in parts, fields that are null, as in Parquet."""
+    lines = [
+        {
+            "prompt": [{"role": "Human ", "content": [{"type": "text", "text": f"Say {n}"}, "."], "name": None}],
+            "chosen": [message("gpt", f"{n}")],
+            "rejected": [message("ASSISTANT", f"not {n}")],
+        }
+        for n in range(20)
+    ]
+    found = rows(prepared(tmp_path, lines, as_chat=True))
+    assert ("user\nSay 7.\nassistant\n", "7|") in found and ("user\nSay 7.\nassistant\n", "not 7|") in found
+
+
+TOOLS = [{"name": "say", "parameters": {"n": {"type": "integer"}}}]
+TOOLED = (
+    "{% if tools %}{{ tools | tojson }}\n{% endif %}{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    "{{ m.tool_calls | tojson if m.tool_calls }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.mark.parametrize("field", ["tools", "functions"])
+@pytest.mark.parametrize("given", [TOOLS, json.dumps(TOOLS)], ids=["list", "text"])
+def test_the_template_gets_the_tools_of_each_line(tmp_path: Path, given: Any, field: str) -> None:
+    (tmp_path / "t.jinja").write_text(TOOLED, encoding="utf-8")
+    call = {"role": BOT, "content": None, "tool_calls": [{"say": 7}]}
+    lines = [numbered(n) | {field: given, "chosen": [call]} for n in range(20)]
+    template = {"as_chat": True, "chat_template": str(tmp_path / "t.jinja")}
+    dataset = prepared(tmp_path, lines, row=150, **template, **({} if field == "tools" else {"tools_field": field}))
+    prompt = f"{json.dumps(TOOLS)}\nuser: Say 3: |assistant: "
+    assert (prompt, '[{"say": 7}]|') in rows(dataset) and (prompt, "not 3|") in rows(dataset)
+
+
+@pytest.mark.parametrize(
+    ("fields", "remedy"), [({"as_chat": True}, "give a chat template that writes tools"), ({}, "give corpus.as_chat")]
+)
+def test_tools_that_are_not_in_the_text_are_told(
+    tmp_path: Path, fields: dict[str, Any], remedy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [numbered(n) | {"tools": TOOLS if n % 2 else None} for n in range(20)]
+    told = Console(width=200)
+    dataset = prepared(tmp_path, lines, console=told, **fields)
+    assert counts(dataset)["conversations with tools that are not in the text"] == 10
+    assert f"not in the text: 10, so the model will not learn to call them; {remedy}\n" in capsys.readouterr().out
 
 
 def test_only_what_follows_the_shared_messages_counts(tmp_path: Path) -> None:
@@ -179,6 +226,7 @@ def test_a_special_token_that_only_the_template_completes_is_spelled_too(tmp_pat
             {"prompt": "a", "chosen": [message(BOT, "b"), message(USER, "c")], "rejected": "d"},
             {"as_chat": True}, "the last message is not the assistant's",
         ),
+        (numbered(1) | {"tools": 5}, {"as_chat": True}, "line 1: int in the field 'tools'; allowed: a list of JSON"),
         (numbered(1) | {"by": "much"}, {"margin_field": "by"}, "by is 'much'; allowed: a number"),
         ({"prompt": "a", "completion": "b", "label": 2}, {"label_field": "label"}, "is 2; allowed: true or false"),
         ({"prompt": "a", "completion": "b"}, {"label_field": "label"}, "no field 'label'"),

@@ -189,6 +189,55 @@ def test_the_mask_of_a_template_that_marks_answers_is_that_of_transformers(
     assert masked(ours(source), BPE, messages) == (theirs["input_ids"], theirs["assistant_masks"])
 
 
+TOOLS: list[dict[str, Any]] = [
+    {"type": "function", "function": {
+        "name": "weather", "description": "The weather in <a city> & around, in °C",
+        "parameters": {"type": "object", "required": ["city"], "properties": {
+            "city": {"type": "string"}, "days": {"type": "integer", "default": None, "enum": [1, 2]}}}}},
+    {"name": "now", "parameters": {"properties": {}}},
+]  # fmt: skip
+CALLING = [
+    {"role": "user", "content": "Is it warm in Paris?"},
+    {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "weather", "arguments": {"a": "é"}}}]},
+    {"role": "tool", "name": "weather", "content": "12 °C"},
+    {"role": "assistant", "content": "No."},
+]
+CALLS = (
+    "{% for m in messages %}<|user|>{{ m.role }}\n{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}</s>"
+    "{% endfor %}{% if add_generation_prompt %}<|user|>assistant\n{% endif %}"
+)
+WITH_TOOLS = {
+    "a line each": "{% if tools %}<tools>{% for tool in tools %}\n{{ tool | tojson }}{% endfor %}\n</tools>{% endif %}",
+    "indented, where there is a list": "{% if tools is not none %}{{ tools | tojson(indent=4) }}{% endif %}",
+    "by name": "{% for tool in tools or [] %}{{ tool.name or tool.function.name }}({% for name, of in "
+    "(tool.function or tool).parameters.properties.items() %}{{ name }}: {{ of.type }}, {% endfor %}){% endfor %}",
+}
+
+
+@pytest.mark.parametrize("tools", [TOOLS, TOOLS[:1], [], None], ids=["two", "one", "an empty list", "none"])
+@pytest.mark.parametrize("source", WITH_TOOLS.values(), ids=WITH_TOOLS)
+def test_tools_are_written_as_transformers_writes_them(
+    source: str, tools: list[dict[str, Any]] | None, peer: Any
+) -> None:
+    source += CALLS
+    for prompted in (False, True):
+        messages = CALLING[: 3 if prompted else 4]
+        text = ours(source).render(messages, prompted, tools)
+        assert text == peer.apply_chat_template(
+            messages, tools=tools, chat_template=source, tokenize=False, add_generation_prompt=prompted
+        )
+    text, spans = ours(source).render_answers(CALLING, BPE.special, tools)
+    assert text == ours(source).render(CALLING, tools=tools) and text[slice(*spans[1])] == "No.</s>"
+
+
+def test_a_special_token_spelled_by_a_tool_is_found() -> None:
+    source = WITH_TOOLS["a line each"] + CALLS
+    for spelled in ({"name": "</s>"}, {"parameters": {"</s>": {}}}, {"parameters": {"enum": ["a", "b</s>"]}}):
+        assert ours(source).render_guarded(CALLING, BPE.special, tools=[spelled]) is not None
+    assert ours(source).render_guarded(CALLING, BPE.special, tools=TOOLS) is None
+    assert ours(CALLS).render_guarded(CALLING, BPE.special, tools=[{"name": "</s>"}]) is None, "it is not written"
+
+
 text = st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=30)
 
 
@@ -405,6 +454,7 @@ def test_a_missing_template_is_told(tmp_path: Path) -> None:
             "message 1 has a part of type 'image_url' in its content; allowed: text",
         ),
         ([{"role": "user", "content": "a", "name": "\ufdd1"}], r"message 1 has U\+FDD0 or U\+FDD1, not characters"),
+        ([{"role": "user", "content": "a", "tool_calls": [{"\ud800": 1}]}], "message 1 has an unpaired surrogate"),
         ([{"role": "user", "content": None}], "message 1 has no text as its content"),
         ([{"role": "user", "content": "\ufdd0"}], r"message 1 has U\+FDD0 or U\+FDD1, not characters"),
     ],

@@ -142,6 +142,22 @@ def test_the_command_prints_a_table_and_writes_json(workplace: Path, capsys: pyt
     assert not Path("runs").exists() and not Path("data").exists()
 
 
+@pytest.mark.parametrize("tokens", ["100", "10000000", "10000000000000"])
+def test_what_is_printed_has_three_significant_digits(
+    tokens: str, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However short or long the run, small the model, or cheap the machine."""
+    words = ["plan", "adder", "--model.vocab-size", "16", "--device", "4090", "--price", "0.005", "--tokens", tokens]
+    assert main([*words, "--json", "plan.json"]) == 0
+    (entry,) = json.loads(Path("plan.json").read_text(encoding="utf-8"))["estimates"]
+    printed = capsys.readouterr().out
+    assert "$0.00500 an hour" in printed
+    line = next(line.split() for line in printed.splitlines() if "one device" in line)
+    size, hours, cost = (float(line[at].strip("$").replace(",", "")) for at in (4, -2, -1))
+    assert hours == pytest.approx(entry["hours"], rel=5e-3) and cost == pytest.approx(entry["cost"], rel=5e-3)
+    assert size == pytest.approx(sum(entry["memory"].values()) / GIB, rel=5e-3)
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

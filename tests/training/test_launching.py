@@ -101,8 +101,8 @@ def test_an_objective_that_reads_what_the_batches_do_not_have_is_refused(tiny: B
     experiment = tiny(objective=Preferred())
     store = prepare(experiment.corpus, Path("data"))
     with pytest.raises(UserError, match="objective Preferred reads 'reward', which the batches of this corpus do not"):
-        check(resolve_with(experiment, store), store=store)
-    check(resolve_with(tiny(), store), store=store)
+        check(resolve_with(experiment, store), dataset=store)
+    check(resolve_with(tiny(), store), dataset=store)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_inputs_that_the_model_reads_are_those_of_the_batches(
     monkeypatch.setattr(store, "columns", dict.fromkeys(brought, Column(dtype="uint8", role="input")))
     monkeypatch.setattr(GPT, "inputs", frozenset(read))
     with nullcontext() if message is None else pytest.raises(UserError, match=message):
-        check(resolved, store=store)
+        check(resolved, dataset=store)
 
 
 # The length of a run -------------------------------------------------------------------------------------------------
