@@ -8,6 +8,7 @@ checkpoints/val1.4697_mb000012/        validation loss and macro-batch; val_rewa
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import shutil
@@ -218,6 +219,14 @@ class Checkpoint:
         model = build_model(self.config, self._heads())
         model.load_state_dict(self.weights)
         return model.to(device).eval()
+
+    def digest(self) -> str:
+        """A checksum of configuration and weights."""
+        digest = hashlib.sha256(str(self.config).encode())
+        for name, weight in sorted(self.weights.items()):
+            digest.update(name.encode())
+            digest.update(weight.contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def _heads(self) -> set[str]:
         return {name.split(".")[1] for name in self.weights if name.startswith("heads.")}

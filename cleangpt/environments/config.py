@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from cleangpt.validation import Bounds, Checked, Count, CountOrZero, Pattern, Positive
+from cleangpt.validation import Bounds, Checked, Count, CountOrZero, Pattern, Positive, RunOrModel
 
 Group = Annotated[int, Bounds(1, 2**16)]
 Finite = Annotated[float, Bounds()]
@@ -39,8 +39,9 @@ class RolloutConfig(Checked, section="rollouts"):
     """Answers generated together, whatever the number of devices, so that results do not depend on it."""
     rewards: tuple[Reward, ...] = (Reward(),)
     """What is added up to an answer's reward."""
-    reward_model: str | None = None
-    """The reward model for the reward `model`: a run (its best checkpoint), or a checkpoint."""
+    reward_model: RunOrModel | None = None
+    """The reward model for the reward `model`: a run (its best checkpoint), with scores shifted and scaled to mean 0
+    and standard deviation 1 over its validation answers; or a checkpoint or Hugging Face model (hf:NAME), as it is."""
     reward_timeout: Positive = 1.0
     """Seconds that a reward function may take for one answer."""
     error_reward: Finite = 0.0

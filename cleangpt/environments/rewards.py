@@ -2,13 +2,13 @@
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cleangpt.environments.base import Episode
 
-RewardFunction = Callable[[str, str, Episode], float]
-"""From the texts of prompt and answer, and the episode, to a reward."""
+RewardFunction = Callable[[str, str, Episode], float | Sequence[float]]
+"""From the texts of prompt and answer, and the episode, to a reward, or to a list of one for each action."""
 
 REWARDS: dict[str, RewardFunction] = {}
 """Your own reward functions by name; registering is one line in your experiment file."""

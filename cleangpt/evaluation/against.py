@@ -20,11 +20,11 @@ from cleangpt.data.tokenizers import Tokenizer, same_tokens
 from cleangpt.environments.base import Environment, Episode, Feedback, Prompt
 from cleangpt.errors import UserError
 from cleangpt.evaluation.datasets import open_dataset
+from cleangpt.evaluation.rewards import open_reward_model
 from cleangpt.evaluation.tasks import MAX_BATCH, play_tasks
 from cleangpt.experiment_files import run_file
 from cleangpt.files import write_json
 from cleangpt.inference.engine import Engine
-from cleangpt.inference.rewards import RewardScorer
 from cleangpt.inference.sampling import Sampling
 from cleangpt.interchange.huggingface import open_checkpoint
 
@@ -107,7 +107,7 @@ def compare(
 
 def open_judge(judge: str | None, tokenizer: Tokenizer, device: torch.device) -> Judge:
     """What scores answers: None, their rewards; a Python file with a function `score(prompt, answer)` of two texts that
-    returns a number; or a run with a reward model.
+    returns a number; or a run with a reward model, see `open_reward_model`.
 
     Raises:
         UserError: there is no such function, it returns something else, or the reward model has other tokens.
@@ -129,9 +129,7 @@ def open_judge(judge: str | None, tokenizer: Tokenizer, device: torch.device) ->
             return [float(number) for number in numbers]
 
         return by_function
-    checkpoint = load_checkpoint(find_checkpoint(judge))
-    _check_tokens(checkpoint, tokenizer)
-    scorer = RewardScorer(checkpoint.model(device), device)
+    scorer = open_reward_model(judge, tokenizer, device)
     return lambda episodes: scorer.scores([episode.tokens for episode in episodes]).tolist()
 
 

@@ -74,7 +74,7 @@ def add_reference(dataset: MixedDataset, reference: Reference | None, run: Path 
                 )
             if checkpoint is None:
                 checkpoint = open_checkpoint(reference.source)
-                digest = _digest(checkpoint, reference.precision)
+                digest = hashlib.sha256(f"{checkpoint.digest()} {reference.precision}".encode()).hexdigest()
             found = part.folder.with_name(f"{part.folder.name}.reference-{digest[:8]}")
             if folder not in (None, found):
                 raise UserError(
@@ -124,15 +124,6 @@ def _sums(dataset: TokenDataset) -> dict[str, str]:
     """Checksums of the dataset itself, without columns kept elsewhere."""
     own = {name: digest for name, digest in dataset.description["sha256"].items() if not name.startswith("../")}
     return own | {TOKENIZER: sha256(dataset.folder / TOKENIZER)}
-
-
-def _digest(checkpoint: Checkpoint, precision: str) -> str:
-    """A checksum of weights, configuration and precision."""
-    digest = hashlib.sha256(f"{checkpoint.config} {precision}".encode())
-    for name, weight in sorted(checkpoint.weights.items()):
-        digest.update(name.encode())
-        digest.update(weight.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _compute(checkpoint: Checkpoint, digest: str, dataset: TokenDataset, folder: Path, reference: Reference) -> None:

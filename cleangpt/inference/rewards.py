@@ -23,15 +23,18 @@ class RewardScorer:
         device: of the model.
         mean: of the scores of the texts that the reference writes; it is subtracted.
         std: their standard deviation, by which scores are divided.
+        digest: a checksum of the model, by which a resumed run knows it again.
 
     Raises:
         UserError: the model has no such head.
     """
 
-    def __init__(self, model: LanguageModel, device: torch.device, mean: float = 0.0, std: float = 1.0) -> None:
+    def __init__(
+        self, model: LanguageModel, device: torch.device, mean: float = 0.0, std: float = 1.0, digest: str = ""
+    ) -> None:
         if HEAD not in model.heads:
             raise UserError("this model has no head for rewards; allowed: one trained with objective RewardModel")
-        self.model, self.device, self.mean, self.std = model, device, mean, std
+        self.model, self.device, self.mean, self.std, self.digest = model, device, mean, std, digest
 
     @torch.no_grad()
     def scores(self, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -60,4 +63,4 @@ class RewardScorer:
     def normalised(self, rows: Sequence[Sequence[int]]) -> "RewardScorer":
         """The same model with mean 0 and standard deviation 1 over the given texts, written by the reference."""
         scores = RewardScorer(self.model, self.device).scores(rows)
-        return RewardScorer(self.model, self.device, scores.mean().item(), scores.std().item() or 1.0)
+        return RewardScorer(self.model, self.device, scores.mean().item(), scores.std().item() or 1.0, self.digest)

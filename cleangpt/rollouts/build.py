@@ -1,4 +1,4 @@
-"""What rollouts are put together from: checks of the configuration, the engine, the reward model."""
+"""What rollouts are put together from: checks of the configuration, and the engine."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -7,17 +7,12 @@ from typing import Any
 
 import torch
 
-from cleangpt.checkpoints.checkpoint import load_checkpoint
-from cleangpt.checkpoints.run_folder import find_checkpoint
 from cleangpt.config import DataConfig, LoRAConfig, ModelConfig, Schedule, TrainingConfig
-from cleangpt.data.tokenizers import Tokenizer, same_tokens
 from cleangpt.distributed.layout import Layout
 from cleangpt.environments.config import RolloutConfig
 from cleangpt.errors import UserError
 from cleangpt.inference.engine import Engine
-from cleangpt.inference.rewards import RewardScorer
 from cleangpt.models.base import LanguageModel
-from cleangpt.objectives.reward_model import HEAD
 from cleangpt.rollouts.episodes import Sampler
 from cleangpt.rollouts.scoring import check_rewards
 
@@ -67,23 +62,6 @@ def check_rollouts(
             f"rollouts.importance_cap is {config.importance_cap}; allowed with old_logprobs sampled: None, since there "
             "is no other probability to compare with"
         )
-
-
-def load_reward_model(name: str | None, tokenizer: Tokenizer, device: torch.device) -> RewardScorer | None:
-    """The reward model of a run or checkpoint, frozen.
-
-    Raises:
-        UserError: it has no reward head, or another tokenizer.
-    """
-    if name is None:
-        return None
-    checkpoint = load_checkpoint(find_checkpoint(name))
-    model = checkpoint.model(device)
-    if HEAD not in model.heads:
-        raise UserError(f"rollouts.reward_model is {name!r}, which has no head {HEAD!r}; allowed: a reward model")
-    if not same_tokens(checkpoint.tokenizer, tokenizer):
-        raise UserError(f"rollouts.reward_model is {name!r}, whose tokenizer is not the corpus's")
-    return RewardScorer(model.requires_grad_(False), device)
 
 
 @contextlib.contextmanager

@@ -34,6 +34,10 @@ class Collected:
     """Prompts drawn for it."""
     without_signal: float
     """The share of groups drawn in which all answers had the same reward."""
+    drawn_reward: float
+    """The mean reward of all answers drawn."""
+    best_reward: float
+    """The mean over all prompts drawn of the highest reward of an answer: for right or wrong answers, pass@n."""
     errors: int
     """Rewards that failed, over all devices."""
     examples: list[str]
@@ -68,25 +72,24 @@ class Collector:
 
     def collect(self, first: int) -> Collected:
         """A round of answers to the prompts from position `first` on."""
-        config, kept, spare, drawn = self.config, list[list[Answer]](), list[list[Answer]](), 0
-        groups: list[list[Answer]] = []
+        config, drawn = self.config, list[list[Answer]]()
+        kept, spare = list[list[Answer]](), list[list[Answer]]()
         self.scorer.errors.count = 0
         most = config.prompts * (config.max_draws if config.dynamic_sampling else 1)
-        while len(kept) < config.prompts and drawn < most:
+        while len(kept) < config.prompts and len(drawn) < most:
             # As many as will do at the share kept so far.
-            lacking = math.ceil((config.prompts - len(kept)) * drawn / max(len(kept), 1)) if drawn else config.prompts
-            count = min(lacking, config.prompts, most - drawn)
-            groups = self._draw(first + drawn, count)
-            drawn += count
+            lacking = (config.prompts - len(kept)) * len(drawn) / max(len(kept), 1) if drawn else config.prompts
+            groups = self._draw(first + len(drawn), min(math.ceil(lacking), config.prompts, most - len(drawn)))
+            drawn += groups
             for group in groups:
                 (kept if has_signal(group) else spare).append(group)
-        if config.dynamic_sampling:
-            groups = (kept + spare)[: config.prompts]
-        errors = self.ranks.sum(self.scorer.errors.count)[0]
-        answers = [answer for group in groups for answer in group]
+        groups = (kept + spare)[: config.prompts] if config.dynamic_sampling else drawn
+        totals = np.array([[sum(answer.total) for answer in group] for group in drawn])
         return Collected(
-            answers, drawn, len(spare) / drawn, int(errors), [self._text(group[0]) for group in groups[:EXAMPLES]]
-        )
+            [answer for group in groups for answer in group], len(drawn), len(spare) / len(drawn), float(totals.mean()),
+            float(totals.max(axis=1).mean()), int(self.ranks.sum(self.scorer.errors.count)[0]),
+            [self._text(group[0]) for group in groups[:EXAMPLES]],
+        )  # fmt: skip
 
     def _draw(self, first: int, count: int) -> list[list[Answer]]:
         """The groups of answers to `count` prompts, shared among the processes by chunks."""

@@ -8,7 +8,7 @@ from cleangpt.models.base import LanguageModel
 from cleangpt.models.lora import adapters_off, is_adapter
 
 
-class Reference:
+class ReferenceModel:
     """Calls the initial model: the policy with its adapters off, if it has any, else a frozen copy.
 
     The copy is taken at the first use, before the first update, and is in every snapshot from then on, so that it stays

@@ -1,12 +1,13 @@
 """Rewards of answers: the environment's, a reward model's and your own functions', weighted and added up."""
 
+import math
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 from cleangpt.data.tokenizers import Tokenizer
 from cleangpt.environments.base import Environment, Episode, Feedback
 from cleangpt.environments.config import RolloutConfig
-from cleangpt.environments.rewards import REWARDS, Errors
+from cleangpt.environments.rewards import REWARDS, Errors, RewardFunction
 from cleangpt.errors import UserError, nearest
 from cleangpt.inference.rewards import RewardScorer
 from cleangpt.rollouts.answers import Answer, from_episode
@@ -44,6 +45,8 @@ class Scorer:
     ) -> None:  # fmt: skip
         self.config, self.environment, self.tokenizer, self.reward_model = config, environment, tokenizer, reward_model
         self.errors = Errors(config.reward_timeout, log)
+        self.digest = "" if reward_model is None else reward_model.digest
+        """The reward model's checksum."""
 
     def respond(self, episode: Episode, action: list[int]) -> Feedback:
         """The environment's feedback; if it fails, the episode ends with the reward of an error."""
@@ -61,20 +64,17 @@ class Scorer:
                     answer.rewards[MODEL] = [score]
             elif reward.name != TASK:
                 for answer, episode in zip(answers, episodes, strict=True):
-                    answer.rewards[reward.name] = [self._call(reward.name, episode)]
+                    answer.rewards[reward.name] = self._call(reward.name, episode)
         for answer, episode in zip(answers, episodes, strict=True):
             self._total(answer, episode)
         return answers
 
-    def _call(self, name: str, episode: Episode) -> float:
-        """The reward of one of the user's functions."""
+    def _call(self, name: str, episode: Episode) -> list[float]:
+        """The rewards by one of the user's functions: of the whole answer, or of each action."""
         prompt = self.tokenizer.decode(episode.prompt.tokens)
         answer = self.tokenizer.decode(episode.tokens[len(episode.prompt.tokens) :])
-        score = self.errors.call(name, lambda *given: float(REWARDS[name](*given)), prompt, answer, episode)
-        finite = score is not None and abs(score) < float("inf")
-        if score is not None and not finite:
-            self.errors.call(name, _refuse, score)
-        return cast(float, score) if finite else self.config.error_reward
+        found = self.errors.call(name, _rewards, REWARDS[name], prompt, answer, episode)
+        return [self.config.error_reward] if found is None else cast(list[float], found)
 
     def _total(self, answer: Answer, episode: Episode) -> None:
         """Adds up the rewards by weight; truncated and overlong answers as configured."""
@@ -94,5 +94,16 @@ class Scorer:
         answer.masked = answer.truncated and config.truncated == "mask"
 
 
-def _refuse(score: float) -> None:
-    raise ValueError(f"returned {score}, which is not a finite number")
+def _rewards(function: RewardFunction, prompt: str, answer: str, episode: Episode) -> list[float]:
+    """The function's one number, or its list of one for each action.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    result: Any = function(prompt, answer, episode)
+    rewards = [float(reward) for reward in (result if isinstance(result, list | tuple) else [result])]
+    if isinstance(result, list | tuple) and len(rewards) != len(episode.actions):
+        raise ValueError(f"returned {len(rewards)} rewards for {len(episode.actions)} actions")
+    if not all(map(math.isfinite, rewards)):
+        raise ValueError(f"returned {result}, which is not a finite number")
+    return rewards

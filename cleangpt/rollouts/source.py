@@ -19,13 +19,14 @@ from cleangpt.data.batch import IGNORED, Batch
 from cleangpt.data.shuffle import mix, permute
 from cleangpt.distributed.processes import Ranks
 from cleangpt.environments.config import RolloutConfig
+from cleangpt.errors import UserError
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.head import TokenScores
 from cleangpt.objectives.policy import PolicyObjective, Round
 from cleangpt.objectives.ppo import PPO
 from cleangpt.rollouts.answers import as_columns
 from cleangpt.rollouts.collecting import Collected, Collector
-from cleangpt.rollouts.reference import Reference
+from cleangpt.rollouts.reference import ReferenceModel
 from cleangpt.tracking.metrics import metric_key
 
 
@@ -49,7 +50,7 @@ class RolloutSource:
 
     def __init__(
         self, config: RolloutConfig, objective: PolicyObjective, collector: Collector, policy: LanguageModel,
-        reference: Reference | None, sizes: Sizes, *, seed: int, ranks: Ranks, device: torch.device,
+        reference: ReferenceModel | None, sizes: Sizes, *, seed: int, ranks: Ranks, device: torch.device,
         autocast: AbstractContextManager[Any],
     ) -> None:  # fmt: skip
         self.config, self.objective, self.collector, self.policy = config, objective, collector, policy
@@ -188,10 +189,13 @@ class RolloutSource:
         """The metrics of a round; all are of the policy that sampled it."""
         answers, mask = collected.answers, rollouts.mask
         totals = np.array([sum(answer.total) for answer in answers])
+        lengths = np.array([answer.length for answer in answers])
+        better = totals > totals.mean()
         metrics = {
             "reward": totals.mean(),
             "reward_std": totals.std(),
-            "answer_length": np.mean([answer.length for answer in answers]),
+            "best_reward": collected.best_reward,
+            "answer_length": lengths.mean(),
             "truncated_share": np.mean([answer.truncated for answer in answers]),
             "groups_without_signal": collected.without_signal,
             "draws": collected.prompts / self.config.prompts,
@@ -199,6 +203,10 @@ class RolloutSource:
             # The mean of -log π over sampled tokens is an unbiased estimate of the entropy.
             "entropy": float(-(rollouts.logprobs * mask).sum() / mask.sum().clamp(min=1)),
         }
+        if self.config.dynamic_sampling:
+            metrics["drawn_reward"] = collected.drawn_reward
+        if better.any():
+            metrics |= {"length_of_better": lengths[better].mean(), "length_of_worse": lengths[~better].mean()}
         for name in answers[0].rewards:
             metrics[metric_key("reward", name)] = np.mean([sum(answer.rewards[name]) for answer in answers])
         if rollouts.reference is not None:
@@ -210,7 +218,10 @@ class RolloutSource:
     def metrics(self) -> dict[str, float]:
         """Means over the rounds of the macro-batch so far, and the learner's speed."""
         names = dict.fromkeys(name for metrics in self.rounds for name in metrics)
-        means = {f"train_{name}": float(np.mean([metrics.get(name, 0.0) for metrics in self.rounds])) for name in names}
+        means = {
+            f"train_{name}": float(np.mean([metrics[name] for metrics in self.rounds if name in metrics]))
+            for name in names
+        }
         tokens, seconds = self._learning
         speed = {"train_learned_tokens_per_second": tokens / seconds} if seconds else {}
         return {"train_prompts": float(self.prompts), **means, **speed}
@@ -231,6 +242,7 @@ class RolloutSource:
             "rounds": self.rounds,
             "rows": self.rows if within else {},
             "reference": self.reference.state_dict() if self.reference is not None else {},
+            "reward_model": self.collector.scorer.digest,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -238,7 +250,13 @@ class RolloutSource:
 
         Raises:
             ValueError: a number in it is not a position.
+            UserError: the reward model is another one.
         """
+        if state["reward_model"] != self.collector.scorer.digest:
+            raise UserError(
+                f"rollouts.reward_model is {self.config.reward_model!r}, which has other weights than when this run "
+                "began; name the run or checkpoint that it was"
+            )
         for name in ("samples", "prompts"):
             if type(state[name]) is not int or not 0 <= state[name] < 2**63:
                 raise ValueError(f"{name} is {state[name]!r}")

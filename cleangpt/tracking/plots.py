@@ -44,7 +44,10 @@ SPREAD = (0.1, 0.9)
 LOSSES = ("loss", "val_loss", "grad_norm")
 """Metrics whose axis does not start at zero, and is logarithmic if they fall or rise by more than `LOG_SPAN`."""
 LOG_SPAN = 100
-ROLLED_OUT = ("reward", "reward_std", "groups_without_signal", "kl", "entropy", "answer_length", "truncated_share")
+ROLLED_OUT = (
+    "reward", "reward_std", "groups_without_signal", "kl", "entropy", "answer_length", "length_of_better",
+    "length_of_worse", "truncated_share",
+)  # fmt: skip
 """Metrics of rollouts that are drawn, where there are any."""
 DISTANCE = "√KL from the initial model, √nats"
 NOISY = ("loss", "grad_norm", "tokens_per_second")
@@ -93,8 +96,8 @@ def rollout_plot(runs: Runs, path: Path) -> Path | None:
 
 
 def reward_plot(runs: Runs, path: Path) -> Path | None:
-    """Training reward and task scores over √KL from the initial model, as in Gao et al. 2022, "Scaling laws for reward
-    model overoptimization": whether what is learned is worth what it costs."""
+    """Rewards and task scores over √KL from the initial model, as in Gao et al. 2022, "Scaling laws for reward model
+    overoptimization": whether what is learned is worth what it costs. Of several rewards, each by its name."""
     measured = {
         run: [
             {**row, DISTANCE: math.sqrt(max(row["train_kl"], 0.0))} for row in rows if row.get("train_kl") is not None
@@ -102,7 +105,8 @@ def reward_plot(runs: Runs, path: Path) -> Path | None:
         for run, rows in runs.items()
     }
     measured = {run: rows for run, rows in measured.items() if rows}
-    names = ["train_reward", *(name for name in _names(measured) if metrics.scores([name]))]
+    named = [name for name in _names(runs) if name.startswith("train_reward/")]
+    names = ["train_reward", *named[len(named) == 1 :], *(name for name in _names(runs) if metrics.scores([name]))]
     return panels(dict.fromkeys(names, measured), DISTANCE, "Reward against KL", path) if measured else None
 
 
@@ -130,6 +134,8 @@ def panels(curves: Mapping[str, Runs], x: str, title: str, path: Path) -> Path |
             for index, (run, rows) in enumerate(runs.items()):
                 _line(axis, rows, x, name, index, label=run)
             _format_axis(axis, name)
+            if not metrics.metric(x).unit:  # no count, which may be in thousands
+                axis.xaxis.set_major_formatter("{x:.4g}")
         axes[0].set_title(title)
         axes[-1].set_xlabel(_axis_label(x))
         if len(next(iter(known.values()))) > 1:

@@ -6,6 +6,8 @@ shares of clipped tokens, are the objective's.
 
 ROLLOUTS: dict[str, tuple[str, str, str]] = {
     "reward": ("training reward", "", "mean reward of an answer; of one of several rewards: before its weight"),
+    "drawn_reward": ("reward of all draws", "", "the same with the answers that dynamic sampling leaves out"),
+    "best_reward": ("best reward of a prompt", "", "of its best answer, mean over prompts drawn; of 0 and 1: pass@n"),
     "reward_std": ("spread of rewards", "", "standard deviation of the rewards of a round"),
     "groups_without_signal": ("groups without signal", "share", "share of prompts drawn whose answers all score alike"),
     "draws": ("draws", "", "prompts drawn for a round, over the prompts in it"),
@@ -15,6 +17,8 @@ ROLLOUTS: dict[str, tuple[str, str, str]] = {
     "kl_coef": ("KL coefficient", "", "coefficient of the KL term in the reward"),
     "entropy": ("entropy", "nats", "mean over sampled tokens of -log π, an estimate of the policy's entropy"),
     "answer_length": ("answer length", "tokens", "the policy's own tokens in an answer, on average"),
+    "length_of_better": ("length of better answers", "tokens", "of answers with more than the round's mean reward"),
+    "length_of_worse": ("length of worse answers", "tokens", "of all others"),
     "truncated_share": ("truncated answers", "share", "share of answers that ran into the limit of tokens"),
     "reward_errors": ("failed rewards", "", "rewards that raised an exception or took too long, per round"),
     "explained_variance": ("explained variance", "", "1 - Var(returns - values) / Var(returns)"),

@@ -37,6 +37,7 @@ from cleangpt.distributed.parallelize import apply_activation_checkpointing, par
 from cleangpt.distributed.processes import Ranks
 from cleangpt.environments.base import Environment
 from cleangpt.errors import UserError
+from cleangpt.evaluation.rewards import open_reward_model
 from cleangpt.evaluation.tasks import mean_reward
 from cleangpt.evaluation.validate import loss_metrics, source_metrics
 from cleangpt.experiment import Experiment, samples_per_macro_batch
@@ -45,10 +46,10 @@ from cleangpt.models import build_model
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.flops import flops_per_token
 from cleangpt.objectives.policy import PolicyObjective
-from cleangpt.rollouts.build import load_reward_model, open_sampler
+from cleangpt.rollouts.build import open_sampler
 from cleangpt.rollouts.collecting import Collector
 from cleangpt.rollouts.episodes import Sampler
-from cleangpt.rollouts.reference import Reference
+from cleangpt.rollouts.reference import ReferenceModel
 from cleangpt.rollouts.scoring import Scorer
 from cleangpt.rollouts.source import RolloutSource, Sizes
 from cleangpt.tracking import NullTracker, Trackers, create_trackers
@@ -270,10 +271,8 @@ def open_rollouts(
     config, model, device, seed = experiment.rollouts, placed.model, placed.device, experiment.training.seed
     model.scored_vocab = dataset.vocab_size
     environment, limit = only_environment(experiment, dataset), experiment.data.seq_len + 1
-    scorer = Scorer(
-        config, environment, dataset.tokenizer, log if ranks.is_main else lambda text: None,
-        load_reward_model(config.reward_model, dataset.tokenizer, device),
-    )  # fmt: skip
+    judge = None if config.reward_model is None else open_reward_model(config.reward_model, dataset.tokenizer, device)
+    scorer = Scorer(config, environment, dataset.tokenizer, log if ranks.is_main else lambda text: None, judge)
     plain = partial(uncompiled, experiment.training.compile)
     opener: Callable[[], AbstractContextManager[Sampler]] = partial(
         open_sampler, config, model, device, dataset.vocab_size, experiment.parallel.reshard_after_forward, plain
@@ -299,8 +298,8 @@ def open_rollouts(
     )
     measured = config.measure_kl or objective.kl_coef > 0
     return RolloutSource(
-        config, objective, collector, model, Reference(model, build_reference) if measured else None, sizes, seed=seed,
-        ranks=ranks, device=device, autocast=placed.autocast,
+        config, objective, collector, model, ReferenceModel(model, build_reference) if measured else None, sizes,
+        seed=seed, ranks=ranks, device=device, autocast=placed.autocast,
     )  # fmt: skip
 
 

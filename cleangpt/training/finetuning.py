@@ -135,9 +135,12 @@ def layer_factors(model: LanguageModel, decay: float) -> dict[str, float]:
 
 
 # At the start ---------------------------------------------------------------------------------------------
-def check_parameters(tuning: FineTuningConfig, config: ModelConfig, optimizer: OptimizerConfig, layout: Layout) -> None:
+def check_parameters(
+    tuning: FineTuningConfig, config: ModelConfig, optimizer: OptimizerConfig, layout: Layout,
+    heads: Collection[str] = (),
+) -> None:  # fmt: skip
     """Checks that a model, whose vocabulary is known, has the parameters that fields speak of, before anything is
-    created: name patterns, layers, hidden matrices for Muon.
+    created: name patterns, layers, hidden matrices for Muon. The objective's scalar `heads` are among them.
 
     Raises:
         UserError: one line naming the field.
@@ -147,7 +150,7 @@ def check_parameters(tuning: FineTuningConfig, config: ModelConfig, optimizer: O
             f"fine_tuning.lora.rank is {tuning.lora.rank}; allowed with tensor parallelism: None; use strategy fsdp"
         )
     with on_meta():
-        model = build_model(config)
+        model = build_model(config, heads)
     freeze_and_add_lora(model, tuning)
     lr_factors(model, optimizer, tuning.layer_decay)
     if optimizer.muon.lr is not None and not hidden_matrices(model):

@@ -176,7 +176,9 @@ def check(
             _check_groups(experiment, layout, dataset.group)
         _check_columns(experiment, dataset.columns)
         _check_scoring(experiment, dataset)
-        check_parameters(experiment.fine_tuning, experiment.model, experiment.optimizer, layout)
+        check_parameters(
+            experiment.fine_tuning, experiment.model, experiment.optimizer, layout, experiment.objective.heads
+        )
 
 
 def _check_sizes(experiment: Experiment, layout: Layout) -> None:

@@ -39,12 +39,14 @@ LONG = (
 SHORT = shlex.split(
     "--training.macro-batches 1 --training.batches-per-macro-batch 2 --training.accumulation 1"
     " --training.micro-batch-size None --data.batch-size 4 --data.val-samples 4 --model.n-layers 1"
-    " --tracking.sample-tokens 2 --rollouts.prompts 4 --rollouts.completions 2"
+    " --tracking.sample-tokens 2 --rollouts.prompts 4 --rollouts.completions 2 --rollouts.passes 1"
 )
 SHORT_RESUMED = ["--training.macro-batches", "2"]
 SMALLER = {
     "adder": ["train-samples", "500", "val-samples", "50", "test-samples", "50"],
     "fables_dpo": ["train-pairs", "40", "val-pairs", "8"],
+    "fables_grpo": ["train-sentences", "64", "val-sentences", "16"],
+    "fables_ppo": ["train-sentences", "64", "val-sentences", "16"],
     "fables_reward": ["train-pairs", "40", "val-pairs", "8"],
     "fables_sft": ["train-sentences", "64", "val-sentences", "16"],
     "mixture_code_shakespeare": ["sources.1.corpus.file", "input.txt"],

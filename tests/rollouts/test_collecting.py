@@ -101,6 +101,18 @@ def test_dynamic_sampling_keeps_prompts_with_a_signal_in_order_and_counts_those_
     assert 0.2 < found.without_signal < 0.8
 
 
+def test_what_was_drawn_is_measured_over_all_answers_also_those_left_out() -> None:
+    chosen = collector(Even(), dynamic_sampling=True, max_draws=6).collect(0)
+    drawn = collector(Even(), prompts=chosen.prompts).collect(0)
+    totals = [
+        [sum(answer.total) for answer in drawn.answers[start : start + 6]] for start in range(0, 6 * drawn.prompts, 6)
+    ]
+    assert chosen.drawn_reward == drawn.drawn_reward == pytest.approx(sum(map(sum, totals)) / (6 * drawn.prompts))
+    assert chosen.best_reward == drawn.best_reward == pytest.approx(sum(map(max, totals)) / drawn.prompts)
+    kept = [sum(answer.total) for answer in chosen.answers]
+    assert sum(kept) / len(kept) > chosen.drawn_reward
+
+
 def test_dynamic_sampling_gives_up_and_fills_the_round_with_what_there_is() -> None:
     class Never(Letters):
         def step(self, episode: Episode, action: list[int]) -> Feedback:

@@ -11,6 +11,8 @@ from cleangpt.environments.base import Environment, Episode, Feedback, Prompt
 from cleangpt.environments.config import Reward, RolloutConfig
 from cleangpt.environments.rewards import REWARDS
 from cleangpt.errors import UserError
+from cleangpt.objectives.policy import Round
+from cleangpt.objectives.ppo import PPO
 from cleangpt.rollouts.answers import as_columns
 from cleangpt.rollouts.scoring import Scorer, check_rewards
 
@@ -49,9 +51,24 @@ def text(prompt: str, answer: str, episode: Episode) -> Any:
     return "good"
 
 
+def each_action(prompt: str, answer: str, episode: Episode) -> list[float]:
+    return [len(action) for action in episode.actions]
+
+
+def one_too_many(prompt: str, answer: str, episode: Episode) -> list[float]:
+    return [0.0] * (len(episode.actions) + 1)
+
+
+def infinite_once(prompt: str, answer: str, episode: Episode) -> list[float]:
+    return [float("nan")] * len(episode.actions)
+
+
+OWN = (length, broken, slow, infinite, text, each_action, one_too_many, infinite_once)
+
+
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
-    own = {"length": length, "broken": broken, "slow": slow, "infinite": infinite, "text": text}
+    own = {function.__name__: function for function in OWN}
     REWARDS.update(own)
     yield
     for name in own:
@@ -86,6 +103,8 @@ def test_rewards_are_added_up_by_weight() -> None:
         ("slow", "slow: TimeoutError: took longer than 0.05 s"),
         ("infinite", "infinite: ValueError: returned inf, which is not a finite number"),
         ("text", "text: ValueError: could not convert string to float: 'good'"),
+        ("one_too_many", "one_too_many: ValueError: returned 2 rewards for 1 actions"),
+        ("infinite_once", "infinite_once: ValueError: returned [nan], which is not a finite number"),
     ],
 )
 def test_a_reward_that_fails_scores_as_an_error_and_is_counted_and_named_once(name: str, named: str) -> None:
@@ -153,6 +172,23 @@ def test_what_the_environment_says_between_turns_is_read_but_not_learned() -> No
     assert columns["mask"].tolist() == [[False, True, False, False, True, True]]
     assert columns["logprobs"][0].tolist() == [0, -0.1, 0, 0, -0.2, -0.3]
     assert columns["rewards"][0].tolist() == [0, 0.25, 0, 0, 0, 1.0]
+
+
+def test_a_reward_of_each_action_is_credited_to_it_and_one_of_the_answer_to_the_last() -> None:
+    """Two actions, of 1 and 2 tokens; PPO's advantages see when each reward came."""
+    turns = Episode(
+        "train", 0, Prompt([1, 2], 3), [[3], [4, 5]], [Feedback(0.0, done=False, tokens=[8, 9]), Feedback(0.0)],
+        [[-0.1], [-0.2, -0.3]],
+    )  # fmt: skip
+    (answer,) = scorer(rewards=rewards(("each_action", 10.0), ("length", 1.0))).score([turns], 0)
+    assert answer.rewards["each_action"] == [1.0, 2.0]
+    assert answer.total == [10.0, 20.0 + answer.rewards["length"][0]]
+    (answer,) = scorer(rewards=rewards(("each_action", 1.0))).score([turns], 0)
+    columns = as_columns([answer])
+    assert columns["rewards"][0].tolist() == [0, 1, 0, 0, 0, 2]
+    rollouts = Round(columns["mask"], columns["rewards"], columns["logprobs"], 1, values=0 * columns["logprobs"])
+    assert PPO(lam=1.0, whiten=False).estimate(rollouts)["advantages"].tolist() == [[0, 3, 0, 0, 2, 2]]
+    assert rollouts.returns.tolist() == [3.0]
 
 
 @pytest.mark.parametrize(

@@ -43,22 +43,33 @@ def base(tiny: Build, trainer: Open) -> str:
     return "base"
 
 
-@pytest.mark.parametrize("adapted", [False, True], ids=["copy", "adapters off"])
+@pytest.fixture
+def adapted_base(policy: Build, trainer: Open, base: str) -> str:
+    """A policy to start from whose adapters have learned."""
+    trainer(policy(run_dir="adapted", init_from=base, fine_tuning__lora=LoRAConfig(rank=2), optimizer__lr=1e-2)).train()
+    return "adapted"
+
+
+@pytest.mark.parametrize(
+    ("start", "adapted"), [("base", False), ("base", True), ("adapted_base", True), ("adapted_base", False)]
+)
 def test_the_reference_is_the_model_at_the_start_bit_for_bit(
-    policy: Build, trainer: Open, base: str, adapted: bool
+    policy: Build, trainer: Open, start: str, adapted: bool, request: pytest.FixtureRequest
 ) -> None:
+    """A copy, or the model with its adapters off; also where it starts from adapters that had learned before."""
+    base = request.getfixturevalue(start)
     fields: dict[str, Any] = {"fine_tuning__lora": LoRAConfig(rank=2)} if adapted else {}
     opened = trainer(policy(run_dir="run", init_from=base, objective=GRPO(kl_coef=0.1), **fields))
-    start = logits_of(opened.model)
+    before = logits_of(opened.model)
     opened.train()
     source = opened.source
     assert isinstance(source, RolloutSource) and source.reference is not None
-    assert not torch.equal(logits_of(opened.model), start)
-    assert torch.equal(source.reference.call(logits_of), start)
+    assert not torch.equal(logits_of(opened.model), before)
+    assert torch.equal(source.reference.call(logits_of), before)
     assert (source.reference.copy is None) == adapted, "no second copy beside adapters"
     resumed = trainer(policy(run_dir="run", init_from=base, objective=GRPO(kl_coef=0.1), **fields)).source
     assert isinstance(resumed, RolloutSource) and resumed.reference is not None
-    assert torch.equal(resumed.reference.call(logits_of), start)
+    assert torch.equal(resumed.reference.call(logits_of), before)
 
 
 def test_the_divergence_is_0_at_the_start_and_grows(policy: Build, trainer: Open) -> None:
@@ -79,6 +90,11 @@ def test_a_run_records_what_its_rounds_were(policy: Build, trainer: Open) -> Non
         assert row["train_reward"] == row["train_reward/low"] == pytest.approx(np.mean(totals))
         assert row["train_reward_std"] == pytest.approx(np.std(totals))
         assert row["train_answer_length"] == np.mean([answer.length for answer in collected.answers])
+        lengths = {True: [], False: []}  # type: dict[bool, list[int]]
+        for answer, total in zip(collected.answers, totals, strict=True):
+            lengths[total > np.mean(totals)].append(answer.length)
+        assert row["train_length_of_better"] == np.mean(lengths[True])
+        assert row["train_length_of_worse"] == np.mean(lengths[False])
         everything = [logprob for answer in collected.answers for logprob in answer.logprobs]
         assert row["train_entropy"] == pytest.approx(-np.mean(everything))
         assert {"train_value_loss", "train_explained_variance", "train_kl_coef", "train_truncated_share"} <= row.keys()

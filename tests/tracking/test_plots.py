@@ -170,6 +170,19 @@ def test_metrics_of_the_objective_have_a_panel_each(tmp_path, drawn):
     assert [axis.lines[0].get_ydata()[0] for axis in drawn[0].axes] == [0.75, 0.5]
 
 
+def test_rewards_stand_over_the_root_of_the_divergence_each_by_its_name_where_there_are_several(tmp_path, drawn):
+    one = rows(2, train_kl=4.0, train_reward=1.0, exact_match=0.5, **{"train_reward/task": 1.0})
+    both = [{**row, "train_reward/model": 2.0} for row in one]
+    assert plots.reward_plot({"plain": rows()}, tmp_path / "reward.png") is None
+    plots.reward_plot({"one": one}, tmp_path / "reward.png")
+    plots.reward_plot({"both": both}, tmp_path / "reward.png")
+    assert [axis.get_ylabel() for axis in drawn[0].axes] == ["training reward", "exact match"]
+    assert [axis.get_ylabel() for axis in drawn[1].axes] == [
+        "training reward", "training reward, task", "training reward, model", "exact match",
+    ]  # fmt: skip
+    assert all(axis.lines[0].get_xdata()[0] == 2.0 for axis in drawn[1].axes)
+
+
 def test_planned_schedules_are_drawn_as_given(tmp_path, drawn):
     curves = {"lr": ([0, 50, 100], [0.0, 1e-3, 1e-4]), "weight_decay": ([0, 100], [0.1, 0.1])}
     path = plots.schedule_preview(curves, tmp_path / "preview.png")

@@ -359,6 +359,17 @@ def test_muon_without_any_matrix_in_layers_is_refused(monkeypatch: pytest.Monkey
         check_parameters(FineTuningConfig(), EmptyConfig(vocab_size=8, max_seq_len=8), optimizer, Layout())
 
 
+@pytest.mark.parametrize(
+    ("tuning", "factors"), [(FineTuningConfig(), (("heads.*", 10.0),)), (freeze("heads.value.*"), ())]
+)
+def test_fields_may_name_the_heads_of_an_objective(tuning: FineTuningConfig, factors: tuple[Any, ...]) -> None:
+    """Which the model alone does not have."""
+    optimizer = OptimizerConfig(lr=1e-3, lr_factors=factors)
+    check_parameters(tuning, GPT_SMALL, optimizer, Layout(), {"value"})
+    with pytest.raises(UserError, match=r"'heads\..*' matches no parameter"):
+        check_parameters(tuning, GPT_SMALL, optimizer, Layout())
+
+
 @dataclass(frozen=True, kw_only=True)
 class EmptyConfig(ModelConfig):
     """Of a model without layers."""
