@@ -64,6 +64,8 @@ def evaluate(
     context = autocast(device, compute_dtype(device, experiment.training.precision))
     size = data.val_batch_size or experiment.training.micro_batch_size or data.batch_size
     samples, results = split_samples(dataset, split, data.seq_len), {}
+    if not experiment.objective.per_token:
+        model.scored_vocab = dataset.vocab_size
     for source, part in samples.items():
         batches = validation_batches(part, min(size, part.num_validation))
         results[source] = validate(model, experiment.objective, batches, device, context)
@@ -86,7 +88,7 @@ def _scores(
 ) -> dict[str, float | None]:
     """The mean reward over all tasks of a split, of each source's environment."""
     return {
-        metric_key(environment.metric, source): mean_reward(model, environment, split, None, device)
+        metric_key(environment.metric, source): mean_reward(model, environment, split, None, device, dataset.vocab_size)
         for source, environment in environments(experiment.corpus, dataset).items()
     }
 

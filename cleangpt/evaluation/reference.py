@@ -74,7 +74,8 @@ def add_reference(dataset: MixedDataset, reference: Reference | None, run: Path 
                 )
             if checkpoint is None:
                 checkpoint = open_checkpoint(reference.source)
-                digest = hashlib.sha256(f"{checkpoint.digest()} {reference.precision}".encode()).hexdigest()
+                tokens = checkpoint.tokenizer.vocab_size  # over which probabilities are normalised
+                digest = hashlib.sha256(f"{checkpoint.digest()} {reference.precision} {tokens}".encode()).hexdigest()
             found = part.folder.with_name(f"{part.folder.name}.reference-{digest[:8]}")
             if folder not in (None, found):
                 raise UserError(
@@ -171,6 +172,7 @@ def _values(split: Split, checkpoint: Checkpoint, reference: Reference) -> Itera
     """The log-probability of each token given those before it in its row, 0 where it does not count."""
     assert split.row_length is not None
     model, device = checkpoint.model(reference.device), reference.device
+    model.scored_vocab = checkpoint.tokenizer.vocab_size
     samples, rows = Samples(split, split.row_length - 1), max(1, TOKENS // split.row_length)
     for first in range(0, split.documents, rows):
         numbers = np.arange(first, min(first + rows, split.documents))

@@ -15,8 +15,9 @@ MAX_BATCH = 1024
 
 
 def mean_reward(
-    model: LanguageModel, environment: Environment, split: str, limit: int | None, device: torch.device
-) -> float:
+    model: LanguageModel, environment: Environment, split: str, limit: int | None, device: torch.device,
+    vocab_size: int | None = None,
+) -> float:  # fmt: skip
     """The mean over tasks of an episode's total reward, with greedy decoding.
 
     Args:
@@ -25,8 +26,9 @@ def mean_reward(
         split: of the environment.
         limit: number of tasks to try, always the same ones, spread over the split; None: all.
         device: of the model.
+        vocab_size: of the tokenizer; higher token ids pad the embedding. None: there are none.
     """
-    episodes = play_tasks(Engine(model, device, max_batch=MAX_BATCH), environment, split, limit)
+    episodes = play_tasks(Engine(model, device, vocab_size=vocab_size, max_batch=MAX_BATCH), environment, split, limit)
     return sum(episode.total_reward for episode in episodes) / len(episodes)
 
 

@@ -1,13 +1,16 @@
 """The tokens of a batch and their KV cache: the state that `Engine` and speculative decoding build on."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cleangpt.errors import UserError
-from cleangpt.inference.sampling import NOT_FINITE
+from cleangpt.inference.ragged import Ragged
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.cache import KVCache
 
@@ -43,58 +46,63 @@ class DecodingState:
         max_new_tokens: int | None = None,
     ) -> None:
         self.model, self.device = model, device
-        self.rows = [list(row) for row in rows]
+        self.tokens = Ragged(rows, np.int64)
         self.rollback_tokens, self.max_new_tokens = rollback_tokens, max_new_tokens
         self._cached, self._decoder = cached and model.can_cache, model if compiled is None else compiled
         self._cache: KVCache | None = None
 
-    def append(self, tokens: Sequence[int]) -> None:
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row may have before it must be prefilled again."""
+        return self.model.max_seq_len if self._cache is None else self._cache.max_len
+
+    def append(self, tokens: Sequence[int] | NDArray[np.int64]) -> None:
         """Adds one token to each row."""
-        for row, token in zip(self.rows, tokens, strict=True):
-            row.append(token)
+        self.tokens.append(tokens)
 
     def rollback(self, count: int) -> None:
         """Removes the last `count` tokens of each row."""
         if self._cache is not None and (cached := count - self._unread(self._cache)) > 0:
             self._cache.rewind([length - cached for length in self._cache.lengths.tolist()])
-        for row in self.rows:
-            del row[len(row) - count :]
+        self.tokens.drop(count)
 
     def logits(self, last: int = 1) -> Tensor:
         """The logits after each of the `last` tokens of each row `(batch, last, vocab)`, float32."""
-        if self._cache is None or max(map(len, self.rows)) > self.model.max_seq_len:
+        if self._cache is None or self.tokens.longest > self.model.max_seq_len:
             return self._prefill(last).float()
         return self._decode(self._cache, last).float()
 
     def seen_tokens(self, vocab_size: int, skip_last: int = 0) -> Tensor:
         """Which tokens occur in each row `(batch, vocab_size)`, bool, not counting the last `skip_last`."""
-        seen = torch.zeros(len(self.rows), vocab_size, dtype=torch.bool)
-        for row, tokens in zip(seen, self.rows, strict=True):
+        seen = torch.zeros(len(self.tokens.lengths), vocab_size, dtype=torch.bool)
+        for place, row in enumerate(seen):
+            tokens = self.tokens.row(place)
             row[tokens[: len(tokens) - skip_last]] = True
         return seen.to(self.device)
 
     def select(self, rows: Sequence[int]) -> None:
         """Keeps these rows, in this order; a row named twice is copied."""
-        if list(rows) != list(range(len(self.rows))):
-            self.rows = [list(self.rows[row]) for row in rows]
+        if list(rows) != list(range(len(self.tokens.lengths))):
+            self.tokens.select(rows)
             if self._cache is not None:
                 self._cache.select(rows)
 
     def join(self, other: "DecodingState") -> None:
         """Appends the rows of another state of the same model; call `logits` of both first."""
-        self.rows += other.rows
+        self.tokens.join(other.tokens)
         if self._cache is not None and other._cache is not None:
             self._cache.join(other._cache)
 
     def _prefill(self, last: int) -> Tensor:
         """Prefills a new cache with all rows."""
         limit = self.model.max_seq_len
-        self.rows = [row[-max(last, limit // 2) :] if len(row) > limit else row for row in self.rows]
-        lengths = [len(row) for row in self.rows]
-        longest = max(lengths)
+        if self.tokens.longest > limit:
+            rows = map(self.tokens.row, range(len(self.tokens.lengths)))
+            self.tokens = Ragged([row[-max(last, limit // 2) :] if len(row) > limit else row for row in rows], np.int64)
+        lengths, longest = self.tokens.lengths.tolist(), self.tokens.longest
         # Padding comes after a row, so none of its tokens attends to it.
-        tokens = torch.tensor([row + [0] * (longest - len(row)) for row in self.rows], device=self.device)
-        positions = torch.tensor([range(length - last, length) for length in lengths], device=self.device)
+        tokens = self._on_device(self.tokens.padded())
+        positions = self._on_device(self.tokens.lengths[:, None] + np.arange(-last, 0))
         rollback_tokens = self.rollback_tokens + longest - min(lengths)
         self._cache = cache = self.model.new_cache(rollback_tokens) if self._cached else None
         if cache is not None and self.max_new_tokens is not None:
@@ -108,14 +116,18 @@ class DecodingState:
     def _decode(self, cache: KVCache, last: int) -> Tensor:
         """Reads the tokens that are not in the cache yet."""
         unread = self._unread(cache)
-        tokens = torch.tensor([row[-unread:] for row in self.rows], device=self.device)
-        positions = torch.arange(unread - last, unread, device=self.device).expand(len(tokens), -1)
-        logits: Tensor = self._decoder(tokens, cache=cache, logit_positions=positions if last < unread else None)
+        tokens, positions = self._on_device(self.tokens.last(unread)), None
+        if last < unread:
+            positions = torch.arange(unread - last, unread, device=self.device).expand(len(tokens), -1)
+        logits: Tensor = self._decoder(tokens, cache=cache, logit_positions=positions)
         return logits
 
     def _unread(self, cache: KVCache) -> int:
         """Number of tokens at the end of each row that are not in the cache yet."""
-        return max(map(len, self.rows)) - cache.end
+        return self.tokens.longest - cache.end
+
+    def _on_device(self, numbers: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(numbers).to(self.device)
 
 
 def check_prompt(model: LanguageModel, tokens: Sequence[int]) -> None:
@@ -125,9 +137,3 @@ def check_prompt(model: LanguageModel, tokens: Sequence[int]) -> None:
     vocab_size = model.config.vocab_size or 0
     if (largest := max(tokens)) >= vocab_size:
         raise UserError(f"the prompt has the token {largest}; allowed: 0 to {vocab_size - 1}, the model's vocabulary")
-
-
-def check_finite(logprobs: Iterable[float]) -> None:
-    """Raises UserError if the logits were not finite, so that no token can be sampled."""
-    if any(map(math.isnan, logprobs)):
-        raise UserError(NOT_FINITE)

@@ -2,16 +2,28 @@
 
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, cast
+from contextlib import contextmanager
+from typing import NamedTuple, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cleangpt.data.batch import IGNORED
 from cleangpt.errors import UserError
-from cleangpt.inference.decoding import DecodingState, check_finite, check_prompt
-from cleangpt.inference.sampling import GREEDY, Sampling, distribution, penalize, row_seed, sample, uniform
+from cleangpt.inference.decoding import DecodingState, check_prompt
+from cleangpt.inference.requests import FinishReason, Request, Rows
+from cleangpt.inference.sampling import (
+    GREEDY,
+    Sampling,
+    check_finite,
+    distribution,
+    penalize,
+    row_seed,
+    sample,
+    uniform,
+)
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.head import TokenScores
 
@@ -20,17 +32,14 @@ SCORED_TOKENS = 4096
 ENDED_SHARE = 4
 """Ended rows stay in the batch until they are 1 / ENDED_SHARE of it, since removing rows copies the whole cache."""
 
-FinishReason = Literal["stop", "length"]
-"""Why a request ended: a stop token, or `max_new_tokens`."""
-
 
 class Token(NamedTuple):
     """A generated token."""
 
     id: int
     logprob: float
-    """Log-probability in nats under the model's distribution, before temperature, top-k and the like; with
-    `sampled_logprobs` under the distribution that the token was sampled from."""
+    """Log-probability in nats under the model's distribution over the tokenizer's tokens, before temperature, top-k and
+    the like; with `sampled_logprobs` under the distribution that the token was sampled from."""
 
 
 class Output(NamedTuple):
@@ -55,41 +64,6 @@ class Completion(NamedTuple):
         return list(map(Token, self.ids, self.logprobs))
 
 
-@dataclass
-class _Request:
-    """A prompt in the batch, how to continue it, and what has been generated."""
-
-    id: int
-    max_new_tokens: int
-    sampling: Sampling
-    seed: int
-    stop_ids: frozenset[int]
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    cancelled: bool = False
-
-    @property
-    def ended(self) -> bool:
-        """Whether no more tokens follow."""
-        return self.finish_reason is not None or self.cancelled
-
-    @property
-    def remaining(self) -> int:
-        """The most tokens that may follow."""
-        return self.max_new_tokens - len(self.ids)
-
-    def receive(self, token: int, logprob: float) -> None:
-        """Records a new token."""
-        ids = self.ids
-        ids.append(token)
-        self.logprobs.append(logprob)
-        if token in self.stop_ids:
-            self.finish_reason = "stop"
-        elif len(ids) == self.max_new_tokens:
-            self.finish_reason = "length"
-
-
 class Engine:
     """Generates tokens for many prompts at once.
 
@@ -99,7 +73,7 @@ class Engine:
     Args:
         model: in evaluation mode, on `device`.
         device: of the model.
-        vocab_size: of the tokenizer; higher token ids pad the embedding and are never sampled.
+        vocab_size: of the tokenizer; higher token ids pad the embedding and have no probability. None: there are none.
         eos_ids: tokens that end every request.
         cached: whether to use a KV cache, if the model has one.
         compiled: whether to compile the decoding of new tokens, if there is a cache.
@@ -124,15 +98,14 @@ class Engine:
         self.eos_ids, self.cached, self.max_batch = frozenset(eos_ids), cached, max_batch
         self.sampled_logprobs = sampled_logprobs
         self._compiled = cast(LanguageModel, torch.compile(model)) if compiled else None
-        self._waiting: deque[tuple[_Request, Sequence[int]]] = deque()
-        self._running: list[_Request] = []
-        self._state: DecodingState | None = None
+        self._waiting: deque[Request] = deque()
+        self._rows: Rows | None = None
         self._submitted = 0
 
     @property
     def unfinished(self) -> bool:
         """Whether any request has not ended."""
-        return bool(self._waiting) or any(not request.ended for request in self._running)
+        return bool(self._waiting) or (self._rows is not None and bool(self._rows.running.any()))
 
     def submit(
         self,
@@ -163,17 +136,18 @@ class Engine:
                 "are given for a temperature alone"
             )
         seed = row_seed(sampling.seed if seed is None else seed)
-        request = _Request(self._submitted, max_new_tokens, sampling, seed, self.eos_ids.union(stop_ids))
+        stops = self.eos_ids.union(stop_ids) if stop_ids else self.eos_ids
         if max_new_tokens > 0:
-            self._waiting.append((request, prompt))
+            self._waiting.append(Request(self._submitted, prompt, max_new_tokens, sampling, seed, stops))
         self._submitted += 1
-        return request.id
+        return self._submitted - 1
 
     def cancel(self, request_id: int) -> None:
         """Ends a request early."""
-        self._waiting = deque(entry for entry in self._waiting if entry[0].id != request_id)
-        for request in self._running:
-            request.cancelled = request.cancelled or request.id == request_id
+        self._waiting = deque(request for request in self._waiting if request.id != request_id)
+        for place, request in enumerate(self._rows.requests if self._rows is not None else ()):
+            if self._rows is not None and request.id == request_id:
+                self._rows.cancel(place)
 
     def step(self) -> dict[int, Output]:
         """Generates the next token of every request in the batch; returns outputs by request id.
@@ -181,10 +155,13 @@ class Engine:
         Raises:
             UserError: the model's logits are not finite.
         """
-        return {
-            request.id: Output(Token(request.ids[-1], request.logprobs[-1]), request.finish_reason)
-            for request in self._advance()
-        }
+        rows = self._advance()
+        return {} if rows is None else {
+            rows.requests[place].id: Output(
+                Token(rows.state.tokens.row(place, 1)[0], rows.logprobs.row(place, 1)[0]), rows.reason(place)
+            )
+            for place in rows.advanced
+        }  # fmt: skip
 
     def steps(self) -> Iterator[dict[int, Output]]:
         """Steps until every request has ended."""
@@ -198,9 +175,11 @@ class Engine:
             UserError: the model's logits are not finite.
         """
         while self.unfinished:
-            for request in self._advance():
-                if request.finish_reason is not None:
-                    yield request.id, Completion(request.ids, request.logprobs, request.finish_reason)
+            rows = self._advance()
+            for place in rows.advanced if rows is not None else ():
+                if rows is not None and (reason := rows.reason(place)) is not None:
+                    request = rows.take_back(place)
+                    yield request.id, Completion(request.ids, request.logprobs, reason)
 
     def generate(
         self,
@@ -259,105 +238,106 @@ class Engine:
             for place, row in enumerate(batch):
                 length = len(rows[row]) - 1
                 tokens[place, :length], targets[place, :length] = torch.tensor([rows[row][:-1], rows[row][1:]])
-            scores = cast(TokenScores, self.model(tokens.to(self.device), targets=targets.to(self.device)))
+            with scored_over(self.model, self.vocab_size):
+                scores = cast(TokenScores, self.model(tokens.to(self.device), targets=targets.to(self.device)))
             for row, logprobs in zip(batch, scores.logprobs.cpu(), strict=True):
                 found[row] = logprobs[: len(rows[row]) - 1]
         return found
 
     @torch.no_grad()
-    def _advance(self) -> list[_Request]:
-        """Generates the next token of every request in the batch; returns the requests, the ended ones for once."""
+    def _advance(self) -> Rows | None:
+        """Generates the next token of every request in the batch; returns the batch, or None if it is empty."""
         self._leave()
-        logits = self._next_logits()
-        if logits is None:
-            return []
-        sampled, logprobs = self._sample(logits)
+        logits, rows = self._next_logits(), self._rows
+        if logits is None or rows is None:
+            return None
+        tokens, logprobs = self._sample(rows, logits)
         check_finite(logprobs)
-        assert self._state is not None
-        self._state.append(sampled)
-        advanced = []
-        for request, token, logprob in zip(self._running, sampled, logprobs, strict=True):
-            if request.finish_reason is None and not request.cancelled:
-                request.receive(token, logprob)
-                advanced.append(request)
-        return advanced
+        rows.append(tokens.cpu().numpy(), logprobs.cpu().numpy())
+        return rows
 
     def _leave(self) -> None:
-        """Removes ended requests from the batch, once they are many or others wait for their places.
+        """Removes ended requests from the batch, once they are many, too long, or others wait for their places.
 
         A request that has reached the model's context length waits again, to continue from its last half.
         """
-        if self._state is None:
+        if (rows := self._rows) is None:
             return
-        limit, running = self.model.max_seq_len, self._running
-        staying = [row for row, one in enumerate(running) if one.finish_reason is None and not one.cancelled]
-        ended, longest = len(running) - len(staying), max(map(len, self._state.rows))
-        if longest <= limit and not (ended and self._waiting) and ended < max(1, len(running) // ENDED_SHARE):
+        running, tokens = rows.running, rows.state.tokens
+        ended = len(running) - np.count_nonzero(running)
+        many = ended >= max(1, len(running) // ENDED_SHARE) or (ended and self._waiting)
+        if not many and tokens.longest <= rows.state.capacity:
             return
-        for row in staying:
-            if len(self._state.rows[row]) > limit:
-                self._waiting.appendleft((running[row], self._state.rows[row]))
-        staying = [row for row in staying if len(self._state.rows[row]) <= limit]
-        self._running = [running[row] for row in staying]
-        if staying:
-            self._state.select(staying)
+        too_long = running & (tokens.lengths > self.model.max_seq_len)
+        for place in np.flatnonzero(too_long).tolist():
+            request = rows.take_back(place)
+            request.prompt = tokens.row(place)
+            self._waiting.appendleft(request)
+        staying = np.flatnonzero(running & ~too_long)
+        if len(staying):
+            rows.select(staying)
         else:
-            self._state = None
+            self._rows = None
 
     def _next_logits(self) -> Tensor | None:
         """The logits of the next token of every row `(rows, vocab)`, after waiting requests have joined.
 
         None if there are no rows.
         """
-        logits = [] if self._state is None else [self._state.logits()[:, 0]]
-        count = min(len(self._waiting), self.max_batch - len(self._running))
-        if joining := [self._waiting.popleft() for _ in range(count)]:
-            prompts = [tuple(prompt) for _, prompt in joining]
+        logits = [] if self._rows is None else [self._rows.state.logits()[:, 0]]
+        free = self.max_batch - (0 if self._rows is None else len(self._rows.requests))
+        if joining := [self._waiting.popleft() for _ in range(min(len(self._waiting), free))]:
+            prompts = [tuple(request.prompt) for request in joining]
             distinct = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
             state = DecodingState(
                 self.model, list(distinct), self.device, cached=self.cached, compiled=self._compiled,
-                max_new_tokens=max(request.remaining for request, _ in joining),
+                max_new_tokens=max(request.remaining for request in joining),
             )  # fmt: skip
             # Several samples of one prompt share its prefill.
             copies = [distinct[prompt] for prompt in prompts]
             logits.append(state.logits()[copies, 0])
             state.select(copies)
-            if self._state is None:
-                self._state = state
+            rows = Rows(joining, state)
+            if self._rows is None:
+                self._rows = rows
             else:
-                self._state.join(state)
-            self._running += [request for request, _ in joining]
+                self._rows.join(rows)
         return torch.cat(logits) if len(logits) > 1 else logits[0] if logits else None
 
-    def _sample(self, logits: Tensor) -> tuple[list[int], list[float]]:
-        """The next token of every row and its log-probability, from logits `(rows, vocab)`; rows with the same
-        settings are sampled together."""
-        first = self._running[0].sampling
-        if all(request.sampling is first for request in self._running):
-            tokens, scores = self._sample_group(logits, first, list(range(len(logits))))
-            return tokens.tolist(), scores.tolist()
-        groups: dict[Sampling, list[int]] = {}
-        for row, request in enumerate(self._running):
-            groups.setdefault(request.sampling, []).append(row)
-        sampled = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    def _sample(self, rows: Rows, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The next token of every row and its log-probability, `(rows,)` each, from logits `(rows, vocab)`."""
+        if len(rows.groups) == 1:
+            return self._sample_group(rows, logits, *rows.groups[0])
+        tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
         logprobs = torch.empty(len(logits), device=logits.device)
-        for sampling, rows in groups.items():
-            sampled[rows], logprobs[rows] = self._sample_group(logits[rows], sampling, rows)
-        return sampled.tolist(), logprobs.tolist()
+        for sampling, places in rows.groups:
+            index = torch.from_numpy(places).to(logits.device)
+            tokens[index], logprobs[index] = self._sample_group(rows, logits[index], sampling, places)
+        return tokens, logprobs
 
-    def _sample_group(self, logits: Tensor, sampling: Sampling, rows: list[int]) -> tuple[Tensor, Tensor]:
-        """As `_sample`, for `rows` with the same settings; `logits` are theirs alone."""
-        assert self._state is not None
+    def _sample_group(
+        self, rows: Rows, logits: Tensor, sampling: Sampling, places: NDArray[np.int64]
+    ) -> tuple[Tensor, Tensor]:
+        """As `_sample`, for the rows at `places`, which have the same settings; `logits` are theirs alone."""
         allowed = logits[:, : self.vocab_size]
         penalised = sampling.repetition_penalty != 1
-        seen = self._state.seen_tokens(allowed.shape[-1])[rows] if penalised else None
+        seen = rows.state.seen_tokens(allowed.shape[-1])[places] if penalised else None
         if sampling.greedy:
             tokens = penalize(allowed, sampling.repetition_penalty, seen).argmax(dim=-1)
         else:
-            running = [self._running[row] for row in rows]
-            draws = uniform([request.seed for request in running], [len(request.ids) for request in running])
+            facts = rows.facts[places]
             probabilities = distribution(allowed, sampling, seen)
-            tokens = sample(probabilities, draws)
+            tokens = sample(probabilities, uniform(facts["seed"], facts["tokens"]))
             if self.sampled_logprobs:
                 return tokens, probabilities.gather(1, tokens[:, None])[:, 0].log()
-        return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
+        return tokens, allowed.gather(1, tokens[:, None])[:, 0] - allowed.logsumexp(dim=-1)
+
+
+@contextmanager
+def scored_over(model: LanguageModel, vocab_size: int | None) -> Iterator[None]:
+    """Scores of targets are over so many token ids, None: over all, for as long as it lasts."""
+    before, model.scored_vocab = model.scored_vocab, vocab_size
+    try:
+        yield
+    finally:
+        model.scored_vocab = before

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cleangpt.data.shuffle import mix, splitmix
@@ -66,8 +67,8 @@ def distribution(logits: Tensor, sampling: Sampling, seen: Tensor | None = None)
     logits = penalize(logits.float(), sampling.repetition_penalty, seen)
     if sampling.greedy:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
-    # Differences to the largest one, which stay finite at small temperatures.
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / min(sampling.temperature, LARGEST)
+    if sampling.temperature != 1:  # differences to the largest one, which stay finite at small temperatures
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / min(sampling.temperature, LARGEST)
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         least = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -111,7 +112,7 @@ def row_seed(seed: int) -> int:
     return mix(seed)
 
 
-def uniform(seeds: Sequence[int], indices: Sequence[int]) -> Tensor:
+def uniform(seeds: Sequence[int] | NDArray[np.uint64], indices: Sequence[int] | NDArray[np.int64]) -> Tensor:
     """A random number in [0, 1) for each row `(batch,)`, float64 on the host: a function of its seed and index alone.
 
     A counter-based generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") needs no state, and
@@ -142,3 +143,9 @@ def sample(probabilities: Tensor, draws: Tensor) -> Tensor:
     threshold = draws.to(cumulative.device)[:, None] * cumulative[:, -1:]
     # right=True: a token of probability 0 is never sampled.
     return torch.searchsorted(cumulative, threshold, right=True)[:, 0].to(probabilities.device)
+
+
+def check_finite(logprobs: Tensor) -> None:
+    """Raises UserError if the logits were not finite, so that no token can be sampled."""
+    if bool(logprobs.isnan().any()):
+        raise UserError(NOT_FINITE)

@@ -7,9 +7,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from cleangpt.inference.decoding import DecodingState, check_finite, check_prompt
+from cleangpt.inference.decoding import DecodingState, check_prompt
 from cleangpt.inference.engine import Token
-from cleangpt.inference.sampling import GREEDY, Sampling, distribution, row_seed, sample, uniform
+from cleangpt.inference.sampling import GREEDY, Sampling, check_finite, distribution, row_seed, sample, uniform
 from cleangpt.models.base import LanguageModel
 
 
@@ -59,7 +59,7 @@ def speculate(
     draws, remaining = _draws(sampling.seed), max_new_tokens
     while remaining > 0:
         # Accepted tokens may exceed the context length, but not proposed ones, which may be rolled back.
-        count = min(draft_tokens, remaining - 1, model.max_seq_len - len(large.rows[0]))
+        count = min(draft_tokens, remaining - 1, model.max_seq_len - large.tokens.longest)
         proposals = [_propose(small, draws, sampling, vocab_size) for _ in range(count)]
         tokens = _verify(large, proposals, draws, sampling, vocab_size)
         small.rollback(max(0, len(proposals) - len(tokens) + 1))
@@ -96,9 +96,8 @@ def _verify(
     """Appends the proposals before the first rejected one, and one more token; returns them."""
     for proposal, _ in proposals:
         state.append([proposal])
-    logits = state.logits(len(proposals) + 1)[0]
+    logits = state.logits(len(proposals) + 1)[0, :, :vocab_size]
     logprobs = logits.log_softmax(dim=-1)
-    logits = logits[:, :vocab_size]
     for place, (proposal, draft) in enumerate([*proposals, (-1, torch.zeros_like(logits[0]))]):
         left = len(proposals) - place
         target = _distribution(state, logits[place : place + 1], sampling, skip_last=left)[0]
@@ -108,10 +107,10 @@ def _verify(
             state.rollback(left)
             state.append([int(sample((residual if residual.any() else target)[None], next(draws)))])
             break
-    accepted = state.rows[0][len(state.rows[0]) - place - 1 :]
-    tokens = [Token(token, float(logprobs[number, token])) for number, token in enumerate(accepted)]
-    check_finite(token.logprob for token in tokens)
-    return tokens
+    accepted = state.tokens.row(0, place + 1)
+    chosen = logprobs[range(len(accepted)), accepted]
+    check_finite(chosen)
+    return list(map(Token, accepted, chosen.tolist()))
 
 
 def _distribution(state: DecodingState, logits: Tensor, sampling: Sampling, skip_last: int = 0) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cleangpt.config import ModelConfig
 from cleangpt.models.cache import KVCache
 from cleangpt.models.head import TokenScores, gather_positions, token_scores
+from cleangpt.models.prompts import scores_after_prompts
 
 
 class LanguageModel(nn.Module):
@@ -32,6 +33,8 @@ class LanguageModel(nn.Module):
     """Divides the logits that scores of targets are computed from, as in sampling at this temperature."""
     scored_vocab: int | None = None
     """Token ids that scores are over, those of the tokenizer; None: all, with those that pad the embedding."""
+    shares_prompts: bool = False
+    """Whether scores of targets read a prompt once for all rows that begin with it; see `prompts.py`."""
     gather_logits: Callable[[Tensor], Tensor] | None = None
     """Gathers logits that are sharded over the vocabulary; set by tensor parallelism."""
     can_cache: bool = True
@@ -46,15 +49,12 @@ class LanguageModel(nn.Module):
     # What a subclass defines ------------------------------------------------------------------------------------------
 
     def features(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Hidden states after the last layer and its norm.
+        """Hidden states `(batch, seq, dim)` after the last layer and its norm.
 
         Args:
             tokens: ids `(batch, seq)`, int64.
             args: none; here so that a subclass may choose its keywords.
             kwargs: `cache`, where `new_cache` returns one, and the tensors named in `inputs`.
-
-        Returns:
-            `(batch, seq, dim)`.
         """
         raise NotImplementedError
 
@@ -142,6 +142,8 @@ class LanguageModel(nn.Module):
             ValueError: a name in `scores` is unknown.
         """
         inputs: dict[str, Any] = modalities if cache is None else {**modalities, "cache": cache}
+        if not inputs and (shared := scores_after_prompts(self, tokens, targets, scores, summed)) is not None:
+            return shared
         features = self.features(tokens, **inputs)
         if logit_positions is not None and self.gather_logits is not None:
             # Under tensor parallelism features are sharded along the sequence; only logits are gathered.

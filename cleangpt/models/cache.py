@@ -42,11 +42,12 @@ class BlockCache:
         if not self.owner.wraps(self.window):
             keys, values = self._write(key, value)
             return keys, values, mask
-        # Writing into the ring may overwrite what the first of the new tokens still attend to.
+        # Writing into the ring may overwrite what the first of the new tokens still attend to; the last are not kept.
         before = slice(min(self.owner.end - key.shape[2], self.slots))
         keys = torch.cat([self.keys[:, :, before], key], dim=2)
         values = torch.cat([self.values[:, :, before], value], dim=2)
-        self._write(key[:, :, -self.slots :], value[:, :, -self.slots :])
+        if not self.owner.final:
+            self._write(key[:, :, -self.slots :], value[:, :, -self.slots :])
         return keys, values, mask
 
     def resize(self, slots: int) -> None:
@@ -67,9 +68,9 @@ class BlockCache:
             self.keys[:, :, first : first + count] = key
             self.values[:, :, first : first + count] = value
         else:
-            slots = owner.positions[:, -count:].remainder(self.slots)[:, None, :, None].expand_as(key)
-            self.keys.scatter_(2, slots, key)
-            self.values.scatter_(2, slots, value)
+            places = owner.rows, slice(None), owner.positions[:, -count:].remainder(self.slots)
+            self.keys[places] = key.transpose(1, 2)
+            self.values[places] = value.transpose(1, 2)
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
@@ -95,6 +96,10 @@ class KVCache:
         """Whether all rows have the same length."""
         self.positions = torch.empty(0, dtype=torch.int64)
         """Positions of the tokens being read `(batch, seq)`."""
+        self.final = False
+        """Whether the tokens read next are the last, which are not kept; see `finish`."""
+        self.rows = torch.empty(0, 1, dtype=torch.int64)
+        """The numbers of the rows `(batch, 1)`."""
         self.separators: Tensor | None = None
         """Separators before each position `(batch, max_len + 1)`, where attention ends with documents."""
         self.ids = torch.empty(0, dtype=torch.int64)
@@ -108,8 +113,9 @@ class KVCache:
         return self.max_len if window is None else min(self.max_len, window + self.rollback_tokens)
 
     def wraps(self, window: int | None) -> bool:
-        """Whether several tokens are being read that do not fit into the ring together with all they attend to."""
-        return self.positions.shape[1] > 1 and self.slots(window) < self.end
+        """Whether several tokens are being read that do not fit into the ring together with all they attend to, or that
+        are not kept."""
+        return self.final or (self.positions.shape[1] > 1 and self.slots(window) < self.end)
 
     def begin(self, tokens: Tensor, separator: int | None = None) -> Tensor:
         """Makes room for `tokens` `(batch, seq)`, which the model is about to read, and returns their positions.
@@ -132,6 +138,8 @@ class KVCache:
         start, steps = self.end, torch.arange(seq, device=tokens.device)
         rows = steps[None] + start if self.even else self.lengths[:, None] + steps
         self.positions = rows.expand(batch, seq)
+        if len(self.rows) != batch:
+            self.rows = torch.arange(batch, device=tokens.device)[:, None]
         self.lengths = self.lengths + seq
         self.end = start + seq
         if separator is not None:
@@ -165,15 +173,24 @@ class KVCache:
         self.max_len, self.rollback_tokens = max_len, rollback_tokens
         for block in self.blocks:
             block.resize(self.slots(block.window))
+        self._pad()
+
+    def finish(self, count: int) -> None:
+        """Makes room for the last `count` tokens of each row, whose keys and values are not kept."""
+        self.final, self.max_len = True, self.max_len + count
+        self._pad()
+
+    def _pad(self) -> None:
+        """Adapts to another `max_len` what is kept of every position."""
         if self.separators is not None:
-            self.separators = F.pad(self.separators, (0, max_len + 1 - self.separators.shape[1]))
+            self.separators = F.pad(self.separators, (0, self.max_len + 1 - self.separators.shape[1]))
         if len(self.ids):
-            self.ids = F.pad(self.ids, (0, max_len - self.ids.shape[1]))
+            self.ids = F.pad(self.ids, (0, self.max_len - self.ids.shape[1]))
 
     def select(self, rows: Sequence[int]) -> None:
         """Keeps these rows of the batch, in this order; a row named twice is copied."""
         index = torch.tensor(rows, device=self.lengths.device)
-        self._update(lambda tensor: tensor[index])
+        self._update(lambda tensor: _rows(tensor, index))
 
     def join(self, other: "KVCache") -> None:
         """Appends the rows of another cache of the same model, which must not be used afterwards."""
@@ -213,6 +230,8 @@ class KVCache:
         limited = window is not None and self.end > window and (seq > 1 or slots > window)
         if self.even and self.separators is None and not limited and (seq == 1 or start == 0):
             return None
+        if seq == 1 and window is None and self.separators is None:
+            return (torch.arange(self.end, device=self.lengths.device) < self.lengths[:, None])[:, None, None]
         if self.wraps(window):
             before = self.positions_in_slots(slots, min(start, slots), self.lengths - seq)
             keys = torch.cat([before, self.positions], dim=1)
@@ -235,3 +254,10 @@ class KVCache:
         """
         last = lengths[:, None] - 1
         return last - (last - torch.arange(used, device=lengths.device)).remainder(slots)
+
+
+def _rows(tensor: Tensor, index: Tensor) -> Tensor:
+    """Rows of a tensor. An embedding's backward pass adds up the gradients of a row named often in less time."""
+    if not tensor.requires_grad:
+        return tensor.index_select(0, index)
+    return F.embedding(index, tensor.flatten(1)).view(len(index), *tensor.shape[1:])

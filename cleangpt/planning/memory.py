@@ -41,6 +41,8 @@ class Memory:
     """Saved by the rest of the model, copies of the logits in the loss, and gradients of activations."""
     allocator: float
     """Reserved, but not in use."""
+    reference: float = 0.0
+    """Weights of a policy's frozen reference model, in fp32."""
 
     @property
     def total(self) -> float:
@@ -66,8 +68,9 @@ def kinds_of_blocks(workload: Workload, recompute_every: int | None, selective: 
 
 
 def device_memory(
-    workload: Workload, blocks: Blocks, layout: Layout, step: StepConfig, weight_bytes: int, trained: float = 1.0
-) -> Memory:
+    workload: Workload, blocks: Blocks, layout: Layout, step: StepConfig, weight_bytes: int, trained: float = 1.0,
+    referenced: bool = False,
+) -> Memory:  # fmt: skip
     """Memory at the peak, on the device that needs the most.
 
     Args:
@@ -77,6 +80,7 @@ def device_memory(
         step: how the step is computed.
         weight_bytes: per gathered weight: 2 in 16 bit, else 4.
         trained: fraction of the parameters that train, and so have gradients and moments.
+        referenced: whether there is a frozen copy of the model.
     """
     state = static_bytes(workload.parameters, layout) / 4
     accumulates = layout.shards > 1 and step.micro_batches > 1
@@ -89,8 +93,9 @@ def device_memory(
     logits = max([logits, *(whole - _saved_activations(passes, workload, layout.tensor) for passes in recomputed)])
     gathered = _gathered(workload, layout, weight_bytes, step.reshard_after_forward) if layout.shards > 1 else 0.0
     gradients, moments = trained * (state + unsharded), trained * 2 * state
-    used = state + gradients + moments + gathered + activations + logits
-    return Memory(state, gradients, moments, gathered, activations, logits, (ALLOCATOR_FACTOR - 1) * used)
+    reference = referenced * state
+    used = reference + state + gradients + moments + gathered + activations + logits
+    return Memory(state, gradients, moments, gathered, activations, logits, (ALLOCATOR_FACTOR - 1) * used, reference)
 
 
 def _saved_activations(passes: Passes, workload: Workload, tensor: int) -> float:

@@ -21,7 +21,10 @@ from cleangpt.models import build_model
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.flops import flops_per_token
 from cleangpt.models.meta import on_meta
+from cleangpt.objectives.pairs import REFERENCE
+from cleangpt.objectives.policy import PolicyObjective
 from cleangpt.planning.memory import Memory, StepConfig, device_memory, kinds_of_blocks
+from cleangpt.planning.rollouts import reads_reference, round_seconds
 from cleangpt.planning.timing import Machine, StepTime, sent_bytes, step_time
 from cleangpt.planning.workload import Workload, measure
 from cleangpt.training.finetuning import freeze_and_add_lora
@@ -87,6 +90,8 @@ class Plan:
     """Strategies that cannot run, and why."""
     advice: list[str]
     """A line for each number of devices on which nothing fits."""
+    notes: list[str]
+    """What is left out of the time of a step, or assumed of it."""
 
     def fitting(self) -> list[Estimate]:
         """The estimates that fit, sorted by cost and then by hours."""
@@ -159,8 +164,9 @@ def make_plan(
     parameters = sum(parameter.numel() for parameter in planner.model.parameters())
     precision = planner.machine.precision
     return Plan(
-        experiment.name, parameters, planner.flops, planner.tokens, device, precision, estimates, refused, advice
-    )
+        experiment.name, parameters, planner.flops, planner.tokens, device, precision, estimates, refused, advice,
+        _notes(experiment),
+    )  # fmt: skip
 
 
 def _check(experiment: Experiment, counts: Sequence[int], per_node: int, tokens: int | None) -> None:
@@ -178,6 +184,13 @@ class _Planner:
     def __init__(self, experiment: Experiment, device: Device, per_node: int, tokens: int | None) -> None:
         training = experiment.training
         self.experiment = experiment
+        policy = experiment.objective if isinstance(experiment.objective, PolicyObjective) else None
+        self.policy = policy
+        self.referenced = (
+            policy is not None
+            and reads_reference(experiment.rollouts, policy)
+            and experiment.fine_tuning.lora.rank is None
+        )
         precision = device.precision(training.precision)
         device.flops(precision)
         self.machine = Machine(device, precision, training.compile != "off", per_node)
@@ -221,19 +234,25 @@ class _Planner:
         """Why a layout cannot run, or an empty string."""
         if layout.tensor > 1 and (rank := self.experiment.fine_tuning.lora.rank) is not None:
             return f"matrices cannot be sharded with fine_tuning.lora.rank {rank}"
-        batch = self.experiment.data.batch_size
+        batch, group = self.experiment.data.batch_size, self.group
+        rows = f", each with groups of {group}" if group > 1 else ""
         return (
-            f"data.batch_size {batch} is not a multiple of its {layout.dp_size} data-parallel ranks"
-            if batch % layout.dp_size
+            f"data.batch_size {batch} is not a multiple of its {layout.dp_size} data-parallel ranks{rows}"
+            if batch % (layout.dp_size * group)
             else ""
         )
 
+    @property
+    def group(self) -> int:
+        """Rows that stay together in a micro-batch."""
+        return max(len(self.experiment.objective.group), 1)
+
     def micro_batch(self, layout: Layout, training: TrainingConfig) -> int:
         """The largest divisor of a device's share of a batch that is at most `training.micro_batch_size`."""
-        share = self.experiment.data.batch_size // layout.dp_size
-        most = min(training.micro_batch_size or share, share)
+        share = self.experiment.data.batch_size // layout.dp_size // self.group
+        most = max(1, min((training.micro_batch_size or share * self.group) // self.group, share))
         small = [size for size in range(1, min(most, math.isqrt(share)) + 1) if share % size == 0]
-        return max([*small, *(share // size for size in small if share // size <= most)])
+        return self.group * max([*small, *(share // size for size in small if share // size <= most)])
 
     def workload(self, micro_batch: int, layout: Layout) -> Workload:
         """The workload of a micro-batch; FSDP gathers weights in the compute dtype, otherwise autocast copies them."""
@@ -255,8 +274,17 @@ class _Planner:
         work = self.workload(micro_batch, layout)
         blocks = kinds_of_blocks(work, training.recompute_every, training.recompute == "selective")
         step = StepConfig(in_step // layout.dp_size // micro_batch, parallel.reshard_after_forward)
-        memory = device_memory(work, blocks, layout, step, self.machine.weight_bytes, self.trained)
+        memory = device_memory(work, blocks, layout, step, self.machine.weight_bytes, self.trained, self.referenced)
         time = step_time(work, blocks, layout, step, self.machine)
+        if self.policy is not None:
+            rollouts = self.experiment.rollouts
+            sampling, looking_back = (
+                seconds * in_step / rollouts.samples
+                for seconds in round_seconds(
+                    rollouts, self.policy, micro_batch, data.seq_len, work, blocks, layout, self.machine
+                )
+            )
+            time = replace(time, sampling=sampling, looking_back=looking_back)
         speed = in_step * data.seq_len / time.total
         hours = self.tokens / speed / 3600
         return Estimate(
@@ -291,6 +319,16 @@ class _Planner:
             return f"{count} devices: nothing fits, not even micro-batches of 1 with recomputation of every block"
         best, option = min(fitting, key=lambda entry: entry[0].hours)
         return f"{count} devices: {best.strategy} fits with {best.options}{option}"
+
+
+def _notes(experiment: Experiment) -> list[str]:
+    if REFERENCE in experiment.objective.reads and not experiment.objective.on_policy:
+        return ["before the first step: a forward pass of the reference over the dataset, once for all runs"]
+    if experiment.objective.on_policy:
+        return [
+            f"rollouts: every answer is taken to have {experiment.data.seq_len} tokens, data.seq_len; rewards are free"
+        ]
+    return []
 
 
 def trained_share(model: LanguageModel, tuning: FineTuningConfig) -> float:

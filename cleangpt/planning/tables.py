@@ -24,7 +24,7 @@ def show(plan: Plan) -> None:
     console.print(_estimates(plan.estimates if single else [plan.best(count) for count in counts]))
     if single:
         console.print(_breakdown(plan.best(counts[0])))
-    for line in [*plan.refused, *plan.advice]:
+    for line in [*plan.notes, *plan.refused, *plan.advice]:
         console.print(line, highlight=False, soft_wrap=True)
     if fitting := plan.fitting():
         best = fitting[0]
@@ -58,13 +58,16 @@ def _breakdown(entry: Estimate) -> Table:
     table.add_column("GiB", justify="right")
     table.add_column("  step")
     table.add_column("", justify="right")
+    rollouts = (("sampling", time.sampling), ("passes without gradient", time.looking_back))
     step = [
         ("arithmetic", f"{time.compute:.3g} s"),
         ("exposed communication", f"{time.exposed:.3g} s"),
         ("optimizer", f"{time.optimizer:.3g} s"),
+        *((name, f"{seconds:.3g} s") for name, seconds in rollouts if seconds),
         ("sent", f"{entry.sent_bytes / GIB:,.3g} GiB"),
     ]
-    for index, (name, size) in enumerate(vars(memory).items()):
+    sizes = [(name, size) for name, size in vars(memory).items() if size or name != "reference"]
+    for index, (name, size) in enumerate(sizes):
         what, value = step[index] if index < len(step) else ("", "")
         table.add_row(name, _digits(size / GIB, 2), f"  {what}", value)
     return table

@@ -24,11 +24,15 @@ class StepTime:
     """Communication that no computation hides."""
     optimizer: float
     """The optimizer's update."""
+    sampling: float = 0.0
+    """A policy's answers."""
+    looking_back: float = 0.0
+    """Passes over these answers without gradient."""
 
     @property
     def total(self) -> float:
         """The sum."""
-        return self.compute + self.exposed + self.optimizer
+        return self.compute + self.exposed + self.optimizer + self.sampling + self.looking_back
 
 
 @dataclass(frozen=True)

@@ -132,13 +132,13 @@ def measure(
         gathered: whether weights are gathered in `dtype`, as by FSDP; else autocast copies them, as under DDP.
 
     Raises:
-        UserError: the model has no blocks, model or objective reads more than tokens, or shapes depend on values.
+        UserError: the model has no blocks or reads more than tokens, or shapes depend on values.
     """
     name, blocks = type(model).__name__, model.layers()
     if not len(blocks):
         raise UserError(f"{name} cannot be planned: its `layers` are empty")
-    if reads := sorted(model.inputs | objective.reads):
-        raise UserError(f"{name} with {type(objective).__name__} cannot be planned: they read {', '.join(reads)}")
+    if reads := sorted(model.inputs):
+        raise UserError(f"{name} cannot be planned: it reads {', '.join(reads)}")
     all_blocks = list(blocks)
     in_blocks = sum(parameter.numel() for parameter in blocks.parameters())
     in_rest = sum(parameter.numel() for parameter in model.parameters()) - in_blocks
@@ -205,11 +205,18 @@ def _trace(
             # RMSNorm of bf16 features with fp32 gains has no fused kernel on a CPU, which is not what is planned for.
             warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32 and not gathered):
-                loss = objective(cast(LanguageModel, fake_model), Batch({"tokens": tokens}, tokens)).total
+                loss = objective(cast(LanguageModel, fake_model), fake_batch(objective, tokens)).total
             forward, saved_activations = counter.take(), counter.allocated
             loss.backward()  # type: ignore[no-untyped-call]
             backward = counter.take()
     return _Trace(forward, backward, saved_activations, counter.peak, sizes)
+
+
+def fake_batch(objective: Objective, tokens: Tensor) -> Batch:
+    """A batch in which every token is a target, with what the objective reads besides tokens."""
+    per_row = {name: tokens.new_ones(len(tokens), dtype=torch.float32) for name in (*objective.step_means, "fresh")}
+    extras = {name: torch.ones_like(tokens, dtype=torch.float32) for name in objective.reads}
+    return Batch({"tokens": tokens}, tokens, extras | per_row, max(len(objective.group), 1))
 
 
 class _FakeModel(nn.Module):

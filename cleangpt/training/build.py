@@ -220,7 +220,7 @@ def place_model(experiment: Experiment, ranks: Ranks, log: Callable[[str], None]
         gather_dtype=dtype if gathered else None, reshard_after_forward=parallel.reshard_after_forward,
         timeout=ranks.timeout,
     )  # fmt: skip
-    set_scoring(model, experiment)
+    set_scoring(model, experiment, layout)
     called = cast(LanguageModel, torch.compile(model)) if compiled == "model" else model
     forward_model = wrap_ddp(called, layout, device)
     scale_init(model, mup_scales(experiment.model, experiment.optimizer))
@@ -239,17 +239,26 @@ def _prepare(model: LanguageModel, training: TrainingConfig, tuning: FineTuningC
         compile_blocks(model)
 
 
-def set_scoring(model: LanguageModel, experiment: Experiment) -> None:
-    """Tells a model how its scores of targets are computed: in chunks, and for a policy as it is sampled."""
-    model.loss_chunk = experiment.training.loss_chunk
-    if experiment.objective.on_policy:
+def set_scoring(model: LanguageModel, experiment: Experiment, layout: Layout) -> None:
+    """Tells a model how its scores of targets are computed: in chunks, as sampled, with prompts of answers shared."""
+    training, objective = experiment.training, experiment.objective
+    model.loss_chunk = training.loss_chunk
+    if objective.on_policy:
         model.temperature = experiment.rollouts.temperature
+    # A compiled model wants one shape; recomputation and FSDP, blocks that are called once. Dropout is drawn per row.
+    plain = training.compile == "off" and training.recompute_every is None and not layout.sharded
+    dropout = getattr(experiment.model, "dropout", 0.0) or experiment.fine_tuning.lora.dropout
+    answers = objective.on_policy or not objective.per_token
+    model.shares_prompts = answers and plain and not dropout and next(model.parameters()).device.type == "cpu"
 
 
 def open_source(
     experiment: Experiment, dataset: MixedDataset, placed: PlacedModel, ranks: Ranks, log: Callable[[str], None]
 ) -> BatchSource:
     """The training batches of this process: of the corpus, or the policy's own."""
+    # Answers are scored over the tokens that may be sampled, without those that pad the embedding.
+    if experiment.objective.on_policy or not experiment.objective.per_token:
+        placed.model.scored_vocab = dataset.vocab_size
     if isinstance(experiment.objective, PolicyObjective):
         return open_rollouts(experiment, experiment.objective, dataset, placed, ranks, log)
     layout = placed.layout
@@ -269,7 +278,6 @@ def open_rollouts(
         UserError: there is no such environment, a prompt is too long, or the reward model cannot be loaded.
     """
     config, model, device, seed = experiment.rollouts, placed.model, placed.device, experiment.training.seed
-    model.scored_vocab = dataset.vocab_size
     environment, limit = only_environment(experiment, dataset), experiment.data.seq_len + 1
     judge = None if config.reward_model is None else open_reward_model(config.reward_model, dataset.tokenizer, device)
     scorer = Scorer(config, environment, dataset.tokenizer, log if ranks.is_main else lambda text: None, judge)
@@ -287,7 +295,7 @@ def open_rollouts(
                 lambda: build_model(experiment.model, objective.heads), placed.layout, device,
                 reshard_after_forward=experiment.parallel.reshard_after_forward, timeout=ranks.timeout,
             )  # fmt: skip
-        set_scoring(copy, experiment)
+        set_scoring(copy, experiment, placed.layout)
         copy.scored_vocab = dataset.vocab_size
         return copy.eval().requires_grad_(False)
 
@@ -369,7 +377,7 @@ def build_recorder(
         with uncompiled(experiment.training.compile):
             return {
                 metric_key(environment.metric, name): mean_reward(
-                    model, environment, "val", tracking.score_samples, device
+                    model, environment, "val", tracking.score_samples, device, dataset.vocab_size
                 )
                 for name, environment in found.items()
             }

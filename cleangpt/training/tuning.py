@@ -2,7 +2,9 @@
 
 Each rate gets its own run, with the same initial weights and the same samples in the same order. Its score is the mean
 training loss over its last quarter, on samples that most short runs see for the first time; the validation split is
-never used. The rates form a grid, which the search descends.
+never used. Where `saving.best` names another metric, as for every policy, whose loss says nothing about its rewards,
+that one is the score, of training in place of validation if it is a loss or the like. The rates form a grid, which the
+search descends.
 """
 
 import math
@@ -68,6 +70,11 @@ def short_run(experiment: Experiment, steps: int, width: int | None) -> Experime
         experiment = replace(experiment, model=model, optimizer=optimizer)
     training = experiment.training
     batches = max(1, round(training.accumulation * peak(experiment.schedule.batch_size)))
+    if experiment.objective.on_policy:  # whole rounds
+        batches = math.lcm(batches, max(1, experiment.rollouts.samples // experiment.data.batch_size))
+        steps = math.ceil(steps * training.accumulation / batches)
+    direction, metric = experiment.saving.best.split()
+    best = experiment.saving.best if metric == "val_loss" else f"{direction} {_of_training(metric)}"
     # Loss scaling for fp16 skips steps by design; anywhere else a single one means that the run has diverged.
     skipped = training.max_skipped_steps if training.precision == "fp16" else 1
     return replace(
@@ -78,10 +85,24 @@ def short_run(experiment: Experiment, steps: int, width: int | None) -> Experime
             max_skipped_steps=skipped,
         ),
         early_stopping=EarlyStoppingConfig(),
-        saving=SavingConfig(keep_snapshots=1),
-        tracking=TrackingConfig(progress=False, sample_tokens=0, score_samples=0),
+        saving=SavingConfig(keep_snapshots=1, best=best),
+        tracking=TrackingConfig(
+            progress=False, sample_tokens=0,
+            score_samples=0 if "val_" in metric or "train_" in metric else experiment.tracking.score_samples,
+        ),
         run_dir=None,
     )  # fmt: skip
+
+
+def _of_training(metric: str) -> str:
+    """The metric of training that has the name of one of validation; any other as it is."""
+    return f"train_{metric.removeprefix('val_')}" if metric.startswith("val_") else metric
+
+
+def score_of(experiment: Experiment) -> tuple[str, int]:
+    """The metric by which the rates of a short run are compared, and 1 if it should be low, -1 if high."""
+    direction, metric = experiment.saving.best.split()
+    return _of_training(metric), 1 if direction == "lowest" else -1
 
 
 def with_lr(experiment: Experiment, lr: float) -> Experiment:
@@ -111,8 +132,9 @@ class Tuning:
         self.experiment, self.folder, self.dataset, self.ranks, self.log = experiment, folder, dataset, ranks, log
         self.data = {source.name: source.dataset.fingerprint()["sha256"] for source in dataset.sources}
         """Checksums of what the rates are tried on, by source."""
+        self.metric, self.sign = score_of(experiment)
         self.losses: dict[float, float] = {}
-        """Loss by rate; infinite if the run diverged."""
+        """Loss by rate, or another metric, negative where it should be high; infinite if the run diverged."""
         found = ranks.is_main and (folder / RESULT).is_file()
         kept = ranks.broadcast(read_json(folder / RESULT) if found else None)
         if kept is not None:
@@ -120,7 +142,8 @@ class Tuning:
                 raise UserError(f"{folder} holds the rates of another experiment: {changed}; give another --out")
             if kept.get("data", self.data) != self.data:
                 raise UserError(f"{folder} holds rates that were tried on other data; give another --out")
-            self.losses = {row["lr"]: math.inf if row["loss"] is None else row["loss"] for row in kept["rates"]}
+            name = score_name(self.metric)
+            self.losses = {row["lr"]: math.inf if row[name] is None else self.sign * row[name] for row in kept["rates"]}
 
     def grid(self, factor: float) -> dict[float, float]:
         """Searches over the experiment's rate times powers of `factor`; returns losses by rate, lowest rate first."""
@@ -147,7 +170,7 @@ class Tuning:
             if self.ranks.is_main:
                 write_json(self.folder / RESULT, self.to_json())
                 shutil.rmtree(run / "snapshots", ignore_errors=True)
-        self.log(f"lr {lr:<10g} {format_loss(self.losses[lr])}")
+        self.log(f"lr {lr:<10g} {format_score(self.experiment, self.losses[lr])}")
         return self.losses[lr]
 
     def _train(self, lr: float, run: Path) -> float:
@@ -160,18 +183,28 @@ class Tuning:
                     raise RunInterruptedError
         except DivergedError:
             return math.inf
-        loss: float = read_metrics(run)[-1]["train_loss"]
-        return loss
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+        return self.sign * float(read_metrics(run)[-1][self.metric])
 
     def to_json(self) -> dict[str, Any]:
         """The content of tune.json; an infinite loss is null."""
-        rates = [{"lr": lr, "loss": loss if math.isfinite(loss) else None} for lr, loss in sorted(self.losses.items())]
+        name = score_name(self.metric)
+        rates = [
+            {"lr": lr, name: self.sign * loss if math.isfinite(loss) else None}
+            for lr, loss in sorted(self.losses.items())
+        ]
         return {"experiment": experiment_json(self.experiment), "data": self.data, "rates": rates}
 
 
-def format_loss(loss: float) -> str:
-    """A loss for display."""
-    return f"loss {show_number(loss, 4)}" if math.isfinite(loss) else "diverged"
+def score_name(metric: str) -> str:
+    """The name of a metric in tune.json and on the screen."""
+    return "loss" if metric == "train_loss" else metric
+
+
+def format_score(experiment: Experiment, loss: float) -> str:
+    """A value of `Tuning.losses` for display."""
+    metric, sign = score_of(experiment)
+    return f"{score_name(metric)} {show_number(sign * loss, 4)}" if math.isfinite(loss) else "diverged"
 
 
 def _short(rate: float) -> float:
@@ -188,7 +221,8 @@ def advice(experiment: Experiment, losses: Mapping[float, float]) -> list[str]:
     best = min(losses, key=lambda lr: (losses[lr], lr))
     if not math.isfinite(losses[best]):
         raise RunFailedError(f"every rate diverged, from {min(losses):g} to {max(losses):g}; try lower --rates")
-    lines = [f"{lr:<10g} {format_loss(losses[lr])}{'  lowest' if lr == best else ''}" for lr in sorted(losses)]
+    word = "  lowest" if score_of(experiment)[1] > 0 else "  highest"
+    lines = [f"{lr:<10g} {format_score(experiment, losses[lr])}{word if lr == best else ''}" for lr in sorted(losses)]
     if len(losses) > 1 and best in (min(losses), max(losses)):
         beyond = "lower" if best == min(losses) else "higher"
         lines.append(f"{best:g} is at the end of the rates tried; a {beyond} one may do better")

@@ -15,6 +15,7 @@ from benchmarks.gpu.correct import error_of, experts, loss_chunks, masks, optimi
 from benchmarks.gpu.journal import append, goal, quantity, read, table
 from benchmarks.gpu.models import SPEED_ROWS, data_for, speed_experiment
 from benchmarks.gpu.peers import function_of
+from benchmarks.gpu.policies import grpo_round, losses
 from benchmarks.gpu.resume import differing
 from benchmarks.gpu.rows import ROWS, Row
 from benchmarks.gpu.setup import Measurement, Setup
@@ -247,7 +248,17 @@ def test_data_has_the_models_vocabulary_and_room_to_validate(tmp_path: Path) -> 
     assert store.vocab_size == 50_257 and 50_000 < tokens.max() < 50_257
 
 
-@pytest.mark.parametrize("row", [pytest.param(masks, marks=pytest.mark.slow), experts, optimizers, loss_chunks])
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(masks, marks=pytest.mark.slow),
+        experts,
+        optimizers,
+        loss_chunks,
+        losses,
+        pytest.param(grpo_round, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_parts_are_as_exact_here_as_they_must_be_there(
     row: Callable[[Setup], Iterator[Measurement]], toy: Setup

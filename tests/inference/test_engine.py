@@ -207,15 +207,15 @@ def test_padding_of_the_vocabulary_is_never_sampled() -> None:
 
 
 def test_log_probabilities_are_those_of_the_model_itself() -> None:
-    """Whatever the temperature and the restrictions with which the token was sampled."""
+    """Whatever the temperature and the restrictions with which the token was sampled; over the tokenizer's tokens."""
     ours, prompt = model(), [3, 1, 4]
     sampling = Sampling(temperature=2.0, top_k=5)
     (completion,) = Engine(ours, CPU, vocab_size=40).generate([prompt], max_new_tokens=15, sampling=sampling)
     text = prompt + ids(completion.tokens)
-    expected = ours(torch.tensor([text]))[0].log_softmax(-1).detach()
+    expected = ours(torch.tensor([text]))[0, :, :40].log_softmax(-1).detach()
     for place, token in enumerate(completion.tokens, start=2):
         assert token.logprob == pytest.approx(float(expected[place, token.id]), abs=1e-4)
-    (scored,) = Engine(ours, CPU).logprobs([text])
+    (scored,) = Engine(ours, CPU, vocab_size=40).logprobs([text])
     assert scored[2:].tolist() == pytest.approx([token.logprob for token in completion.tokens], abs=1e-4)
 
 
@@ -276,3 +276,15 @@ def test_what_a_row_samples_follows_from_its_seed() -> None:
     assert one == alone(ours, [1], 10, sampling)
     assert one != alone(ours, [1], 10, Sampling(seed=12))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_long_row_that_has_ended_makes_room_before_its_cache_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others that have joined later go on; it is one of too many to leave by itself."""
+    monkeypatch.setattr("cleangpt.inference.decoding.CACHE_STEP", 1)
+    ours, engine = model(), Engine(model(), CPU)
+    requests = [(list(range(12)), 3), *(([number], 13) for number in range(7))]
+    numbers = [engine.submit(requests[0][0], max_new_tokens=requests[0][1])]
+    engine.step()
+    numbers += [engine.submit(prompt, max_new_tokens=count) for prompt, count in requests[1:]]
+    found = dict(engine.completions())
+    assert [found[number].ids for number in numbers] == [alone(ours, prompt, count) for prompt, count in requests]

@@ -115,16 +115,38 @@ def test_tensor_parallelism_does_not_pay_for_a_small_model(tiny: Callable[..., E
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(experiments()))
-def test_every_experiment_of_the_project_is_planned_or_refused_in_one_line(name: str) -> None:
+def test_every_experiment_of_the_project_is_planned(name: str) -> None:
     experiment = load_experiment(experiments()[name])
     experiment = replace(experiment, model=replace(experiment.model, vocab_size=512))
-    if experiment.objective.reads:  # rollouts, and columns of preferences, are not planned
-        with pytest.raises(UserError, match=r"cannot be planned: they read \w+"):
-            make_plan(experiment, find_device("l4"), [1, 2, 4])
-        return
     plan = make_plan(experiment, find_device("l4"), [1, 2, 4])
     assert {entry.devices for entry in plan.estimates} == {1, 2, 4} and plan.fitting()
     json.dumps(plan.to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize("name", ["fables_dpo", "adder_grpo", "adder_ppo"])
+def test_preferences_and_policies_are_planned_with_what_they_read(name: str) -> None:
+    """A policy's rounds take longer than their updates alone, and a copy of the model is its reference; pairs stay
+    together in a micro-batch."""
+    experiment = load_experiment(experiments()[name])
+    experiment = replace(experiment, model=replace(experiment.model, vocab_size=512))
+    device = find_device("l4")
+    found = make_plan(replace(experiment, training=replace(experiment.training, micro_batch_size=9)), device, [2])
+    policy = experiment.objective.on_policy
+    assert len(found.notes) == 1 and ("rollouts" if policy else "reference") in found.notes[0]
+    for entry in found.estimates:
+        assert experiment.data.batch_size % entry.micro_batch == 0 and entry.micro_batch <= 9
+        assert policy or entry.micro_batch % 2 == 0
+        assert (entry.time.sampling > 0, entry.time.looking_back > 0) == (policy, policy)
+        assert entry.memory.reference == (entry.memory.weights if policy else 0)
+    if not policy:
+        return
+    one, more = (
+        make_plan(replace(experiment, rollouts=replace(experiment.rollouts, **fields)), device, [1]).best(1).time
+        for fields in ({}, {"passes": 2, "measure_kl": False})
+    )
+    assert more.sampling == pytest.approx(one.sampling / 2), "twice the updates for a round"
+    values = "value" in experiment.objective.heads
+    assert more.looking_back == pytest.approx(one.looking_back / 4 if values else 0)
 
 
 def test_devices_far_apart_share_no_network_adapters() -> None:

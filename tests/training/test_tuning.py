@@ -12,15 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cleangpt.commands import main
-from cleangpt.config import MuonConfig, Schedule, ScheduleConfig
+from cleangpt.config import MuonConfig, SavingConfig, Schedule, ScheduleConfig
+from cleangpt.distributed.processes import Ranks
 from cleangpt.experiment import Experiment
 from cleangpt.files import sha256
 from cleangpt.tracking.metrics import read_metrics
 from cleangpt.tracking.numbers import show_number
+from cleangpt.training.launch import prepare_dataset
 from cleangpt.training.trainer import Trainer
-from cleangpt.training.tuning import MOST_RATES, search, short_run, with_lr
+from cleangpt.training.tuning import MOST_RATES, Tuning, advice, score_of, search, short_run, with_lr
 from tests.commands.test_commands import EXPERIMENT, error_of
 from tests.forked import run_together
+from tests.rollouts.conftest import policy  # noqa: F401 - a fixture
 
 # The search ----------------------------------------------------------------------------------------------------------
 
@@ -90,6 +93,42 @@ def test_a_narrower_run_imitates_the_width_of_the_experiment(tiny: Callable[...,
 def test_muons_rate_keeps_its_ratio_to_the_other(tiny: Callable[..., Experiment]) -> None:
     changed = with_lr(tiny(optimizer__lr=0.01, optimizer__muon=MuonConfig(lr=0.04)), 0.005)
     assert (changed.optimizer.lr, changed.optimizer.muon.lr) == (0.005, 0.02)
+
+
+@pytest.mark.parametrize(
+    ("best", "metric", "sign"),
+    [
+        ("lowest val_loss", "train_loss", 1), ("highest val_accuracy", "train_accuracy", -1),
+        ("highest exact_match", "exact_match", -1), ("lowest train_kl", "train_kl", 1),
+    ],
+)  # fmt: skip
+def test_rates_are_compared_by_the_metric_of_the_best_checkpoint(
+    tiny: Callable[..., Experiment], best: str, metric: str, sign: int
+) -> None:
+    """Of training in place of validation."""
+    short = short_run(tiny(saving=SavingConfig(best=best)), 8, None)
+    assert score_of(short) == (metric, sign)
+    assert (short.tracking.score_samples > 0) == (metric == "exact_match")
+
+
+def test_a_policys_rate_is_found_by_its_score_in_whole_rounds(
+    policy: Callable[..., Experiment],  # noqa: F811
+    tmp_path: Path,
+    workplace: Path,
+) -> None:
+    short = short_run(policy(), 3, None)
+    assert short.training.batches_per_macro_batch == 4, "a round has four batches"
+    experiment, dataset = prepare_dataset(short, Ranks())
+    lines = list[str]()
+    tuning = Tuning(experiment, tmp_path, dataset, Ranks(), lines.append)
+    loss = tuning.loss(0.01)
+    score = read_metrics(tmp_path / "lr_0.01")[-1]["exact_match"]
+    assert loss == -score and json.loads((tmp_path / "tune.json").read_text())["rates"] == [
+        {"lr": 0.01, "exact_match": score}
+    ]
+    assert lines == [f"lr 0.01       exact_match {show_number(score, 4)}"]
+    assert Tuning(experiment, tmp_path, dataset, Ranks(), lines.append).losses == {0.01: loss}
+    assert advice(experiment, {0.01: -0.5, 0.02: -0.7})[1] == "0.02       exact_match 0.7000  highest"
 
 
 # The command ---------------------------------------------------------------------------------------------------------
