@@ -6,20 +6,30 @@ reading every row by itself, up to rounding; on a CPU the time is that of the to
 """
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from cleangpt.data.batch import IGNORED
+from cleangpt.models.cache import KVCache
 from cleangpt.models.head import TokenScores
 
-if TYPE_CHECKING:
-    from cleangpt.models.base import LanguageModel
+
+class Reader(Protocol):
+    """What is asked of a `LanguageModel`."""
+
+    shares_prompts: bool
+
+    def new_cache(self, rollback_tokens: int = 0) -> KVCache | None: ...
+
+    def features(self, tokens: Tensor, *, cache: KVCache | None = None) -> Tensor: ...
+
+    def __call__(self, tokens: Tensor, **options: Any) -> Any: ...
 
 
 def scores_after_prompts(
-    model: "LanguageModel", tokens: Tensor, targets: Tensor | None, names: Collection[str], summed: bool
+    model: Reader, tokens: Tensor, targets: Tensor | None, names: Collection[str], summed: bool
 ) -> TokenScores | None:
     """The scores of targets, as the model's `forward` returns them; outputs of heads are 0 before a row's first target.
 
