@@ -30,9 +30,7 @@ def mean_reward(
     return sum(episode.total_reward for episode in episodes) / len(episodes)
 
 
-def task_metrics(
-    model: LanguageModel, environment: Environment, split: str, device: torch.device
-) -> dict[str, float]:
+def task_metrics(model: LanguageModel, environment: Environment, split: str, device: torch.device) -> dict[str, float]:
     """The mean reward over all tasks, as `mean_reward`, and the mean of each measure over the episodes that have it."""
     episodes = play_tasks(Engine(model, device, max_batch=MAX_BATCH), environment, split, None)
     measured: dict[str, list[float]] = {}
