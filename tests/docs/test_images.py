@@ -15,7 +15,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "images.md"
 
 @pytest.mark.slow
 def test_a_folder_of_pictures_with_captions_becomes_a_model_that_answers(workplace: Path) -> None:
-    (code,) = re.findall(r"```python\n# my_pictures.py\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    (code,) = re.findall(r"```text\n# my_pictures.py\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     Path("my_pictures.py").write_text(code, encoding="utf-8")
     Path("pictures").mkdir()
     lines = []
