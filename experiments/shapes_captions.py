@@ -24,7 +24,7 @@ experiment = Experiment(
     model=LlamaConfig(n_layers=3, n_heads=4, dim=96, hidden_dim=256, rope_theta=10_000.0, tied=True, vision=vision),
     optimizer=OptimizerConfig(lr=3e-3, weight_decay=0.1, betas=(0.9, 0.98), clip_norm=1.0),
     schedule=ScheduleConfig(lr=Schedule(shape="cosine", final=0.01, warmup=0.05)),
-    training=TrainingConfig(macro_batches=20, batches_per_macro_batch=150),
+    training=TrainingConfig(macro_batches=10, batches_per_macro_batch=100),
     saving=SavingConfig(keep_best=2),
     tracking=TrackingConfig(score_samples=100, sample_tokens=24),
 )

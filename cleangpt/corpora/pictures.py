@@ -212,7 +212,7 @@ class Pictures(Chat):
         counts = Counter({"conversations": len(pieces), "pictures": 0, SPECIAL: 0, NO_ANSWER: 0, CUT: 0})
         counts.update(piece.skip_reason for piece in pieces if piece.skip_reason)
         pieces = [piece for piece in pieces if not piece.skip_reason]
-        documents, masks, numbers = (list[NDArray[np.int64]]() for _ in range(3))
+        documents, masks, numbers = (list[NDArray[Any]]() for _ in range(3))
         names, text_bytes = list[str](), 0
         for piece, (ids, places) in zip(pieces, encode_chat(tokenizer, [piece.text for piece in pieces]), strict=True):
             mask = answer_mask(places, list(piece.answers))

@@ -14,7 +14,7 @@ from cleangpt.data.mixing import MixedDataset, mean_shares, split_samples
 from cleangpt.distributed.device import autocast, compute_dtype
 from cleangpt.errors import UserError, nearest
 from cleangpt.evaluation.datasets import open_dataset
-from cleangpt.evaluation.tasks import mean_reward
+from cleangpt.evaluation.tasks import task_metrics
 from cleangpt.evaluation.validate import loss_metrics, source_metrics, validate
 from cleangpt.experiment import Experiment
 from cleangpt.files import write_json
@@ -86,10 +86,11 @@ def evaluate(
 def _scores(
     model: LanguageModel, experiment: Experiment, dataset: MixedDataset, split: str, device: torch.device
 ) -> dict[str, float | None]:
-    """The mean reward over all tasks of a split, of each source's environment."""
+    """The mean reward and other measures over all tasks of a split, of each source's environment."""
     return {
-        metric_key(environment.metric, source): mean_reward(model, environment, split, None, device, dataset.vocab_size)
+        metric_key(name, source): value
         for source, environment in environments(experiment.corpus, dataset).items()
+        for name, value in task_metrics(model, environment, split, device, dataset.vocab_size).items()
     }
 
 

@@ -32,6 +32,19 @@ def mean_reward(
     return sum(episode.total_reward for episode in episodes) / len(episodes)
 
 
+def task_metrics(
+    model: LanguageModel, environment: Environment, split: str, device: torch.device, vocab_size: int | None = None
+) -> dict[str, float]:
+    """The mean reward over all tasks, as `mean_reward`, and the mean of each measure over the episodes that have it."""
+    episodes = play_tasks(Engine(model, device, vocab_size=vocab_size, max_batch=MAX_BATCH), environment, split, None)
+    measured: dict[str, list[float]] = {}
+    for episode in episodes:
+        for name, value in environment.measures(episode).items():
+            measured.setdefault(name, []).append(value)
+    means = {name: sum(values) / len(values) for name, values in sorted(measured.items())}
+    return {environment.metric: sum(episode.total_reward for episode in episodes) / len(episodes), **means}
+
+
 def play_tasks(
     engine: Engine, environment: Environment, split: str, limit: int | None, sampling: Sampling = GREEDY
 ) -> list[Episode]:

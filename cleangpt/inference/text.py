@@ -196,12 +196,12 @@ def complete(
     streamers = [TextStreamer(tokenizer, stop, begins=not prompt) for prompt in prompts]
     chunks = [list[TextChunk]() for _ in prompts]
     rows = dict[int, int]()
-    for row, prompt in enumerate(prompts):
+    for number, prompt in enumerate(prompts):
         tokens, inputs = prompt_inputs(tokenizer, prompt, images)
-        request = engine.submit(
-            tokens, max_new_tokens=max_new_tokens, sampling=sampling, seed=sampling.seed + row, inputs=inputs
+        request_id = engine.submit(
+            tokens, max_new_tokens=max_new_tokens, sampling=sampling, seed=sampling.seed + number, inputs=inputs
         )
-        rows[request] = row
+        rows[request_id] = number
     for outputs in engine.steps():
         for request_id, (token, reason) in outputs.items():
             streamer, row = streamers[rows[request_id]], chunks[rows[request_id]]

@@ -23,6 +23,7 @@ from cleangpt.interchange import gpt, llama
 from cleangpt.interchange.vocabularies import name_of, read_tokenizer, special_ids, to_tokenizers, word_split
 from cleangpt.models.gpt import GPTConfig
 from cleangpt.models.llama import LlamaConfig
+from cleangpt.models.vision import image_inputs
 from cleangpt.objectives.reward_model import HEAD
 
 SHARDS = "model.safetensors.index.json"
@@ -158,8 +159,10 @@ def mapping_of(config: ModelConfig) -> ModuleType:
     """The module that converts an architecture.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or the model has an encoder of images.
     """
+    if image_inputs(config):
+        raise UserError("model.vision.encoder is set; allowed for a model that is exported: None, without images")
     if type(config) not in MAPPINGS:
         known = ", ".join(cls.__name__ for cls in MAPPINGS)
         raise UserError(f"a model of {type(config).__name__} cannot be exported; allowed: {known}")

@@ -126,9 +126,7 @@ def test_templates_that_read_parts_write_the_images_themselves(workplace: Path) 
         encoding="utf-8",
     )
     dataset = prepared(tokenizer="bpe", vocab_size=300, chat_template="parts.jinja")
-    assert all(
-        [answer.removesuffix("<|endoftext|>") for answer in answers] == shown for _, answers, shown in rows(dataset)
-    )
+    assert all([answer.strip() for answer in answers] == shown for _, answers, shown in rows(dataset))
 
 
 @pytest.mark.parametrize(

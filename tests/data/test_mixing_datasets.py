@@ -33,7 +33,7 @@ ROW = 5
 class Rows:
     """A split of `count` rows in memory; every token tells its source and its row."""
 
-    row_length, masked, vocab_size, columns, group = ROW, False, 2**62, {}, 1
+    row_length, masked, vocab_size, columns, records, group = ROW, False, 2**62, {}, {}, 1
 
     def __init__(self, source: int, count: int) -> None:
         self.documents, self.tokens = count, ROW * count

@@ -13,7 +13,7 @@ from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.shuffle import mix, permute
 from cleangpt.environments.base import Environment, Episode, Feedback, Prompt
 from cleangpt.environments.exact_answer import ExactAnswer
-from cleangpt.evaluation.tasks import choose_tasks, mean_reward
+from cleangpt.evaluation.tasks import choose_tasks, mean_reward, task_metrics
 from cleangpt.experiment import Experiment
 from tests.scripted import Bigrams, Scripted
 
@@ -147,3 +147,14 @@ def test_an_episode_may_have_several_turns() -> None:
                 total += task * (token == 1)
                 token = 3
         assert mean_reward(model, Walk(), "val", None, CPU) == pytest.approx(total / 3)
+
+
+def test_measures_are_means_over_the_episodes_that_have_them(dataset: TokenDataset) -> None:
+    class Measured(ExactAnswer):
+        def measures(self, episode: Episode) -> dict[str, float]:
+            return {"even" if episode.task % 2 == 0 else "odd": float(episode.task)}
+
+    environment = Measured(dataset)
+    count = environment.tasks("val")
+    found = task_metrics(Calculator(dataset), environment, "val", CPU)
+    assert found == {"exact_match": 1.0, "even": np.mean(range(0, count, 2)), "odd": np.mean(range(1, count, 2))}

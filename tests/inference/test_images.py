@@ -1,0 +1,96 @@
+"""Generation from prompts with images: each row has its own, whatever else is in the batch."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from cleangpt.data.images import IMAGE_CHARACTER
+from cleangpt.data.records import stack_rows
+from cleangpt.data.tokenizers import ByteTokenizer, CharTokenizer
+from cleangpt.errors import UserError
+from cleangpt.inference.engine import Engine
+from cleangpt.inference.images import read_images
+from cleangpt.models import build_model
+from cleangpt.models.base import LanguageModel
+from cleangpt.models.gpt import GPTConfig
+from cleangpt.models.vision import VisionConfig
+
+CPU = torch.device("cpu")
+VISION = VisionConfig(encoder="linear", height=4, width=4, patch_size=2, bidirectional=True)  # 4 tokens
+TOKENIZER = CharTokenizer("abcdefg" + IMAGE_CHARACTER)
+
+
+def model_of(vision: VisionConfig = VISION) -> LanguageModel:
+    torch.manual_seed(0)
+    model = build_model(GPTConfig(vocab_size=8, max_seq_len=16, n_layers=2, n_heads=2, dim=16, vision=vision))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def images(seed: int, count: int = 1) -> dict[str, torch.Tensor]:
+    pixels = torch.randint(0, 256, (count, 4, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return {"images": pixels, "images_ends": 4 * torch.arange(1, count + 1)}
+
+
+@torch.no_grad()
+def greedy(model: LanguageModel, tokens: list[int], inputs: dict[str, torch.Tensor], count: int) -> list[int]:
+    """Token by token, from everything at once."""
+    found = list(tokens)
+    for _ in range(count):
+        found.append(int(model(torch.tensor([found]), **stack_rows([inputs]))[0, -1].argmax()))
+    return found[len(tokens) :]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_equal_tokens_with_other_images_are_other_prompts(cached: bool) -> None:
+    """Together, with one of two images and one of none; the second request comes later."""
+    model = model_of()
+    prompts = [([7] * 4 + [1], images(1)), ([7] * 4 + [1], images(2)), ([7] * 8 + [1, 2], images(3, 2)), ([1, 2], {})]
+    engine = Engine(model, CPU, cached=cached)
+    ids = {}
+    for number, (tokens, inputs) in enumerate(prompts):
+        ids[engine.submit(tokens, max_new_tokens=5, inputs=inputs)] = number
+        engine.step()
+    ids = dict(sorted(ids.items()))
+    completions = dict(engine.completions())
+    for request, number in ids.items():
+        assert completions[request].ids == greedy(model, *prompts[number], 5)
+    alone = [greedy(model, *prompt, 5) for prompt in prompts]
+    assert alone[0] != alone[1], "or the test would show nothing"
+
+
+def test_a_row_that_outgrows_the_context_loses_its_images_with_their_tokens() -> None:
+    model, inputs = model_of(), images(1, 2)
+    tokens = [1, 2, *[7] * 8]
+    inputs["images_ends"] = torch.tensor([6, 10])
+    request = Engine(model, CPU)
+    number = request.submit(tokens, max_new_tokens=12, inputs=inputs)
+    found = dict(request.completions())[number].ids
+    # 16 tokens fit; the 17th comes from the last 8 of them, of which the first two are the second image's last.
+    first = greedy(model, tokens, inputs, 7)
+    kept = [*tokens, *first][-8:]
+    later = greedy(model, kept, {"images": inputs["images"], "images_ends": inputs["images_ends"] - 9}, 5)
+    assert found == first + later
+
+
+def test_files_become_the_start_of_a_prompt(tmp_path: Path) -> None:
+    array = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(array).save(tmp_path / "a.png")
+    prompt = read_images(model_of(), TOKENIZER, [tmp_path / "a.png"] * 2)
+    tokens, inputs = prompt.before([5, 1, 2], prefix=[5])
+    assert tokens == [5, *[7] * 8, 1, 2]
+    assert inputs["images_ends"].tolist() == [5, 9] and (inputs["images"][1].numpy() == array).all()
+
+
+def test_a_model_or_a_tokenizer_without_images_refuses_them(tmp_path: Path) -> None:
+    Image.new("L", (3, 3)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a.png is given, but the model reads no images"):
+        read_images(model_of(VisionConfig()), TOKENIZER, [tmp_path / "a.png"])
+    with pytest.raises(UserError, match="the tokenizer has no token for images"):
+        read_images(model_of(), ByteTokenizer(), [tmp_path / "a.png"])
