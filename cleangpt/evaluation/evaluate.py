@@ -13,14 +13,14 @@ from cleangpt.data.loader import validation_batches
 from cleangpt.data.mixing import MixedDataset, mean_shares, split_samples
 from cleangpt.distributed.device import autocast, compute_dtype
 from cleangpt.errors import UserError, nearest
+from cleangpt.evaluation.control import evaluate_environments
 from cleangpt.evaluation.datasets import open_dataset
-from cleangpt.evaluation.tasks import mean_reward
 from cleangpt.evaluation.validate import loss_metrics, source_metrics, validate
 from cleangpt.experiment import Experiment
 from cleangpt.files import write_json
 from cleangpt.models.base import LanguageModel
 from cleangpt.screen import Screen
-from cleangpt.tracking.metrics import metric_key, strict
+from cleangpt.tracking.metrics import strict
 from cleangpt.tracking.numbers import show_number
 
 
@@ -85,10 +85,7 @@ def _scores(
     model: LanguageModel, experiment: Experiment, dataset: MixedDataset, split: str, device: torch.device
 ) -> dict[str, float | None]:
     """The mean reward over all tasks of a split, of each source's environment."""
-    return {
-        metric_key(environment.metric, source): mean_reward(model, environment, split, None, device)
-        for source, environment in environments(experiment.corpus, dataset).items()
-    }
+    return dict(evaluate_environments(model, environments(experiment.corpus, dataset), split, device))
 
 
 def table(metrics: dict[str, Any]) -> None:

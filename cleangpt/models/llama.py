@@ -314,8 +314,8 @@ class Llama(LanguageModel):
         """All blocks."""
         return self.blocks
 
-    def features(self, tokens: Tensor, *, cache: KVCache | None = None) -> Tensor:
-        """Token ids `(batch, seq)` to features `(batch, seq, dim)`.
+    def features(self, tokens: Tensor, *, cache: KVCache | None = None, **inputs: Tensor) -> Tensor:
+        """Token ids `(batch, seq)` to features `(batch, seq, dim)`; `inputs` are those of a subclass's embedding.
 
         Raises:
             ValueError: seq exceeds `max_seq_len` or what fits into the cache.
@@ -329,7 +329,7 @@ class Llama(LanguageModel):
         masks = attention_masks(tokens, set(config.windows()), config.separator) if cache is None else {}
         cos_sin = rope_cos_sin(positions, config.rope_frequencies(positions.device))
         first_value = None
-        x = F.dropout(self._embed(tokens, cache), config.dropout, self.training)
+        x = F.dropout(self._embed(tokens, cache, **inputs), config.dropout, self.training)
         for layer, block in enumerate(self.blocks):
             x, value = block(x, cos_sin, masks.get(config.window(layer)), first_value, past[layer])
             first_value = value if first_value is None else first_value
@@ -343,7 +343,7 @@ class Llama(LanguageModel):
             return logits
         return config.logit_soft_cap * torch.tanh(logits / config.logit_soft_cap)
 
-    def _embed(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
+    def _embed(self, tokens: Tensor, cache: KVCache | None, **inputs: Tensor) -> Tensor:
         """`(batch, seq)` to `(batch, seq, dim)`: embeddings of tokens, plus those of the n-grams that they end."""
         x, config = self.token_embedding(tokens), self.config
         if not config.ngrams:

@@ -36,8 +36,9 @@ from cleangpt.distributed.layout import Layout, choose_layout, state_bytes
 from cleangpt.distributed.parallelize import apply_activation_checkpointing, parallelize, wrap_ddp
 from cleangpt.distributed.processes import Ranks
 from cleangpt.environments.base import Environment
+from cleangpt.environments.gymnasium import Gymnasium
 from cleangpt.errors import UserError
-from cleangpt.evaluation.tasks import mean_reward
+from cleangpt.evaluation.control import score_environments
 from cleangpt.evaluation.validate import loss_metrics, source_metrics
 from cleangpt.experiment import Experiment, samples_per_macro_batch
 from cleangpt.inference.text import sample_text
@@ -47,12 +48,12 @@ from cleangpt.models.flops import flops_per_token
 from cleangpt.objectives.policy import PolicyObjective
 from cleangpt.rollouts.build import load_reward_model, open_sampler
 from cleangpt.rollouts.collecting import Collector
+from cleangpt.rollouts.control_source import ControlSource
 from cleangpt.rollouts.episodes import Sampler
 from cleangpt.rollouts.reference import Reference
 from cleangpt.rollouts.scoring import Scorer
 from cleangpt.rollouts.source import RolloutSource, Sizes
 from cleangpt.tracking import NullTracker, Trackers, create_trackers
-from cleangpt.tracking.metrics import metric_key
 from cleangpt.tracking.progress import ProgressBar
 from cleangpt.training.balancing import ExpertLoadBalancer
 from cleangpt.training.deadline import WRITE_RATE, Deadline
@@ -261,7 +262,7 @@ def open_source(
 def open_rollouts(
     experiment: Experiment, objective: PolicyObjective, dataset: MixedDataset, placed: PlacedModel, ranks: Ranks,
     log: Callable[[str], None],
-) -> RolloutSource:  # fmt: skip
+) -> RolloutSource | ControlSource:  # fmt: skip
     """Rollouts of the model in the environment of its corpus.
 
     Raises:
@@ -270,6 +271,16 @@ def open_rollouts(
     config, model, device, seed = experiment.rollouts, placed.model, placed.device, experiment.training.seed
     model.scored_vocab = dataset.vocab_size
     environment, limit = only_environment(experiment, dataset), experiment.data.seq_len + 1
+    sizes = Sizes(
+        experiment.data.batch_size,
+        experiment.training.accumulation,
+        samples_per_macro_batch(experiment) // config.samples,
+    )
+    if isinstance(environment, Gymnasium):
+        return ControlSource(
+            config, objective, environment, model, sizes, seq_len=experiment.data.seq_len, seed=seed, ranks=ranks,
+            device=device, autocast=placed.autocast,
+        )  # fmt: skip
     scorer = Scorer(
         config, environment, dataset.tokenizer, log if ranks.is_main else lambda text: None,
         load_reward_model(config.reward_model, dataset.tokenizer, device),
@@ -292,11 +303,6 @@ def open_rollouts(
         copy.scored_vocab = dataset.vocab_size
         return copy.eval().requires_grad_(False)
 
-    sizes = Sizes(
-        experiment.data.batch_size,
-        experiment.training.accumulation,
-        samples_per_macro_batch(experiment) // config.samples,
-    )
     measured = config.measure_kl or objective.kl_coef > 0
     return RolloutSource(
         config, objective, collector, model, Reference(model, build_reference) if measured else None, sizes, seed=seed,
@@ -368,12 +374,7 @@ def build_recorder(
             return {}
         model.eval()
         with uncompiled(experiment.training.compile):
-            return {
-                metric_key(environment.metric, name): mean_reward(
-                    model, environment, "val", tracking.score_samples, device
-                )
-                for name, environment in found.items()
-            }
+            return dict(score_environments(model, found, "val", tracking.score_samples, device))
 
     def sample(macro_batch: int) -> str:
         if isinstance(source, RolloutSource):
