@@ -76,7 +76,7 @@ def write_minari(name: str, episodes: Iterable[Trajectory], env: str, **facts: A
 
     Which actions are noise, and texts, are left out, since Minari has no place for them.
     """
-    minari = require("minari")
+    minari, simulation = require("minari"), make(env)
     buffers = require("minari.data_collector.episode_buffer")
     found = []
     for number, episode in enumerate(episodes):
@@ -84,10 +84,10 @@ def write_minari(name: str, episodes: Iterable[Trajectory], env: str, **facts: A
         if batch_size(episode.observations) != steps + 1:
             raise UserError(f"episode {number} has no observation after its last action, which Minari needs")
         found.append(buffers.EpisodeBuffer(
-            id=number, observations=episode.observations, actions=episode.actions, rewards=episode.rewards.tolist(),
+            id=number, observations=_as_in(simulation.observation_space, episode.observations),
+            actions=_as_in(simulation.action_space, episode.actions), rewards=episode.rewards.tolist(),
             terminations=(ended & episode.terminated).tolist(), truncations=(ended & (not episode.terminated)).tolist(),
         ))  # fmt: skip
-    simulation = make(env)
     minari.create_dataset_from_buffers(name, found, env=simulation, data_format="arrow", **facts)
     simulation.close()
 
@@ -117,6 +117,13 @@ def _values(space: Space, data: Any) -> Values:
     if isinstance(space, Dict):
         return {key: _values(part, data[key]) for key, part in space.parts}
     return space.stack(data)
+
+
+def _as_in(space: Any, values: Values) -> Any:
+    """Values in the dtypes of a space of Gymnasium."""
+    if isinstance(values, dict):
+        return {key: _as_in(space[key], part) for key, part in values.items()}
+    return np.asarray(values, space.dtype)
 
 
 def _as_lists(values: Values) -> Any:

@@ -133,10 +133,10 @@ class EpisodeCorpus(Corpus):
         """The simulation of the task, in which checkpoints are scored."""
         assert isinstance(dataset.tokenizer, ModalityTokenizer)
         with parsing(dataset.folder):
-            references = [float(dataset.source[name]) for name in ("expert_return", "random_return")]
+            expert, random = (float(dataset.source[name]) for name in ("expert_return", "random_return"))
         return Gymnasium(
-            self.env, dataset.tokenizer, self.arguments, self.acting, *references, self.scored_episodes, self.returns,
-            self.instruction, self.seed,
+            self.env, dataset.tokenizer, self.arguments, acting=self.acting, expert_return=expert, random_return=random,
+            episodes=self.scored_episodes, returns=self.returns, instruction=self.instruction, seed=self.seed,
         )  # fmt: skip
 
     def remedy(self, split: str) -> str:
@@ -187,7 +187,7 @@ class EpisodeCorpus(Corpus):
             if others and choices.random() < self.prompt_share:
                 parts.append(_prompt(others[int(choices.integers(len(others)))], room // 2, choices))
             left = room - sum(len(part.tokens) for part in parts)
-            parts.append(_slice(episode, start, start + left))
+            parts.append(episode.part(start, start + left))
             hidden = choices.random() < self.hide_actions
             yield _row(text, parts, self.row_length, hidden)
 
@@ -218,15 +218,11 @@ def _encode(steps: Timesteps, episode: Trajectory) -> Steps:
     return steps.encode(seen, done, learned, returns_to_go(episode.rewards))
 
 
-def _slice(episode: Steps, start: int, stop: int) -> Steps:
-    return Steps(*(column[start:stop] for column in episode))
-
-
 def _prompt(episode: Steps, room: int, choices: np.random.Generator) -> Steps:
     """A part of an episode: in half of the cases its end."""
     last = max(0, len(episode.tokens) - room)
     start = last if choices.random() < 0.5 else int(choices.integers(last + 1))
-    return _slice(episode, start, start + room)
+    return episode.part(start, start + room)
 
 
 def _row(text: NDArray[np.int64], parts: Sequence[Steps], length: int, hidden: bool) -> Steps:
@@ -236,8 +232,8 @@ def _row(text: NDArray[np.int64], parts: Sequence[Steps], length: int, hidden: b
     end = len(text)
     for part in parts:
         begin, end = end, end + part.tokens.size
-        for column, values in zip(row, part, strict=True):
-            column[begin:end] = values.reshape(-1)
+        row.tokens[begin:end], row.places[begin:end] = part.tokens.reshape(-1), part.places.reshape(-1)
+        row.mask[begin:end] = part.mask.reshape(-1)
     if hidden:
         row.places[row.places == ACTION] = HIDDEN
     return row

@@ -27,6 +27,18 @@ class Steps(NamedTuple):
     mask: NDArray[np.uint8]
     """1 where the loss counts: the tokens of actions that are to be imitated."""
 
+    def part(self, start: int, stop: int) -> "Steps":
+        """Some of the steps."""
+        return Steps(self.tokens[start:stop], self.places[start:stop], self.mask[start:stop])
+
+    def followed_by(self, tokens: "Steps") -> "Steps":
+        """The same steps, each with more tokens."""
+        return Steps(
+            np.concatenate([self.tokens, tokens.tokens], axis=1),
+            np.concatenate([self.places, tokens.places], axis=1),
+            np.concatenate([self.mask, tokens.mask], axis=1),
+        )
+
 
 @dataclass(frozen=True)
 class Timesteps:
@@ -82,8 +94,7 @@ class Timesteps:
         seen = self.observe(observations, returns)
         acted = self.action.encode(actions, self.ranges, action=True)
         counts = np.repeat(np.asarray(learned, np.uint8)[:, None], acted.shape[1], axis=1)
-        pairs = zip(seen, (acted, self.action_places(acted.shape, hidden), counts), strict=True)
-        return Steps(*(np.concatenate(pair, axis=1) for pair in pairs))
+        return seen.followed_by(Steps(acted, self.action_places(acted.shape, hidden), counts))
 
     @staticmethod
     def action_places(shape: tuple[int, ...], hidden: bool) -> NDArray[np.int64]:

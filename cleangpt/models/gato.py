@@ -74,7 +74,8 @@ class Gato(Llama):
         if (places := inputs.get("places")) is None:
             return x
         visible = (places != HIDDEN)[..., None]
-        return x * visible + self.place_embedding(places.clamp(max=self.config.n_places - 1))
+        embedded: Tensor = x * visible + self.place_embedding(places.clamp(max=self.config.n_places - 1))
+        return embedded
 
 
 def curve(points: int, dim: int, std: float) -> Tensor:
