@@ -181,9 +181,14 @@ def convert(space: Any, bounded: bool = False) -> Space:
         return Discrete((2,) * int(np.prod(space.shape)), space.shape, boolean=True)
     if isinstance(space, kinds.Dict | kinds.Tuple):
         pairs = space.items() if isinstance(space, kinds.Dict) else enumerate(space)
-        parts = ((str(key), part) for key, part in pairs if part.dtype is not str)
+        parts = ((str(key), part) for key, part in pairs if not _is_text(part))
         return Dict(tuple((key, convert(part, bounded)) for key, part in parts))
     raise UserError(f"a space is {space}; allowed: Box, Discrete, MultiDiscrete, MultiBinary, Dict, Tuple, Text")
+
+
+def _is_text(space: Any) -> bool:
+    """Whether a space has texts; missions of MiniGrid are not of Gymnasium's kind."""
+    return isinstance(space, require("gymnasium").spaces.Text) or space.dtype is str
 
 
 def split_text(observation: Any) -> tuple[str, Any]:

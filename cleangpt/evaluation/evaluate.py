@@ -15,6 +15,7 @@ from cleangpt.distributed.device import autocast, compute_dtype
 from cleangpt.errors import UserError, nearest
 from cleangpt.evaluation.control import evaluate_environments
 from cleangpt.evaluation.datasets import open_dataset
+from cleangpt.evaluation.pictures import draw_scores, film
 from cleangpt.evaluation.validate import loss_metrics, source_metrics, validate
 from cleangpt.experiment import Experiment
 from cleangpt.files import write_json
@@ -24,8 +25,12 @@ from cleangpt.tracking.metrics import strict
 from cleangpt.tracking.numbers import show_number
 
 
-def evaluate_run(run: Path, checkpoint: str | None, split: str | None, device: torch.device) -> dict[str, Any]:
+def evaluate_run(
+    run: Path, checkpoint: str | None, split: str | None, device: torch.device, videos: int = 0
+) -> dict[str, Any]:
     """Evaluates a checkpoint (None: the best) on a split (None: test, else val) and writes RUN/evaluation.json.
+
+    Of simulations, that many `videos` of each are written to RUN/videos, with a contact sheet.
 
     Raises:
         UserError: there is no such checkpoint or split, the checkpoint does not fit the run, or the dataset is not the
@@ -38,7 +43,12 @@ def evaluate_run(run: Path, checkpoint: str | None, split: str | None, device: t
     _check(experiment, loaded, dataset)
     name = _split(dataset, split)
     metrics: dict[str, Any] = {"run": str(run), "checkpoint": folder.name, "split": name}
-    metrics |= evaluate(loaded.model(device), experiment, dataset, name, device)
+    model = loaded.model(device)
+    metrics |= evaluate(model, experiment, dataset, name, device)
+    found = environments(experiment.corpus, dataset)
+    draw_scores(metrics, list(found), run / "plots" / "tasks.png")
+    if videos:
+        metrics["videos"] = str(film(model, found, name, videos, device, run / "videos"))
     write_json(run / "evaluation.json", strict(metrics))
     return metrics
 
