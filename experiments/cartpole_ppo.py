@@ -30,9 +30,9 @@ experiment = Experiment(
     model=GatoConfig(
         n_layers=1, n_heads=4, dim=64, tied=True, n_places=16, smooth_bins=(ranges.first_bin, ranges.first_choice)
     ),
-    objective=PPO(gamma=0.98, lam=0.9, clip=0.2, value_coef=0.5, entropy_coef=0.01),
+    objective=PPO(gamma=0.98, lam=0.9, clip=0.2, value_coef=0.5, value_clip=10.0, entropy_coef=0.01),
     rollouts=RolloutConfig(prompts=64, completions=1, passes=6, micro_batch_size=32, measure_kl=False),
-    optimizer=OptimizerConfig(lr=2e-3, weight_decay=0.0, betas=(0.9, 0.98), clip_norm=0.5),
+    optimizer=OptimizerConfig(lr=2e-3, weight_decay=0.0, betas=(0.9, 0.98), clip_norm=1.0),
     schedule=ScheduleConfig(lr=Schedule(shape="linear", final=0.1)),
     training=TrainingConfig(macro_batches=12, batches_per_macro_batch=96),
     saving=SavingConfig(keep_best=1, best="highest score"),

@@ -34,8 +34,8 @@ from cleangpt.objectives.ppo import PPO
 from cleangpt.rollouts.agent import Agent, Context
 from cleangpt.rollouts.source import Sizes, explained_variance
 
-WORTH = 10.0
-"""Rewards are scaled so that the expert's return is this much above that of random actions."""
+WORTH = 100.0
+"""Rewards are measured in points of the score: the expert's return is this much above that of random actions."""
 
 
 @dataclass
@@ -72,7 +72,7 @@ class ControlSource:
     """Batches of a policy's own steps.
 
     Args:
-        config: `prompts` rows in a round, `micro_batch_size` simulations at once.
+        config: `prompts` x `completions` rows in a round, `micro_batch_size` simulations at once.
         objective: PPO.
         environment: of the simulations.
         policy: acts.
@@ -92,10 +92,10 @@ class ControlSource:
         sizes: Sizes, *, seq_len: int, seed: int, ranks: Ranks, device: torch.device,
         autocast: AbstractContextManager[Any],
     ) -> None:  # fmt: skip
-        if not isinstance(objective, PPO) or objective.kl_coef or config.completions != 1:
+        if not isinstance(objective, PPO) or objective.kl_coef:
             raise UserError(
-                f"objective is {type(objective).__name__} with kl_coef {objective.kl_coef}, rollouts.completions "
-                f"{config.completions}; allowed in simulations: PPO, 0 and 1"
+                f"objective is {type(objective).__name__} with kl_coef {objective.kl_coef}; allowed in simulations: "
+                "PPO, without a KL term"
             )
         self.config, self.objective, self.environment, self.policy = config, objective, environment, policy
         self.sizes, self.seq_len, self.seed, self.ranks = sizes, seq_len, seed, ranks
@@ -117,9 +117,12 @@ class ControlSource:
         self.rounds: list[dict[str, float]] = []
         self.finished: list[tuple[float, int]] = []
         """Return and length of the episodes that ended in this round."""
-        size = min(config.micro_batch_size, config.prompts)
-        if config.prompts % size:
-            raise UserError(f"rollouts.micro_batch_size is {size}; allowed: a divisor of rollouts.prompts")
+        size = min(config.micro_batch_size, config.answers)
+        if config.answers % size:
+            raise UserError(
+                f"rollouts.micro_batch_size is {size}; allowed in simulations: a divisor of the {config.answers} rows "
+                "of a round, rollouts.prompts x rollouts.completions"
+            )
         self.simulations = [Simulation(environment.make(), number) for number in range(size)]
         for simulation in self.simulations:
             self._reset(simulation, 0)
@@ -158,7 +161,7 @@ class ControlSource:
         training, stretches, self.finished = self.policy.training, list[Stretch](), []
         self.policy.eval()
         with self.autocast:
-            for wave in range(self.config.prompts // len(self.simulations)):
+            for wave in range(self.config.answers // len(self.simulations)):
                 stretches += self._play(mix(self.seed, number, wave))
             columns = self._columns(stretches)
             values = self._values(columns)

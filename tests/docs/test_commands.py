@@ -40,10 +40,17 @@ SHORT = shlex.split(
     "--training.macro-batches 1 --training.batches-per-macro-batch 2 --training.accumulation 1"
     " --training.micro-batch-size None --data.batch-size 4 --data.val-samples 4 --model.n-layers 1"
     " --tracking.sample-tokens 2 --rollouts.prompts 4 --rollouts.completions 2"
+    " --rollouts.passes 1"
 )
 SHORT_RESUMED = ["--training.macro-batches", "2"]
 SMALLER = {
     "adder": ["train-samples", "500", "val-samples", "50", "test-samples", "50"],
+    "cartpole_ppo": ["reference-episodes", "2"],
+    "control_demo": [
+        word
+        for source in "012"
+        for word in (f"sources.{source}.corpus.played", "6", f"sources.{source}.corpus.reference-episodes", "2")
+    ],
     "fables_dpo": ["train-pairs", "40", "val-pairs", "8"],
     "fables_reward": ["train-pairs", "40", "val-pairs", "8"],
     "fables_sft": ["train-sentences", "64", "val-sentences", "16"],
@@ -67,6 +74,7 @@ NOT_RUN = {
     "pip install -e .": "installs what runs here",
     "pip install -e '.[all]'": "installs from the network",
     "pip install -e '.[dev]' -c constraints.txt": "installs from the network",
+    "pip install -e '.[control]'": "installs from the network",
     "pip install torch --index-url https://download.pytorch.org/whl/cpu": "installs from the network",
     "make demo": "installs, and takes minutes",
     "make test": "would run this test",
