@@ -28,7 +28,13 @@ experiment = Experiment(
     corpus=corpus,
     data=DataConfig(seq_len=100, batch_size=16),
     model=GatoConfig(
-        n_layers=1, n_heads=4, dim=64, tied=True, n_places=16, smooth_bins=(ranges.first_bin, ranges.first_choice)
+        vocab_size=ranges.vocab_size,
+        n_layers=1,
+        n_heads=4,
+        dim=64,
+        tied=True,
+        n_places=16,
+        smooth_bins=(ranges.first_bin, ranges.first_choice),
     ),
     objective=PPO(gamma=0.98, lam=0.9, clip=0.2, value_coef=0.5, value_clip=10.0, entropy_coef=0.01),
     rollouts=RolloutConfig(prompts=64, completions=1, passes=6, micro_batch_size=32, measure_kl=False),

@@ -40,7 +40,13 @@ experiment = Experiment(
     ),
     data=DataConfig(seq_len=96, batch_size=64, val_samples=200),
     model=GatoConfig(
-        n_layers=2, n_heads=4, dim=64, tied=True, n_places=64, smooth_bins=(ranges.first_bin, ranges.first_choice)
+        vocab_size=ranges.vocab_size,
+        n_layers=2,
+        n_heads=4,
+        dim=64,
+        tied=True,
+        n_places=64,
+        smooth_bins=(ranges.first_bin, ranges.first_choice),
     ),
     optimizer=OptimizerConfig(lr=3e-3, weight_decay=0.1, betas=(0.9, 0.98)),
     schedule=ScheduleConfig(lr=Schedule(shape="cosine", final=0.02, warmup=0.05)),

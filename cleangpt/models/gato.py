@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cleangpt.config import Width
 from cleangpt.data.timesteps import HIDDEN
+from cleangpt.errors import UserError
 from cleangpt.models.cache import KVCache
 from cleangpt.models.llama import Llama, LlamaConfig
 from cleangpt.validation import Bounds
@@ -32,6 +33,20 @@ class GatoConfig(LlamaConfig):
     smooth_bins: tuple[Annotated[int, Bounds(0)], Annotated[int, Bounds(2)]] | None = None
     """The first of the ids that stand for numbers and the one after the last, whose embeddings begin on a smooth curve;
     None: like any others."""
+
+    def check_fit(self) -> None:
+        """Checks that the fields fit together.
+
+        Raises:
+            UserError: one line naming the field, its value and what is allowed.
+        """
+        super().check_fit()
+        if self.smooth_bins is None:
+            return
+        first, end = self.smooth_bins
+        if not first < end <= (self.vocab_size or end):
+            allowed = f"at most model.vocab_size, which is {self.vocab_size}" if self.vocab_size else "of bins"
+            raise UserError(f"model.smooth_bins is {self.smooth_bins}; allowed: a range of ids, {allowed}")
 
 
 class Gato(Llama):

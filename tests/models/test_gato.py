@@ -1,8 +1,10 @@
 """Gato: a Llama with places of tokens, and bins that begin on a curve."""
 
+import pytest
 import torch
 
 from cleangpt.data.timesteps import HIDDEN
+from cleangpt.errors import UserError
 from cleangpt.models import build_model
 from cleangpt.models.gato import Gato, GatoConfig, curve
 from cleangpt.models.llama import Llama, LlamaConfig
@@ -54,6 +56,12 @@ def test_bins_begin_on_a_curve() -> None:
     assert steps.max() < apart[0, 16:].min() and apart[0, 16:].min() > 0.5 * bins.norm(dim=1).mean()
     others = model.token_embedding.weight[:10]
     assert 0.5 < bins.std() / others.std() < 2
+
+
+@pytest.mark.parametrize("bins", [(10, 51), (42, 10), (7, 7)])
+def test_a_range_of_bins_that_is_none_is_refused(bins: tuple[int, int]) -> None:
+    with pytest.raises(UserError, match=r"model\.smooth_bins is .*allowed: a range of ids, at most model\.vocab_size"):
+        built(smooth_bins=bins)
 
 
 def test_a_curve_has_the_standard_deviation_that_is_asked_for() -> None:
