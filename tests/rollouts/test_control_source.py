@@ -144,7 +144,7 @@ def test_returns_of_finished_episodes_are_told() -> None:
     [
         (GRPO(), {}, "allowed in simulations: PPO"),
         (PPO(kl_coef=0.1), {}, "allowed in simulations: PPO"),
-        (PPO_, {"prompts": 12}, "micro_batch_size is 8; allowed: a divisor"),
+        (PPO_, {"prompts": 12}, "micro_batch_size is 8; allowed in simulations: a divisor"),
     ],
 )
 def test_what_simulations_cannot_do_is_refused(objective: Any, fields: dict[str, Any], message: str) -> None:
