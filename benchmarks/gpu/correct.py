@@ -29,9 +29,10 @@ from cleangpt.models.layers import AttentionMask, attention, block_mask, documen
 from cleangpt.models.llama import LlamaConfig
 from cleangpt.models.moe import MixtureOfExperts
 from cleangpt.objectives import NextToken
-from cleangpt.training.build import build_optimizer, place_model
+from cleangpt.training.build import build_optimizer
 from cleangpt.training.muon import orthogonalize
 from cleangpt.training.optimizer import Optimizer
+from cleangpt.training.placing import place_model
 
 VOCABULARY, STEPS = 512, 10
 ALLOWED = {

@@ -39,6 +39,8 @@ class Options:
     """With --against: sampling temperature; at 1 the KL divergence from the other model is measured, too."""
     seed: CountOrZero = 0
     """With --against or --best-of: random seed of the first prompt's answer."""
+    videos: CountOrZero = 0
+    """Episodes of each simulation to film, as GIFs in RUN/videos, with a contact sheet."""
     device: Device = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     json: bool = False
@@ -66,7 +68,7 @@ def command(words: Sequence[str]) -> None:
             samples=options.samples, temperature=options.temperature, seed=options.seed, device=device,
         )  # fmt: skip
     else:
-        metrics = evaluate_run(run, options.checkpoint, options.split, device)
+        metrics = evaluate_run(run, options.checkpoint, options.split, device, options.videos)
     if options.json:
         print(strict_json(strict(metrics)))
     else:

@@ -13,7 +13,9 @@ from cleangpt.corpora.adder import Adder
 from cleangpt.corpora.adder_chat import AdderChat
 from cleangpt.corpora.base import CORPORA, Corpus, as_json, has_relative_paths, lock_folder, user_errors
 from cleangpt.corpora.conversations import Chat
+from cleangpt.corpora.demonstrations import Demonstrations
 from cleangpt.corpora.digits import Digits
+from cleangpt.corpora.episodes import Episodes
 from cleangpt.corpora.fable_openings import FableOpenings
 from cleangpt.corpora.fable_preferences import FablePreferences
 from cleangpt.corpora.fables import Fables
@@ -41,6 +43,8 @@ CORPORA |= {
     "adder_chat": AdderChat,
     "chat": Chat,
     "digits": Digits,
+    "demonstrations": Demonstrations,
+    "episodes": Episodes,
     "fable_openings": FableOpenings,
     "fable_preferences": FablePreferences,
     "fables": Fables,

@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from cleangpt.data.bpe import BPETokenizer as BPETokenizer
 from cleangpt.data.bpe import train_bpe as train_bpe
 from cleangpt.data.bpe import utf8
+from cleangpt.data.modalities import Modalities, TokenRanges
 from cleangpt.data.special_tokens import NOTHING_STATED, TOKENIZER, StatedTokens, stated_tokens
 from cleangpt.errors import UserError, require
 from cleangpt.files import parse_json, read_text
 from cleangpt.hub import local_path
+from cleangpt.validation import from_json as read_fields
 
 
 class Tokenizer(Protocol):
@@ -132,6 +134,43 @@ class ByteTokenizer:
         return json.dumps({"kind": "byte"}, indent=2) + "\n"
 
 
+class ModalityTokenizer:
+    """Text by another tokenizer, and after its ids those of numbers, discrete values and separators."""
+
+    def __init__(self, text: Tokenizer, modalities: Modalities) -> None:
+        self.text, self.modalities = text, modalities
+        self.ranges = TokenRanges(text.vocab_size, modalities)
+        self.vocab_size = self.ranges.vocab_size
+        self.eos_id, self.bos_id, self.stop_ids = text.eos_id, text.bos_id, text.stop_ids
+        self.prefix, self.leading_blank = text.prefix, text.leading_blank
+
+    def encode(self, text: str) -> NDArray[np.int64]:
+        """The ids of a text."""
+        return self.text.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text as it is; any other token as in ``⟨7⟩``, its number above those of text."""
+        parts, written = list[str](), list[int]()
+        for token in [*ids, self.vocab_size]:
+            if token < self.text.vocab_size:
+                written.append(token)
+                continue
+            parts.append(self.text.decode(written) if written else "")
+            parts.append(self.token_bytes(token).decode("utf-8"))
+            written = []
+        return "".join(parts[:-1])
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of a token of text; of any other its number."""
+        others = f"⟨{token - self.text.vocab_size}⟩"
+        return self.text.token_bytes(token) if token < self.text.vocab_size else others.encode("utf-8")
+
+    def to_json(self) -> str:
+        """Our own small format, around that of the text's tokenizer."""
+        facts = {"kind": "modalities", "modalities": vars(self.modalities), "text": self.text.to_json()}
+        return json.dumps(facts, ensure_ascii=False, indent=2) + "\n"
+
+
 class StreamDecoder:
     """Decodes tokens one by one, returning text as soon as its last character is complete.
 
@@ -181,6 +220,9 @@ def from_json(text: str, stated: StatedTokens = NOTHING_STATED) -> Tokenizer:
     kind, characters, end = facts.get("kind"), facts.get("characters"), facts.get("end_of_text_character")
     if kind == "byte":
         return ByteTokenizer()
+    if kind == "modalities" and isinstance(facts.get("text"), str):
+        fields = facts.get("modalities")
+        return ModalityTokenizer(from_json(facts["text"]), read_fields(Modalities, fields, {}, "modalities."))
     if kind == "bpe":
         names = {key: name for key in ("bos_token", "eos_token") if isinstance(name := facts.get(key), str)}
         stops = facts.get("stop_ids")
@@ -189,7 +231,8 @@ def from_json(text: str, stated: StatedTokens = NOTHING_STATED) -> Tokenizer:
     if kind == "char" and isinstance(characters, str) and isinstance(end, str | None):
         return CharTokenizer(characters, end)
     raise UserError(
-        f"the tokenizer is of kind {kind!r}, or lacks a field; allowed: char, byte, bpe, or one of tokenizers"
+        f"the tokenizer is of kind {kind!r}, or lacks a field; allowed: char, byte, bpe, "
+        "modalities, or one of tokenizers"
     )
 
 

@@ -13,19 +13,24 @@ from cleangpt.data.loader import validation_batches
 from cleangpt.data.mixing import MixedDataset, mean_shares, split_samples
 from cleangpt.distributed.device import autocast, compute_dtype
 from cleangpt.errors import UserError, nearest
+from cleangpt.evaluation.control import evaluate_environments
 from cleangpt.evaluation.datasets import open_dataset
-from cleangpt.evaluation.tasks import task_metrics
+from cleangpt.evaluation.pictures import draw_scores, film
 from cleangpt.evaluation.validate import loss_metrics, source_metrics, validate
 from cleangpt.experiment import Experiment
 from cleangpt.files import write_json
 from cleangpt.models.base import LanguageModel
 from cleangpt.screen import Screen
-from cleangpt.tracking.metrics import metric_key, strict
+from cleangpt.tracking.metrics import strict
 from cleangpt.tracking.numbers import show_number
 
 
-def evaluate_run(run: Path, checkpoint: str | None, split: str | None, device: torch.device) -> dict[str, Any]:
+def evaluate_run(
+    run: Path, checkpoint: str | None, split: str | None, device: torch.device, videos: int = 0
+) -> dict[str, Any]:
     """Evaluates a checkpoint (None: the best) on a split (None: test, else val) and writes RUN/evaluation.json.
+
+    Of simulations, that many `videos` of each are written to RUN/videos, with a contact sheet.
 
     Raises:
         UserError: there is no such checkpoint or split, the checkpoint does not fit the run, or the dataset is not the
@@ -38,7 +43,12 @@ def evaluate_run(run: Path, checkpoint: str | None, split: str | None, device: t
     _check(experiment, loaded, dataset)
     name = _split(dataset, split)
     metrics: dict[str, Any] = {"run": str(run), "checkpoint": folder.name, "split": name}
-    metrics |= evaluate(loaded.model(device), experiment, dataset, name, device)
+    model = loaded.model(device)
+    metrics |= evaluate(model, experiment, dataset, name, device)
+    found = environments(experiment.corpus, dataset)
+    draw_scores(metrics, list(found), run / "plots" / "tasks.png")
+    if videos:
+        metrics["videos"] = str(film(model, found, name, videos, device, run / "videos"))
     write_json(run / "evaluation.json", strict(metrics))
     return metrics
 
@@ -87,11 +97,8 @@ def _scores(
     model: LanguageModel, experiment: Experiment, dataset: MixedDataset, split: str, device: torch.device
 ) -> dict[str, float | None]:
     """The mean reward and other measures over all tasks of a split, of each source's environment."""
-    return {
-        metric_key(name, source): value
-        for source, environment in environments(experiment.corpus, dataset).items()
-        for name, value in task_metrics(model, environment, split, device, dataset.vocab_size).items()
-    }
+    found = environments(experiment.corpus, dataset)
+    return dict(evaluate_environments(model, found, split, device, dataset.vocab_size))
 
 
 def table(metrics: dict[str, Any]) -> None:

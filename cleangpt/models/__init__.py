@@ -4,10 +4,12 @@ from collections.abc import Collection
 
 from cleangpt.config import ModelConfig
 from cleangpt.models.base import LanguageModel
+from cleangpt.models.gato import Gato, GatoConfig
 from cleangpt.models.gpt import GPT, GPTConfig
 from cleangpt.models.llama import Llama, LlamaConfig
 
 MODELS: dict[str, tuple[type[ModelConfig], type[LanguageModel]]] = {
+    "gato": (GatoConfig, Gato),
     "gpt": (GPTConfig, GPT),
     "llama": (LlamaConfig, Llama),
 }

@@ -320,9 +320,10 @@ class Llama(LanguageModel):
 
     def features(
         self, tokens: Tensor, *, images: Tensor | None = None, images_ends: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | None = None, **inputs: Tensor,
     ) -> Tensor:  # fmt: skip
-        """Token ids `(batch, seq)` to features `(batch, seq, dim)`; for images, see `Vision`.
+        """Token ids `(batch, seq)` to features `(batch, seq, dim)`; for images, see `Vision`; `inputs` are those of a
+        subclass's embedding.
 
         Raises:
             ValueError: seq exceeds `max_seq_len` or what fits into the cache.
@@ -335,7 +336,7 @@ class Llama(LanguageModel):
         past = [None] * len(self.blocks) if cache is None else cache.blocks
         masks = attention_masks(tokens, set(config.windows()), config.separator) if cache is None else {}
         cos_sin = rope_cos_sin(positions, config.rope_frequencies(positions.device))
-        first_value, x = None, self._embed(tokens, cache)
+        first_value, x = None, self._embed(tokens, cache, **inputs)
         if self.vision is not None:
             x = self.vision(x, images, images_ends)
             self.vision.open_masks(masks if cache is None else cache.masks, images_ends, tokens, cache)
@@ -353,7 +354,7 @@ class Llama(LanguageModel):
             return logits
         return config.logit_soft_cap * torch.tanh(logits / config.logit_soft_cap)
 
-    def _embed(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
+    def _embed(self, tokens: Tensor, cache: KVCache | None, **inputs: Tensor) -> Tensor:
         """`(batch, seq)` to `(batch, seq, dim)`: embeddings of tokens, plus those of the n-grams that they end."""
         x, config = self.token_embedding(tokens), self.config
         if not config.ngrams:

@@ -1,73 +1,47 @@
 """Puts a trainer together: from an experiment and its dataset to the parts that `Trainer` calls."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
-
-import torch
 
 from cleangpt.checkpoints.checkpoint import Checkpoints
 from cleangpt.checkpoints.run_folder import acquire_run, check_data, experiment_json, record_run
 from cleangpt.checkpoints.snapshots import Snapshots
-from cleangpt.config import FineTuningConfig, TrainingConfig
 from cleangpt.corpora.mixture import environments
-from cleangpt.data.loader import DatasetSource
 from cleangpt.data.mixing import MixedDataset, mean_shares, split_samples
 from cleangpt.data.source import BatchSource
 from cleangpt.distributed.device import (
     RandomState,
-    autocast,
-    can_compile,
-    choose_device,
-    compile_blocks,
-    compute_dtype,
-    keep_freed_memory,
     peak_flops,
-    seed_everything,
-    set_fp32_precision,
     uncompiled,
-    use_fp8,
 )
-from cleangpt.distributed.layout import Layout, choose_layout, state_bytes
-from cleangpt.distributed.parallelize import apply_activation_checkpointing, parallelize, wrap_ddp
+from cleangpt.distributed.layout import state_bytes
 from cleangpt.distributed.processes import Ranks
-from cleangpt.environments.base import Environment
-from cleangpt.errors import UserError
-from cleangpt.evaluation.rewards import open_reward_model
-from cleangpt.evaluation.tasks import mean_reward
+from cleangpt.evaluation.control import score_environments
 from cleangpt.evaluation.validate import loss_metrics, source_metrics
-from cleangpt.experiment import Experiment, samples_per_macro_batch
+from cleangpt.experiment import Experiment
 from cleangpt.inference.text import sample_text
-from cleangpt.models import build_model
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.flops import flops_per_token
-from cleangpt.objectives.policy import PolicyObjective
-from cleangpt.rollouts.build import open_sampler
-from cleangpt.rollouts.collecting import Collector
-from cleangpt.rollouts.episodes import Sampler
-from cleangpt.rollouts.reference import ReferenceModel
-from cleangpt.rollouts.scoring import Scorer
-from cleangpt.rollouts.source import RolloutSource, Sizes
+from cleangpt.rollouts.source import RolloutSource
 from cleangpt.tracking import NullTracker, Trackers, create_trackers
-from cleangpt.tracking.metrics import metric_key
 from cleangpt.tracking.progress import ProgressBar
 from cleangpt.training.balancing import ExpertLoadBalancer
 from cleangpt.training.deadline import WRITE_RATE, Deadline
 from cleangpt.training.early_stopping import EarlyStopping
-from cleangpt.training.finetuning import freeze_and_add_lora, frozen_names, lr_factors, start_from
-from cleangpt.training.generation import vllm_opener
+from cleangpt.training.finetuning import frozen_names, lr_factors, start_from
 from cleangpt.training.meter import Meter
 from cleangpt.training.metrics import Recorder, Row, StepLog, Throughput
-from cleangpt.training.mup import mup_scales, scale_init
+from cleangpt.training.mup import mup_scales
 from cleangpt.training.optimizer import Optimizer
+from cleangpt.training.placing import place_model
 from cleangpt.training.recovery import Health, Recovery, SpikeDetector
-from cleangpt.training.resolve import open_stream, planned_steps
+from cleangpt.training.resolve import planned_steps
 from cleangpt.training.saving import Saver
 from cleangpt.training.schedules import step_plan
+from cleangpt.training.sources import open_source
 from cleangpt.training.state import Length, Position, TrainState
 from cleangpt.training.stopping import Stopping
 from cleangpt.training.trainer import Trainer
@@ -75,18 +49,6 @@ from cleangpt.training.validator import Validator
 
 POINTS = 1000
 """Approximate number of rows of steps.jsonl in a complete run, unless `tracking.every` is set."""
-
-
-@dataclass(frozen=True)
-class PlacedModel:
-    """A model on its devices."""
-
-    model: LanguageModel
-    forward_model: LanguageModel
-    """The module to call in training: compiled, and wrapped in DDP if it is used."""
-    layout: Layout
-    device: torch.device
-    autocast: AbstractContextManager[Any]
 
 
 @contextlib.contextmanager
@@ -199,134 +161,6 @@ def build_trainer(
     )  # fmt: skip
 
 
-def place_model(experiment: Experiment, ranks: Ranks, log: Callable[[str], None]) -> PlacedModel:
-    """The model with its initial weights, on its devices, with the configured precision and compilation."""
-    training, parallel, tuning = experiment.training, experiment.parallel, experiment.fine_tuning
-    if training.threads is not None:
-        torch.set_num_threads(training.threads)
-    device = choose_device(training.device, ranks.local_rank)
-    keep_freed_memory(device)
-    seed_everything(training.seed)
-    set_fp32_precision(training.precision)
-    layout = choose_layout(parallel, experiment.model, ranks, device, partial(freeze_and_add_lora, config=tuning))
-    compiled = training.compile if can_compile(device) else "off"
-    if compiled != training.compile:
-        log(f"training.compile is {training.compile}, but no compiler was found; training without")
-    dtype = compute_dtype(device, training.precision)
-    gathered = layout.shards > 1 and dtype == torch.bfloat16
-    model = parallelize(
-        lambda: build_model(experiment.model, experiment.objective.heads), layout, device,
-        lambda plain: _prepare(plain, training, tuning, compiled == "blocks"),
-        gather_dtype=dtype if gathered else None, reshard_after_forward=parallel.reshard_after_forward,
-        timeout=ranks.timeout,
-    )  # fmt: skip
-    set_scoring(model, experiment, layout)
-    called = cast(LanguageModel, torch.compile(model)) if compiled == "model" else model
-    forward_model = wrap_ddp(called, layout, device)
-    scale_init(model, mup_scales(experiment.model, experiment.optimizer))
-    if ranks.world_size > 1:
-        seed_everything(training.seed + ranks.rank)  # dropout differs between processes
-    return PlacedModel(model, forward_model, layout, device, autocast(device, torch.float32 if gathered else dtype))
-
-
-def _prepare(model: LanguageModel, training: TrainingConfig, tuning: FineTuningConfig, compiled: bool) -> None:
-    """Changes a plain model in place before it is sharded."""
-    if training.precision == "fp8":
-        use_fp8(model)
-    freeze_and_add_lora(model, tuning)
-    apply_activation_checkpointing(model, training.recompute_every, training.recompute == "selective")
-    if compiled:
-        compile_blocks(model)
-
-
-def set_scoring(model: LanguageModel, experiment: Experiment, layout: Layout) -> None:
-    """Tells a model how its scores of targets are computed: in chunks, as sampled, with prompts of answers shared."""
-    training, objective = experiment.training, experiment.objective
-    model.loss_chunk = training.loss_chunk
-    if objective.on_policy:
-        model.temperature = experiment.rollouts.temperature
-    # A compiled model wants one shape; recomputation and FSDP, blocks that are called once. Dropout is drawn per row.
-    plain = training.compile == "off" and training.recompute_every is None and not layout.sharded
-    dropout = getattr(experiment.model, "dropout", 0.0) or experiment.fine_tuning.lora.dropout
-    answers = objective.on_policy or not objective.per_token
-    model.shares_prompts = answers and plain and not dropout and next(model.parameters()).device.type == "cpu"
-
-
-def open_source(
-    experiment: Experiment, dataset: MixedDataset, placed: PlacedModel, ranks: Ranks, log: Callable[[str], None]
-) -> BatchSource:
-    """The training batches of this process: of the corpus, or the policy's own."""
-    # Answers are scored over the tokens that may be sampled, without those that pad the embedding.
-    if experiment.objective.on_policy or not experiment.objective.per_token:
-        placed.model.scored_vocab = dataset.vocab_size
-    if isinstance(experiment.objective, PolicyObjective):
-        return open_rollouts(experiment, experiment.objective, dataset, placed, ranks, log)
-    layout = placed.layout
-    return DatasetSource(
-        open_stream(experiment, dataset), experiment.data.batch_size, prefetch=experiment.data.prefetch,
-        pin_memory=placed.device.type == "cuda", rank=layout.dp_rank(ranks.rank), world_size=layout.dp_size,
-    )  # fmt: skip
-
-
-def open_rollouts(
-    experiment: Experiment, objective: PolicyObjective, dataset: MixedDataset, placed: PlacedModel, ranks: Ranks,
-    log: Callable[[str], None],
-) -> RolloutSource:  # fmt: skip
-    """Rollouts of the model in the environment of its corpus.
-
-    Raises:
-        UserError: there is no such environment, a prompt is too long, or the reward model cannot be loaded.
-    """
-    config, model, device, seed = experiment.rollouts, placed.model, placed.device, experiment.training.seed
-    environment, limit = only_environment(experiment, dataset), experiment.data.seq_len + 1
-    judge = None if config.reward_model is None else open_reward_model(config.reward_model, dataset.tokenizer, device)
-    scorer = Scorer(config, environment, dataset.tokenizer, log if ranks.is_main else lambda text: None, judge)
-    plain = partial(uncompiled, experiment.training.compile)
-    opener: Callable[[], AbstractContextManager[Sampler]] = partial(
-        open_sampler, config, model, device, dataset.vocab_size, experiment.parallel.reshard_after_forward, plain
-    )
-    if config.sampler == "vllm":
-        opener = vllm_opener(model, dataset.sources[0].dataset, ranks.world_size, seed)
-    collector = Collector(config, environment, scorer, opener, dataset.tokenizer, limit=limit, seed=seed, ranks=ranks)
-
-    def build_reference() -> LanguageModel:
-        with torch.random.fork_rng():
-            copy = parallelize(
-                lambda: build_model(experiment.model, objective.heads), placed.layout, device,
-                reshard_after_forward=experiment.parallel.reshard_after_forward, timeout=ranks.timeout,
-            )  # fmt: skip
-        set_scoring(copy, experiment, placed.layout)
-        copy.scored_vocab = dataset.vocab_size
-        return copy.eval().requires_grad_(False)
-
-    sizes = Sizes(
-        experiment.data.batch_size,
-        experiment.training.accumulation,
-        samples_per_macro_batch(experiment) // config.samples,
-    )
-    measured = config.measure_kl or objective.kl_coef > 0
-    return RolloutSource(
-        config, objective, collector, model, ReferenceModel(model, build_reference) if measured else None, sizes,
-        seed=seed, ranks=ranks, device=device, autocast=placed.autocast,
-    )  # fmt: skip
-
-
-def only_environment(experiment: Experiment, dataset: MixedDataset) -> Environment:
-    """The environment that a policy acts in.
-
-    Raises:
-        UserError: the corpus has none, or several.
-    """
-    found = environments(experiment.corpus, dataset)
-    if list(found) != [""]:
-        kind = type(experiment.objective).__name__
-        has = f"{len(found)} environments" if found else "none"
-        raise UserError(
-            f"objective {kind} needs a corpus with an environment; {type(experiment.corpus).__name__} has {has}"
-        )
-    return found[""]
-
-
 def build_optimizer(experiment: Experiment, model: LanguageModel) -> Optimizer:
     """AdamW, with Muon for some parameters, and the learning-rate factors of the experiment."""
     config = experiment.optimizer
@@ -375,12 +209,7 @@ def build_recorder(
             return {}
         model.eval()
         with uncompiled(experiment.training.compile):
-            return {
-                metric_key(environment.metric, name): mean_reward(
-                    model, environment, "val", tracking.score_samples, device, dataset.vocab_size
-                )
-                for name, environment in found.items()
-            }
+            return dict(score_environments(model, found, "val", tracking.score_samples, device, dataset.vocab_size))
 
     def sample(macro_batch: int) -> str:
         if isinstance(source, RolloutSource):

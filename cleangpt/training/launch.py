@@ -45,9 +45,10 @@ from cleangpt.rollouts.collecting import check_prompts
 from cleangpt.screen import Screen
 from cleangpt.tracking import check_tracking
 from cleangpt.tracking.progress import ProgressBar
-from cleangpt.training.build import only_environment, open_trainer
+from cleangpt.training.build import open_trainer
 from cleangpt.training.finetuning import check_parameters
 from cleangpt.training.resolve import open_stream, resolve, resolve_with
+from cleangpt.training.sources import only_environment
 from cleangpt.training.summary import length_asked, next_commands, summary
 
 __all__ = ["check", "check_here", "prepare_dataset", "resolve", "train"]

@@ -5,6 +5,7 @@ starts run in forked processes. `train` gets overrides that make it short; comma
 local one. README_zh.md has the blocks of README.md (`test_pages.py`), so they run once.
 """
 
+import importlib.util
 import json
 import re
 import shlex
@@ -22,6 +23,7 @@ from cleangpt import experiment_files
 from cleangpt.commands import main
 from cleangpt.commands.demo import EXPERIMENTS
 from cleangpt.corpora import CORPORA
+from cleangpt.environments.experts import EXPERTS
 from cleangpt.environments.rewards import REWARDS
 from cleangpt.experiment_files import experiments
 from cleangpt.models import MODELS
@@ -31,8 +33,8 @@ from tests.forked import run_together
 PROJECT = Path(__file__).parents[2]
 DOCUMENTS = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("*.md"))]
 LONG = (
-    "README", "cli", "distributed", "experiments", "fine_tuning", "generation", "own_reward", "planning", "policies",
-    "post_training", "tuning",
+    "README", "cli", "control", "distributed", "experiments", "fine_tuning", "generation", "own_reward", "planning",
+    "policies", "post_training", "tuning",
 )  # fmt: skip
 """Documents of many commands, which CI runs and `make test` does not."""
 
@@ -44,6 +46,12 @@ SHORT = shlex.split(
 SHORT_RESUMED = ["--training.macro-batches", "2"]
 SMALLER = {
     "adder": ["train-samples", "500", "val-samples", "50", "test-samples", "50"],
+    "cartpole_ppo": ["reference-episodes", "2"],
+    "control_demo": [
+        word
+        for source in "012"
+        for word in (f"sources.{source}.corpus.played", "6", f"sources.{source}.corpus.reference-episodes", "2")
+    ],
     "fables_dpo": ["train-pairs", "40", "val-pairs", "8"],
     "fables_grpo": ["train-sentences", "64", "val-sentences", "16"],
     "fables_ppo": ["train-sentences", "64", "val-sentences", "16"],
@@ -69,6 +77,7 @@ NOT_RUN = {
     "pip install -e .": "installs what runs here",
     "pip install -e '.[all]'": "installs from the network",
     "pip install -e '.[dev]' -c constraints.txt": "installs from the network",
+    "pip install -e '.[control]'": "installs from the network",
     "pip install torch --index-url https://download.pytorch.org/whl/cpu": "installs from the network",
     "make demo": "installs, and takes minutes",
     "make test": "would run this test",
@@ -151,7 +160,9 @@ def run(line: str) -> int:
     if words[0] == "python":
         return subprocess.run([sys.executable, *words[1:]], timeout=240, check=False).returncode
     assert words[0] == "cleangpt", f"this line is neither run nor listed in NOT_RUN: {line}"
-    registries: list[dict[str, Any]] = [MODELS, CORPORA, OBJECTIVES, REWARDS]
+    registries: list[dict[str, Any]] = [MODELS, CORPORA, OBJECTIVES, REWARDS, EXPERTS]
+    if importlib.util.find_spec("gymnasium") is not None:
+        registries.append(importlib.import_module("gymnasium").registry)
     before = [dict(registry) for registry in registries]
     try:
         return main(shortened(words[1:]))

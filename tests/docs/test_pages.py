@@ -21,7 +21,7 @@ DOCUMENTS = [PROJECT / name for name in ("README.md", "README_zh.md", "CONTRIBUT
 DOCUMENTS += sorted((PROJECT / "docs").glob("*.md"))
 SECTIONS = "corpus|data|model|rollouts|optimizer|schedule|training|parallel|fine_tuning|early_stopping|saving|tracking"
 VOCABULARY = {
-    "Adder": 13, "AdderChat": 257, "FableOpenings": 509, "FablePreferences": 509, "Fables": 257,
+    "Adder": 13, "AdderChat": 257, "Demonstrations": 257, "FableOpenings": 509, "FablePreferences": 509, "Fables": 257,
     "Multiplier": 13, "ShakespeareChar": 65, "Stdlib": 257, "TinyStories": 4096, "Mixture": 257,
     "Digits": 17, "ShapesCaptions": 361,
 }  # fmt: skip

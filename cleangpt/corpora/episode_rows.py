@@ -1,0 +1,239 @@
+"""Episodes as rows of tokens: what the corpora of recorded and of demonstrated episodes share.
+
+A row is the task's text, perhaps a prompt, and as many whole steps of one episode as fit. A prompt is a part of another
+episode of the task (Reed et al. 2022, section 2.1), which says what is to be done where observations do not.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from cleangpt.corpora.base import Corpus, write_dataset
+from cleangpt.data.columns import Column
+from cleangpt.data.dataset import TokenDataset
+from cleangpt.data.modalities import Modalities
+from cleangpt.data.shuffle import mix
+from cleangpt.data.timesteps import ACTION, HIDDEN, NO_PLACE, Steps, Timesteps, returns_to_go
+from cleangpt.data.tokenizers import ByteTokenizer, ModalityTokenizer, load_tokenizer
+from cleangpt.data.trajectories import Trajectory
+from cleangpt.data.writer import Chunk, Groups
+from cleangpt.environments.acting import Acting
+from cleangpt.environments.base import Environment
+from cleangpt.environments.gymnasium import Arguments, Gymnasium, encode_text, spaces
+from cleangpt.errors import UserError, parsing
+from cleangpt.validation import Bounds, Count, CountOrZero, File, Share
+
+GROUP = 32
+"""Episodes written at a time, and the most that a prompt is chosen from."""
+PLACES = {"places": Column(dtype="uint16", role="input")}
+"""The column of tokens' places in their observations."""
+
+
+@dataclass(frozen=True)
+class References:
+    """What scores are measured by."""
+
+    expert_return: float
+    random_return: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodeCorpus(Corpus):
+    """Episodes of one task; several tasks are a mixture, in which a source's weight is the task's."""
+
+    local_fields: ClassVar[tuple[str, ...]] = (*Corpus.local_fields, "tokenizer_file")
+
+    env: str
+    """Name of the environment in Gymnasium, such as CartPole-v1."""
+    arguments: Arguments = ()
+    """Keyword arguments of its constructor, in pairs."""
+    modalities: Modalities = Modalities()  # noqa: RUF009 - frozen
+    """How values become tokens."""
+    tokenizer_file: File | None = None
+    """The tokenizer of texts: a tokenizer.json, or a model's as hf:NAME; None: bytes."""
+    instruction: str = ""
+    """A text at the start of every row, before that of the environment, if it has one."""
+    row: Annotated[int, Bounds(2, 2**20)] = 128
+    """Tokens per sample; data.seq_len must be equal to it, in a mixture at least."""
+    windows: Count = 1
+    """How many rows each step is in, about: rows begin at other steps each time."""
+    prompt_share: Share = 0.0
+    """Share of the rows that begin with a prompt, a part of another episode: its end in half of them, else any. The
+    paper has 0.25."""
+    hide_actions: Share = 0.0
+    """Share of the rows in which the model cannot see earlier actions, so that it does not learn to copy them."""
+    returns: bool = False
+    """Begin each observation with the return that is to come (Chen et al. 2021, "Decision transformer")."""
+    least_score: Annotated[float, Bounds()] | None = None
+    """Leave out episodes that score less, of which 0 is a random policy's and 100 the expert's; the paper's is 80.
+    None: keep all."""
+    val_share: Annotated[float, Bounds(above=0, below=1)] = 0.05
+    """Share of the episodes that are held out for validation."""
+    scored_episodes: Count = 50
+    """Episodes that the agent plays to be scored."""
+    acting: Acting = Acting()  # noqa: RUF009 - frozen
+    """How the agent chooses actions."""
+    seed: CountOrZero = 1337
+    """Random seed of the episodes, of the rows and of the episodes that are scored."""
+
+    # What a subclass defines ------------------------------------------------------------------------------------------
+
+    def survey(self) -> tuple[int, References]:
+        """The number of episodes, and the returns of expert and random policy."""
+        raise NotImplementedError
+
+    def episodes(self, start: int) -> Iterator[Trajectory]:
+        """The episodes from number `start` on."""
+        raise NotImplementedError
+
+    def source(self) -> dict[str, Any]:
+        """What the dataset is made from, besides the fields."""
+        return {}
+
+    # What they share --------------------------------------------------------------------------------------------------
+
+    @property
+    def row_length(self) -> int:
+        """Tokens in every row; a sample has one less."""
+        return self.row + 1
+
+    def tokenizer(self) -> ModalityTokenizer:
+        """The tokenizer of texts and values."""
+        text = ByteTokenizer() if self.tokenizer_file is None else load_tokenizer(self.tokenizer_file)
+        return ModalityTokenizer(text, self.modalities)
+
+    def steps(self, tokenizer: ModalityTokenizer) -> Timesteps:
+        """How steps become tokens."""
+        observation, action = spaces(self.env, self.arguments)
+        return Timesteps(tokenizer.ranges, observation, action, self.returns)
+
+    def prepare(self, folder: Path, console: Console) -> TokenDataset:
+        """Writes both splits."""
+        tokenizer, (count, references) = self.tokenizer(), self.survey()
+        steps = self.steps(tokenizer)
+
+        def groups(start: int) -> Groups:
+            following = self.episodes(start * GROUP)
+            for first in range(start * GROUP, count, GROUP):
+                numbers = range(first, min(first + GROUP, count))
+                played = [next(following) for _ in numbers]
+                yield numbers.stop, self._chunks(dict(zip(numbers, played, strict=True)), steps, tokenizer, references)
+
+        return write_dataset(
+            self, folder, tokenizer, groups, count, console, source={**vars(references), **self.source()},
+            row_length=self.row_length, columns=PLACES,
+        )  # fmt: skip
+
+    def environment(self, dataset: TokenDataset) -> Environment:
+        """The simulation of the task, in which checkpoints are scored."""
+        assert isinstance(dataset.tokenizer, ModalityTokenizer)
+        with parsing(dataset.folder):
+            expert, random = (float(dataset.source[name]) for name in ("expert_return", "random_return"))
+        return Gymnasium(
+            self.env, dataset.tokenizer, self.arguments, acting=self.acting, expert_return=expert, random_return=random,
+            episodes=self.scored_episodes, returns=self.returns, instruction=self.instruction, seed=self.seed,
+        )  # fmt: skip
+
+    def remedy(self, split: str) -> str:
+        """What to do where a split has no tokens."""
+        return "give more episodes"
+
+    def _chunks(
+        self, episodes: dict[int, Trajectory], steps: Timesteps, tokenizer: ModalityTokenizer, references: References
+    ) -> list[Chunk]:
+        """The rows of a group of episodes, by split."""
+        low, high = references.random_return, references.expert_return
+        least = -np.inf if self.least_score is None else low + self.least_score / 100 * (high - low)
+        kept = {number: one for number, one in episodes.items() if one.total >= least}
+        rows: dict[str, list[Steps]] = {"train": [], "val": []}
+        counts = {split: dict.fromkeys(("episodes", "steps", "steps of noise", LEFT_OUT), 0) for split in rows}
+        for number, one in episodes.items():
+            split = self._split(number)
+            counts[split][LEFT_OUT] += number not in kept
+            if number in kept:
+                counts[split]["episodes"] += 1
+                counts[split]["steps"] += len(one)
+                counts[split]["steps of noise"] += int((~one.learned).sum())
+        encoded = {number: _encode(steps, one) for number, one in kept.items()}
+        for number, one in kept.items():
+            text = encode_text(tokenizer, self.instruction, one.text)
+            others = [other for key, other in encoded.items() if key != number]
+            choices = np.random.default_rng(mix(self.seed, number, 1))
+            rows[self._split(number)] += self._rows(encoded[number], others, text, choices)
+        return [self._chunk(split, found, counts[split]) for split, found in rows.items()]
+
+    def _split(self, number: int) -> str:
+        """The split of an episode, by a hash of its number; the first two are in one each."""
+        share = mix(self.seed, number, 2) / 2**64
+        return ("val", "train")[number] if number < 2 else "val" if share < self.val_share else "train"
+
+    def _rows(
+        self, episode: Steps, others: Sequence[Steps], text: NDArray[np.int64], choices: np.random.Generator
+    ) -> Iterator[Steps]:
+        """The rows of an episode, padded."""
+        room = (self.row_length - len(text)) // episode.tokens.shape[1]
+        if room < 1:
+            raise UserError(
+                f"corpus.row is {self.row}; allowed: {len(text) + episode.tokens.shape[1] - 1} or more, into which a "
+                "text and a step fit"
+            )
+        for start in self._starts(len(episode.tokens), room, choices):
+            parts = list[Steps]()
+            if others and choices.random() < self.prompt_share:
+                parts.append(_prompt(others[int(choices.integers(len(others)))], room // 2, choices))
+            left = room - sum(len(part.tokens) for part in parts)
+            parts.append(episode.part(start, start + left))
+            hidden = choices.random() < self.hide_actions
+            yield _row(text, parts, self.row_length, hidden)
+
+    def _starts(self, length: int, room: int, choices: np.random.Generator) -> list[int]:
+        """The first step of every row; rows are full where the episode is long enough, and cover all of its steps."""
+        starts = list[int]()
+        for _ in range(self.windows):
+            offset = int(choices.integers(room)) if length > room else 0
+            ends = np.arange(-offset, length, room).clip(0, max(0, length - room))
+            starts += np.unique(ends).tolist()
+        return starts
+
+    def _chunk(self, split: str, rows: Sequence[Steps], counts: dict[str, int]) -> Chunk:
+        if not rows:
+            none = np.zeros(0, np.int64)
+            return Chunk(split, none, none, 0, none.astype(np.uint8), counts, {"places": none})
+        tokens, places, mask = (np.concatenate(column) for column in zip(*rows, strict=True))
+        lengths = np.full(len(rows), self.row_length)
+        return Chunk(split, tokens, lengths, 0, mask, counts, {"places": places})
+
+
+LEFT_OUT = "left out, their return"
+"""A count on the card."""
+
+
+def _encode(steps: Timesteps, episode: Trajectory) -> Steps:
+    seen, done, learned = episode.steps(0, len(episode))
+    return steps.encode(seen, done, learned, returns_to_go(episode.rewards))
+
+
+def _prompt(episode: Steps, room: int, choices: np.random.Generator) -> Steps:
+    """A part of an episode: in half of the cases its end."""
+    last = max(0, len(episode.tokens) - room)
+    start = last if choices.random() < 0.5 else int(choices.integers(last + 1))
+    return episode.part(start, start + room)
+
+
+def _row(text: NDArray[np.int64], parts: Sequence[Steps], length: int, hidden: bool) -> Steps:
+    """A row: text, which counts in the loss, and steps; padding is token 0 and never counts."""
+    row = Steps(np.zeros(length, np.int64), np.full(length, NO_PLACE), np.zeros(length, np.uint8))
+    row.tokens[: len(text)], row.mask[: len(text)] = text, 1
+    end = len(text)
+    for part in parts:
+        begin, end = end, end + part.tokens.size
+        row.tokens[begin:end], row.places[begin:end] = part.tokens.reshape(-1), part.places.reshape(-1)
+        row.mask[begin:end] = part.mask.reshape(-1)
+    if hidden:
+        row.places[row.places == ACTION] = HIDDEN
+    return row
