@@ -49,7 +49,7 @@ def evaluate_environments(
     model: LanguageModel, environments: Mapping[str, Environment], split: str, device: torch.device,
     vocab_size: int | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """As `score_environments`, over all tasks, with everything that `control_metrics` says of simulations and that other
+    """As `score_environments`, over all tasks, with all that `control_metrics` says of simulations, and what other
     environments measure."""
     simulated = {source: one for source, one in environments.items() if isinstance(one, Gymnasium)}
     others = {

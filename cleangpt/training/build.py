@@ -36,7 +36,7 @@ from cleangpt.training.meter import Meter
 from cleangpt.training.metrics import Recorder, Row, StepLog, Throughput
 from cleangpt.training.mup import mup_scales
 from cleangpt.training.optimizer import Optimizer
-from cleangpt.training.placing import place_model
+from cleangpt.training.placing import PlacedModel, place_model
 from cleangpt.training.recovery import Health, Recovery, SpikeDetector
 from cleangpt.training.resolve import planned_steps
 from cleangpt.training.saving import Saver
