@@ -83,10 +83,10 @@ class Gato(Llama):
         # Not infinite, since 0 times infinity would be in the entropy.
         return logits.masked_fill((ids < self.scored_ids[0]) | (ids >= self.scored_ids[1]), OUTSIDE)
 
-    def _embed(self, tokens: Tensor, cache: KVCache | None, **inputs: Tensor) -> Tensor:
+    def _embed(self, tokens: Tensor, cache: KVCache | None, places: Tensor | None = None) -> Tensor:
         """The embeddings of visible tokens, plus those of all places; without places, of tokens alone."""
         x = super()._embed(tokens, cache)
-        if (places := inputs.get("places")) is None:
+        if places is None:
             return x
         visible = (places != HIDDEN)[..., None]
         embedded: Tensor = x * visible + self.place_embedding(places.clamp(max=self.config.n_places - 1))

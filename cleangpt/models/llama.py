@@ -354,7 +354,7 @@ class Llama(LanguageModel):
             return logits
         return config.logit_soft_cap * torch.tanh(logits / config.logit_soft_cap)
 
-    def _embed(self, tokens: Tensor, cache: KVCache | None, **inputs: Tensor) -> Tensor:
+    def _embed(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
         """`(batch, seq)` to `(batch, seq, dim)`: embeddings of tokens, plus those of the n-grams that they end."""
         x, config = self.token_embedding(tokens), self.config
         if not config.ngrams:
