@@ -48,7 +48,7 @@ experiment = Experiment(
         n_places=64,
         smooth_bins=(ranges.first_bin, ranges.first_choice),
     ),
-    optimizer=OptimizerConfig(lr=3e-3, weight_decay=0.1, betas=(0.9, 0.98)),
+    optimizer=OptimizerConfig(lr=3e-3, weight_decay=0.1, betas=(0.9, 0.98), clip_norm=1.0),
     schedule=ScheduleConfig(lr=Schedule(shape="cosine", final=0.02, warmup=0.05)),
     training=TrainingConfig(macro_batches=3, batches_per_macro_batch=150),
     saving=SavingConfig(keep_best=1, best="highest score"),
