@@ -16,10 +16,9 @@ SPINE = (
 )  # fmt: skip
 """The way of a batch from disk to optimizer step."""
 MAY_SEE_ALL = {
-    "experiment", "experiment_files", "training/launch", "training/build", "training/placing",
-    "training/resolve",
-    "training/schedules", "training/sources", "training/summary", "training/tuning", "checkpoints/run_folder", "evaluation/datasets",
-    "evaluation/evaluate", "planning/plan", "__init__",
+    "experiment", "experiment_files", "training/launch", "training/build", "training/placing", "training/resolve",
+    "training/schedules", "training/sources", "training/summary", "training/tuning", "checkpoints/run_folder",
+    "evaluation/datasets", "evaluation/evaluate", "planning/plan", "__init__",
 }  # fmt: skip
 """Modules that take a whole Experiment; commands do as well."""
 SCREEN = 50
