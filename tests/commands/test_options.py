@@ -127,7 +127,7 @@ def test_a_required_option_is_named() -> None:
         ("--steps", "did you mean '--training.steps'?"),
         ("--progress", "did you mean '--tracking.progress'?"),
         ("--no-progress", "did you mean '--tracking.no-progress'?"),
-        ("--n-layer", "did you mean '--model.n-layers'?"),
+        ("--n-layer", "did you mean '--model.n-layers' or '--model.vision.n-layers'?"),
         ("--optimizer.lrr", "did you mean '--optimizer.lr'?"),
         ("--schedule.lr", "the start of others: --schedule.lr.shape, --schedule.lr.initial, --schedule.lr.final, …"),
         ("--cod", "did you mean '--code'?"),

@@ -14,8 +14,11 @@ from rich.console import Console
 from cleangpt.corpora import CORPORA, dataset_folder, prepare_dataset
 from cleangpt.corpora.base import Corpus
 from cleangpt.corpora.conversations import Chat
+from cleangpt.corpora.demonstrations import Demonstrations
+from cleangpt.corpora.episodes import Episodes
 from cleangpt.corpora.fineweb_edu import FineWebEdu
 from cleangpt.corpora.hub_text import HubDataset
+from cleangpt.corpora.pictures import Pictures
 from cleangpt.corpora.preferences import Preferences
 from cleangpt.corpora.shakespeare_char import ShakespeareChar
 from cleangpt.corpora.stdlib import Stdlib
@@ -205,6 +208,8 @@ RELATIVE: dict[str, Callable[[str], Corpus]] = {
     "a tokenizer's folder": lambda root: TinyStories(tokenizer_file=f"hf:{root}hf"),
     "chat_template": lambda root: Chat(files=("/tmp/chats",), chat_template=f"{root}template.jinja"),
     "preferences": lambda root: Preferences(files=(f"{root}texts",)),
+    "pictures": lambda root: Pictures(files=(f"{root}pictures.jsonl",)),
+    "episodes": lambda root: Episodes(env="CartPole-v1", files=(f"{root}episodes.jsonl",)),
 }
 
 
@@ -232,7 +237,7 @@ def test_files_of_absolute_paths_are_shared_from_everywhere(
     assert len(folders) == 1
 
 
-@pytest.mark.parametrize("kind", sorted(CORPORA.keys() - {"text", "chat", "preferences"}))
+@pytest.mark.parametrize("kind", sorted(CORPORA.keys() - {"text", "chat", "preferences", "pictures", "episodes"}))
 def test_what_is_generated_or_downloaded_is_shared_from_everywhere(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,7 +245,8 @@ def test_what_is_generated_or_downloaded_is_shared_from_everywhere(
     for place in ("a", "b"):
         (tmp_path / place).mkdir()
         monkeypatch.chdir(tmp_path / place)
-        folders.add(dataset_folder(CORPORA[kind](), tmp_path / "data"))
+        corpus = Demonstrations(env="CartPole-v1") if kind == "demonstrations" else CORPORA[kind]()
+        folders.add(dataset_folder(corpus, tmp_path / "data"))
     assert len(folders) == 1
 
 

@@ -58,10 +58,17 @@ def write_jsonl(path: Path, texts: list[str]) -> str:
 # Every corpus --------------------------------------------------------------------------------------------------------
 
 
+REQUIRED: dict[str, dict[str, Any]] = {
+    **{kind: {"files": ("a", "b")} for kind in ("text", "chat", "preferences", "pictures")},
+    "demonstrations": {"env": "CartPole-v1"}, "episodes": {"env": "CartPole-v1", "files": ("a", "b")},
+}  # fmt: skip
+"""The fields without a default."""
+
+
 @pytest.mark.parametrize("kind", CORPORA)
 def test_a_configuration_survives_json(kind: str) -> None:
     cls: Any = CORPORA[kind]
-    corpus = cls(files=("a", "b")) if kind in ("text", "chat", "preferences") else cls()
+    corpus = cls(**REQUIRED.get(kind, {}))
     entry = json.loads(json.dumps(to_json(corpus, CORPORA)))
     assert entry["kind"] == kind
     assert from_json(CorpusConfig, entry, CORPORA) == corpus
@@ -76,9 +83,12 @@ def test_every_field_says_what_it_is(kind: str) -> None:
         assert re.search(rf'^    {field.name}: .*\n    """', source, re.MULTILINE), field.name
 
 
-def test_arithmetic_and_openings_have_an_environment() -> None:
+def test_these_have_an_environment() -> None:
     scored = {kind for kind, corpus in CORPORA.items() if corpus.environment is not Corpus.environment}
-    assert scored == {"adder", "adder_chat", "multiplier", "fable_openings", "fable_preferences"}
+    assert scored == {
+        "adder", "adder_chat", "multiplier", "fable_openings", "fable_preferences", "digits", "shapes_captions",
+        "shapes_vqa", "demonstrations", "episodes",
+    }  # fmt: skip
 
 
 def test_each_set_of_fields_has_its_own_folder(tmp_path: Path) -> None:
