@@ -20,7 +20,7 @@ from cleangpt.experiment import Experiment
 from cleangpt.models.llama import LlamaConfig
 from cleangpt.models.meta import SkipInit
 from cleangpt.objectives import NextToken
-from cleangpt.training import build
+from cleangpt.training import placing
 from cleangpt.training.trainer import Trainer
 
 DEVICE = torch.device("meta")
@@ -52,7 +52,7 @@ class Waits(TorchDispatchMode):
 @pytest.fixture
 def no_values(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that trainers find and fused optimizers accept."""
-    monkeypatch.setattr(build, "choose_device", lambda name, rank=0: DEVICE)
+    monkeypatch.setattr(placing, "choose_device", lambda name, rank=0: DEVICE)
     optimizers = importlib.import_module("torch.optim.optimizer")
     monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: ["meta"])
 
