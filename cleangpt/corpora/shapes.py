@@ -113,8 +113,7 @@ class Shapes(Corpus):
     def _chunk(self, split: str, first: int, scenes: list[Scene]) -> Chunk:
         image, known = np.full(self.image_tokens, image_token(tokenizer())), tokenizer()
         texts = [self.text(scene, first + number, split) for number, scene in enumerate(scenes)]
-        rows = [Row(np.concatenate([image, text.tokens]), np.concatenate([np.zeros_like(image, np.uint8), text.mask]))
-                for text in texts]  # fmt: skip
+        rows = [Row.cat([Row(image, np.zeros_like(image, np.uint8)), text]) for text in texts]
         if (longest := max(len(row.tokens) for row in rows)) > self.row_length:
             raise UserError(f"a text has {longest - self.image_tokens} tokens, more than {self.longest}")
         tokens, mask = padded(rows, self.row_length)
@@ -169,9 +168,7 @@ class ShapesVQA(Shapes):
                 parts.append(joined(tokenizer().encode(asked[0]), _ended(f" {asked[1]}")))
             if len(parts) == wanted:
                 break
-        return Row(
-            *(np.concatenate(arrays) for arrays in zip(*((part.tokens, part.mask) for part in parts), strict=True))
-        )
+        return Row.cat(parts)
 
     def environment(self, dataset: TokenDataset) -> Environment:
         """Questions about pictures, with reward 1 for exactly the right answer, else 0."""

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from cleangpt.data.mapped import little_endian
 from cleangpt.errors import UserError
 
 RESERVED = ("tokens", "targets", "mask", "cache", "logit_positions")
@@ -31,8 +32,7 @@ class Column:
     @property
     def on_disk(self) -> np.dtype[Any]:
         """The dtype on disk, little-endian on every machine."""
-        dtype: np.dtype[Any] = np.dtype(self.dtype).newbyteorder("<")
-        return dtype
+        return little_endian(self.dtype)
 
     @property
     def in_batch(self) -> np.dtype[Any]:

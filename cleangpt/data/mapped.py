@@ -11,6 +11,12 @@ from numpy.typing import NDArray
 from cleangpt.errors import UserError
 
 
+def little_endian(dtype: str) -> np.dtype[Any]:
+    """A dtype as it is on disk, the same on every machine."""
+    found: np.dtype[Any] = np.dtype(dtype).newbyteorder("<")
+    return found
+
+
 def map_file(path: Path, dtype: np.dtype[Any], length: int, shuffled: bool) -> NDArray[Any]:
     """Memory-maps `path`; checks that its size is that of `length` numbers.
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cleangpt.data.columns import RESERVED
-from cleangpt.data.mapped import map_file, read_count
+from cleangpt.data.mapped import little_endian, map_file, read_count
 from cleangpt.errors import UserError
 
 ENDS = "_ends"
@@ -53,8 +53,7 @@ class Records:
     @property
     def on_disk(self) -> np.dtype[Any]:
         """The dtype on disk, little-endian on every machine."""
-        dtype: np.dtype[Any] = np.dtype(self.dtype).newbyteorder("<")
-        return dtype
+        return little_endian(self.dtype)
 
     @property
     def in_batch(self) -> np.dtype[Any]:

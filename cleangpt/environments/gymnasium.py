@@ -1,6 +1,6 @@
 """Environments of Gymnasium (Towers et al. 2024), or of any package that registers its own there."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -90,11 +90,10 @@ class Gymnasium(Environment):
 
     def step(self, episode: Episode, action: list[int]) -> Feedback:
         """Plays the episode again up to here, since a simulation changes as it goes; `rollouts/agent.py` goes on."""
-        simulation, steps = self.make(), self.steps
+        simulation = self.make()
         simulation.reset(seed=episode.prompt.extras["seed"])
         for tokens in [*episode.actions, action]:
-            values = steps.action.decode(np.array([tokens]), steps.ranges, action=True)
-            observation, reward, terminated, truncated, _ = simulation.step(item(values, 0))
+            observation, reward, terminated, truncated, _ = simulation.step(self.action(tokens))
         simulation.close()
         return Feedback(float(reward), bool(terminated or truncated), self._read(observation))
 
@@ -102,11 +101,18 @@ class Gymnasium(Environment):
         """The tokens of the instruction and of the texts in a first observation."""
         return encode_text(self.tokenizer, self.instruction, split_text(observation)[0])
 
+    def stack(self, observations: Sequence[Any]) -> Values:
+        """Observations of simulations as a batch of values, without their texts."""
+        return self.steps.observation.stack([split_text(observation)[1] for observation in observations])
+
+    def action(self, tokens: Sequence[int]) -> Any:
+        """The action that tokens stand for, as a simulation takes it."""
+        steps = self.steps
+        return item(steps.action.decode(np.array([tokens]), steps.ranges, action=True), 0)
+
     def _read(self, observation: Any) -> list[int]:
         """The tokens of an observation, and the separator."""
-        _, values = split_text(observation)
-        steps = self.steps
-        tokens: list[int] = steps.observe(steps.observation.stack([values])).tokens[0].tolist()
+        tokens: list[int] = self.steps.observe(self.stack([observation])).tokens[0].tolist()
         return tokens
 
 

@@ -51,7 +51,7 @@ def evaluate_environments(
 ) -> dict[str, float]:  # fmt: skip
     """As `score_environments`, over all tasks, with all that `control_metrics` says of simulations, and what other
     environments measure."""
-    simulated = {source: one for source, one in environments.items() if isinstance(one, Gymnasium)}
+    simulated = simulations(environments)
     others = {
         metric_key(name, source): value
         for source, one in environments.items() if source not in simulated
@@ -61,6 +61,11 @@ def evaluate_environments(
         source: play_control(model, one, split, range(one.tasks(split)), device) for source, one in simulated.items()
     }
     return others | (control_metrics(episodes) if episodes else {})
+
+
+def simulations(environments: Mapping[str, Environment]) -> dict[str, Gymnasium]:
+    """Those of the environments that are simulations, by source."""
+    return {source: one for source, one in environments.items() if isinstance(one, Gymnasium)}
 
 
 def control_metrics(episodes: Mapping[str, Sequence[Played]]) -> dict[str, float]:

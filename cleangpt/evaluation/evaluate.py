@@ -74,7 +74,7 @@ def evaluate(
     context = autocast(device, compute_dtype(device, experiment.training.precision))
     size = data.val_batch_size or experiment.training.micro_batch_size or data.batch_size
     samples, results = split_samples(dataset, split, data.seq_len), {}
-    if not experiment.objective.per_token:
+    if experiment.objective.scores_answers:
         model.scored_vocab = dataset.vocab_size
     for source, part in samples.items():
         batches = validation_batches(part, min(size, part.num_validation))

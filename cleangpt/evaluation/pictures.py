@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cleangpt.environments.base import Environment
-from cleangpt.environments.gymnasium import Gymnasium
 from cleangpt.errors import UserError
+from cleangpt.evaluation.control import simulations
 from cleangpt.models.base import LanguageModel
 from cleangpt.rollouts.simulating import play_control
 
@@ -48,7 +48,7 @@ def film(
     Raises:
         UserError: there is no simulation.
     """
-    simulated = {source: one for source, one in environments.items() if isinstance(one, Gymnasium)}
+    simulated = simulations(environments)
     if not simulated:
         raise UserError("--videos films simulations; this run's corpus has none")
     folder.mkdir(parents=True, exist_ok=True)

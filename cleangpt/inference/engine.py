@@ -148,9 +148,9 @@ class Engine:
     def cancel(self, request_id: int) -> None:
         """Ends a request early."""
         self._waiting = deque(request for request in self._waiting if request.id != request_id)
-        for place, request in enumerate(self._rows.requests if self._rows is not None else ()):
-            if self._rows is not None and request.id == request_id:
-                self._rows.cancel(place)
+        if (rows := self._rows) is not None:
+            for place in (place for place, request in enumerate(rows.requests) if request.id == request_id):
+                rows.cancel(place)
 
     def step(self) -> dict[int, Output]:
         """Generates the next token of every request in the batch; returns outputs by request id.
@@ -178,9 +178,10 @@ class Engine:
             UserError: the model's logits are not finite.
         """
         while self.unfinished:
-            rows = self._advance()
-            for place in rows.advanced if rows is not None else ():
-                if rows is not None and (reason := rows.reason(place)) is not None:
+            if (rows := self._advance()) is None:
+                continue
+            for place in rows.advanced:
+                if (reason := rows.reason(place)) is not None:
                     request = rows.take_back(place)
                     yield request.id, Completion(request.ids, request.logprobs, reason)
 

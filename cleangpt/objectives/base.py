@@ -39,6 +39,11 @@ class Objective(Checked, section="objective"):
     on_policy: ClassVar[bool] = False
     """Whether batches are rollouts of the policy, as the section `rollouts` says, instead of the corpus's samples."""
 
+    @property
+    def scores_answers(self) -> bool:
+        """Whether the loss compares or rewards whole answers, instead of predicting every token."""
+        return self.on_policy or not self.per_token
+
     def count(self, batch: Batch) -> int:
         """The number of things the loss is averaged over, by default the batch's targets. The batch is on the host."""
         return batch.num_targets

@@ -24,9 +24,10 @@ from cleangpt.models.meta import on_meta
 from cleangpt.objectives.pairs import REFERENCE
 from cleangpt.objectives.policy import PolicyObjective
 from cleangpt.planning.memory import Memory, StepConfig, device_memory, kinds_of_blocks
-from cleangpt.planning.rollouts import reads_reference, round_seconds
+from cleangpt.planning.rollouts import round_seconds
 from cleangpt.planning.timing import Machine, StepTime, sent_bytes, step_time
 from cleangpt.planning.workload import Workload, measure
+from cleangpt.rollouts.reference import reads_reference
 from cleangpt.training.finetuning import freeze_and_add_lora
 from cleangpt.training.launch import check
 from cleangpt.training.resolve import resolve, resolve_with

@@ -9,6 +9,7 @@ from cleangpt.planning.communication import BANDWIDTH_SHARE, LAUNCH_SECONDS
 from cleangpt.planning.memory import Blocks
 from cleangpt.planning.timing import Machine
 from cleangpt.planning.workload import Workload
+from cleangpt.rollouts.reference import reads_reference
 
 
 def round_seconds(
@@ -57,8 +58,3 @@ def token_seconds(rows: int, tokens: int, work: Workload, blocks: Blocks, machin
     arithmetic = flops / (machine.device.flops(machine.base) * machine.device.matmul_share)
     moved = machine.weight_bytes * (work.parameters + cached) / (machine.device.bandwidth * BANDWIDTH_SHARE)
     return max(arithmetic, moved, LAUNCH_SECONDS * forward.kernels)
-
-
-def reads_reference(config: RolloutConfig, objective: PolicyObjective) -> bool:
-    """Whether rounds read a reference model."""
-    return config.measure_kl or objective.kl_coef > 0

@@ -28,6 +28,11 @@ class Context(NamedTuple):
     tokens: NDArray[np.int64]
     places: NDArray[np.int64]
 
+    @staticmethod
+    def of(text: NDArray[np.int64]) -> "Context":
+        """A text alone, whose tokens have no place in an observation."""
+        return Context(text, np.full(len(text), NO_PLACE))
+
 
 class Agent:
     """Acts in a batch of episodes that have just begun; call `act` with their observations, `keep` when some end.

@@ -18,13 +18,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cleangpt.data.batch import IGNORED, Batch
-from cleangpt.data.shuffle import mix, permute
-from cleangpt.data.timesteps import NO_PLACE, Steps
+from cleangpt.data.batch import Batch
+from cleangpt.data.shuffle import mix
+from cleangpt.data.timesteps import Steps
 from cleangpt.distributed.processes import Ranks
 from cleangpt.environments.acting import Acting
 from cleangpt.environments.config import RolloutConfig
-from cleangpt.environments.gymnasium import Gymnasium, item, split_text
+from cleangpt.environments.gymnasium import Gymnasium, item
 from cleangpt.errors import UserError
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.gato import Gato
@@ -32,7 +32,7 @@ from cleangpt.models.head import TokenScores
 from cleangpt.objectives.policy import PolicyObjective, Round
 from cleangpt.objectives.ppo import PPO
 from cleangpt.rollouts.agent import Agent, Context
-from cleangpt.rollouts.source import Sizes, explained_variance
+from cleangpt.rollouts.rounds import Sizes, batch_of_round, explained_variance, means_of_rounds, read_position
 
 WORTH = 100.0
 """Rewards are measured in points of the score: the expert's return is this much above that of random actions."""
@@ -131,27 +131,14 @@ class ControlSource:
     def next(self) -> Batch:
         """This device's part of the next batch; begins a round if the last is used up."""
         began = time.perf_counter()
-        place = self.samples % self.config.samples
-        if place == 0:
+        if self.samples % self.config.samples == 0:
             self._begin_round(self.samples // self.config.samples)
-        batch = self._batch(place)
+        batch = batch_of_round(
+            self.rows, self.samples, self.config, self.sizes, self.seed, self.ranks, inputs=("tokens", "places")
+        )
         self.samples += self.sizes.batch_size
         self.wait_time += time.perf_counter() - began
         return batch
-
-    def _batch(self, place: int) -> Batch:
-        """This device's part of the batch at a place in the round; every pass has its own order of rows."""
-        answers, size = self.config.answers, self.sizes.batch_size
-        number, (pass_number, start) = self.samples // self.config.samples, divmod(place, answers)
-        part = size // self.ranks.world_size
-        places = np.arange(start, start + size)[self.ranks.rank * part :][:part]
-        index = torch.from_numpy(permute(places, answers, mix(self.seed, number, pass_number)))
-        rows = {name: column[index] for name, column in self.rows.items()}
-        tokens, mask = rows.pop("tokens").long(), rows.pop("mask")
-        inputs = {"tokens": tokens[:, :-1].contiguous(), "places": rows.pop("places").long()[:, :-1].contiguous()}
-        fresh = float(place < size * self.sizes.accumulation)
-        targets = torch.where(mask, tokens[:, 1:], IGNORED)
-        return Batch(inputs, targets, rows | {"fresh": torch.full((part,), fresh)})
 
     # Rounds -----------------------------------------------------------------------------------------------------------
     def _begin_round(self, number: int) -> None:
@@ -179,8 +166,7 @@ class ControlSource:
 
     def _play(self, seed: int) -> list[Stretch]:
         """A stretch in every simulation, all in step."""
-        texts = [self.environment.read_text(one.observation) for one in self.simulations]
-        contexts = [Context(text, np.full(len(text), NO_PLACE)) for text in texts]
+        contexts = [Context.of(self.environment.read_text(one.observation)) for one in self.simulations]
         seeds = [mix(seed, one.number) for one in self.simulations]
         agent = Agent(self.policy, self.device, self.steps, self.acting, contexts, seeds)
         longest = (self.seq_len - int(agent.begun.max()) - self.steps.observation_size) // self.steps.size
@@ -189,7 +175,7 @@ class ControlSource:
         for step in range(max(1, longest)):
             if not running:
                 break
-            seen = self.steps.observation.stack([split_text(self.simulations[n].observation)[1] for n in running])
+            seen = self.environment.stack([self.simulations[number].observation for number in running])
             actions, going = agent.act(seen), list[int]()
             for row, number in enumerate(running):
                 end = int(agent.lengths[row])
@@ -210,7 +196,7 @@ class ControlSource:
         simulation.total += float(reward)
         stretch.rewards.append(float(reward))
         self.steps_taken += 1
-        seen = self.steps.observation.stack([split_text(simulation.observation)[1]])
+        seen = self.environment.stack([simulation.observation])
         stretch.following = None if terminated else self.steps.observe(seen)
         if terminated or truncated:
             self.finished.append((simulation.total, len(simulation.actions)))
@@ -283,12 +269,7 @@ class ControlSource:
 
     def metrics(self) -> dict[str, float]:
         """Means over the rounds of the macro-batch so far, and the steps of simulations since the start."""
-        names = dict.fromkeys(name for metrics in self.rounds for name in metrics)
-        means = {
-            f"train_{name}": float(np.mean([metrics[name] for metrics in self.rounds if name in metrics]))
-            for name in names
-        }
-        return {"train_environment_steps": float(self.steps_taken), **means}
+        return {"train_environment_steps": float(self.steps_taken), **means_of_rounds(self.rounds)}
 
     # State ------------------------------------------------------------------------------------------------------------
     def skip(self, start: int, end: int) -> None:
@@ -311,16 +292,12 @@ class ControlSource:
         Raises:
             ValueError: a number in it is not a position, or there are other simulations.
         """
-        for name in ("samples", "steps_taken"):
-            if type(state[name]) is not int or not 0 <= state[name] < 2**63:
-                raise ValueError(f"{name} is {state[name]!r}")
-            setattr(self, name, state[name])
+        self.samples, self.steps_taken = read_position(state, "samples"), read_position(state, "steps_taken")
         self.rounds, self.rows = list(state["rounds"]), dict(state["rows"])
         for simulation, (episode, actions) in zip(self.simulations, state["simulations"], strict=True):
             self._reset(simulation, int(episode))
             for tokens in actions:
-                values = self.steps.action.decode(np.array([tokens]), self.steps.ranges, action=True)
-                simulation.observation, reward, *_ = simulation.env.step(item(values, 0))
+                simulation.observation, reward, *_ = simulation.env.step(self.environment.action(tokens))
                 simulation.total += float(reward)
                 simulation.actions.append([int(token) for token in tokens])
 

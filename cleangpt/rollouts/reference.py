@@ -4,8 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 from cleangpt.distributed.tensors import load_weights
+from cleangpt.environments.config import RolloutConfig
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.lora import adapters_off, is_adapter
+from cleangpt.objectives.policy import PolicyObjective
+
+
+def reads_reference(config: RolloutConfig, objective: PolicyObjective) -> bool:
+    """Whether rounds read a reference model."""
+    return config.measure_kl or objective.kl_coef > 0
 
 
 class ReferenceModel:

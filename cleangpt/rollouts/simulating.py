@@ -9,8 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from cleangpt.data.shuffle import mix
-from cleangpt.data.timesteps import NO_PLACE
-from cleangpt.environments.gymnasium import Gymnasium, item, split_text
+from cleangpt.environments.gymnasium import Gymnasium, item
 from cleangpt.models.base import LanguageModel
 from cleangpt.rollouts.agent import Agent, Context
 
@@ -63,8 +62,7 @@ def _play_batch(
     simulations = [environment.make(pictures) for _ in seeds]
     episodes = [Played(seed) for seed in seeds]
     observations = [simulation.reset(seed=seed)[0] for simulation, seed in zip(simulations, seeds, strict=True)]
-    texts = [environment.read_text(observation) for observation in observations]
-    contexts = [Context(text, np.full(len(text), NO_PLACE)) for text in texts]
+    contexts = [Context.of(environment.read_text(observation)) for observation in observations]
     steps, running = environment.steps, list(range(len(seeds)))
     agent = Agent(
         model, device, steps, environment.acting, contexts, [mix(environment.seed, seed) for seed in seeds],
@@ -72,7 +70,7 @@ def _play_batch(
     )  # fmt: skip
     target = environment.expert_return if environment.acting.target is None else environment.acting.target
     while running:
-        values = steps.observation.stack([split_text(observations[number])[1] for number in running])
+        values = environment.stack([observations[number] for number in running])
         left = np.array([target - episodes[number].total for number in running])
         actions, going = agent.act(values, left if environment.returns else None), list[int]()
         for row, number in enumerate(running):

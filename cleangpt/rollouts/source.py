@@ -8,7 +8,6 @@ middle a resumed run goes on with the round that its snapshot has.
 
 import time
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor
 
 from cleangpt.data.batch import IGNORED, Batch
-from cleangpt.data.shuffle import mix, permute
 from cleangpt.distributed.processes import Ranks
 from cleangpt.environments.config import RolloutConfig
 from cleangpt.errors import UserError
@@ -27,18 +25,8 @@ from cleangpt.objectives.ppo import PPO
 from cleangpt.rollouts.answers import as_columns
 from cleangpt.rollouts.collecting import Collected, Collector
 from cleangpt.rollouts.reference import ReferenceModel
+from cleangpt.rollouts.rounds import Sizes, batch_of_round, explained_variance, means_of_rounds, read_position
 from cleangpt.tracking.metrics import metric_key
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How rounds divide into batches, steps and macro-batches."""
-
-    batch_size: int
-    """Answers in a batch, over all devices."""
-    accumulation: int
-    """Batches in a step."""
-    rounds_per_macro_batch: int
 
 
 class RolloutSource:
@@ -84,24 +72,11 @@ class RolloutSource:
             self._learning[1] += began - self._left
         if place == 0:
             self._begin_round(self.samples // self.config.samples)
-        batch = self._batch(place)
+        batch = batch_of_round(self.rows, self.samples, self.config, self.sizes, self.seed, self.ranks)
         self.samples += self.sizes.batch_size
         self._left = time.perf_counter()
         self.wait_time += self._left - began
         return batch
-
-    def _batch(self, place: int) -> Batch:
-        """This device's part of the batch at a place in the round; every pass has its own order of answers."""
-        answers, size = self.config.answers, self.sizes.batch_size
-        number, (pass_number, start) = self.samples // self.config.samples, divmod(place, answers)
-        part = size // self.ranks.world_size
-        places = np.arange(start, start + size)[self.ranks.rank * part :][:part]
-        index = torch.from_numpy(permute(places, answers, mix(self.seed, number, pass_number)))
-        rows = {name: column[index] for name, column in self.rows.items()}
-        tokens, mask = rows.pop("tokens").long(), rows.pop("mask")
-        targets = torch.where(mask, tokens[:, 1:], IGNORED)
-        fresh = float(place < size * self.sizes.accumulation)  # the first step's, with the weights that sampled them
-        return Batch({"tokens": tokens[:, :-1].contiguous()}, targets, rows | {"fresh": torch.full((part,), fresh)})
 
     def _tokens_per_batch(self) -> float:
         return int(self.rows["mask"].sum()) / len(self.rows["mask"]) * self.sizes.batch_size
@@ -217,14 +192,9 @@ class RolloutSource:
 
     def metrics(self) -> dict[str, float]:
         """Means over the rounds of the macro-batch so far, and the learner's speed."""
-        names = dict.fromkeys(name for metrics in self.rounds for name in metrics)
-        means = {
-            f"train_{name}": float(np.mean([metrics[name] for metrics in self.rounds if name in metrics]))
-            for name in names
-        }
         tokens, seconds = self._learning
         speed = {"train_learned_tokens_per_second": tokens / seconds} if seconds else {}
-        return {"train_prompts": float(self.prompts), **means, **speed}
+        return {"train_prompts": float(self.prompts), **means_of_rounds(self.rounds), **speed}
 
     # State ------------------------------------------------------------------------------------------------------------
     def skip(self, start: int, end: int) -> None:
@@ -257,10 +227,7 @@ class RolloutSource:
                 f"rollouts.reward_model is {self.config.reward_model!r}, which has other weights than when this run "
                 "began; name the run or checkpoint that it was"
             )
-        for name in ("samples", "prompts"):
-            if type(state[name]) is not int or not 0 <= state[name] < 2**63:
-                raise ValueError(f"{name} is {state[name]!r}")
-            setattr(self, name, state[name])
+        self.samples, self.prompts = read_position(state, "samples"), read_position(state, "prompts")
         self.kl_coef, self.rounds = float(state["kl_coef"]), list(state["rounds"])
         known = {tuple(pair) for pair in self.skipped_ranges}
         self.skipped_ranges += [list(pair) for pair in state["skipped_ranges"] if tuple(pair) not in known]
@@ -270,9 +237,3 @@ class RolloutSource:
 
     def close(self) -> None:
         """Nothing to stop."""
-
-
-def explained_variance(returns: Tensor, values: Tensor, mask: Tensor) -> float:
-    """1 - Var(G - V) / Var(G) over the tokens of the mask; 0 if all returns are equal."""
-    total = returns[mask].var(correction=0)
-    return float(1 - (returns - values)[mask].var(correction=0) / total) if total > 0 else 0.0

@@ -91,5 +91,6 @@ def set_scoring(model: LanguageModel, experiment: Experiment, layout: Layout) ->
     # A compiled model wants one shape; recomputation and FSDP, blocks that are called once. Dropout is drawn per row.
     plain = training.compile == "off" and training.recompute_every is None and not layout.sharded
     dropout = getattr(experiment.model, "dropout", 0.0) or experiment.fine_tuning.lora.dropout
-    answers = objective.on_policy or not objective.per_token
-    model.shares_prompts = answers and plain and not dropout and next(model.parameters()).device.type == "cpu"
+    model.shares_prompts = (
+        objective.scores_answers and plain and not dropout and next(model.parameters()).device.type == "cpu"
+    )

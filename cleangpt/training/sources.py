@@ -27,9 +27,10 @@ from cleangpt.rollouts.build import open_sampler
 from cleangpt.rollouts.collecting import Collector
 from cleangpt.rollouts.control_source import ControlSource
 from cleangpt.rollouts.episodes import Sampler
-from cleangpt.rollouts.reference import ReferenceModel
+from cleangpt.rollouts.reference import ReferenceModel, reads_reference
+from cleangpt.rollouts.rounds import Sizes
 from cleangpt.rollouts.scoring import Scorer
-from cleangpt.rollouts.source import RolloutSource, Sizes
+from cleangpt.rollouts.source import RolloutSource
 from cleangpt.training.generation import vllm_opener
 from cleangpt.training.placing import PlacedModel, set_scoring
 from cleangpt.training.resolve import open_stream
@@ -40,7 +41,7 @@ def open_source(
 ) -> BatchSource:
     """The training batches of this process: of the corpus, or the policy's own."""
     # Answers are scored over the tokens that may be sampled, without those that pad the embedding.
-    if experiment.objective.on_policy or not experiment.objective.per_token:
+    if experiment.objective.scores_answers:
         placed.model.scored_vocab = dataset.vocab_size
     if isinstance(experiment.objective, PolicyObjective):
         return open_rollouts(experiment, experiment.objective, dataset, placed, ranks, log)
@@ -92,10 +93,10 @@ def open_rollouts(
         copy.scored_vocab = dataset.vocab_size
         return copy.eval().requires_grad_(False)
 
-    measured = config.measure_kl or objective.kl_coef > 0
+    reference = ReferenceModel(model, build_reference) if reads_reference(config, objective) else None
     return RolloutSource(
-        config, objective, collector, model, ReferenceModel(model, build_reference) if measured else None, sizes,
-        seed=seed, ranks=ranks, device=device, autocast=placed.autocast,
+        config, objective, collector, model, reference, sizes, seed=seed, ranks=ranks, device=device,
+        autocast=placed.autocast,
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from cleangpt.objectives.grpo import GRPO
 from cleangpt.objectives.policy import PolicyObjective
 from cleangpt.objectives.ppo import PPO
 from cleangpt.rollouts.control_source import WORTH, ControlSource
-from cleangpt.rollouts.source import Sizes
+from cleangpt.rollouts.rounds import Sizes
 
 pytest.importorskip("gymnasium")
 TOKENIZER = ModalityTokenizer(ByteTokenizer(), Modalities(bins=64, choices=4))

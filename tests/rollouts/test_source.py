@@ -20,7 +20,8 @@ from cleangpt.models.base import LanguageModel
 from cleangpt.objectives.grpo import GRPO
 from cleangpt.objectives.ppo import PPO
 from cleangpt.objectives.rloo import RLOO
-from cleangpt.rollouts.source import RolloutSource, explained_variance
+from cleangpt.rollouts.rounds import explained_variance
+from cleangpt.rollouts.source import RolloutSource
 from cleangpt.tracking.metrics import read_metrics, read_samples, read_steps
 from cleangpt.tracking.report import write_report
 from cleangpt.training.trainer import Trainer
