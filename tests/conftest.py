@@ -32,8 +32,9 @@ from cleangpt.training.build import build_trainer
 from cleangpt.training.launch import resolve
 from cleangpt.training.trainer import Trainer
 
-settings.register_profile("default", deadline=None)
-settings.load_profile("default")
+settings.register_profile("default", deadline=None, max_examples=25)
+settings.register_profile("thorough", deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 # Models this small are faster on one thread, and the processes that tests start inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -46,8 +47,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slowest", metavar="FILE", help="write the twenty slowest tests into a table of this document")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests first, so that no process is left alone with one at the end."""
+    """Of the cases of a test marked ``default(n)``, all after the first n are slow; slow tests come first.
+
+    So no process is left alone with a slow one at the end.
+    """
+    cases: Counter[str] = Counter()
+    for item in items:
+        if (default := item.get_closest_marker("default")) and not item.get_closest_marker("torture"):
+            test = item.nodeid.partition("[")[0]
+            cases[test] += 1
+            if cases[test] > default.args[0]:
+                item.add_marker("slow")
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

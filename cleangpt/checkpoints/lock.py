@@ -1,6 +1,7 @@
 """The lock of a run folder: one process trains it at a time."""
 
 import contextlib
+import errno
 import os
 import platform
 from collections.abc import Iterator
@@ -8,9 +9,11 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
-from cleangpt.errors import UserError
+from cleangpt.errors import RunFailedError, UserError
 
 LOCK = "lock"
+LOCKLESS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+"""What a disk without locks answers."""
 
 
 @contextlib.contextmanager
@@ -21,6 +24,7 @@ def lock_run(run: Path) -> Iterator[None]:
 
     Raises:
         UserError: another process is training it, or the disk has no locks.
+        RunFailedError: the disk is broken.
     """
     lock: BaseFileLock = FileLock(run / LOCK)
     try:
@@ -31,8 +35,10 @@ def lock_run(run: Path) -> Iterator[None]:
             f"{run / LOCK}"
         ) from None
     except (OSError, NotImplementedError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{run} cannot be locked against other processes: {reason}; give another run_dir") from None
+        reason = f"{run} cannot be locked against other processes: {getattr(error, 'strerror', None) or error}"
+        if isinstance(error, OSError) and error.errno not in LOCKLESS:
+            raise RunFailedError(f"{reason}; when the disk is well, the same command goes on") from None
+        raise UserError(f"{reason}; give another run_dir") from None
     soft = isinstance(lock, SoftFileLock)  # where a disk has no locks, filelock's own file stands for one
     try:
         with contextlib.suppress(OSError):  # a full disk

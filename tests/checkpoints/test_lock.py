@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cleangpt.checkpoints.lock import LOCK, lock_run
-from cleangpt.errors import UserError
+from cleangpt.errors import RunFailedError, UserError
 
 
 def test_a_second_process_is_told_who_holds_the_lock(tmp_path: Path) -> None:
@@ -38,14 +38,25 @@ def test_a_lock_is_free_again_whatever_its_file_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="flock")
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO, errno.ESTALE, errno.EINVAL])
-def test_a_disk_without_locks_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+@pytest.mark.parametrize(
+    ("number", "error", "advice"),
+    [
+        (errno.ENOLCK, UserError, "give another run_dir"),
+        (errno.EOPNOTSUPP, UserError, "give another run_dir"),
+        (errno.EINVAL, UserError, "give another run_dir"),
+        (errno.EIO, RunFailedError, "when the disk is well, the same command goes on"),
+        (errno.ESTALE, RunFailedError, "when the disk is well, the same command goes on"),
+    ],
+)
+def test_a_disk_without_locks_or_a_broken_one_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, error: type[Exception], advice: str
+) -> None:
     import fcntl
 
     def refuse(*given: Any) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    reason = f"cannot be locked against other processes: {os.strerror(number)}; give another run_dir"
-    with pytest.raises(UserError, match=reason), lock_run(tmp_path):
+    reason = f"cannot be locked against other processes: {os.strerror(number)}; {advice}"
+    with pytest.raises(error, match=reason), lock_run(tmp_path):
         pass

@@ -22,7 +22,6 @@ from cleangpt.commands import COMMANDS, main
 from cleangpt.files import sha256
 from cleangpt.tracking.metrics import read_metrics
 from tests import forked
-from tests.thinned import slow_after
 
 EXPERIMENT = '''"""A small experiment of the user's own."""
 from cleangpt.config import *
@@ -332,27 +331,25 @@ def content(folder: str) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
 
 
+@pytest.mark.default(4)
 @pytest.mark.parametrize(
     ("words", "message"),
-    slow_after(
-        4,
-        [
-            (["--run-dir", "elsewhere"], "run_dir is 'elsewhere'; a run is resumed in its own folder"),
-            (["--init-from", "hf:gpt2"], "init_from is None in this run and cannot become 'hf:gpt2'"),
-            (["--data.val-samples", "7"], "the losses of its checkpoints were measured on that many"),
-            (["--fine-tuning.optimizer-state", "kept"], "fine_tuning.optimizer_state is 'reset' in this run"),
-            (["--objective.z-loss", "0.1"], "objective.z_loss is 0.0 in this run"),
-            (["--optimizer.muon.lr", "0.01"], "cannot be loaded: it has no optimizer/moments/"),
-            (["--optimizer.lr-factors", "nothing.*", "2"], "'nothing.*' matches no parameter"),
-            (["--training.accumulation", "5"], "training.accumulation reaches 5"),
-            (["--tracking.sample-prompt", "Ж"], "tracking.sample_prompt is 'Ж'"),
-            (["--tracking.wandb", "offline", "--tracking.wandb-project", "a/b"], "W&B refuses"),
-            (
-                ["--data.folder", "elsewhere", "--corpus.train-samples", "200"],
-                "corpus.train_samples is 300 in this run",
-            ),
-        ],
-    ),
+    [
+        (["--run-dir", "elsewhere"], "run_dir is 'elsewhere'; a run is resumed in its own folder"),
+        (["--init-from", "hf:gpt2"], "init_from is None in this run and cannot become 'hf:gpt2'"),
+        (["--data.val-samples", "7"], "the losses of its checkpoints were measured on that many"),
+        (["--fine-tuning.optimizer-state", "kept"], "fine_tuning.optimizer_state is 'reset' in this run"),
+        (["--objective.z-loss", "0.1"], "objective.z_loss is 0.0 in this run"),
+        (["--optimizer.muon.lr", "0.01"], "cannot be loaded: it has no optimizer/moments/"),
+        (["--optimizer.lr-factors", "nothing.*", "2"], "'nothing.*' matches no parameter"),
+        (["--training.accumulation", "5"], "training.accumulation reaches 5"),
+        (["--tracking.sample-prompt", "Ж"], "tracking.sample_prompt is 'Ж'"),
+        (["--tracking.wandb", "offline", "--tracking.wandb-project", "a/b"], "W&B refuses"),
+        (
+            ["--data.folder", "elsewhere", "--corpus.train-samples", "200"],
+            "corpus.train_samples is 300 in this run",
+        ),
+    ],
 )
 def test_a_refused_resume_changes_nothing(
     run: str, capsys: pytest.CaptureFixture[str], words: list[str], message: str
@@ -433,7 +430,8 @@ def test_evaluate_prints_json_and_a_table(run: str, capsys: pytest.CaptureFixtur
     assert json.loads(Path("run/evaluation.json").read_text())["loss"] == pytest.approx(best["val_loss"])
 
 
-@pytest.mark.parametrize("change", slow_after(2, ["tokens", "tokenizer", "split", "silently"]))
+@pytest.mark.default(2)
+@pytest.mark.parametrize("change", ["tokens", "tokenizer", "split", "silently"])
 def test_evaluate_refuses_other_data_and_keeps_the_figures_that_there_are(
     run: str, capsys: pytest.CaptureFixture[str], change: str
 ) -> None:
@@ -590,26 +588,24 @@ def test_a_conversation_goes_on_line_by_line(
     )
 
 
+@pytest.mark.default(4)
 @pytest.mark.parametrize(
     ("words", "message"),
-    slow_after(
-        4,
-        [
-            (["--min-p", "2"], "--min-p is 2.0; allowed: a number above 0, at most 1"),
-            (["--repetition-penalty", "0"], "--repetition-penalty is 0.0; allowed: a number above 0"),
-            (["--stop", ""], "--stop is ('',); allowed: a tuple of text of one character or more"),
-            (["--prompt", "12*3", "--logprobs"], "does not know the character '*'"),
-            (["--prompt", "12*3", "--num-samples", "2"], "does not know the character '*'"),
-            (["--prompt", "12*3", "--draft", "run"], "does not know the character '*'"),
-            (["--draft", "nowhere"], "nowhere is not a run"),
-            (["--draft-tokens", "0"], "--draft-tokens is 0; allowed: a whole number of 1 or more"),
-            (["--prompt", "12*3"], "does not know the character '*'"),
-            (["--temperature", "-1"], "--temperature is -1.0; allowed: a number of 0 or more"),
-            (["--top-k", "0"], "--top-k is 0; allowed: a whole number of 1 or more"),
-            (["--top-p", "1.5"], "--top-p is 1.5; allowed: a number above 0, at most 1"),
-            (["--num-samples", "0"], "--num-samples is 0; allowed: a whole number of 1 or more"),
-        ],
-    ),
+    [
+        (["--min-p", "2"], "--min-p is 2.0; allowed: a number above 0, at most 1"),
+        (["--repetition-penalty", "0"], "--repetition-penalty is 0.0; allowed: a number above 0"),
+        (["--stop", ""], "--stop is ('',); allowed: a tuple of text of one character or more"),
+        (["--prompt", "12*3", "--logprobs"], "does not know the character '*'"),
+        (["--prompt", "12*3", "--num-samples", "2"], "does not know the character '*'"),
+        (["--prompt", "12*3", "--draft", "run"], "does not know the character '*'"),
+        (["--draft", "nowhere"], "nowhere is not a run"),
+        (["--draft-tokens", "0"], "--draft-tokens is 0; allowed: a whole number of 1 or more"),
+        (["--prompt", "12*3"], "does not know the character '*'"),
+        (["--temperature", "-1"], "--temperature is -1.0; allowed: a number of 0 or more"),
+        (["--top-k", "0"], "--top-k is 0; allowed: a whole number of 1 or more"),
+        (["--top-p", "1.5"], "--top-p is 1.5; allowed: a number above 0, at most 1"),
+        (["--num-samples", "0"], "--num-samples is 0; allowed: a whole number of 1 or more"),
+    ],
 )
 def test_sample_refuses_what_cannot_be(
     run: str, capsys: pytest.CaptureFixture[str], words: list[str], message: str

@@ -27,7 +27,6 @@ from cleangpt.interchange.export import export
 from cleangpt.interchange.huggingface import open_checkpoint
 from cleangpt.models.gpt import GPTConfig
 from cleangpt.models.llama import LlamaConfig
-from tests.thinned import slow_after
 
 QUIET = Console(quiet=True)
 MARKED = """\
@@ -189,7 +188,8 @@ def test_what_does_not_fit_is_cut_or_left_out_and_counted_on_the_card(tmp_path: 
     assert "conversations skipped, a special token in the text: 1\n" in card
 
 
-@pytest.mark.parametrize("field", slow_after(1, ["role", "content", "name"]))
+@pytest.mark.default(1)
+@pytest.mark.parametrize("field", ["role", "content", "name"])
 def test_a_special_token_spelled_in_any_field_that_is_written_ends_nothing(field: str, tmp_path: Path) -> None:
     (tmp_path / "names.jinja").write_text(
         "{% for m in messages %}<{{ m.role }} {{ m.name }}>{{ m.content }}{{ eos_token }}{% endfor %}", encoding="utf-8"
@@ -454,7 +454,8 @@ PARTICULAR = {
 }
 
 
-@pytest.mark.parametrize("name", slow_after(1, PARTICULAR))
+@pytest.mark.default(1)
+@pytest.mark.parametrize("name", PARTICULAR)
 def test_where_answers_end_is_seen_in_the_conversations_of_the_dataset(
     name: str, tiny: Any, trainer: Any, their: Any, tmp_path: Path
 ) -> None:

@@ -242,6 +242,7 @@ def test_shakespeare_is_downloaded_once_and_checked(tmp_path: Path, monkeypatch:
 # The standard library ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_standard_library_is_whole_modules_of_this_python(tmp_path: Path) -> None:
     store = prepare_dataset(Stdlib(max_bytes=1_000_000), tmp_path, console=QUIET)
     assert 500_000 < sum(split.text_bytes for split in store.splits.values()) <= 1_000_000

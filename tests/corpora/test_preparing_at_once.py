@@ -59,6 +59,7 @@ def test_one_prepares_and_the_other_takes_what_it_made(workplace: Path) -> None:
     assert [path.name for path in Path("data").iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX")
 def test_one_that_is_killed_holds_nothing(workplace: Path) -> None:
     first = Command(prepare_slowly)

@@ -24,6 +24,7 @@ def renderer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Renderer]:
     renderer.close()
 
 
+@pytest.mark.default(3)
 @pytest.mark.parametrize(
     "source",
     [
@@ -47,6 +48,7 @@ def test_a_template_that_wastes_time_or_memory_is_ended(renderer: Renderer, sour
     assert renderer.render(HELLO, VALUES) == "hello", "the next template has a process again"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems know no such limit")
 def test_its_memory_is_limited(renderer: Renderer) -> None:
     with pytest.raises(TemplateError, match="it takes too much memory"):
@@ -61,6 +63,7 @@ def test_time_is_of_a_conversation_and_not_of_a_process(renderer: Renderer) -> N
         assert renderer.render(HELLO, VALUES) == "hello"
 
 
+@pytest.mark.default(3)
 @pytest.mark.parametrize(
     "content", ["", "\ud800", "\0", "\u2028\n\r", "a" * 100_000, 'quote " and \\ backslash', "\ufdd0", "漢字 🙂"]
 )

@@ -63,6 +63,7 @@ def is_odd(order: list[int]) -> bool:
     return exchanges % 2 == 1
 
 
+@pytest.mark.default(4)
 @pytest.mark.parametrize("n", [2, 3, 4, 7, 8, 9, 10, 12, 15, 16, 30, 32, 63, 64])
 def test_orders_of_few_samples_are_as_often_odd_as_even(n: int) -> None:
     odd = sum(is_odd(permute(np.arange(n), n, key).tolist()) for key in range(1000))

@@ -104,6 +104,7 @@ def test_a_text_that_spells_a_special_token_is_text() -> None:
     assert BPE.decode([*ids, 0]) == "a<|endoftext|>b"
 
 
+@pytest.mark.slow
 def test_bpe_is_the_same_in_another_process() -> None:
     code = f"from cleangpt.data.tokenizers import train_bpe; print(train_bpe([{STORY!r}], 300).to_json())"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "utf-8"}
@@ -227,6 +228,7 @@ def test_a_tokenizer_that_adds_a_blank_gives_back_any_text(content: str, text: s
     assert "".join([decoder.push(token) for token in ids] + [decoder.flush()]) == text
 
 
+@pytest.mark.slow
 @given(text=blank_text)
 def test_both_forms_of_such_a_tokenizer_make_the_same_tokens(text: str) -> None:
     one, other = BPETokenizer(PREPENDING), BPETokenizer(METASPACE)
@@ -250,6 +252,7 @@ def test_a_text_begins_as_a_post_processor_has_it_and_does_not_end() -> None:
     assert (BPETokenizer(PREPENDING).prefix, BPETokenizer(PREPENDING).eos_id) == ((1,), 2)
 
 
+@pytest.mark.default(1)
 @pytest.mark.parametrize("content", [PREPENDING, METASPACE, BPE.to_json()], ids=["prepending", "metaspace", "bytes"])
 @given(texts=st.lists(blank_text, max_size=3), places=st.lists(st.integers(0, 2), max_size=3))
 def test_streaming_is_decoding_where_special_tokens_stand_within(

@@ -46,6 +46,7 @@ def loss_of(config: ModelConfig, way: str) -> tuple[LanguageModel, torch.Tensor]
     return model, next_token(model, TOKENS[:, :-1], TOKENS[:, 1:])
 
 
+@pytest.mark.default(4)
 @pytest.mark.parametrize("way", ["full", "selective"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gradients_are_bit_for_bit_those_of_a_pass_that_keeps_everything(name: str, way: str) -> None:
@@ -57,6 +58,7 @@ def test_gradients_are_bit_for_bit_those_of_a_pass_that_keeps_everything(name: s
     assert all(map(torch.equal, expected, found))
 
 
+@pytest.mark.default(1)
 @pytest.mark.parametrize("name", ["gpt", "llama", "experts"])
 def test_selective_recomputation_computes_no_product_twice(name: str) -> None:
     flops = {}
@@ -85,6 +87,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
+@pytest.mark.default(1)
 @pytest.mark.parametrize("name", ["gpt", "llama"])
 def test_selective_recomputation_keeps_what_a_plan_counts(name: str) -> None:
     kept = {}

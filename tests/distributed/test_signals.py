@@ -66,6 +66,7 @@ def after_step(trainer: Trainer, step: int, *signals: int) -> None:
     trainer.step = then  # type: ignore[method-assign]
 
 
+@pytest.mark.default(2)
 @pytest.mark.parametrize(
     "signals",
     [
@@ -85,6 +86,7 @@ def test_signals_to_stop_save_once_and_the_run_goes_on_bit_for_bit(
     assert_ends_like(Path("broken"), unbroken)
 
 
+@pytest.mark.slow
 def test_sigusr1_saves_at_once_and_changes_nothing_else(tiny: Build, trainer: Open, unbroken: Path) -> None:
     run = trainer(tiny(run_dir="run"))
     after_step(run, 6, signal.SIGUSR1, signal.SIGUSR1)
@@ -97,6 +99,7 @@ def test_sigusr1_saves_at_once_and_changes_nothing_else(tiny: Build, trainer: Op
     assert_ends_like(Path("run"), unbroken)
 
 
+@pytest.mark.slow
 def test_what_sigusr1_saved_is_gone_on_from_after_a_crash(tiny: Build, trainer: Open, unbroken: Path) -> None:
     run = trainer(tiny(run_dir="run"))
     after_step(run, 6, signal.SIGUSR1)
@@ -110,6 +113,7 @@ def test_what_sigusr1_saved_is_gone_on_from_after_a_crash(tiny: Build, trainer: 
     assert_ends_like(Path("run"), unbroken)
 
 
+@pytest.mark.default(1)
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_during_validation(tiny: Build, trainer: Open, unbroken: Path, number: int) -> None:
     """One to stop cuts the validation short, which is done later; one to save lets it go on."""
@@ -133,6 +137,7 @@ def test_a_signal_during_validation(tiny: Build, trainer: Open, unbroken: Path, 
     assert_ends_like(Path("broken"), unbroken)
 
 
+@pytest.mark.default(1)
 @pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_during_saving(

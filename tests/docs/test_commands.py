@@ -33,8 +33,9 @@ from tests.forked import run_together
 PROJECT = Path(__file__).parents[2]
 DOCUMENTS = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("*.md"))]
 LONG = (
-    "README", "cli", "control", "distributed", "experiments", "fine_tuning", "generation", "own_reward", "planning",
-    "policies", "post_training", "tuning",
+    "README", "cli", "concepts", "control", "distributed", "experiments", "fine_tuning", "generation", "mixtures",
+    "own_corpus", "own_data", "own_environment", "own_objective", "own_reward", "planning", "policies",
+    "post_training", "reproducibility", "tuning",
 )  # fmt: skip
 """Documents of many commands, which CI runs and `make test` does not."""
 

@@ -157,6 +157,7 @@ def test_the_experiments_are_all_listed(document: str, head: str) -> None:
     assert sorted(rows) == sorted(experiments())
 
 
+@pytest.mark.default(6)
 @pytest.mark.parametrize("name", sorted(experiments()))
 def test_an_experiment_is_as_large_and_as_long_as_the_documents_say(name: str) -> None:
     experiment = load_experiment(experiments()[name])

@@ -152,6 +152,7 @@ def test_a_pickle_in_the_place_of_any_file_is_never_unpickled(place: Path, patte
     assert not Path("owned").exists()
 
 
+@pytest.mark.slow
 def test_the_experiment_file_within_a_run_runs_when_it_is_trained_and_never_otherwise(place: Path) -> None:
     for run in ("sums", "talk"):
         path = Path(run) / "experiment.py"
@@ -325,6 +326,7 @@ def test_counts_of_a_store_are_counts(place: Path, name: str, value: Any) -> Non
         assert code == 2 and str(store) in line, line
 
 
+@pytest.mark.slow
 def test_a_report_does_without_a_figure_that_is_missing(place: Path) -> None:
     lines = Path("sums/metrics.jsonl").read_text().splitlines()
     rows = [{name: value for name, value in json.loads(line).items() if name != "tokens"} for line in lines]

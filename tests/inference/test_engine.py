@@ -22,7 +22,6 @@ from cleangpt.models.gpt import GPTConfig
 from cleangpt.models.llama import LlamaConfig
 from tests.generation import greedy
 from tests.scripted import Bigrams
-from tests.thinned import slow_after
 
 CPU = torch.device("cpu")
 CONFIG = GPTConfig(vocab_size=50, max_seq_len=24, n_layers=2, n_heads=2, dim=32)
@@ -93,7 +92,8 @@ def test_greedy_generation_is_that_of_hugging_face_with_and_without_a_cache(kind
     assert torch.equal(greedy(ours, prompts, 15, cached=False), expected)
 
 
-@pytest.mark.parametrize("kind", slow_after(2, ["documents", *KINDS]))
+@pytest.mark.default(2)
+@pytest.mark.parametrize("kind", ["documents", *KINDS])
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.5, seed=3, repetition_penalty=1.3)])
 def test_each_row_of_a_batch_gets_what_it_would_get_alone(kind: str, sampling: Sampling) -> None:
     """Beyond the longest sequence too, which the rows reach one after the other."""
@@ -116,7 +116,8 @@ requests = st.tuples(
 )
 
 
-@pytest.mark.parametrize("kind", slow_after(1, ["documents", *(kind for kind in MODELS if kind != "documents")]))
+@pytest.mark.default(1)
+@pytest.mark.parametrize("kind", ["documents", *(kind for kind in MODELS if kind != "documents")])
 @settings(max_examples=6)
 @given(submitted=st.lists(requests, min_size=2, max_size=6), max_batch=st.integers(1, 4))
 def test_rows_that_join_and_leave_do_not_change_each_other(kind: str, submitted: list[Any], max_batch: int) -> None:

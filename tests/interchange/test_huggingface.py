@@ -288,6 +288,7 @@ RELATIVES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.default(4)
 @pytest.mark.parametrize("name", RELATIVES)
 def test_a_relative_of_gpt2_has_the_same_logits_here_and_back_there(
     saved: Callable[..., Path], name: str, tmp_path: Path
@@ -571,6 +572,7 @@ KINDS = {
 }
 
 
+@pytest.mark.default(4)
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_exported_model_has_the_same_logits_and_ids_there(kind: str, tmp_path: Path) -> None:
     checkpoint = checkpoint_of(KINDS[kind])

@@ -1,5 +1,7 @@
 """Reading with a cache gives the logits of reading everything at once, however the tokens come."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,6 @@ from torch import Tensor, nn
 from cleangpt.models.cache import KVCache
 from cleangpt.models.gpt import GPT, GPTConfig
 from cleangpt.models.llama import Llama, LlamaConfig
-from tests.thinned import slow_after
 
 LENGTH, VOCABULARY = 24, 17
 SIZE = {"vocab_size": VOCABULARY, "max_seq_len": LENGTH, "n_layers": 3, "n_heads": 4, "dim": 32}
@@ -43,7 +44,12 @@ def sharp(kind: str) -> nn.Module:
 
 MODELS = {kind: sharp(kind) for kind in KINDS}
 COMMON = ["gpt", "shared keys", "n-grams in documents and windows"]
-every_kind = pytest.mark.parametrize("kind", slow_after(3, [*COMMON, *(kind for kind in KINDS if kind not in COMMON)]))
+
+
+def every_kind(test: Callable[..., None]) -> Callable[..., None]:
+    """Runs a test of one kind of model for each, the common ones by default."""
+    kinds = [*COMMON, *(kind for kind in KINDS if kind not in COMMON)]
+    return pytest.mark.default(3)(pytest.mark.parametrize("kind", kinds)(test))
 
 
 def assert_close(ours: Tensor, expected: Tensor) -> None:

@@ -22,7 +22,6 @@ from cleangpt.models.gpt import GPTConfig
 from cleangpt.models.head import OPTIONAL_SCORES, TokenScores, token_scores
 from cleangpt.models.llama import LlamaConfig
 from cleangpt.models.lora import add_adapter
-from tests.thinned import slow_after
 
 VOCABULARY, DIM = 97, 16
 SIZE: dict[str, Any] = {"vocab_size": VOCABULARY, "max_seq_len": 16, "n_layers": 2, "n_heads": 2, "dim": DIM}
@@ -236,8 +235,9 @@ def recorded(chunk: int | None, summed: bool) -> Operations:
     return operations
 
 
+@pytest.mark.default(1)
 @pytest.mark.parametrize(("chunk", "largest"), [(None, 48 * 5000), (8, 16 * 5000), (48, 48 * 5000)])
-@pytest.mark.parametrize("summed", slow_after(1, [True, False]))
+@pytest.mark.parametrize("summed", [True, False])
 def test_no_tensor_is_larger_than_the_head_or_a_chunk_of_logits(chunk: int | None, largest: int, summed: bool) -> None:
     assert recorded(chunk, summed).largest == largest
 
@@ -249,6 +249,7 @@ def test_the_logits_of_one_chunk_are_freed_before_those_of_the_next_are_computed
     assert recorded(8, summed).most_alive == 8
 
 
+@pytest.mark.slow
 def test_a_summed_loss_in_chunks_computes_nothing_twice_and_scores_of_tokens_recompute_logits_once() -> None:
     """With the head go one product in the forward pass and two in the backward pass, for each chunk."""
     assert recorded(None, summed=True).head_products == 3

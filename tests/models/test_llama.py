@@ -46,7 +46,6 @@ from cleangpt.models.layers import apply_rope, rope_cos_sin
 from cleangpt.models.llama import Llama, LlamaConfig
 from tests.generation import greedy
 from tests.losses import next_token
-from tests.thinned import slow_after
 
 SMALL = LlamaConfig(vocab_size=97, max_seq_len=64, n_layers=3, n_heads=4, n_kv_heads=2, dim=48, hidden_dim=80)
 
@@ -127,6 +126,7 @@ def tokens() -> torch.Tensor:
 # Hugging Face --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.default(4)
 @each_kind
 def test_logits_and_gradients_are_those_of_hugging_face(kind: str, tokens: torch.Tensor, tmp_path: Path) -> None:
     theirs = random_model(kind)
@@ -141,7 +141,8 @@ def test_logits_and_gradients_are_those_of_hugging_face(kind: str, tokens: torch
         torch.testing.assert_close(ours.get_parameter(name).grad, gradient, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("kind", slow_after(2, KINDS))
+@pytest.mark.default(2)
+@pytest.mark.parametrize("kind", KINDS)
 def test_greedy_tokens_are_those_of_hugging_face(kind: str, tokens: torch.Tensor, tmp_path: Path) -> None:
     theirs = random_model(kind)
     prompts = tokens[:, :10]
@@ -149,6 +150,7 @@ def test_greedy_tokens_are_those_of_hugging_face(kind: str, tokens: torch.Tensor
     assert torch.equal(greedy(ours_like(theirs, tmp_path), prompts, 20), expected[:, 10:])
 
 
+@pytest.mark.default(4)
 @each_kind
 def test_hugging_face_reads_what_we_write(kind: str, tokens: torch.Tensor, tmp_path: Path) -> None:
     config = read_files(random_model(kind), tmp_path / "theirs")[0]
@@ -306,6 +308,7 @@ def test_llama_3_1_has_its_published_sizes(shape: dict[str, int], parameters: in
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
+@pytest.mark.default(1)
 @pytest.mark.parametrize(
     "changes",
     [

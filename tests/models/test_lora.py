@@ -247,6 +247,7 @@ def test_the_checkpoints_loss_is_that_of_the_model_in_training_and_another_run_s
     again.source.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
@@ -289,6 +290,7 @@ def test_a_compiled_model_with_adapters_learns_the_same(base: Path, tiny: Build,
         assert one["val_loss"] == pytest.approx(two["val_loss"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_is_sampled_evaluated_and_exported_like_any_other(
     base: Path, tiny: Build, trainer: Open, capsys: pytest.CaptureFixture[str]
 ) -> None:

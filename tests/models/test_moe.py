@@ -125,6 +125,7 @@ def test_flops_count_the_experts_that_a_token_is_routed_to(activation: str) -> N
     assert model.flops_per_token(32) * tokens.numel() == counter.get_total_flops()
 
 
+@pytest.mark.slow
 def test_the_sizes_are_those_published_for_mixtral_and_qwen3() -> None:
     """46,702,792,704 parameters of Mixtral 8x7B, 30,532,122,624 of Qwen3-30B-A3B."""
     mixtral = LlamaConfig(
@@ -141,6 +142,7 @@ def test_the_sizes_are_those_published_for_mixtral_and_qwen3() -> None:
         assert sum(parameter.numel() for parameter in model.parameters()) == published
 
 
+@pytest.mark.default(1)
 @pytest.mark.parametrize("shared", [0, 2])
 def test_it_learns(shared: int) -> None:
     torch.manual_seed(0)

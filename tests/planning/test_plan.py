@@ -72,6 +72,7 @@ def test_what_does_not_fit_is_marked_and_settings_that_fit_are_advised(tiny: Cal
     assert make_plan(smaller, find_device("h100"), [1]).fitting()
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide_is_refused_with_its_reason(small: Experiment) -> None:
     plan = make_plan(small, find_device("h100"), [32, 48])
     assert {entry.devices for entry in plan.estimates} == {32}
@@ -80,6 +81,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_its_reason(small: Experime
         make_plan(small, find_device("h100"), [48])
 
 
+@pytest.mark.slow
 def test_the_experiments_own_strategy_is_among_those_planned(tiny: Callable[..., Experiment]) -> None:
     experiment = tiny(
         model__vocab_size=16, data__batch_size=32, parallel__strategy="hsdp", parallel__replicas=4
@@ -104,6 +106,7 @@ def test_each_collective_has_its_latency() -> None:
     assert often - once == pytest.approx(99 * 7 * 3.4e-6)
 
 
+@pytest.mark.slow
 def test_tensor_parallelism_does_not_pay_for_a_small_model(tiny: Callable[..., Experiment]) -> None:
     """It launches as many kernels and waits for the other devices often."""
     plan = make_plan(
@@ -138,6 +141,7 @@ def test_every_experiment_of_the_project_is_planned(name: str) -> None:
     json.dumps(plan.to_json(), allow_nan=False)
 
 
+@pytest.mark.default(1)
 @pytest.mark.parametrize("name", ["fables_dpo", "adder_grpo", "adder_ppo"])
 def test_preferences_and_policies_are_planned_with_what_they_read(name: str) -> None:
     """A policy's rounds take longer than their updates alone, and a copy of the model is its reference; pairs stay
@@ -179,6 +183,7 @@ def test_the_command_prints_a_table_and_writes_json(workplace: Path, capsys: pyt
     assert not Path("runs").exists() and not Path("data").exists()
 
 
+@pytest.mark.default(1)
 @pytest.mark.parametrize("tokens", ["100", "10000000", "10000000000000"])
 def test_what_is_printed_has_three_significant_digits(
     tokens: str, workplace: Path, capsys: pytest.CaptureFixture[str]

@@ -39,6 +39,7 @@ def total(workload: Workload) -> tuple[Work, float]:
     return work, block.saved_activations * workload.blocks + rest.saved_activations
 
 
+@pytest.mark.default(1)
 @each_model
 def test_products_of_matrices_are_those_that_pytorch_counts(config: GPTConfig | LlamaConfig) -> None:
     with torch.device("meta"):
@@ -51,6 +52,7 @@ def test_products_of_matrices_are_those_that_pytorch_counts(config: GPTConfig | 
     assert total(counted(config))[0].matmul_flops == expected > 0
 
 
+@pytest.mark.default(1)
 @each_model
 def test_attention_is_half_of_the_square_forward_and_two_and_a_half_times_that_backward(
     config: GPTConfig | LlamaConfig,
@@ -59,6 +61,7 @@ def test_attention_is_half_of_the_square_forward_and_two_and_a_half_times_that_b
     assert total(counted(config))[0].attention_flops == pytest.approx(3.5 * forward)
 
 
+@pytest.mark.default(1)
 @each_model
 def test_saved_activations_are_those_of_a_real_pass(config: GPTConfig | LlamaConfig) -> None:
     model = build_model(config)
@@ -78,6 +81,7 @@ def test_saved_activations_are_those_of_a_real_pass(config: GPTConfig | LlamaCon
     assert loss.requires_grad
 
 
+@pytest.mark.default(1)
 @each_model
 def test_state_is_weights_gradients_and_moments(config: GPTConfig | LlamaConfig) -> None:
     model = build_model(config)
@@ -91,12 +95,14 @@ def test_state_is_weights_gradients_and_moments(config: GPTConfig | LlamaConfig)
     assert static_bytes(counted(config).parameters, Layout(2, 4, 2)) == real / 8
 
 
+@pytest.mark.slow
 def test_depth_changes_nothing_but_the_number_of_blocks() -> None:
     deep = GPTConfig(vocab_size=96, max_seq_len=32, n_layers=1, n_heads=4, dim=32)
     assert counted(deep).block == counted(CONFIGS[0]).block
     assert counted(deep).rest == counted(CONFIGS[0]).rest
 
 
+@pytest.mark.slow
 def test_autocast_copies_the_weights_and_gathering_does_not() -> None:
     autocast, gathered = (counted(CONFIGS[0], torch.bfloat16, whether) for whether in (False, True))
     matrices = sum(parameter.numel() for parameter in GPT(CONFIGS[0]).blocks[0].parameters() if parameter.dim() == 2)
@@ -136,6 +142,7 @@ def test_the_model_has_all_its_blocks_afterwards() -> None:
     assert [name for name, _ in model.named_parameters()] == names and len(model.layers()) == 3
 
 
+@pytest.mark.slow
 def test_a_mixture_of_experts_is_planned_with_tokens_spread_evenly() -> None:
     config = LlamaConfig(
         vocab_size=96, max_seq_len=32, n_layers=2, n_heads=4, dim=32, hidden_dim=48, n_experts=4, experts_per_token=2
@@ -145,6 +152,7 @@ def test_a_mixture_of_experts_is_planned_with_tokens_spread_evenly() -> None:
     assert counted(config).block.forward.matmul_flops - router / 3 == counted(dense).block.forward.matmul_flops
 
 
+@pytest.mark.slow
 def test_scalar_heads_are_counted() -> None:
     with torch.device("meta"):
         plain, model = build_model(CONFIGS[0]), build_model(CONFIGS[0], ["value"])

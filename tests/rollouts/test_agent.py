@@ -50,6 +50,7 @@ def act(agent: Agent, rows: list[int], steps: int) -> list[list[Any]]:
     return found
 
 
+@pytest.mark.default(4)
 @pytest.mark.parametrize("action", [Discrete((4,)), MIXED], ids=["one token", "three tokens"])
 @pytest.mark.parametrize("lengths", [[0, 0, 0], [3, 0, 5]], ids=["even", "uneven"])
 @pytest.mark.parametrize("window", [None, 12])

@@ -111,6 +111,7 @@ def test_stretches_continue_an_episode_where_the_last_ended() -> None:
     assert continued > 0
 
 
+@pytest.mark.default(1)
 @pytest.mark.parametrize("before", [1, 3, 4, 6])
 def test_a_resumed_source_goes_on_bit_for_bit_in_the_middle_of_a_round_too(before: int) -> None:
     source, again = opened(), opened()

@@ -18,7 +18,6 @@ from cleangpt.training.trainer import Trainer
 from tests.conftest import stop_after
 from tests.faults._runs import differing
 from tests.forked import run_together
-from tests.thinned import slow_after
 
 Build = Callable[..., Experiment]
 Open = Callable[[Experiment], Trainer]
@@ -63,7 +62,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", slow_after(1, VARIANTS))
+@pytest.mark.default(1)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_run_stopped_after_every_step_ends_with_the_same_bits(policy: Build, trainer: Open, variant: str) -> None:
     """Within rounds and between them; every step but the first follows a resume."""
     trainer(policy(run_dir="one", tracking__every=1, **VARIANTS[variant])).train()
@@ -89,6 +89,7 @@ def test_answers_do_not_depend_on_the_chunks_they_are_generated_in(policy: Build
         torch.testing.assert_close(found[0]["old_logprobs"], other["old_logprobs"], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_update_does_not_depend_on_the_micro_batch_of_training(policy: Build, trainer: Open) -> None:
     weights = []
     for size in (1, 8):
@@ -98,6 +99,7 @@ def test_the_update_does_not_depend_on_the_micro_batch_of_training(policy: Build
     torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-4)
 
 
+@pytest.mark.default(1)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_before_the_first_update_the_trainer_agrees_with_the_sampler_on_every_token(
     policy: Build, trainer: Open, temperature: float

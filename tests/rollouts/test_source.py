@@ -51,6 +51,7 @@ def adapted_base(policy: Build, trainer: Open, base: str) -> str:
     return "adapted"
 
 
+@pytest.mark.default(1)
 @pytest.mark.parametrize(
     ("start", "adapted"), [("base", False), ("base", True), ("adapted_base", True), ("adapted_base", False)]
 )
@@ -73,6 +74,7 @@ def test_the_reference_is_the_model_at_the_start_bit_for_bit(
     assert torch.equal(resumed.reference.call(logits_of), before)
 
 
+@pytest.mark.slow
 def test_the_divergence_is_0_at_the_start_and_grows(policy: Build, trainer: Open) -> None:
     trainer(policy(run_dir="run", training__macro_batches=4, optimizer__lr=3e-2)).train()
     kl = [(row["train_kl"], row["train_kl_k3"]) for row in read_metrics(Path("run"))]
@@ -124,6 +126,7 @@ def test_the_best_checkpoint_is_the_one_with_the_highest_reward(policy: Build, t
     assert best_checkpoint(Path("run")).name == "val_reached0.5000_mb000002"
 
 
+@pytest.mark.slow
 def test_training_stops_when_the_metric_reaches_its_target_or_no_longer_rises(policy: Build, trainer: Open) -> None:
     for fields, expected in (({"early_stopping__target": 0.4}, 2), ({"early_stopping__patience": 2}, 4)):
         opened = trainer(policy(run_dir=str(expected), training__macro_batches=6, **fields))

@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 from cleangpt.tracking import plots
-from tests.thinned import slow_after
 
 
 def rows(count=5, base=2.0, **metrics):
@@ -130,8 +129,9 @@ def test_metrics_that_no_run_has_have_no_panel(tmp_path, drawn):
     assert [axis.get_ylabel() for axis in drawn[2].axes] == ["exact match", "own"]
 
 
+@pytest.mark.default(1)
 @pytest.mark.parametrize("metrics", [{}, {"weight_decay": 0, "lr": 0.0, "loss": math.nan, "val_loss": 1e30}])
-@pytest.mark.parametrize("count", slow_after(1, [2, 1, 500]))
+@pytest.mark.parametrize("count", [2, 1, 500])
 def test_any_length_and_value_is_drawn_without_a_warning(tmp_path, count, metrics):
     one, by_step = {"one": rows(count, **metrics)}, {"one": steps(count, **metrics)}
     drawn = [
@@ -170,6 +170,7 @@ def test_metrics_of_the_objective_have_a_panel_each(tmp_path, drawn):
     assert [axis.lines[0].get_ydata()[0] for axis in drawn[0].axes] == [0.75, 0.5]
 
 
+@pytest.mark.slow
 def test_rewards_stand_over_the_root_of_the_divergence_each_by_its_name_where_there_are_several(tmp_path, drawn):
     one = rows(2, train_kl=4.0, train_reward=1.0, exact_match=0.5, **{"train_reward/task": 1.0})
     both = [{**row, "train_reward/model": 2.0} for row in one]
@@ -190,12 +191,14 @@ def test_planned_schedules_are_drawn_as_given(tmp_path, drawn):
     assert [lines(axis) for axis in drawn[0].axes] == [[curves["lr"]], [curves["weight_decay"]]]
 
 
+@pytest.mark.default(2)
 @pytest.mark.parametrize("name", ["_hidden", "a$\\frac$b", "字符模型", "\U0001f9e0", "x" * 100])
 def test_any_name_may_stand_in_the_legend(tmp_path, drawn, name):
     plots.schedule_plot({}, {name: steps(), "other": steps()}, tmp_path / "schedules.png")
     assert [text.strip() for text in legend(drawn[0])] == [name, "other"]
 
 
+@pytest.mark.default(2)
 @pytest.mark.parametrize(
     ("values", "scale"),
     [

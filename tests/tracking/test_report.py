@@ -142,6 +142,7 @@ def test_a_comparison_with_another_model_is_shown_with_its_win_rate(tmp_path, wi
     assert "Win rate" in page.text and page.fact("win rate") == ["0.975"] and page.fact("against") == ["runs/sft"]
 
 
+@pytest.mark.slow
 def test_the_best_of_n_is_drawn_over_the_kl_divergence(tmp_path):
     run = make(tmp_path / "run")
     curve = [{"n": n, "√KL": n / 4, "true score": n, "judge's score": n**2} for n in (1, 4, 16)]

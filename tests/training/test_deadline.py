@@ -143,6 +143,7 @@ ADDER = ["train", "adder", "--corpus.digits", "2", "--data.seq-len", "9", "--mod
          "--training.macro-batches", "2", "--training.batches-per-macro-batch", "3"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_limit_is_of_the_launch_and_not_of_the_experiment(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

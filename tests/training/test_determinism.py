@@ -55,6 +55,7 @@ def disturb() -> None:
     random.random()
 
 
+@pytest.mark.default(1)
 @pytest.mark.parametrize(
     "fields",
     [
@@ -76,6 +77,7 @@ def test_what_is_not_training_changes_no_bit_of_it(
     assert differing(undisturbed, final("two")) == ""
 
 
+@pytest.mark.slow
 def test_a_batch_that_comes_late_changes_no_bit(tiny: Build, trainer: Open, undisturbed: dict[str, Any]) -> None:
     """The thread that loads ahead is slowed down now and then, so that training waits for it."""
     late = trainer(tiny(run_dir="two", data__prefetch=2))

@@ -61,6 +61,7 @@ def freeze(*patterns: str) -> FineTuningConfig:
 # Frozen --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.default(1)
 @pytest.mark.parametrize(
     "fields",
     [
@@ -254,6 +255,7 @@ def test_a_frozen_layer_spares_its_products_for_gradients() -> None:
     assert counted() <= told() < 1.15 * counted()
 
 
+@pytest.mark.slow
 def test_a_plan_counts_gradients_and_moments_of_what_trains_alone(tiny: Build) -> None:
     from cleangpt.distributed.datasheets import find_device
     from cleangpt.planning.plan import make_plan
@@ -393,6 +395,7 @@ def moments_of(trainer: Trainer) -> dict[str, dict[str, torch.Tensor]]:
 KEPT = FineTuningConfig(optimizer_state="kept")
 
 
+@pytest.mark.slow
 def test_moments_begin_anew_or_are_those_of_the_newest_snapshot(tiny: Build, trainer: Open) -> None:
     base = trainer(tiny(run_dir="base"))
     base.train()

@@ -84,6 +84,7 @@ def changes(config: ModelConfig, optimizer_config: OptimizerConfig) -> dict[str,
     return {name: (after[name] - before[name]).square().mean().sqrt().item() for name in before}
 
 
+@pytest.mark.default(1)
 @pytest.mark.parametrize("muon", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["adamw", "muon"])
 @pytest.mark.parametrize("kind", MODELS_BY_WIDTH)
 def test_updates_change_activations_alike_at_all_widths_with_mup_and_more_at_larger_ones_without(

@@ -38,7 +38,6 @@ from cleangpt.tracking.metrics import read_metrics
 from cleangpt.training.launch import check, train
 from tests.conftest import change
 from tests.forked import run_together
-from tests.thinned import slow_after
 
 PAIRS = FablePreferences(train_pairs=40, val_pairs=6)
 LABELS = replace(PAIRS, form="labels")
@@ -91,7 +90,8 @@ def assert_close(one: Path, other: Path) -> None:
         torch.testing.assert_close(tensor, second[name], atol=5e-5, rtol=2e-4)
 
 
-@pytest.mark.parametrize("objective", slow_after(1, OBJECTIVES), ids=str)
+@pytest.mark.default(1)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 def test_a_run_is_the_same_in_micro_batches_and_learns(build: Callable[..., Experiment], objective: Objective) -> None:
     """And accumulated batches are the same as larger ones."""
     build = partial(build, objective)
@@ -104,6 +104,7 @@ def test_a_run_is_the_same_in_micro_batches_and_learns(build: Callable[..., Expe
     assert_close(large, accumulated)
 
 
+@pytest.mark.default(1)
 @pytest.mark.parametrize("objective", [DPO(beta=0.5, sft_weight=1.0), KTO(beta=0.5), RewardModel()], ids=str)
 def test_a_resumed_run_ends_with_the_same_bits(
     build: Callable[..., Experiment], objective: Objective, base: str

@@ -20,7 +20,6 @@ from cleangpt.training.meter import StepResult
 from cleangpt.training.recovery import SpikeDetector, first_not_finite
 from cleangpt.training.trainer import Trainer
 from tests.losses import scaled
-from tests.thinned import slow_after
 
 Build = Callable[..., Experiment]
 Open = Callable[[Experiment], Trainer]
@@ -105,8 +104,9 @@ def spoil_after(trainer: Trainer, step: int, what: str) -> None:
     trainer.step = spoilt  # type: ignore[method-assign]
 
 
+@pytest.mark.default(1)
 @pytest.mark.parametrize("what", ["weight", "moment"])
-@pytest.mark.parametrize("asynchronous", slow_after(1, [True, False]))
+@pytest.mark.parametrize("asynchronous", [True, False])
 def test_poisoned_weights_never_push_out_good_snapshots(
     tiny: Build, trainer: Open, what: str, asynchronous: bool
 ) -> None:
@@ -146,6 +146,7 @@ def test_poisoned_weights_are_not_saved_at_a_signal_or_as_a_checkpoint(tiny: Bui
     assert [path.name for path in list_snapshots(Path("other/snapshots"))] == ["mb000000_b00001"]
 
 
+@pytest.mark.default(2)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("step", [0, 5])
 def test_a_gradient_that_is_not_finite_skips_the_step_alone(
@@ -263,6 +264,7 @@ TRIED = (1, 8, 13, 16, 17, 18, 19, 25, 33)
 """Of the 33 steps, those tried in CI: the first, the last, those around the spike, and some far from it."""
 
 
+@pytest.mark.default(1)
 @pytest.mark.parametrize(
     "calls",
     [
@@ -305,6 +307,7 @@ def test_the_costs_of_spikes_are_shown_where_they_are_watched_for(tiny: Build, t
     assert other.recovery.metrics() == {}
 
 
+@pytest.mark.slow
 def test_skipped_steps_and_poisoned_weights_are_gone_back_from_too(tiny: Build, trainer: Open) -> None:
     fields = SPIKES | {"training__max_skipped_steps": 2}
     run = trainer(tiny(run_dir="run", **fields))
@@ -320,12 +323,14 @@ def test_skipped_steps_and_poisoned_weights_are_gone_back_from_too(tiny: Build, 
     assert other.spikes.rollbacks == 1
 
 
+@pytest.mark.slow
 def test_a_run_that_spikes_again_and_again_ends_and_says_so(tiny: Build, trainer: Open) -> None:
     run = with_bad_data(trainer(tiny(run_dir="run", **SPIKES, training__max_rollbacks=1)))
     with pytest.raises(RunFailedError, match=r"the loss has spiked before step \d+, and training.max_rollbacks is 1"):
         run.train()
 
 
+@pytest.mark.slow
 def test_a_spike_is_let_pass_where_no_threshold_is_given(tiny: Build, trainer: Open) -> None:
     run = with_bad_data(trainer(tiny(run_dir="run")))
     assert run.train() == "finished"

@@ -29,7 +29,6 @@ from cleangpt.training.launch import train
 from cleangpt.training.meter import LossSums, StepResult
 from cleangpt.training.trainer import Trainer
 from tests.losses import scaled
-from tests.thinned import slow_after
 
 Build = Callable[..., Experiment]
 Open = Callable[[Experiment], Trainer]
@@ -136,8 +135,9 @@ GROWING = {
 }
 
 
+@pytest.mark.default(1)
 @pytest.mark.parametrize("steps", [3, *(pytest.param(steps, marks=pytest.mark.slow) for steps in (1, 4, 9))])
-@pytest.mark.parametrize("fields", slow_after(1, [{}, GROWING]), ids=["plain", "growing batch"])
+@pytest.mark.parametrize("fields", [{}, GROWING], ids=["plain", "growing batch"])
 def test_a_run_stopped_by_a_signal_ends_bit_for_bit_like_an_unbroken_one(
     tiny: Build, trainer: Open, steps: int, fields: dict[str, Any]
 ) -> None:
@@ -327,6 +327,7 @@ class WithMetric(NextToken):
     bad: ClassVar[bool] = False
 
 
+@pytest.mark.default(2)
 @pytest.mark.parametrize("bad", [{0}, {3}, {1, 2}, {0, 2, 3}, {0, 1, 2, 3}], ids=str)
 def test_every_mean_over_a_macro_batch_is_over_the_steps_that_were_made(
     tiny: Build, trainer: Open, monkeypatch: pytest.MonkeyPatch, bad: set[int]
@@ -494,6 +495,7 @@ def test_a_compiled_model_learns_the_same_and_is_saved_under_the_same_names(tiny
         assert one["val_loss"] == pytest.approx(two["val_loss"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_fp16_scales_the_loss_and_resumes_with_the_scale(tiny: Build, trainer: Open) -> None:
     fields = {"training__precision": "fp16", "training__macro_batches": 8, "training__max_skipped_steps": 100}
     unbroken = trainer(tiny(run_dir="unbroken", **fields))
@@ -513,6 +515,7 @@ def test_fp16_scales_the_loss_and_resumes_with_the_scale(tiny: Build, trainer: O
     assert_equal(weights(unbroken), weights(resumed))
 
 
+@pytest.mark.default(1)
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_autocast_keeps_fp32_weights_and_learns_nearly_the_same(tiny: Build, trainer: Open, precision: str) -> None:
     plain = trainer(tiny(run_dir="plain", model__dropout=0.0))
@@ -555,6 +558,7 @@ def test_recomputed_activations_change_nothing_but_the_memory(tiny: Build, train
         assert_equal(ends["kept"], ends[name])
 
 
+@pytest.mark.default(1)
 @pytest.mark.parametrize("compiled", ["model", "blocks"])
 @pytest.mark.parametrize(
     "fields",

@@ -146,6 +146,7 @@ def tune(*words: str, out: str = "tuned") -> dict[float, float | None]:
     return {row["lr"]: row["loss"] for row in json.loads(Path(out, "tune.json").read_text())["rates"]}
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_rate_is_that_of_the_end_of_a_run_by_hand(
     own: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +182,7 @@ def test_the_validation_split_is_not_looked_at(own: str, monkeypatch: pytest.Mon
     assert {path.name for path in Path("tuned/lr_0.01").iterdir()}.isdisjoint({"checkpoints", "snapshots"})
 
 
+@pytest.mark.slow
 def test_a_rate_that_diverges_is_infinitely_bad(own: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert tune("--rates", "0.01", "1e30")[1e30] is None
     assert "1e+30      diverged" in capsys.readouterr().out
