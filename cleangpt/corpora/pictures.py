@@ -49,7 +49,7 @@ from cleangpt.corpora.text import END_CHARACTER, characters, stamps, text_files
 from cleangpt.data.chat_template import ASSISTANT, ChatTemplate, answer_mask, encode_chat, special_tokens
 from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.images import IMAGE_CHARACTER, IMAGE_TOKEN, IMAGES, expanded, image_token
-from cleangpt.data.pictures import read_picture
+from cleangpt.data.pictures import PictureForm, Resample, Resize, read_picture
 from cleangpt.data.records import PlacedRecords, Records
 from cleangpt.data.tokenizers import CharTokenizer, Tokenizer, load_tokenizer, train_bpe
 from cleangpt.data.writer import Chunk, Groups
@@ -96,6 +96,11 @@ class Pictures(Chat):
     """Of the pictures in pixels."""
     channels: Literal[1, 3] = 3
     """1: grey; 3: red, green and blue."""
+    resize: Resize = "stretch"
+    """How a picture gets that size: stretch: each side to its own; crop: the shorter side, then the middle is cut out;
+    as model.vision.resize."""
+    resample: Resample = "bicubic"
+    """Interpolation of Pillow; as model.vision.resample."""
     image_tokens: Annotated[int, Bounds(1, 65536)] = 16
     """Tokens that a picture stands at: its patches, as the model's encoder counts them."""
 
@@ -245,7 +250,8 @@ class Pictures(Chat):
         """The pictures in files; one named several times is decoded once."""
         distinct = list(dict.fromkeys(names))
         with ThreadPoolExecutor(READERS) as readers:
-            read = partial(read_picture, height=self.height, width=self.width, channels=self.channels)
+            form = PictureForm(self.height, self.width, self.channels, self.resize, self.resample)
+            read = partial(read_picture, form=form)
             found = dict(zip(distinct, readers.map(read, distinct), strict=True))
         shape = (self.height, self.width, self.channels)
         return np.stack([found[name] for name in names]) if names else np.zeros((0, *shape), np.uint8)

@@ -42,7 +42,7 @@ def read_images(model: LanguageModel, tokenizer: Tokenizer, files: Sequence[Path
     vision = vision_of(model.config)
     if vision.encoder is None:
         raise UserError(f"{files[0]} is given, but the model reads no images; allowed: one with model.vision.encoder")
-    images = np.stack([read_picture(file, vision.height, vision.width, vision.channels) for file in files])
+    images = np.stack([read_picture(file, vision.form) for file in files])
     ends = torch.arange(1, len(files) + 1) * vision.tokens
     tokens = [image_token(tokenizer)] * (len(files) * vision.tokens)
     return ImagePrompt(tokens, {IMAGES: torch.from_numpy(images), f"{IMAGES}{ENDS}": ends})
