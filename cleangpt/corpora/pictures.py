@@ -48,7 +48,7 @@ from cleangpt.corpora.reading import (
 from cleangpt.corpora.text import END_CHARACTER, characters, stamps, text_files
 from cleangpt.data.chat_template import ASSISTANT, ChatTemplate, answer_mask, encode_chat, special_tokens
 from cleangpt.data.dataset import TokenDataset
-from cleangpt.data.images import IMAGE_CHARACTER, IMAGE_TOKEN, IMAGES, expanded, image_token
+from cleangpt.data.images import IMAGE_CHARACTER, IMAGE_TOKEN, IMAGES, expanded, image_token, reads_parts
 from cleangpt.data.pictures import PictureForm, Resample, Resize, read_picture
 from cleangpt.data.records import PlacedRecords, Records
 from cleangpt.data.tokenizers import CharTokenizer, Tokenizer, load_tokenizer, train_bpe
@@ -255,11 +255,6 @@ class Pictures(Chat):
             found = dict(zip(distinct, readers.map(read, distinct), strict=True))
         shape = (self.height, self.width, self.channels)
         return np.stack([found[name] for name in names]) if names else np.zeros((0, *shape), np.uint8)
-
-
-def reads_parts(template: ChatTemplate) -> bool:
-    """Whether a chat template reads contents in parts, and writes the token of each image itself."""
-    return re.search(r"==\s*['\"]image['\"]", template.source) is not None
 
 
 def _parts(message: Any, content_field: str, location: str) -> Parts:

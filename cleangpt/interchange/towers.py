@@ -64,7 +64,7 @@ def vision_from_huggingface(entries: Mapping[str, Any], blocks: int | None = Non
     """
     if (kind := entries.get("model_type")) not in DEFAULTS:
         raise UserError(f"vision_config.model_type is {kind!r}; allowed: {', '.join(DEFAULTS)}")
-    entries = DEFAULTS[kind] | entries
+    entries = DEFAULTS[kind] | dict(entries)
     activations = {hf_name: name for name, hf_names in ACTIVATIONS.items() for hf_name in hf_names}
     if (activation := entries["hidden_act"]) not in activations:
         raise UserError(f"vision_config.hidden_act is {activation!r}; allowed: {', '.join(activations)}")
