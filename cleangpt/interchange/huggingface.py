@@ -7,8 +7,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from cleangpt.checkpoints.checkpoint import CONFIG, WEIGHTS, Checkpoint, load_checkpoint
@@ -24,12 +22,12 @@ from cleangpt.hub import fetch, is_huggingface
 from cleangpt.interchange import gpt, llama, vision
 from cleangpt.interchange.towers import PROCESSOR, processor_entries, with_processor
 from cleangpt.interchange.vocabularies import name_of, read_tokenizer, special_ids, to_tokenizers, word_split
+from cleangpt.interchange.weights import read_weights
 from cleangpt.models.gpt import GPTConfig
 from cleangpt.models.llama import LlamaConfig
 from cleangpt.models.vision import image_inputs, vision_of
 from cleangpt.objectives.reward_model import HEAD
 
-SHARDS = "model.safetensors.index.json"
 GENERATION_CONFIG, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
 CLASSIFIER, SCORE, REWARD_HEAD = "ForSequenceClassification", "score.weight", f"heads.{HEAD}.weight"
 """How Transformers calls such a model, its head, and how we call that of a reward model."""
@@ -88,7 +86,7 @@ def read_huggingface(folder: Path) -> Checkpoint:
             if isinstance(config, LlamaConfig) and image_inputs(config):
                 config = replace(config, vision=with_processor(config.vision, folder))
         with parsing(WEIGHTS, RuntimeError):
-            found = _read_weights(folder)
+            found = read_weights(folder)
             weights: dict[str, Tensor] = mapping.from_huggingface(config, found)
             used = mapping.used_weights(config) | ({SCORE} if scores else set())
             _check_weights(found, used, mapping.UNUSED_WEIGHTS, weights["token_embedding.weight"])
@@ -138,25 +136,6 @@ def _reward_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if len(head := tensors[SCORE]) != 1:
         raise UserError(f"{SCORE} has {len(head)} rows; allowed: 1, a reward model's")
     return {REWARD_HEAD: head}
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of one safetensors file, or of several listed by an index."""
-    names = [WEIGHTS]
-    if not (folder / WEIGHTS).is_file() and (folder / SHARDS).is_file():
-        names = sorted(set(read_json(folder / SHARDS)["weight_map"].values()))
-    weights: dict[str, Tensor] = {}
-    for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise UserError(
-                f"there is no {name}; only safetensors are read, since other formats can execute code; "
-                "save_pretrained writes them"
-            )
-        try:
-            weights |= load_file(folder / name)
-        except SafetensorError as error:
-            raise UserError(f"{name} is not a safetensors file: {error}") from None
-    return weights
 
 
 # Writing --------------------------------------------------------------------------------------------------------------

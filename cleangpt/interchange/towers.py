@@ -5,8 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from cleangpt.checkpoints.checkpoint import CONFIG
 from cleangpt.errors import UserError, parsing
 from cleangpt.files import read_json
+from cleangpt.hub import local_path
+from cleangpt.interchange.weights import read_weights
 from cleangpt.models.vision import VisionConfig
 
 PROCESSOR, WHOLE_PROCESSOR = "preprocessor_config.json", "processor_config.json"
@@ -36,6 +41,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 """What Transformers takes for an entry that `config.json` leaves out, by `model_type`."""
 WITH_TEXT = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 """Models of pictures and texts, of which the tower is read."""
+TOWERS = (*WITH_TEXT, *WITH_TEXT.values())
+"""Values of `model_type` in files that a tower is read from."""
 
 ACTIVATIONS = {
     "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new", "gelu_fast"),
@@ -127,6 +134,50 @@ def tower_names(vision: VisionConfig) -> dict[str, str]:
     for name, hf_name in norms.items():
         names |= {f"{name}.{kind}": f"{hf_name}.{kind}" for kind in ("weight", "bias")}
     return names
+
+
+def read_vision(source: str) -> VisionConfig:
+    """How the tower of CLIP or SigLIP ``hf:NAME_OR_FOLDER`` reads images, for an experiment that starts from it.
+
+    With all its blocks and, for SigLIP, the norm after them, and a projector of one layer.
+
+    Raises:
+        UserError: there is none, or it is not supported.
+    """
+    folder = local_path(source)
+    if (entries := _tower_entries(folder)) is None:
+        raise UserError(f"{folder} has no tower of CLIP or SigLIP; allowed: one of {', '.join(TOWERS)}")
+    vision = vision_from_huggingface(entries)
+    return with_processor(replace(vision, final_norm=not vision.class_token), folder)
+
+
+def read_tower(folder: Path, vision: VisionConfig) -> tuple[VisionConfig, dict[str, Tensor]] | None:
+    """The configuration and weights of a tower, by our names, as far as a model of `vision` has them; None: the folder
+    is of another model.
+
+    Raises:
+        UserError: a weight is missing.
+    """
+    if (entries := _tower_entries(folder)) is None:
+        return None
+    with parsing(folder / CONFIG):
+        found = with_processor(vision_from_huggingface(entries), folder)
+    stored, weights = read_weights(folder), dict[str, Tensor]()
+    for name, hf_name in tower_names(replace(vision, class_token=found.class_token)).items():
+        tensor = stored.get(f"vision_model.{hf_name}", stored.get(hf_name))
+        if tensor is None:
+            raise UserError(f"{folder} has no {hf_name}, which the encoder of model.vision needs")
+        weights[f"vision.encoder.{name}"] = tensor
+    return found, weights
+
+
+def _tower_entries(folder: Path) -> dict[str, Any] | None:
+    """The content of the `config.json` of a tower, or of that within a model of pictures and texts."""
+    content = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    kind = content.get("model_type") if isinstance(content, dict) else None
+    if kind in WITH_TEXT:
+        return {"model_type": WITH_TEXT[kind]} | dict(content.get("vision_config") or {})
+    return content if kind in TOWERS else None
 
 
 # Preparation of pictures ----------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from cleangpt.tracking.progress import ProgressBar
 from cleangpt.training.balancing import ExpertLoadBalancer
 from cleangpt.training.deadline import WRITE_RATE, Deadline
 from cleangpt.training.early_stopping import EarlyStopping
-from cleangpt.training.finetuning import frozen_names, lr_factors, start_from
+from cleangpt.training.finetuning import frozen_names, lr_factors, start_encoder, start_from
 from cleangpt.training.meter import Meter
 from cleangpt.training.metrics import Recorder, Row, StepLog, Throughput
 from cleangpt.training.mup import mup_scales
@@ -140,6 +140,8 @@ def build_trainer(
             experiment.init_from, model, optimizer, experiment.model, dataset.tokenizer, ranks, snapshots.group, log,
             with_moments=experiment.fine_tuning.optimizer_state == "kept",
         )  # fmt: skip
+    if not resumed and experiment.encoder_from is not None:
+        start_encoder(experiment.encoder_from, model, experiment.model, log)
     validate = validate and not experiment.objective.on_policy  # whose validation are the scores of tasks
     validator = build_validator(experiment, dataset, placed, ranks, micro_batch_size) if validate else None
     recovery = Recovery(

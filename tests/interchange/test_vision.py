@@ -1,6 +1,7 @@
 """Models that read images have the same logits in Hugging Face's classes and here, both ways."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,14 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageTextToText,
     CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     PreTrainedModel,
+    SiglipConfig,
     SiglipImageProcessorPil,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 
 from cleangpt.checkpoints.checkpoint import Checkpoint
@@ -27,9 +34,11 @@ from cleangpt.data.tokenizers import train_bpe
 from cleangpt.errors import UserError
 from cleangpt.interchange.export import export
 from cleangpt.interchange.huggingface import open_checkpoint
-from cleangpt.interchange.towers import with_processor
+from cleangpt.interchange.towers import read_tower, read_vision, with_processor
 from cleangpt.interchange.vision import config_from_huggingface
+from cleangpt.models import build_model
 from cleangpt.models.llama import LlamaConfig
+from cleangpt.training.finetuning import start_encoder
 from tests.interchange.test_huggingface import checkpoint_of, random_weights
 from tests.thinned import slow_after
 
@@ -205,3 +214,54 @@ def test_a_processor_that_does_something_else_is_refused(entries: dict[str, Any]
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(UserError, match=message):
         with_processor(config_from_huggingface(CONTENT).vision, tmp_path)
+
+
+# Towers ---------------------------------------------------------------------------------------------------------------
+TOWERS: dict[str, Callable[[], PreTrainedModel]] = {
+    "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**TOWER)),
+    "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**TOWER)),
+    "siglip with text": lambda: SiglipModel(SiglipConfig(vision_config=TOWER, text_config={"vocab_size": 9})),
+}
+
+
+@pytest.mark.parametrize("kind", slow_after(2, TOWERS))
+@torch.no_grad()
+def test_an_encoder_starts_from_a_tower_with_the_same_features(kind: str, tmp_path: Path) -> None:
+    tower = random_weights(TOWERS[kind]())
+    tower.save_pretrained(tmp_path)
+    PROCESSORS[kind.split()[0]].save_pretrained(tmp_path)
+    vision = replace(read_vision(f"hf:{tmp_path}"), projector_dim=5)
+    assert vision.mean == ((0.5,) if "siglip" in kind else tuple(CLIP_PROCESSOR.image_mean))
+    config = LlamaConfig(vocab_size=9, max_seq_len=32, n_layers=1, n_heads=2, dim=8, hidden_dim=8, vision=vision)
+    model, said = build_model(config), list[str]()
+    projector = model.vision.encoder.projector.up.weight.clone()
+    start_encoder(f"hf:{tmp_path}", model, config, said.append)
+    images = inputs(vision.tokens)[1][:, 0]
+    expected = getattr(tower, "vision_model", tower)(vision.normalized(images).permute(0, 3, 1, 2)).last_hidden_state
+    features = model.vision.encoder.features(vision.normalized(images))
+    torch.testing.assert_close(features, expected[:, -16:], atol=1e-5, rtol=1e-5)
+    assert model.vision.encoder.projector.up.weight.equal(projector)
+    assert "  vision.encoder.projector.up.weight is not there; it keeps its values" in said
+
+
+def test_an_encoder_may_end_before_the_towers_last_block_and_other_shapes_are_refused(tmp_path: Path) -> None:
+    """As LLaVA takes CLIP."""
+    random_weights(TOWERS["clip"]()).save_pretrained(tmp_path)
+    vision, said = read_vision(f"hf:{tmp_path}"), list[str]()
+    sizes: dict[str, Any] = {"vocab_size": 9, "max_seq_len": 32, "n_layers": 1, "n_heads": 2, "dim": 8}
+    config = LlamaConfig(**sizes, vision=replace(vision, n_layers=2))
+    start_encoder(f"hf:{tmp_path}", build_model(config), config, said.append)
+    assert "  model.vision.n_layers is 2; there it is 3" in said
+    config = LlamaConfig(**sizes, vision=replace(vision, dim=32))
+    with pytest.raises(UserError, match=r"whose vision.encoder.blocks.0.attention.key.bias is \(16,\) there, and"):
+        start_encoder(f"hf:{tmp_path}", build_model(config), config, said.append)
+    with pytest.raises(UserError, match=r"has no embeddings\.patch_embedding\.weight, which"):
+        (tmp_path / "model.safetensors").unlink()
+        save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+        read_tower(tmp_path, replace(vision, final_norm=True))
+
+
+def test_a_model_without_a_tower_is_no_encoder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    with pytest.raises(UserError, match="has no tower of CLIP or SigLIP; allowed: one of clip, siglip"):
+        read_vision(f"hf:{tmp_path}")
