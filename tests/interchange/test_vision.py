@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageTextToText,
+    AutoTokenizer,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -28,6 +29,7 @@ from transformers import (
 )
 
 from cleangpt.checkpoints.checkpoint import Checkpoint
+from cleangpt.commands import main
 from cleangpt.data.images import IMAGE_TOKEN, image_token
 from cleangpt.data.pictures import read_picture
 from cleangpt.data.tokenizers import train_bpe
@@ -265,3 +267,54 @@ def test_a_model_without_a_tower_is_no_encoder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
     with pytest.raises(UserError, match="has no tower of CLIP or SigLIP; allowed: one of clip, siglip"):
         read_vision(f"hf:{tmp_path}")
+
+
+@pytest.mark.slow
+def test_a_released_model_is_sampled_from_trained_on_pictures_and_exported(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the command line, with the tokenizer, the processor and the weights of one folder."""
+    pytest.importorskip("jinja2")
+    folder = saved(theirs("clip"), Path("theirs"))
+    CLIP_PROCESSOR.save_pretrained(folder)
+    Path("pictures").mkdir()
+    for number in range(20):
+        Image.new("RGB", (20 + number, 30), (number, 9, 9)).save(f"pictures/{number}.png")
+        Path(f"pictures/{number}.txt").write_text("red circles", encoding="utf-8")
+    main(["sample", "hf:theirs", "--image", "pictures/0.png", "--max-new-tokens", "3", "--device", "cpu"])
+    assert capsys.readouterr().out
+    Path("tuned.py").write_text(TUNED, encoding="utf-8")
+    main(["train", "tuned.py", "--run-dir", "runs/tuned"])
+    log = Path("runs/tuned/log.txt").read_text(encoding="utf-8")
+    assert "starting from the weights of theirs" in log and "keeps its" not in log and "in the checkpoint" not in log
+    main(["export", "runs/tuned", "--out", "ours"])
+    main(["chat", "runs/tuned", "--image", "pictures/0.png", "--message", "What?", "--max-new-tokens", "3"])
+    model = AutoModelForImageTextToText.from_pretrained("ours")
+    ours = open_checkpoint("runs/tuned")
+    torch.testing.assert_close(their_logits(model.eval(), ours.config), logits_of(ours), atol=1e-5, rtol=1e-5)
+    ids = AutoTokenizer.from_pretrained("ours").convert_tokens_to_ids(IMAGE_TOKEN)
+    assert ids == IMAGE == model.config.image_token_id
+
+
+TUNED = """
+from cleangpt.config import DataConfig, OptimizerConfig, TrackingConfig, TrainingConfig
+from cleangpt.corpora.pictures import Pictures
+from cleangpt.experiment import Experiment
+from cleangpt.interchange.huggingface import open_checkpoint
+
+config = open_checkpoint("hf:theirs").config
+vision = config.vision
+experiment = Experiment(
+    name="tuned",
+    corpus=Pictures(
+        files=("pictures",), tokenizer_file="theirs/tokenizer.json", height=16, width=16, resize="crop",
+        image_tokens=vision.tokens, pack=48, val_fraction=0.2,
+    ),
+    data=DataConfig(seq_len=48, batch_size=2),
+    model=config,
+    optimizer=OptimizerConfig(lr=1e-3),
+    training=TrainingConfig(macro_batches=1, batches_per_macro_batch=2, device="cpu"),
+    tracking=TrackingConfig(progress=False, sample_tokens=0),
+    init_from="hf:theirs",
+)
+"""
