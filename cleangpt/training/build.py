@@ -22,7 +22,7 @@ from cleangpt.distributed.processes import Ranks
 from cleangpt.evaluation.control import score_environments
 from cleangpt.evaluation.validate import loss_metrics, source_metrics
 from cleangpt.experiment import Experiment
-from cleangpt.inference.text import sample_text
+from cleangpt.inference.text import sample_text, save_sample_images
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.flops import flops_per_token
 from cleangpt.rollouts.source import RolloutSource
@@ -147,7 +147,7 @@ def build_trainer(
     recovery = Recovery(
         spikes, Health(model, optimizer, ranks, training.max_skipped_steps), saver, source, trackers, position, length
     )
-    recorder = build_recorder(experiment, dataset, placed, ranks, trackers, progress, source, validator)
+    recorder = build_recorder(experiment, run, dataset, placed, ranks, trackers, progress, source, validator)
     deadline = Deadline(end, state_bytes(model) / WRITE_RATE)
     # Last, since it drops what the files have of later steps: whatever refuses to resume leaves them as they were.
     trackers.open(*(position.macro_batch, position.step) if resumed else (None, None))
@@ -187,7 +187,7 @@ def build_validator(
 
 
 def build_recorder(
-    experiment: Experiment, dataset: MixedDataset, placed: PlacedModel, ranks: Ranks, trackers: Trackers,
+    experiment: Experiment, run: Path, dataset: MixedDataset, placed: PlacedModel, ranks: Ranks, trackers: Trackers,
     progress: ProgressBar, source: BatchSource, validator: Validator | None,
 ) -> Recorder:  # fmt: skip
     """The recorder of metrics for trackers and progress bar."""
@@ -217,6 +217,8 @@ def build_recorder(
         if isinstance(source, RolloutSource):
             return "\n".join(source.examples)
         first = dataset.sources[0].dataset
+        if tracking.sample_prompt is None:
+            ranks.on_main(lambda: save_sample_images(first, run))
         with uncompiled(experiment.training.compile):
             return sample_text(model, first, tracking.sample_prompt, tracking.sample_tokens, device, macro_batch)
 

@@ -1,20 +1,28 @@
 """Fine-tuning of models that read images: projector first, then all; adapters, rates by pattern, Muon and muP."""
 
+import base64
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from torch import Tensor
 
 from cleangpt.checkpoints.checkpoint import best_checkpoint, load_checkpoint
 from cleangpt.config import FineTuningConfig, LoRAConfig, MuonConfig, OptimizerConfig
+from cleangpt.corpora import prepare
+from cleangpt.data.images import IMAGE_CHARACTER
+from cleangpt.data.records import records_of_row
 from cleangpt.distributed.layout import Layout
 from cleangpt.errors import UserError
 from cleangpt.experiment import Experiment
 from cleangpt.models.gpt import GPTConfig
 from cleangpt.models.lora import is_adapter
 from cleangpt.models.vision import VisionConfig
+from cleangpt.tracking.metrics import read_samples
+from cleangpt.tracking.report import write_report
 from cleangpt.training.launch import check
 from cleangpt.training.mup import mup_scales
 from cleangpt.training.trainer import Trainer
@@ -67,6 +75,7 @@ def test_the_projector_is_trained_first_and_then_everything(experiment: Build, t
     assert changed(third) >= kept.weights.keys() - unmoved
 
 
+@pytest.mark.slow
 def test_adapters_read_images_and_are_merged_in_checkpoints(experiment: Build, trainer: Open) -> None:
     trainer(experiment(run_dir="first")).train()
     adapted = trainer(
@@ -96,6 +105,19 @@ def test_a_source_or_a_model_without_an_encoder_is_refused(experiment: Build, ti
         trainer(experiment(run_dir="other", encoder_from="text"))
     with pytest.raises(UserError, match=r"encoder_from is 'text'; allowed for a model without model.vision.encoder"):
         check(tiny(encoder_from="text"), Layout())
+
+
+@pytest.mark.slow
+def test_the_image_that_texts_are_sampled_after_is_in_the_report(experiment: Build, trainer: Open) -> None:
+    """Once, and not as tokens in the text."""
+    trained = trainer(experiment(run_dir="run", tracking__sample_tokens=3))
+    trained.train()
+    validation = prepare(CORPUS, Path("data")).sources[0].dataset.splits["val"]
+    shown = np.asarray(Image.open("run/sample_0.png"))
+    assert (shown == records_of_row(validation.records, 0, 4)["images"][0, ..., 0].numpy()).all()
+    assert IMAGE_CHARACTER not in read_samples(Path("run"))[0]["text"]
+    page = write_report([Path("run")]).read_text(encoding="utf-8")
+    assert base64.b64encode(Path("run/sample_0.png").read_bytes()).decode() in page
 
 
 def test_muon_updates_the_decoder_and_adamw_the_encoder(experiment: Build, trainer: Open) -> None:
