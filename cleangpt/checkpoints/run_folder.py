@@ -40,7 +40,7 @@ FIXED_FIELDS = {
     **dict.fromkeys(("name", "data.seq_len", "data.batch_size", "training.batches_per_macro_batch"), POSITION),
     **dict.fromkeys(("training.seed", "fine_tuning.freeze", "objective"), POSITION),
     **dict.fromkeys(("rollouts.prompts", "rollouts.completions", "rollouts.passes"), POSITION),
-    **dict.fromkeys(("init_from", "fine_tuning.optimizer_state"), "the run has begun with it"),
+    **dict.fromkeys(("init_from", "encoder_from", "fine_tuning.optimizer_state"), "the run has begun with it"),
     "data.val_samples": "the losses of its checkpoints were measured on that many",
 }
 """Fields that cannot change when a run is resumed, and why."""

@@ -5,7 +5,7 @@ import dataclasses
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 from cleangpt.commands.fields import FLAT, POSITIONAL, VERBATIM
 from cleangpt.commands.options import parse
@@ -14,7 +14,7 @@ from cleangpt.errors import UserError
 from cleangpt.inference.chat import answer
 from cleangpt.inference.sampling import Sampling
 from cleangpt.interchange.huggingface import open_checkpoint
-from cleangpt.validation import CountOrZero, Device, Metavar
+from cleangpt.validation import CountOrZero, Device, File, Metavar
 
 
 @dataclasses.dataclass
@@ -25,6 +25,8 @@ class Options:
     """Folder of a run or of a checkpoint, an experiment's name for its newest run, or hf:NAME_OR_FOLDER."""
     message: Annotated[str | None, VERBATIM, Metavar("TEXT")] = None
     """Send this message, print the answer and exit; default: chat, one message per line, until an empty line."""
+    image: tuple[File, ...] = ()
+    """Pictures that the first message begins with, for a model that reads images."""
     system: Annotated[str | None, VERBATIM, Metavar("TEXT")] = None
     """System message at the start of the conversation."""
     max_new_tokens: CountOrZero = 500
@@ -46,10 +48,14 @@ def command(words: Sequence[str]) -> None:
             f"{checkpoint.folder} has no chat template, since it was not trained on conversations; use sample"
         )
     model = checkpoint.model(device)
-    messages = [{"role": "system", "content": options.system}] if options.system else []
+    messages: list[dict[str, Any]] = [{"role": "system", "content": options.system}] if options.system else []
+
+    pictures: list[dict[str, str]] = [{"type": "image", "path": file} for file in options.image]
 
     def respond(message: str) -> None:
-        messages.append({"role": "user", "content": message})
+        first = all(earlier["role"] == "system" for earlier in messages)
+        content = [*pictures, {"type": "text", "text": message}] if pictures and first else message
+        messages.append({"role": "user", "content": content})
         pieces: list[str] = []
         try:
             for piece in answer(

@@ -6,7 +6,7 @@ has.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -67,6 +67,8 @@ class Shapes(Corpus):
     """Test scenes, each with a pair of colour and shape that is in no other split."""
     image_tokens: Annotated[int, Bounds(1, 2304)] = 36
     """Tokens that an image stands at: its patches, as the model's encoder counts them."""
+    pictures: bool = True
+    """Whether rows begin with pictures; without them, the text alone is learned."""
     seed: Annotated[int, Bounds(0, 2**63 - 1)] = 1337
     """Random seed of the scenes."""
 
@@ -81,7 +83,8 @@ class Shapes(Corpus):
 
     def prepare(self, folder: Path, console: Console) -> TokenDataset:
         """Writes the three splits."""
-        records = {IMAGES: Records(dtype="uint8", shape=(SIDE, SIDE, 3), tokens=self.image_tokens)}
+        shown = {IMAGES: Records(dtype="uint8", shape=(SIDE, SIDE, 3), tokens=self.image_tokens)}
+        records = shown if self.pictures else None
         return write_dataset(
             self, folder, tokenizer(), self._groups, sum(self._sizes().values()), console, row_length=self.row_length,
             records=records,
@@ -111,18 +114,18 @@ class Shapes(Corpus):
             yield done, [self._chunk(split, first, self.scenes(split, first, last))]
 
     def _chunk(self, split: str, first: int, scenes: list[Scene]) -> Chunk:
-        image, known = np.full(self.image_tokens, image_token(tokenizer())), tokenizer()
+        image, known = np.full(self.image_tokens * self.pictures, image_token(tokenizer())), tokenizer()
         texts = [self.text(scene, first + number, split) for number, scene in enumerate(scenes)]
         rows = [Row.cat([Row(image, np.zeros_like(image, np.uint8)), text]) for text in texts]
         if (longest := max(len(row.tokens) for row in rows)) > self.row_length:
             raise UserError(f"a text has {longest - self.image_tokens} tokens, more than {self.longest}")
         tokens, mask = padded(rows, self.row_length)
-        images: NDArray[np.uint8] = np.stack([picture(scene) for scene in scenes])
         text_bytes = sum(len(known.decode(text.tokens.tolist())) for text in texts)
-        return Chunk(
-            split, tokens.reshape(-1), np.full(len(rows), self.row_length), text_bytes, mask.reshape(-1),
-            records=images_first(images, self.image_tokens, self.row_length),
-        )  # fmt: skip
+        chunk = Chunk(split, tokens.reshape(-1), np.full(len(rows), self.row_length), text_bytes, mask.reshape(-1))
+        if not self.pictures:
+            return chunk
+        images: NDArray[np.uint8] = np.stack([picture(scene) for scene in scenes])
+        return replace(chunk, records=images_first(images, self.image_tokens, self.row_length))
 
 
 @lru_cache(maxsize=4)
@@ -141,9 +144,9 @@ class ShapesCaptions(Shapes):
         """The caption and the end of text."""
         return joined(np.zeros(0, np.int64), _ended(caption(scene)))
 
-    def environment(self, dataset: TokenDataset) -> Environment:
+    def environment(self, dataset: TokenDataset) -> Environment | None:
         """Pictures to be captioned, with reward 1 for exactly the caption, else 0."""
-        return ExactAnswer(dataset)
+        return ExactAnswer(dataset) if self.pictures else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,9 +173,9 @@ class ShapesVQA(Shapes):
                 break
         return Row.cat(parts)
 
-    def environment(self, dataset: TokenDataset) -> Environment:
+    def environment(self, dataset: TokenDataset) -> Environment | None:
         """Questions about pictures, with reward 1 for exactly the right answer, else 0."""
-        return ShapeQuestions(dataset)
+        return ShapeQuestions(dataset) if self.pictures else None
 
 
 def _ended(text: str) -> NDArray[np.int64]:

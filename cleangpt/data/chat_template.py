@@ -318,10 +318,13 @@ def answer_mask(places: NDArray[np.int64], spans: Spans) -> NDArray[np.uint8]:
     return mask
 
 
-def encode_prompt(template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+def encode_prompt(
+    template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Message], written: tuple[str, str] = ("", "")
+) -> list[int]:
     """The tokens of a conversation up to where the assistant's next answer starts.
 
-    Special tokens are those that the template writes; where a message spells one, it is text.
+    Special tokens are those that the template writes; where a message spells one, it is text. The first of `written`
+    stands for the second, such as for a special token.
 
     Raises:
         UserError: as `ChatTemplate.render` and `encode_chat`; or a message has the character that ends a text.
@@ -329,12 +332,13 @@ def encode_prompt(template: ChatTemplate, tokenizer: Tokenizer, messages: Sequen
     special = special_tokens(tokenizer)
     safe = template.render_guarded(messages, special, add_generation_prompt=True)
     if safe is None:
-        ((ids, _),) = encode_chat(tokenizer, [template.render(messages, add_generation_prompt=True)])
+        ((ids, _),) = encode_chat(tokenizer, [template.render(messages, add_generation_prompt=True).replace(*written)])
         return [int(token) for token in ids]
     if isinstance(tokenizer, CharTokenizer):
         raise UserError(f"a message has {next(iter(special))!r}, which ends a text for this tokenizer; leave it out")
     tokens: list[int] = []
-    for number, part in enumerate(pattern(special).split(safe)):  # every second one is a special token
+    parts = pattern(special).split(safe.replace(*written))
+    for number, part in enumerate(parts):  # every second one is a special token
         text = part.replace(GUARD, "")
         tokens += [special[part]] if number % 2 else tokenizer.encode(text)[len(tokenizer.prefix) :].tolist()
     return tokens

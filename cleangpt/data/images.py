@@ -1,10 +1,12 @@
 """Images as a dataset's records, and the token that marks their places."""
 
+import re
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cleangpt.data.chat_template import ChatTemplate
 from cleangpt.data.records import PlacedRecords
 from cleangpt.data.tokenizers import BPETokenizer, CharTokenizer, Tokenizer
 from cleangpt.errors import UserError
@@ -28,6 +30,11 @@ def image_token(tokenizer: Tokenizer) -> int:
     if isinstance(tokenizer, CharTokenizer) and IMAGE_CHARACTER in tokenizer.characters:
         return tokenizer.characters.index(IMAGE_CHARACTER)
     raise UserError(f"the tokenizer has no token for images; allowed: one with the special token {IMAGE_TOKEN}")
+
+
+def reads_parts(template: ChatTemplate) -> bool:
+    """Whether a chat template reads contents in parts, and writes the token of each image itself."""
+    return re.search(r"""['"]image['"]""", template.source) is not None
 
 
 def images_first(images: NDArray[np.uint8], tokens: int, row_length: int) -> dict[str, PlacedRecords]:

@@ -1,9 +1,10 @@
 """Picture files to arrays of one size, by Pillow; what cannot be one picture is refused in one line."""
 
 import io
+import math
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +16,26 @@ MOST_PIXELS = 2**26
 """Width x height of the largest picture that is decoded: 8,192 x 8,192."""
 
 
-def read_picture(path: Path | str, height: int, width: int, channels: int = 3) -> NDArray[np.uint8]:
-    """A picture in a file, resized to `(height, width, channels)`.
+Resize = Literal["stretch", "crop"]
+Resample = Literal["bicubic", "bilinear", "lanczos"]
+
+
+class PictureForm(NamedTuple):
+    """What every picture becomes: an array `(height, width, channels)`, uint8."""
+
+    height: int
+    """In pixels."""
+    width: int
+    channels: int = 3
+    """1: grey; 3: red, green and blue."""
+    resize: Resize = "stretch"
+    """stretch: each side gets its size; crop: the side that is relatively shorter, and the middle is cut out."""
+    resample: Resample = "bicubic"
+    """Interpolation, by the name that Pillow has for it."""
+
+
+def read_picture(path: Path | str, form: PictureForm) -> NDArray[np.uint8]:
+    """A picture in a file as an array `(height, width, channels)`.
 
     Raises:
         UserError: the file is missing, or `decode_picture` refuses it.
@@ -26,11 +45,11 @@ def read_picture(path: Path | str, height: int, width: int, channels: int = 3) -
         content = file.read_bytes()
     except OSError as error:
         raise UserError(f"{file}: {error.strerror or error}") from None
-    return decode_picture(content, str(file), height, width, channels)
+    return decode_picture(content, str(file), form)
 
 
-def decode_picture(content: bytes, name: str, height: int, width: int, channels: int = 3) -> NDArray[np.uint8]:
-    """A picture in any format that Pillow reads, resized to `(height, width, channels)` by bicubic interpolation.
+def decode_picture(content: bytes, name: str, form: PictureForm) -> NDArray[np.uint8]:
+    """A picture in any format that Pillow reads as an array `(height, width, channels)`.
 
     It is turned as its EXIF data say, transparency becomes white, CMYK and palettes become RGB, and 16-bit grey loses
     its lower bits.
@@ -38,9 +57,7 @@ def decode_picture(content: bytes, name: str, height: int, width: int, channels:
     Args:
         content: of the file.
         name: for messages.
-        height: of the result in pixels.
-        width: of the result in pixels.
-        channels: 1: grey; 3: red, green and blue.
+        form: of the result.
 
     Raises:
         UserError: it is no picture, is truncated, damaged, animated or too large, or has floating-point pixels.
@@ -58,7 +75,7 @@ def decode_picture(content: bytes, name: str, height: int, width: int, channels:
                 raise UserError(f"{name} is animated, with {frames:,} frames; allowed: a single one")
             image.load()
             image = operations.exif_transpose(image)
-            resized = _plain(image, name, "L" if channels == 1 else "RGB").resize((width, height), library.BICUBIC)
+            resized = _resized(_plain(image, name, "L" if form.channels == 1 else "RGB"), name, form)
     except library.DecompressionBombError:
         raise UserError(f"{name} has too many pixels; allowed: at most {MOST_PIXELS:,}") from None
     except library.UnidentifiedImageError:
@@ -67,7 +84,23 @@ def decode_picture(content: bytes, name: str, height: int, width: int, channels:
         raise
     except Exception as error:  # a damaged file may fail in any of its decoders
         raise UserError(f"{name} cannot be decoded: {str(error).splitlines()[0] if str(error) else error!r}") from None
-    return np.array(resized, np.uint8).reshape(height, width, channels)
+    return np.array(resized, np.uint8).reshape(form.height, form.width, form.channels)
+
+
+def _resized(image: Any, name: str, form: PictureForm) -> Any:
+    """The picture in its size, with sides and middle rounded as Transformers' processors round them."""
+    method = getattr(require("PIL.Image"), form.resample.upper())
+    (width, height), size = image.size, (form.width, form.height)
+    if form.resize == "stretch":
+        return image.resize(size, method)
+    if form.width * height >= form.height * width:
+        size = (form.width, height * form.width // width)
+    else:
+        size = (width * form.height // height, form.height)
+    if math.prod(size) > MOST_PIXELS:
+        raise UserError(f"{name} has {width:,} x {height:,} pixels, too narrow for resize 'crop'; allowed: stretch")
+    left, top = (size[0] - form.width) // 2, (size[1] - form.height) // 2
+    return image.resize(size, method).crop((left, top, left + form.width, top + form.height))
 
 
 def _plain(image: Any, name: str, mode: str) -> Any:

@@ -12,12 +12,12 @@ from cleangpt.data.chat_template import (
     Message,
     adds_blank,
     answer_ends,
-    encode_prompt,
     special_tokens,
     stop_tokens,
 )
 from cleangpt.data.tokenizers import Tokenizer
 from cleangpt.inference.engine import Engine
+from cleangpt.inference.images import read_conversation
 from cleangpt.inference.sampling import Sampling
 from cleangpt.inference.text import TextStreamer, stream_tokens
 from cleangpt.models.base import LanguageModel
@@ -35,10 +35,14 @@ def answer(
 ) -> Iterator[str]:
     """Streams the assistant's answer to a conversation, until the template's end token or the end of text.
 
+    The content of a message is a text, or a list of parts, for a model that reads images: see `read_conversation`.
+
     Raises:
-        UserError: the template fails, or the tokenizer does not know a character of a message.
+        UserError: the template fails, the tokenizer does not know a character of a message, or a picture cannot be
+            read.
     """
-    prompt, special = encode_prompt(template, tokenizer, messages), special_tokens(tokenizer)
+    messages, prompt, inputs = read_conversation(model, tokenizer, template, messages)
+    special = special_tokens(tokenizer)
     lead, rest = template.around_answer(messages)
     ends = stop_tokens(template, tokenizer) | {special[name] for name in answer_ends(rest, [(0, 0)], special)}
     text = template.render(messages, add_generation_prompt=True)
@@ -47,7 +51,7 @@ def answer(
 
     def pieces() -> Iterator[str]:
         count = 0
-        for token in stream_tokens(engine, prompt, max_new_tokens, sampling):
+        for token in stream_tokens(engine, prompt, max_new_tokens, sampling, inputs=inputs):
             count += 1
             yield streamer.push(token.id)
         yield streamer.flush(cut=count == max_new_tokens)

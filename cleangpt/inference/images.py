@@ -3,15 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cleangpt.data.images import IMAGES, image_token
+from cleangpt.data.chat_template import ChatTemplate, Message, encode_prompt
+from cleangpt.data.images import IMAGE_CHARACTER, IMAGE_TOKEN, IMAGES, expanded, image_token, reads_parts
 from cleangpt.data.pictures import read_picture
 from cleangpt.data.records import ENDS
-from cleangpt.data.tokenizers import Tokenizer
+from cleangpt.data.spelling import texts
+from cleangpt.data.tokenizers import BPETokenizer, Tokenizer
 from cleangpt.errors import UserError
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.vision import vision_of
@@ -39,10 +42,58 @@ def read_images(model: LanguageModel, tokenizer: Tokenizer, files: Sequence[Path
     Raises:
         UserError: the model reads no images, or a file cannot be decoded.
     """
+    images, size = _decoded(model, files), vision_of(model.config).tokens
+    ends = torch.arange(1, len(files) + 1) * size
+    return ImagePrompt([image_token(tokenizer)] * (len(files) * size), {IMAGES: images, f"{IMAGES}{ENDS}": ends})
+
+
+def read_conversation(
+    model: LanguageModel, tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Message]
+) -> tuple[list[Message], list[int], dict[str, Tensor]]:
+    """A conversation with picture files in its messages, as `{"type": "image", "path": FILE}` parts of their contents.
+
+    Returns:
+        The messages as the template reads them, the tokens up to where the next answer starts, and the inputs of the
+        model besides them.
+
+    Raises:
+        UserError: the model reads no images, a file cannot be decoded, or the template does not write every picture.
+    """
+    files = [part["path"] for message in messages for part in _parts(message) if "path" in part]
+    shown = [_without_files(message, reads_parts(template)) for message in messages]
+    if not files:
+        return shown, encode_prompt(template, tokenizer, shown), {}
+    images, image = _decoded(model, files), image_token(tokenizer)
+    if any(IMAGE_CHARACTER in text for text in texts(messages)):
+        raise UserError("a message has the character U+FFFC, which stands for a picture; remove it")
+    name = IMAGE_TOKEN if isinstance(tokenizer, BPETokenizer) else IMAGE_CHARACTER
+    ids = np.array(encode_prompt(template, tokenizer, shown, (IMAGE_CHARACTER, name)))
+    if (written := int((ids == image).sum())) != len(files):
+        raise UserError(f"the chat template writes {written} of {len(files)} pictures")
+    tokens, ends = expanded(ids, image, vision_of(model.config).tokens)
+    return shown, tokens.tolist(), {IMAGES: images, f"{IMAGES}{ENDS}": torch.from_numpy(ends)}
+
+
+def _decoded(model: LanguageModel, files: Sequence[Path | str]) -> Tensor:
+    """Pictures `(files, height, width, channels)`, uint8, as the model reads them."""
     vision = vision_of(model.config)
     if vision.encoder is None:
         raise UserError(f"{files[0]} is given, but the model reads no images; allowed: one with model.vision.encoder")
-    images = np.stack([read_picture(file, vision.height, vision.width, vision.channels) for file in files])
-    ends = torch.arange(1, len(files) + 1) * vision.tokens
-    tokens = [image_token(tokenizer)] * (len(files) * vision.tokens)
-    return ImagePrompt(tokens, {IMAGES: torch.from_numpy(images), f"{IMAGES}{ENDS}": ends})
+    return torch.from_numpy(np.stack([read_picture(file, vision.form) for file in files]))
+
+
+def _parts(message: Message) -> list[dict[str, str]]:
+    content = message["content"]
+    return content if isinstance(content, list) else [{"type": "text", "text": content}]
+
+
+def _without_files(message: Message, in_parts: bool) -> Message:
+    """The message as a template reads it: with parts, or with one text, in which a character stands for a picture."""
+    if isinstance(message["content"], str) and not in_parts:
+        return message
+    parts = _parts(message)
+    if in_parts:
+        content: Any = [{"type": "image"} if "path" in part else part for part in parts]
+    else:
+        content = "".join(IMAGE_CHARACTER if "path" in part else part["text"] for part in parts)
+    return {**message, "content": content}

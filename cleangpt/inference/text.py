@@ -1,15 +1,19 @@
 """Text from a model: prompts in, text out."""
 
+import io
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cleangpt.data.dataset import TokenDataset
+from cleangpt.data.images import IMAGES, image_token
 from cleangpt.data.records import records_of_row
 from cleangpt.data.tokenizers import StreamDecoder, Tokenizer
-from cleangpt.errors import UserError
+from cleangpt.errors import UserError, require
+from cleangpt.files import write_bytes
 from cleangpt.inference.engine import Engine, Token
 from cleangpt.inference.images import ImagePrompt
 from cleangpt.inference.sampling import Sampling
@@ -17,6 +21,8 @@ from cleangpt.inference.speculative import speculate
 from cleangpt.models.base import LanguageModel
 
 PROMPT_TOKENS = 16
+SAMPLE_IMAGE = "sample_{}.png"
+"""File of an image in a run, by its number from 0."""
 
 
 def sample_text(
@@ -32,6 +38,9 @@ def sample_text(
     generated = [token.id for token in stream_tokens(engine, tokens, count, sampling, inputs=inputs)]
     model.train(was_training)
     streamer = TextStreamer(dataset.tokenizer)
+    if IMAGES in inputs:
+        image = image_token(dataset.tokenizer)
+        tokens = [token for token in tokens if token != image]
     return "".join(map(streamer.push, [*tokens, *generated])) + streamer.flush(cut=len(generated) == count)
 
 
@@ -59,6 +68,16 @@ def validation_prompt(dataset: TokenDataset) -> Tensor:
         decoder.push(token)
         length = number if decoder.whole else length
     return torch.from_numpy(tokens[:length])
+
+
+def save_sample_images(dataset: TokenDataset, run: Path) -> None:
+    """Writes the images at the start of the validation split, which texts are sampled after, as `SAMPLE_IMAGE`."""
+    images = first_records(dataset, len(start_of_sample(dataset, None))).get(IMAGES, torch.zeros(0))
+    for number, image in enumerate(images.numpy()):
+        if not (path := run / SAMPLE_IMAGE.format(number)).exists():
+            file = io.BytesIO()
+            require("PIL.Image").fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, "PNG")
+            write_bytes(path, file.getvalue())
 
 
 def first_records(dataset: TokenDataset, length: int) -> dict[str, Tensor]:

@@ -1,13 +1,12 @@
 """Reads and writes checkpoints in Hugging Face's layout: `config.json`, safetensors, `tokenizer.json`."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from cleangpt.checkpoints.checkpoint import CONFIG, WEIGHTS, Checkpoint, load_checkpoint
@@ -16,23 +15,27 @@ from cleangpt.checkpoints.tensor_files import PYTORCH, write_tensors
 from cleangpt.config import ModelConfig
 from cleangpt.data.chat_template import HF_TEMPLATE, find_template, stop_tokens
 from cleangpt.data.dataset import TOKENIZER
+from cleangpt.data.images import image_token
 from cleangpt.errors import UserError, parsing
 from cleangpt.files import read_json, write_json, write_text
 from cleangpt.hub import fetch, is_huggingface
-from cleangpt.interchange import gpt, llama
+from cleangpt.interchange import gpt, llama, vision
+from cleangpt.interchange.towers import PROCESSOR, processor_entries, with_processor
 from cleangpt.interchange.vocabularies import name_of, read_tokenizer, special_ids, to_tokenizers, word_split
+from cleangpt.interchange.weights import read_weights
 from cleangpt.models.gpt import GPTConfig
 from cleangpt.models.llama import LlamaConfig
-from cleangpt.models.vision import image_inputs
+from cleangpt.models.vision import image_inputs, vision_of
 from cleangpt.objectives.reward_model import HEAD
 
-SHARDS = "model.safetensors.index.json"
 GENERATION_CONFIG, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
 CLASSIFIER, SCORE, REWARD_HEAD = "ForSequenceClassification", "score.weight", f"heads.{HEAD}.weight"
 """How Transformers calls such a model, its head, and how we call that of a reward model."""
 MAPPINGS: dict[type[ModelConfig], ModuleType] = {GPTConfig: gpt, LlamaConfig: llama}
 """The module that converts each architecture, by configuration class."""
-MODEL_TYPES: dict[str, ModuleType] = {"gpt2": gpt, **dict.fromkeys(llama.HF_FAMILIES, llama)}
+MODEL_TYPES: dict[str, ModuleType] = {
+    "gpt2": gpt, **dict.fromkeys(llama.HF_FAMILIES, llama), **dict.fromkeys(vision.HF_FAMILIES, vision),
+}  # fmt: skip
 """The same by Hugging Face's `model_type`."""
 HEAD = "lm_head.weight"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -80,8 +83,10 @@ def read_huggingface(folder: Path) -> Checkpoint:
         with parsing(CONFIG):
             _check_plain(entries)
             config: ModelConfig = mapping.config_from_huggingface(entries)
+            if isinstance(config, LlamaConfig) and image_inputs(config):
+                config = replace(config, vision=with_processor(config.vision, folder))
         with parsing(WEIGHTS, RuntimeError):
-            found = _read_weights(folder)
+            found = read_weights(folder)
             weights: dict[str, Tensor] = mapping.from_huggingface(config, found)
             used = mapping.used_weights(config) | ({SCORE} if scores else set())
             _check_weights(found, used, mapping.UNUSED_WEIGHTS, weights["token_embedding.weight"])
@@ -112,10 +117,10 @@ def _check_weights(found: dict[str, Tensor], used: set[str], ignored: str, embed
         UserError: there is a weight that the configuration knows nothing of, such as a bias, or one is quantized.
     """
     unused = sorted(name for name in found if name not in used and not re.fullmatch(ignored, name))
-    if unused == [HEAD] and torch.equal(found[HEAD], embedding):
+    if len(unused) == 1 and unused[0].endswith(HEAD) and torch.equal(found[unused[0]], embedding):
         unused = []
     if unused:
-        tied = " and tie_word_embeddings true" if unused[0] == HEAD else ""
+        tied = " and tie_word_embeddings true" if unused[0].endswith(HEAD) else ""
         raise UserError(f"the weights have {unused[0]!r}, which a model with this config.json{tied} does not use")
     for name in sorted(used & found.keys()):
         if found[name].dtype not in DTYPES:
@@ -133,25 +138,6 @@ def _reward_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {REWARD_HEAD: head}
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of one safetensors file, or of several listed by an index."""
-    names = [WEIGHTS]
-    if not (folder / WEIGHTS).is_file() and (folder / SHARDS).is_file():
-        names = sorted(set(read_json(folder / SHARDS)["weight_map"].values()))
-    weights: dict[str, Tensor] = {}
-    for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise UserError(
-                f"there is no {name}; only safetensors are read, since other formats can execute code; "
-                "save_pretrained writes them"
-            )
-        try:
-            weights |= load_file(folder / name)
-        except SafetensorError as error:
-            raise UserError(f"{name} is not a safetensors file: {error}") from None
-    return weights
-
-
 # Writing --------------------------------------------------------------------------------------------------------------
 
 
@@ -159,10 +145,13 @@ def mapping_of(config: ModelConfig) -> ModuleType:
     """The module that converts an architecture.
 
     Raises:
-        UserError: there is none, or the model has an encoder of images.
+        UserError: there is none.
     """
     if image_inputs(config):
-        raise UserError("model.vision.encoder is set; allowed for a model that is exported: None, without images")
+        if not isinstance(config, LlamaConfig):
+            kind = type(config).__name__
+            raise UserError(f"model.vision.encoder is set; allowed for a {kind} that is exported: None; a Llama may")
+        return vision
     if type(config) not in MAPPINGS:
         known = ", ".join(cls.__name__ for cls in MAPPINGS)
         raise UserError(f"a model of {type(config).__name__} cannot be exported; allowed: {known}")
@@ -186,7 +175,8 @@ def check_vocabulary(checkpoint: Checkpoint) -> None:
 def write_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
     """Writes a checkpoint into an empty `folder`, for `AutoModelForCausalLM` and `AutoTokenizer`.
 
-    A reward model is written for `AutoModelForSequenceClassification`, without its language-model head.
+    A model that reads images is written for `AutoModelForImageTextToText` and `AutoImageProcessor`. A reward model is
+    written for `AutoModelForSequenceClassification`, without its language-model head.
 
     Raises:
         UserError: Hugging Face does not support the model or its tokenizer.
@@ -199,6 +189,10 @@ def write_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
     tokenizer = to_tokenizers(checkpoint.tokenizer)
     _check_word_split(entries["model_type"], tokenizer)
     tensors = mapping.to_huggingface(checkpoint.config, checkpoint.weights)
+    if image_inputs(checkpoint.config):
+        image = image_token(checkpoint.tokenizer)
+        entries |= {"image_token_id" if entries["model_type"] == vision.IDEFICS else "image_token_index": image}
+        write_json(folder / PROCESSOR, processor_entries(vision_of(checkpoint.config)))
     if (head := checkpoint.weights.get(REWARD_HEAD)) is not None:
         tensors = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"} | {SCORE: head}
         kind = re.sub("LMHeadModel|ForCausalLM", CLASSIFIER, entries["architectures"][0])

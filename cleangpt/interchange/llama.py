@@ -313,7 +313,7 @@ def _mlp_names(kind: str) -> dict[str, str]:
     return {f"mlp.{part}.weight": f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
 
 
-def _of_all_experts(config: LlamaConfig, hf_name: str) -> list[str]:
+def of_all_experts(config: LlamaConfig, hf_name: str) -> list[str]:
     """The name of each expert's matrix, where ``{}`` stands for its number; else the name alone."""
     return [hf_name.format(expert) for expert in range(config.n_experts or 1)] if "{}" in hf_name else [hf_name]
 
@@ -324,7 +324,7 @@ UNUSED_WEIGHTS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 
 def used_weights(config: LlamaConfig) -> set[str]:
     """Hugging Face's names of the weights that are read."""
-    return {name for hf_name in names_in_huggingface(config).values() for name in _of_all_experts(config, hf_name)}
+    return {name for hf_name in names_in_huggingface(config).values() for name in of_all_experts(config, hf_name)}
 
 
 def from_huggingface(config: LlamaConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -335,7 +335,7 @@ def from_huggingface(config: LlamaConfig, weights: Mapping[str, Tensor]) -> dict
     """
     converted = {}
     for name, hf_name in names_in_huggingface(config).items():
-        stacked, hf_names = "{}" in hf_name, _of_all_experts(config, hf_name)
+        stacked, hf_names = "{}" in hf_name, of_all_experts(config, hf_name)
         if missing := [name for name in hf_names if name not in weights]:
             raise UserError(f"the weights have no {missing[0]!r}, which a model of type {model_type(config)} needs")
         tensors = [weights[name] for name in hf_names]

@@ -180,12 +180,13 @@ Activation: TypeAlias = Callable[[Tensor], Tensor]
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
     "silu": F.silu,
 }
-"""Activation functions by name: GELU (Hendrycks and Gimpel 2016) exact and approximated by tanh, as in GPT-2; ReLU; its
-square (So et al. 2021, "Primer"); SiLU, also called Swish."""
+"""Activation functions by name: GELU (Hendrycks and Gimpel 2016) exact, approximated by tanh, as in GPT-2, and by the
+logistic function, as in CLIP; ReLU; its square (So et al. 2021, "Primer"); SiLU, also called Swish."""
 
 
 def mlp_activation(gate: Tensor | None, up: Tensor, activation: Activation = ACTIVATIONS["relu2"]) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from cleangpt.config import Layers, ModelConfig, Width
 from cleangpt.data.images import IMAGES
+from cleangpt.data.pictures import PictureForm, Resample, Resize
 from cleangpt.data.records import ENDS, Records
 from cleangpt.errors import UserError
 from cleangpt.models.cache import KVCache
@@ -48,10 +49,15 @@ class VisionConfig(Checked, section="model.vision"):
     """1: grey; 3: red, green and blue."""
     patch_size: Width = 16
     """Height and width of a patch in pixels; a divisor of both."""
-    mean: float = 0.5
-    """Subtracted from the pixels, which are 0 to 1."""
-    std: Positive = 0.5
+    mean: tuple[float, ...] = (0.5,)
+    """Subtracted from the pixels, which are 0 to 1: a number for each channel, or one for all."""
+    std: tuple[Positive, ...] = (0.5,)
     """Divides the pixels after that."""
+    resize: Resize = "stretch"
+    """How a picture gets that size: stretch: each side to its own; crop: the shorter side, then the middle is cut out;
+    as corpus.resize."""
+    resample: Resample = "bicubic"
+    """Interpolation of Pillow; as corpus.resample."""
     bidirectional: bool = False
     """Whether the patches of an image attend to one another in both directions, as in PaliGemma; text is causal."""
     dim: Width = 64
@@ -62,10 +68,20 @@ class VisionConfig(Checked, section="model.vision"):
     """vit: attention heads; a divisor of dim."""
     hidden_dim: Width | None = None
     """vit: hidden width of the MLPs; None: 4 x dim."""
+    activation: Literal["gelu_tanh", "gelu", "quick_gelu"] = "gelu_tanh"
+    """vit: activation function of the MLPs: gelu_tanh in SigLIP, quick_gelu in CLIP."""
+    norm_eps: Positive = 1e-6
+    """vit: epsilon of LayerNorm."""
+    class_token: bool = False
+    """vit: a token before the patches, a norm before the first block and no bias of the patches, as in CLIP."""
+    final_norm: bool = True
+    """vit: a norm after the last block; LLaVA has none."""
     merge: Width = 1
     """vit: merge squares of merge x merge patches into one token (pixel shuffle, as in Idefics3)."""
     projector_dim: Width | None = None
     """vit: hidden width of the projector, an MLP; None: the projector is one linear layer."""
+    projector_bias: bool = True
+    """vit: biases in the projector; Idefics3 has none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,6 +91,21 @@ class VisionConfig(Checked, section="model.vision"):
                 raise UserError(f"model.vision.{name} is {getattr(self, name)}; allowed: a multiple of {unit}")
         if self.encoder == "vit" and self.dim % self.n_heads:
             raise UserError(f"model.vision.n_heads is {self.n_heads}; allowed: a divisor of dim, which is {self.dim}")
+        for name in ("mean", "std"):
+            if len(values := getattr(self, name)) not in (1, self.channels):
+                raise UserError(
+                    f"model.vision.{name} is {values}; allowed: a number, or one for each of {self.channels} channels"
+                )
+
+    @property
+    def form(self) -> PictureForm:
+        """What a picture becomes for the model."""
+        return PictureForm(self.height, self.width, self.channels, self.resize, self.resample)
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """Images `(..., height, width, channels)`, uint8, as the encoder reads them, float32."""
+        mean, std = images.new_tensor(self.mean, dtype=torch.float32), images.new_tensor(self.std, dtype=torch.float32)
+        return (images.float() / 255 - mean) / std
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -86,6 +117,11 @@ class VisionConfig(Checked, section="model.vision"):
         """Tokens that an image stands at."""
         merged = self.merge**2 if self.encoder == "vit" else 1
         return math.prod(self.grid) // merged
+
+    @property
+    def hidden_size(self) -> int:
+        """vit: hidden width of the MLPs."""
+        return self.hidden_dim or 4 * self.dim
 
     @property
     def records(self) -> Records:
@@ -187,8 +223,10 @@ def build_encoder(config: VisionConfig, dim: int) -> nn.Module:
     if config.encoder == "vit":
         return ViT(
             grid=config.grid, patch_size=config.patch_size, channels=config.channels, dim=config.dim,
-            n_layers=config.n_layers, n_heads=config.n_heads, hidden_dim=config.hidden_dim or 4 * config.dim,
-            merge=config.merge, projector_dim=config.projector_dim, out_dim=dim,
+            n_layers=config.n_layers, n_heads=config.n_heads, hidden_dim=config.hidden_size,
+            merge=config.merge, projector_dim=config.projector_dim, out_dim=dim, activation=config.activation,
+            norm_eps=config.norm_eps, class_token=config.class_token, final_norm=config.final_norm,
+            projector_bias=config.projector_bias,
         )  # fmt: skip
     return LinearPatches(config, dim) if config.encoder == "linear" else GatoPatches(config, dim)
 
@@ -223,8 +261,7 @@ class Vision(nn.Module):
         places = self._places(ends)
         inside = (places >= 0) & (places < seq)
         shown = inside.any(-1)
-        pixels = (images[shown].float() / 255 - config.mean) / config.std
-        encoded = self.encoder(pixels).to(embeddings.dtype)
+        encoded = self.encoder(config.normalized(images[shown])).to(embeddings.dtype)
         kept = inside[shown]
         rows = shown.nonzero()[:, :1].expand_as(kept)
         return embeddings.index_put((rows[kept], places[shown][kept]), encoded[kept])

@@ -1,9 +1,10 @@
 """A vision transformer (Dosovitskiy et al. 2021, "An image is worth 16x16 words") and its projector.
 
 Pre-LayerNorm blocks with learned positions, as in SigLIP (Zhai et al. 2023, "Sigmoid loss for language image
-pre-training"). The projector turns its features into embeddings of a language model: a linear layer or an MLP, after
-neighbouring patches have been merged (pixel shuffle, Laurençon et al. 2024, "Building and better understanding
-vision-language models", section 2.2).
+pre-training"); with a class token, as in CLIP (Radford et al. 2021, "Learning transferable visual models from natural
+language supervision"). Both are exact to their released weights. The projector turns the features into embeddings of a
+language model: a linear layer or an MLP, after neighbouring patches have been merged (pixel shuffle, Laurençon et al.
+2024, "Building and better understanding vision-language models", section 2.2).
 """
 
 import math
@@ -53,12 +54,12 @@ class VitBlock(nn.Module):
 class Projector(nn.Module):
     """Features of a square of patches to one embedding of the language model."""
 
-    def __init__(self, dim: int, merge: int, hidden_dim: int | None, out_dim: int) -> None:
+    def __init__(self, dim: int, merge: int, hidden_dim: int | None, out_dim: int, bias: bool = True) -> None:
         super().__init__()
         merged = dim * merge**2
         self.merge = merge
-        self.up = None if hidden_dim is None else nn.Linear(merged, hidden_dim)
-        self.down = nn.Linear(hidden_dim or merged, out_dim)
+        self.up = None if hidden_dim is None else nn.Linear(merged, hidden_dim, bias=bias)
+        self.down = nn.Linear(hidden_dim or merged, out_dim, bias=bias)
 
     def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
         """`(images, patches, dim)` of a grid of patches to `(images, patches / merge², out_dim)`."""
@@ -88,15 +89,17 @@ class ViT(nn.Module):
     def __init__(
         self, *, grid: tuple[int, int], patch_size: int, channels: int, dim: int, n_layers: int, n_heads: int,
         hidden_dim: int, merge: int, projector_dim: int | None, out_dim: int, activation: str = "gelu_tanh",
-        norm_eps: float = 1e-6,
+        norm_eps: float = 1e-6, class_token: bool = False, final_norm: bool = True, projector_bias: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
         self.grid = grid
-        self.patch_embedding = nn.Conv2d(channels, dim, patch_size, stride=patch_size)
-        self.position_embedding = nn.Embedding(math.prod(grid), dim)
+        self.patch_embedding = nn.Conv2d(channels, dim, patch_size, stride=patch_size, bias=not class_token)
+        self.class_embedding = nn.Parameter(torch.zeros(dim)) if class_token else None
+        self.position_embedding = nn.Embedding(math.prod(grid) + class_token, dim)
+        self.input_norm = nn.LayerNorm(dim, norm_eps) if class_token else nn.Identity()
         self.blocks = nn.ModuleList(VitBlock(dim, n_heads, hidden_dim, activation, norm_eps) for _ in range(n_layers))
-        self.final_norm = nn.LayerNorm(dim, norm_eps)
-        self.projector = Projector(dim, merge, projector_dim, out_dim)
+        self.final_norm = nn.LayerNorm(dim, norm_eps) if final_norm else nn.Identity()
+        self.projector = Projector(dim, merge, projector_dim, out_dim, projector_bias)
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalized images `(n, height, width, channels)` to `(n, tokens, out_dim)`."""
@@ -105,7 +108,9 @@ class ViT(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Normalized images `(n, height, width, channels)` to features of their patches `(n, patches, dim)`."""
         x = self.patch_embedding(images.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
-        x = x + self.position_embedding(torch.arange(math.prod(self.grid), device=x.device))
+        if self.class_embedding is not None:
+            x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)
+        x = self.input_norm(x + self.position_embedding(torch.arange(x.shape[1], device=x.device)))
         for block in self.blocks:
             x = block(x)
-        return self.final_norm(x)  # type: ignore[no-any-return]
+        return self.final_norm(x[:, -math.prod(self.grid) :])  # type: ignore[no-any-return]

@@ -251,9 +251,12 @@ def _samples(run: Run, named: bool) -> str:
         f"<pre>{_text(str(entry.get('text', ''))[:LONGEST_SAMPLE])}</pre></details>"
         for entry in reversed(shown)
     ]
+    images = "".join(_image(path.stem, path) for path in sorted(run.folder.glob("sample_*.png")))
     more = f"<p>The newest {len(shown)} of {len(run.samples)}; all are in samples.jsonl.</p>"
     title = f"Samples of {run.name}" if named else "Samples"
-    return _section(title, "\n".join(blocks) + (more if len(run.samples) > len(shown) else ""))
+    return _section(
+        title, f'<div class="seen">{images}</div>' + "\n".join(blocks) + (more if len(run.samples) > len(shown) else "")
+    )
 
 
 def _glossary(runs: list[Run]) -> str:
@@ -358,6 +361,8 @@ tr:first-child th:not(:first-child) { color: var(--ink) }
 tr:first-child th:not(:first-child) { min-width: 9rem; white-space: normal; overflow-wrap: anywhere }
 td { overflow-wrap: anywhere }
 img { display: block; width: 100%; height: auto; margin-bottom: 1.6rem; border-radius: 6px }
+.seen { display: flex; flex-wrap: wrap; gap: 0.8rem }
+.seen img { width: 9rem; margin: 0; filter: none; image-rendering: pixelated }
 details { margin: 0.4rem 0 }
 summary { cursor: pointer; color: var(--soft) }
 summary h2 { display: inline; color: var(--ink) }

@@ -22,7 +22,7 @@ from cleangpt.distributed.processes import Ranks
 from cleangpt.evaluation.control import score_environments
 from cleangpt.evaluation.validate import loss_metrics, source_metrics
 from cleangpt.experiment import Experiment
-from cleangpt.inference.text import sample_text
+from cleangpt.inference.text import sample_text, save_sample_images
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.flops import flops_per_token
 from cleangpt.rollouts.source import RolloutSource
@@ -31,7 +31,7 @@ from cleangpt.tracking.progress import ProgressBar
 from cleangpt.training.balancing import ExpertLoadBalancer
 from cleangpt.training.deadline import WRITE_RATE, Deadline
 from cleangpt.training.early_stopping import EarlyStopping
-from cleangpt.training.finetuning import frozen_names, lr_factors, start_from
+from cleangpt.training.finetuning import frozen_names, lr_factors, start_encoder, start_from
 from cleangpt.training.meter import Meter
 from cleangpt.training.metrics import Recorder, Row, StepLog, Throughput
 from cleangpt.training.mup import mup_scales
@@ -140,12 +140,14 @@ def build_trainer(
             experiment.init_from, model, optimizer, experiment.model, dataset.tokenizer, ranks, snapshots.group, log,
             with_moments=experiment.fine_tuning.optimizer_state == "kept",
         )  # fmt: skip
+    if not resumed and experiment.encoder_from is not None:
+        start_encoder(experiment.encoder_from, model, experiment.model, log)
     validate = validate and not experiment.objective.on_policy  # whose validation are the scores of tasks
     validator = build_validator(experiment, dataset, placed, ranks, micro_batch_size) if validate else None
     recovery = Recovery(
         spikes, Health(model, optimizer, ranks, training.max_skipped_steps), saver, source, trackers, position, length
     )
-    recorder = build_recorder(experiment, dataset, placed, ranks, trackers, progress, source, validator)
+    recorder = build_recorder(experiment, run, dataset, placed, ranks, trackers, progress, source, validator)
     deadline = Deadline(end, state_bytes(model) / WRITE_RATE)
     # Last, since it drops what the files have of later steps: whatever refuses to resume leaves them as they were.
     trackers.open(*(position.macro_batch, position.step) if resumed else (None, None))
@@ -185,7 +187,7 @@ def build_validator(
 
 
 def build_recorder(
-    experiment: Experiment, dataset: MixedDataset, placed: PlacedModel, ranks: Ranks, trackers: Trackers,
+    experiment: Experiment, run: Path, dataset: MixedDataset, placed: PlacedModel, ranks: Ranks, trackers: Trackers,
     progress: ProgressBar, source: BatchSource, validator: Validator | None,
 ) -> Recorder:  # fmt: skip
     """The recorder of metrics for trackers and progress bar."""
@@ -215,6 +217,8 @@ def build_recorder(
         if isinstance(source, RolloutSource):
             return "\n".join(source.examples)
         first = dataset.sources[0].dataset
+        if tracking.sample_prompt is None:
+            ranks.on_main(lambda: save_sample_images(first, run))
         with uncompiled(experiment.training.compile):
             return sample_text(model, first, tracking.sample_prompt, tracking.sample_tokens, device, macro_batch)
 

@@ -5,22 +5,25 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
-from cleangpt.checkpoints.checkpoint import config_mismatches, load_matching_weights
+from cleangpt.checkpoints.checkpoint import Checkpoint, config_mismatches, load_matching_weights
 from cleangpt.checkpoints.run_folder import find_moments
 from cleangpt.checkpoints.snapshots import fill_tensors, saved_shapes
 from cleangpt.config import FineTuningConfig, LoRAConfig, ModelConfig, OptimizerConfig
 from cleangpt.data.tokenizers import Tokenizer, same_tokens
 from cleangpt.distributed.layout import Layout
 from cleangpt.distributed.processes import Ranks
+from cleangpt.distributed.tensors import load_weights
 from cleangpt.errors import UserError, nearest
-from cleangpt.interchange.huggingface import open_checkpoint
+from cleangpt.interchange.huggingface import find, open_checkpoint
+from cleangpt.interchange.towers import read_tower
 from cleangpt.models import build_model
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.blocks import block_numbers, hidden_matrices
 from cleangpt.models.lora import add_adapter, is_adapter, linear_layers
 from cleangpt.models.meta import on_meta
+from cleangpt.models.vision import VisionConfig, vision_of
 from cleangpt.training.mup import mup_scales
 from cleangpt.training.optimizer import Optimizer
 from cleangpt.training.saving import find_newest
@@ -193,6 +196,41 @@ def start_from(
         differing.append(load_moments(optimizer, snapshot, group))
     for line in differing:
         log(f"  {line}")
+
+
+def start_encoder(source: str, model: LanguageModel, config: ModelConfig, log: Callable[[str], None]) -> None:
+    """Loads the weights of an encoder of images into a model that has one like it, and logs what it keeps of its own.
+
+    Args:
+        source: as in `Experiment.encoder_from`.
+        model: to be filled; a collective if it is sharded.
+        config: of the model.
+        log: called with a line about each field that differs, and each weight that is not there, such as a projector's.
+
+    Raises:
+        UserError: there is no such source, it has no encoder, or one whose weights have other shapes.
+    """
+    folder = find(source)
+    found, there = read_tower(folder, vision_of(config)) or _encoder_of(open_checkpoint(source))
+    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("vision.")}
+    for name in sorted(own.keys() & there.keys()):
+        if own[name].shape != there[name].shape:
+            shapes = f"{tuple(there[name].shape)} there, and {tuple(own[name].shape)}"
+            raise UserError(f"encoder_from is {source!r}, whose {name} is {shapes} in the model")
+    load_weights(model, {name: tensor for name, tensor in there.items() if name in own}, strict=False)
+    log(f"the encoder of images starts from {folder}")
+    for name, value in vars(vision_of(config)).items():
+        if value != (other := vars(found)[name]):
+            log(f"  model.vision.{name} is {value!r}; there it is {other!r}")
+    for name in sorted(own.keys() - there.keys()):
+        log(f"  {name} is not there; it keeps its values")
+
+
+def _encoder_of(checkpoint: Checkpoint) -> tuple[VisionConfig, dict[str, Tensor]]:
+    weights = {name: tensor for name, tensor in checkpoint.weights.items() if name.startswith("vision.")}
+    if not weights:
+        raise UserError(f"{checkpoint.folder} reads no images; allowed in encoder_from: a model that does")
+    return vision_of(checkpoint.config), weights
 
 
 def load_moments(optimizer: Optimizer, snapshot: Path, group: dist.ProcessGroup | None) -> str:

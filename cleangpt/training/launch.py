@@ -187,6 +187,11 @@ def check(
 def _check_sizes(experiment: Experiment, layout: Layout) -> None:
     """Checks the sizes of sequence, batch, micro-batch and step."""
     data, model, training = experiment.data, experiment.model, experiment.training
+    if layout.tensor > 1 and image_inputs(model):
+        raise UserError(
+            f"tensor parallelism is over {layout.tensor} devices; allowed with model.vision.encoder: 1; use strategy "
+            "fsdp or ddp"
+        )
     if model.max_seq_len is not None and data.seq_len > model.max_seq_len:
         raise UserError(
             f"data.seq_len is {data.seq_len}; allowed: at most model.max_seq_len, which is {model.max_seq_len}"
@@ -305,6 +310,10 @@ def _check_fine_tuning(experiment: Experiment) -> None:
         raise UserError(f"init_from is None; allowed with objective {kind}: a model, since it is the reference")
     if rank is not None and source is None:
         raise UserError(f"fine_tuning.lora.rank is {rank}; allowed without init_from: None, since weights are random")
+    if experiment.encoder_from is not None and not image_inputs(experiment.model):
+        raise UserError(
+            f"encoder_from is {experiment.encoder_from!r}; allowed for a model without model.vision.encoder: None"
+        )
     if rank is not None and tuning.freeze:
         raise UserError(
             f"fine_tuning.freeze is {tuning.freeze!r}; allowed with fine_tuning.lora.rank: (), since adapters alone "
@@ -331,7 +340,11 @@ def _check_source(experiment: Experiment) -> None:
     """Checks that the initial weights exist; a resumed run does not need them any more."""
     run = given_folder(experiment)
     begun = run is not None and list_snapshots(run / "snapshots")
-    if experiment.init_from is None or begun:
+    if begun:
+        return
+    if experiment.encoder_from is not None:
+        find(experiment.encoder_from)
+    if experiment.init_from is None:
         return
     find(experiment.init_from)
     if experiment.fine_tuning.optimizer_state == "kept":

@@ -69,7 +69,7 @@ def mup_scales(config: ModelConfig, optimizer: OptimizerConfig) -> dict[str, MuP
             factors[name] = _matrix_factor(shape, base_shape, name in by_muon)
     inside = block_numbers(model)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if all(f"{name}.weight" in inside for name in linear):
+    if all(f"{name}.weight" in inside or name.startswith("vision.") for name in linear):
         factors |= _tied_head(factors, optimizer.base_dim / cast(Any, config).dim)
     return factors
 

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -14,6 +16,7 @@ from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.images import image_token
 from cleangpt.data.records import records_of_row
 from cleangpt.errors import UserError
+from tests.corpora.test_hub_text import Hub
 
 SIDE, PATCHES = 4, 4
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -41,7 +44,7 @@ def captioned(name: str) -> dict[str, Any]:
 
 
 def prepared(**fields: Any) -> TokenDataset:
-    return prepare(Pictures(files=("made/list.jsonl",), **OPTIONS | fields), Path("data")).sources[0].dataset
+    return prepare(Pictures(**{"files": ("made/list.jsonl",)} | OPTIONS | fields), Path("data")).sources[0].dataset
 
 
 def rows(dataset: TokenDataset) -> list[tuple[str, list[str], list[str]]]:
@@ -87,6 +90,61 @@ def test_conversations_may_have_several_pictures_or_none(workplace: Path) -> Non
     write(Path("made/list.jsonl"), [two, none] * 10)
     for _, answers, shown in rows(prepared()):
         assert shown == [color for answer in answers if answer == "both" for color in ("red", "blue")]
+
+
+def test_captions_may_be_files_beside_their_pictures(workplace: Path) -> None:
+    """Packed together, from several folders; a text without a picture, and a picture without a text, are left out."""
+    names = [list(COLORS)[number % 3] for number in range(40)]
+    draw(Path("made"))
+    for number, name in enumerate(names):
+        folder = Path("made", "more" if number % 2 else "")
+        folder.mkdir(exist_ok=True)
+        Image.new("RGB", (SIDE, SIDE), COLORS[name]).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"{name}\n", encoding="utf-8")
+    Path("made/notes.txt").write_text("nothing", encoding="utf-8")
+    found = rows(prepared(files=("made",)))
+    assert all(answers == shown for _, answers, shown in found)
+    assert sorted(name for _, answers, _ in found for name in answers) == sorted(names)
+    assert max(len(shown) for *_, shown in found) > 1
+
+
+def written(name: str) -> dict[str, Any]:
+    """A picture as the Hub's datasets have it."""
+    return {"bytes": Path(f"made/{name}.png").read_bytes(), "path": f"{name}.png"}
+
+
+def with_images(name: str) -> dict[str, Any]:
+    """As TRL's data."""
+    content = [{"type": "text", "text": "Which?"}, {"type": "image", "text": None}]
+    answer = [{"type": "text", "text": name}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    return {"images": [written(name)], "messages": messages}
+
+
+def save_table(entries: list[Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(entries), path)
+
+
+@pytest.mark.parametrize("hub", [False, True], ids=["here", "hub"])
+@pytest.mark.parametrize("kind", ["captions", "messages"])
+def test_parquet_may_have_the_pictures_themselves(
+    kind: str, hub: bool, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw(Path("made"))
+    names = [list(COLORS)[number % 3] for number in range(20)]
+    entries = [
+        with_images(name) if kind == "messages" else {"file_name": written(name), "text": name} for name in names
+    ]
+    save_table(entries, Path("hub/train/0.parquet"))
+    if hub:
+        served = Hub(Path("hub"), "someone/pictures", "main")
+        monkeypatch.setattr("huggingface_hub.HfApi", lambda: served)
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", served.hf_hub_download)
+    source = {"files": (), "hub_dataset": "someone/pictures/train"} if hub else {"files": ("hub",)}
+    found = rows(prepared(**source))
+    assert sorted(name for _, answers, _ in found for name in answers) == sorted(names)
+    assert all(answers == shown for _, answers, shown in found)
 
 
 def test_byte_pairs_have_a_token_for_images(workplace: Path) -> None:
@@ -141,6 +199,9 @@ def test_templates_that_read_parts_write_the_images_themselves(workplace: Path) 
         ({"messages": []}, r"line 1"),
         ({"messages": "red"}, r"line 1: no list of messages"),
         (["red"], r"line 1"),
+        (asked("red") | {"images": ["blue.png"]}, "'images' has more pictures than the messages have places for"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a part of a message is"),
+        ({"file_name": 3, "text": "a"}, r"line 1: int where text should be; set corpus.image_field"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named(entry: Any, message: str, workplace: Path) -> None:
@@ -154,8 +215,10 @@ def test_what_is_wrong_is_named(entry: Any, message: str, workplace: Path) -> No
 @pytest.mark.parametrize(
     ("fields", "message"),
     [({"tokenizer": "byte"}, "tokenizer is 'byte'; allowed with pictures: bpe or char"),
+     ({"files": ()}, "files is .*; allowed: files or corpus.hub_dataset"),
+     ({"hub_dataset": "a/b"}, "files is .*; allowed: files or corpus.hub_dataset"),
      ({"pack": 4}, "pack is 4; allowed: more than corpus.image_tokens"), ({"height": 0}, "height is 0")],
 )  # fmt: skip
 def test_fields_that_do_not_fit_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Pictures(files=("a",), **OPTIONS | fields).check()
+        Pictures(**{"files": ("a",)} | OPTIONS | fields).check()

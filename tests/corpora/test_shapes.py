@@ -37,6 +37,18 @@ def test_a_row_is_a_picture_and_its_caption(split: str, workplace: Path) -> None
         assert inputs["images_ends"].tolist() == [36] and (inputs["images"][0].numpy() == picture(scene)).all()
 
 
+def test_without_pictures_the_text_stays(workplace: Path) -> None:
+    """In rows of the same length, so that both are mixed."""
+    corpus = ShapesCaptions(**SIZES, pictures=False)
+    dataset = prepared(corpus)
+    assert not dataset.splits["train"].records and corpus.environment(dataset) is None
+    for number, scene in enumerate(corpus.scenes("train", 0, 30)):
+        tokens, mask = dataset.splits["train"].read_row(number)
+        counted = [token for token, counts in zip(tokens, mask, strict=True) if counts]
+        assert dataset.tokenizer.decode(tokens[: len(counted)]) == caption(scene)
+        assert len(tokens) == ShapesCaptions().row_length
+
+
 def test_the_scenes_of_the_splits_differ() -> None:
     corpus = ShapesCaptions(val_samples=300)
     val, train = (set(corpus.scenes(split, 0, 300)) for split in ("val", "train"))

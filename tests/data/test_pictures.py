@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cleangpt.data import pictures
-from cleangpt.data.pictures import decode_picture, read_picture
+from cleangpt.data.pictures import PictureForm, decode_picture, read_picture
 from cleangpt.errors import UserError
 
 RED = (255, 0, 0)
@@ -23,7 +23,7 @@ def saved(image: Any, form: str = "PNG", **options: Any) -> bytes:
 
 
 def decoded(content: bytes, channels: int = 3) -> NDArray[np.uint8]:
-    return decode_picture(content, "a.png", 4, 6, channels)
+    return decode_picture(content, "a.png", PictureForm(4, 6, channels))
 
 
 def halves(mode: str, left: Any, right: Any) -> Any:
@@ -82,7 +82,7 @@ def test_a_picture_is_turned_as_its_exif_data_say(orientation: int) -> None:
     exif[274] = orientation
     turned = {1: array, 2: array[:, ::-1], 3: array[::-1, ::-1], 4: array[::-1], 5: array.T, 6: array.T[:, ::-1],
               7: array.T[::-1, ::-1], 8: array.T[::-1]}[orientation]  # fmt: skip
-    found = decode_picture(saved(Image.fromarray(array), exif=exif), "a.png", *turned.shape, 1)
+    found = decode_picture(saved(Image.fromarray(array), exif=exif), "a.png", PictureForm(*turned.shape, 1))
     assert (found[..., 0] == turned).all()
 
 
@@ -141,4 +141,4 @@ def test_a_bomb_is_refused(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("name", "message"), [("none.png", "No such file"), (".", "Is a directory")])
 def test_a_file_that_cannot_be_read_is_named(name: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
-        read_picture(tmp_path / name, 4, 6)
+        read_picture(tmp_path / name, PictureForm(4, 6))

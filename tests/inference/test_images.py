@@ -1,6 +1,8 @@
 """Generation from prompts with images: each row has its own, whatever else is in the batch."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,12 +10,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from cleangpt.data.images import IMAGE_CHARACTER
+from cleangpt.data.chat_template import PLAIN, ChatTemplate, plain_template
+from cleangpt.data.images import IMAGE_CHARACTER, IMAGE_TOKEN, image_token
 from cleangpt.data.records import stack_rows
-from cleangpt.data.tokenizers import ByteTokenizer, CharTokenizer
+from cleangpt.data.tokenizers import ByteTokenizer, CharTokenizer, train_bpe
 from cleangpt.errors import UserError
+from cleangpt.inference.chat import answer
 from cleangpt.inference.engine import Engine
-from cleangpt.inference.images import read_images
+from cleangpt.inference.images import read_conversation, read_images
+from cleangpt.inference.sampling import GREEDY
 from cleangpt.models import build_model
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.gpt import GPTConfig
@@ -86,6 +91,71 @@ def test_files_become_the_start_of_a_prompt(tmp_path: Path) -> None:
     tokens, inputs = prompt.before([5, 1, 2], prefix=[5])
     assert tokens == [5, *[7] * 8, 1, 2]
     assert inputs["images_ends"].tolist() == [5, 9] and (inputs["images"][1].numpy() == array).all()
+
+
+BPE = train_bpe(["user assistant red green blue " * 9], 300, [IMAGE_TOKEN])
+PARTS = (
+    "{% for m in messages %}[{{ m['role'] }}]{% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+CHAT = [
+    {"role": "user", "content": [{"type": "text", "text": "<image> or "}, {"type": "image", "path": "a.png"},
+                                 {"type": "image", "path": "b.png"}, {"type": "text", "text": "?"}]},
+    {"role": "user", "content": "ab"},
+]  # fmt: skip
+TWICE = "{% for m in messages %}{{ m['content'] }}{{ m['content'] }}{% endfor %}"
+
+
+def saved_pictures(folder: Path) -> list[dict[str, Any]]:
+    """The conversation, with its two pictures in a folder."""
+    for value, name in enumerate(("a.png", "b.png")):
+        Image.new("RGB", (4, 4), (value, 9, 9)).save(folder / name)
+    return json.loads(json.dumps(CHAT).replace('"path": "', f'"path": "{folder.as_posix()}/'))
+
+
+@pytest.mark.parametrize("template", [PARTS, PLAIN], ids=["parts", "plain"])
+def test_a_conversation_shows_its_pictures_where_they_stand(template: str, tmp_path: Path) -> None:
+    """Whether its template reads parts or texts; the token that a message spells is text."""
+    pytest.importorskip("jinja2")
+    messages = saved_pictures(tmp_path)
+    _, tokens, inputs = read_conversation(model_of(), BPE, ChatTemplate(template, {"eos_token": "."}), messages)
+    image = image_token(BPE)
+    before = tokens[: tokens.index(image)]
+    assert tokens.count(image) == 8 and BPE.decode(before).endswith("<image> or ")
+    assert inputs["images_ends"].tolist() == [len(before) + 4, len(before) + 8]
+    assert tokens[len(before) : len(before) + 8] == [image] * 8
+    assert inputs["images"][:, 0, 0, 0].tolist() == [0, 1]
+
+
+def test_an_answer_depends_on_the_pictures(tmp_path: Path) -> None:
+    pytest.importorskip("jinja2")
+    characters = CharTokenizer("\nabcdefghijklmnopqrstuvwxyz?<> " + IMAGE_CHARACTER, "\n")
+    torch.manual_seed(0)
+    size: dict[str, Any] = {"vocab_size": 32, "max_seq_len": 64, "n_layers": 2, "n_heads": 2, "dim": 16}
+    model = build_model(GPTConfig(**size, tied=False, vision=VISION))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    template = plain_template(characters)
+    found = set()
+    for messages in (saved_pictures(tmp_path), [{"role": "user", "content": "<image> or ?"}, CHAT[1]]):
+        pieces = answer(model.eval(), characters, template, messages, CPU, max_new_tokens=6, sampling=GREEDY)
+        found.add("".join(pieces))
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize(
+    "template, text, message",
+    [
+        (TWICE, "ab", "the chat template writes 4 of 2 pictures"),
+        (PLAIN, IMAGE_CHARACTER, r"a message has the character U\+FFFC"),
+    ],
+)
+def test_a_picture_that_would_not_stand_once_is_refused(template: str, text: str, message: str, tmp_path: Path) -> None:
+    pytest.importorskip("jinja2")
+    messages = [*saved_pictures(tmp_path), {"role": "user", "content": text}]
+    with pytest.raises(UserError, match=message):
+        read_conversation(model_of(), BPE, ChatTemplate(template, {"eos_token": "."}), messages)
 
 
 def test_a_model_or_a_tokenizer_without_images_refuses_them(tmp_path: Path) -> None:
