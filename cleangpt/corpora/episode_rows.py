@@ -7,7 +7,7 @@ episode of the task (Reed et al. 2022, section 2.1), which says what is to be do
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,9 @@ from cleangpt.corpora.base import Corpus, write_dataset
 from cleangpt.data.columns import Column
 from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.modalities import Modalities
+from cleangpt.data.records import PlacedRecords
 from cleangpt.data.shuffle import mix
-from cleangpt.data.timesteps import ACTION, HIDDEN, NO_PLACE, Steps, Timesteps, returns_to_go
+from cleangpt.data.timesteps import ACTION, HIDDEN, NO_PLACE, Steps, Timesteps, join_records, returns_to_go
 from cleangpt.data.tokenizers import ByteTokenizer, ModalityTokenizer, load_tokenizer
 from cleangpt.data.trajectories import Trajectory
 from cleangpt.data.writer import Chunk, Groups
@@ -109,7 +110,7 @@ class EpisodeCorpus(Corpus):
 
     def steps(self, tokenizer: ModalityTokenizer) -> Timesteps:
         """How steps become tokens."""
-        observation, action = spaces(self.env, self.arguments)
+        observation, action = spaces(self.env, self.arguments, self.modalities)
         return Timesteps(tokenizer.ranges, observation, action, self.returns)
 
     def prepare(self, folder: Path, console: Console) -> TokenDataset:
@@ -126,7 +127,7 @@ class EpisodeCorpus(Corpus):
 
         return write_dataset(
             self, folder, tokenizer, groups, count, console, source={**vars(references), **self.source()},
-            row_length=self.row_length, columns=PLACES,
+            row_length=self.row_length, columns=PLACES, records=steps.records,
         )  # fmt: skip
 
     def environment(self, dataset: TokenDataset) -> Environment:
@@ -150,7 +151,7 @@ class EpisodeCorpus(Corpus):
         low, high = references.random_return, references.expert_return
         least = -np.inf if self.least_score is None else low + self.least_score / 100 * (high - low)
         kept = {number: one for number, one in episodes.items() if one.total >= least}
-        rows: dict[str, list[Steps]] = {"train": [], "val": []}
+        rows: dict[str, list[Row]] = {"train": [], "val": []}
         counts = {split: dict.fromkeys(("episodes", "steps", "steps of noise", LEFT_OUT), 0) for split in rows}
         for number, one in episodes.items():
             split = self._split(number)
@@ -174,7 +175,7 @@ class EpisodeCorpus(Corpus):
 
     def _rows(
         self, episode: Steps, others: Sequence[Steps], text: NDArray[np.int64], choices: np.random.Generator
-    ) -> Iterator[Steps]:
+    ) -> Iterator["Row"]:
         """The rows of an episode, padded."""
         room = (self.row_length - len(text)) // episode.tokens.shape[1]
         if room < 1:
@@ -200,17 +201,28 @@ class EpisodeCorpus(Corpus):
             starts += np.unique(ends).tolist()
         return starts
 
-    def _chunk(self, split: str, rows: Sequence[Steps], counts: dict[str, int]) -> Chunk:
+    def _chunk(self, split: str, rows: Sequence["Row"], counts: dict[str, int]) -> Chunk:
         if not rows:
             none = np.zeros(0, np.int64)
             return Chunk(split, none, none, 0, none.astype(np.uint8), counts, {"places": none})
-        tokens, places, mask = (np.concatenate(column) for column in zip(*rows, strict=True))
-        lengths = np.full(len(rows), self.row_length)
-        return Chunk(split, tokens, lengths, 0, mask, counts, {"places": places})
+        tokens, places, mask, records = zip(*rows, strict=True)
+        return Chunk(
+            split, np.concatenate(tokens), np.full(len(rows), self.row_length), 0, np.concatenate(mask), counts,
+            {"places": np.concatenate(places)}, join_records([(of_row, self.row_length) for of_row in records]),
+        )  # fmt: skip
 
 
 LEFT_OUT = "left out, their return"
 """A count on the card."""
+
+
+class Row(NamedTuple):
+    """A row of a dataset; all but the records are `(row_length,)`."""
+
+    tokens: NDArray[np.int64]
+    places: NDArray[np.int64]
+    mask: NDArray[np.uint8]
+    records: dict[str, PlacedRecords]
 
 
 def _encode(steps: Timesteps, episode: Trajectory) -> Steps:
@@ -225,9 +237,10 @@ def _prompt(episode: Steps, room: int, choices: np.random.Generator) -> Steps:
     return episode.part(start, start + room)
 
 
-def _row(text: NDArray[np.int64], parts: Sequence[Steps], length: int, hidden: bool) -> Steps:
+def _row(text: NDArray[np.int64], parts: Sequence[Steps], length: int, hidden: bool) -> Row:
     """A row: text, which counts in the loss, and steps; padding is token 0 and never counts."""
-    row = Steps(np.zeros(length, np.int64), np.full(length, NO_PLACE), np.zeros(length, np.uint8))
+    records = join_records([({}, len(text)), *((part.placed(), part.tokens.size) for part in parts)])
+    row = Row(np.zeros(length, np.int64), np.full(length, NO_PLACE), np.zeros(length, np.uint8), records)
     row.tokens[: len(text)], row.mask[: len(text)] = text, 1
     end = len(text)
     for part in parts:

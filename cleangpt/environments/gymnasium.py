@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
-from cleangpt.data.modalities import Box, Dict, Discrete, Space, Values
+from cleangpt.data.modalities import Box, Dict, Discrete, Image, Modalities, Space, Values
 from cleangpt.data.shuffle import mix
 from cleangpt.data.timesteps import Timesteps
 from cleangpt.data.tokenizers import ModalityTokenizer
@@ -20,6 +21,9 @@ Arguments = tuple[tuple[str, str | int | float | bool], ...]
 """Keyword arguments of an environment's constructor, in pairs."""
 PACKAGES = {"BabyAI": "minigrid", "MiniGrid": "minigrid", "Meta-World/": "metaworld", "ALE/": "ale_py"}
 """The packages that register environments when they are imported, by how these names start."""
+SMALLEST_PICTURE = 16
+"""Height and width in pixels from which an array of bytes is a picture; a smaller one is a grid of discrete values."""
+DEFAULT_MODALITIES = Modalities()
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Gymnasium(Environment):
     @property
     def steps(self) -> Timesteps:
         """How its steps become tokens."""
-        observation, action = spaces(self.name, self.arguments)
+        observation, action = spaces(self.name, self.arguments, self.tokenizer.modalities)
         return Timesteps(self.tokenizer.ranges, observation, action, self.returns)
 
     def make(self, render: bool = False) -> Any:
@@ -85,8 +89,11 @@ class Gymnasium(Environment):
         simulation = self.make()
         observation, _ = simulation.reset(seed=seed)
         simulation.close()
-        tokens = self.read_text(observation).tolist() + self._read(observation)
-        return Prompt(tokens, self.steps.action.size, extras={"seed": seed})
+        text, seen = self.read_text(observation), self.steps.observe(self.stack([observation]))
+        inputs: dict[str, Tensor] = {}
+        for name, records in seen.placed().items():
+            inputs |= records.moved(len(text)).inputs(name)
+        return Prompt([*text.tolist(), *seen.tokens[0].tolist()], self.steps.action.size, (), inputs, {"seed": seed})
 
     def step(self, episode: Episode, action: list[int]) -> Feedback:
         """Plays the episode again up to here, since a simulation changes as it goes; `rollouts/agent.py` goes on."""
@@ -152,25 +159,29 @@ def make(name: str, arguments: Arguments = (), render: bool = False) -> Any:
 
 
 @lru_cache(maxsize=64)
-def spaces(name: str, arguments: Arguments = ()) -> tuple[Space, Space]:
+def spaces(name: str, arguments: Arguments = (), modalities: Modalities = DEFAULT_MODALITIES) -> tuple[Space, Space]:
     """The spaces of an environment's observations, without texts, and of its actions."""
     simulation = make(name, arguments)
-    found = convert(simulation.observation_space), convert(simulation.action_space, bounded=True)
+    found = convert(simulation.observation_space, modalities), convert(simulation.action_space, bounded=True)
     simulation.close()
     return found
 
 
-def convert(space: Any, bounded: bool = False) -> Space:
-    """A space of Gymnasium as ours.
+def convert(space: Any, modalities: Modalities = DEFAULT_MODALITIES, bounded: bool = False) -> Space:
+    """A space of Gymnasium as ours. Bytes of shape `(height, width, 1 or 3)` with sides of 16 or more are a picture.
 
     Args:
         space: of observations or actions.
+        modalities: the size that pictures are given.
         bounded: whether numbers with finite bounds are scaled by these, instead of by the μ-law; those of actions are.
 
     Raises:
         UserError: it is of an unknown kind.
     """
     kinds = require("gymnasium").spaces
+    if isinstance(space, kinds.Box) and space.dtype == np.uint8 and len(space.shape) == 3:
+        if space.shape[2] in (1, 3) and min(space.shape[:2]) >= SMALLEST_PICTURE:
+            return Image(modalities.image_height, modalities.image_width, modalities.image_tokens)
     if isinstance(space, kinds.Box) and np.issubdtype(space.dtype, np.integer):
         counts = (space.high.astype(np.int64) - space.low.astype(np.int64) + 1).reshape(-1)
         return Discrete(tuple(counts.tolist()), space.shape, tuple(space.low.reshape(-1).astype(int).tolist()))
@@ -188,7 +199,7 @@ def convert(space: Any, bounded: bool = False) -> Space:
     if isinstance(space, kinds.Dict | kinds.Tuple):
         pairs = space.items() if isinstance(space, kinds.Dict) else enumerate(space)
         parts = ((str(key), part) for key, part in pairs if not _is_text(part))
-        return Dict(tuple((key, convert(part, bounded)) for key, part in parts))
+        return Dict(tuple((key, convert(part, modalities, bounded)) for key, part in parts))
     raise UserError(f"a space is {space}; allowed: Box, Discrete, MultiDiscrete, MultiBinary, Dict, Tuple, Text")
 
 

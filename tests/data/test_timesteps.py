@@ -30,11 +30,11 @@ def test_a_step_is_the_observation_a_separator_and_the_action(separator: str, re
             tokens.append(10 + min(int((value + 1) / 2 * 1024), 1023))
             places.append(HIDDEN if hidden else ACTION)
             mask.append(int(learned[row]))
-        assert [column[row].tolist() for column in found] == [tokens, places, mask]
+        assert [column[row].tolist() for column in (found.tokens, found.places, found.mask)] == [tokens, places, mask]
         assert len(tokens) == steps.size
     before = steps.observe(seen, coming)
-    for whole, part in zip(found, before, strict=True):
-        assert np.array_equal(whole[:, : steps.observation_size], part)
+    assert np.array_equal(found.tokens[:, : steps.observation_size], before.tokens)
+    assert np.array_equal(found.places[:, : steps.observation_size], before.places)
 
 
 def test_a_single_action_has_a_single_token() -> None:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from cleangpt.data.modalities import Box, Dict, Discrete, Ids, Modalities, Space, TokenRanges
-from cleangpt.data.timesteps import ACTION, HIDDEN, NO_PLACE, Timesteps
+from cleangpt.data.timesteps import ACTION, HIDDEN, Timesteps
 from cleangpt.environments.acting import Acting
 from cleangpt.errors import UserError
 from cleangpt.models.gato import Gato, GatoConfig
@@ -32,7 +32,7 @@ def small_model(max_seq_len: int = 40, **fields: Any) -> Gato:
 
 
 def contexts(lengths: list[int]) -> list[Context]:
-    return [Context(np.arange(length) % 8, np.full(length, NO_PLACE)) for length in lengths]
+    return [Context.of(np.arange(length) % 8) for length in lengths]
 
 
 def observations(step: int, rows: list[int]) -> NDArray[np.float64]:
