@@ -16,7 +16,7 @@ from rich.console import Console
 from cleangpt.corpora.base import Corpus, write_dataset
 from cleangpt.data.columns import Column
 from cleangpt.data.dataset import TokenDataset
-from cleangpt.data.modalities import Modalities
+from cleangpt.data.modalities import Modalities, Space
 from cleangpt.data.records import PlacedRecords
 from cleangpt.data.shuffle import mix
 from cleangpt.data.timesteps import ACTION, HIDDEN, NO_PLACE, Steps, Timesteps, join_records, returns_to_go
@@ -110,8 +110,11 @@ class EpisodeCorpus(Corpus):
 
     def steps(self, tokenizer: ModalityTokenizer) -> Timesteps:
         """How steps become tokens."""
-        observation, action = spaces(self.env, self.arguments, self.modalities)
-        return Timesteps(tokenizer.ranges, observation, action, self.returns)
+        return Timesteps(tokenizer.ranges, *self.spaces(), self.returns)
+
+    def spaces(self) -> tuple[Space, Space]:
+        """The spaces of observations and actions."""
+        return spaces(self.env, self.arguments, self.modalities)
 
     def prepare(self, folder: Path, console: Console) -> TokenDataset:
         """Writes both splits."""

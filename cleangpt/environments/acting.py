@@ -6,6 +6,10 @@ from typing import Literal
 from cleangpt.validation import Checked, Count, Positive
 
 
+class Lost(Exception):  # noqa: N818 - not an error
+    """Raised by an expert that does not know what to do; ends the episode that is recorded."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Acting(Checked, section="corpus.acting"):
     """How actions are chosen, and what of an episode is in the context."""

@@ -1,6 +1,6 @@
 """Environments of Gymnasium (Towers et al. 2024), or of any package that registers its own there."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -15,12 +15,14 @@ from cleangpt.data.timesteps import Timesteps
 from cleangpt.data.tokenizers import ModalityTokenizer
 from cleangpt.environments.acting import Acting
 from cleangpt.environments.base import Environment, Episode, Feedback, Prompt
+from cleangpt.environments.metaworld import PREFIX, make_task
+from cleangpt.environments.minigrid import make_grid
 from cleangpt.errors import UserError, nearest, require
 
 Arguments = tuple[tuple[str, str | int | float | bool], ...]
 """Keyword arguments of an environment's constructor, in pairs."""
-PACKAGES = {"BabyAI": "minigrid", "MiniGrid": "minigrid", "Meta-World/": "metaworld", "ALE/": "ale_py"}
-"""The packages that register environments when they are imported, by how these names start."""
+MAKERS: dict[str, Callable[..., Any]] = {"BabyAI-": make_grid, "MiniGrid-": make_grid, PREFIX: make_task}
+"""What makes simulations that are not Gymnasium's own, by how their names start."""
 SMALLEST_PICTURE = 16
 """Height and width in pixels from which an array of bytes is a picture; a smaller one is a grid of discrete values."""
 DEFAULT_MODALITIES = Modalities()
@@ -31,6 +33,7 @@ class Gymnasium(Environment):
     """One task, started from a different seed in every episode; scored 0 for a random policy and 100 for the expert."""
 
     metric: ClassVar[str] = "score"
+    simulated: ClassVar[bool] = True
 
     name: str
     """Its id, such as CartPole-v1."""
@@ -144,10 +147,11 @@ def make(name: str, arguments: Arguments = (), render: bool = False) -> Any:
         UserError: Gymnasium or a package that it needs is missing, or there is no such environment.
     """
     gymnasium = require("gymnasium")
-    if package := next((package for start, package in PACKAGES.items() if name.startswith(start)), None):
-        gymnasium.register_envs(require(package))
+    if name.startswith("ALE/"):
+        gymnasium.register_envs(require("ale_py"))
+    maker = next((maker for start, maker in MAKERS.items() if name.startswith(start)), gymnasium.make)
     try:
-        return gymnasium.make(name, render_mode="rgb_array" if render else None, **dict(arguments))
+        return maker(name, render_mode="rgb_array" if render else None, **dict(arguments))
     except gymnasium.error.DependencyNotInstalled as error:
         raise UserError(f"the environment {name} needs a package that is not installed: {error}") from None
     except gymnasium.error.Error as error:
@@ -179,9 +183,8 @@ def convert(space: Any, modalities: Modalities = DEFAULT_MODALITIES, bounded: bo
         UserError: it is of an unknown kind.
     """
     kinds = require("gymnasium").spaces
-    if isinstance(space, kinds.Box) and space.dtype == np.uint8 and len(space.shape) == 3:
-        if space.shape[2] in (1, 3) and min(space.shape[:2]) >= SMALLEST_PICTURE:
-            return Image(modalities.image_height, modalities.image_width, modalities.image_tokens)
+    if _is_picture(space):
+        return Image(modalities.image_height, modalities.image_width, modalities.image_tokens)
     if isinstance(space, kinds.Box) and np.issubdtype(space.dtype, np.integer):
         counts = (space.high.astype(np.int64) - space.low.astype(np.int64) + 1).reshape(-1)
         return Discrete(tuple(counts.tolist()), space.shape, tuple(space.low.reshape(-1).astype(int).tolist()))
@@ -203,9 +206,16 @@ def convert(space: Any, modalities: Modalities = DEFAULT_MODALITIES, bounded: bo
     raise UserError(f"a space is {space}; allowed: Box, Discrete, MultiDiscrete, MultiBinary, Dict, Tuple, Text")
 
 
+def _is_picture(space: Any) -> bool:
+    """Whether a space has pictures, as `convert` says."""
+    if space.dtype != np.uint8 or len(space.shape or ()) != 3:
+        return False
+    return space.shape[2] in (1, 3) and min(space.shape[:2]) >= SMALLEST_PICTURE
+
+
 def _is_text(space: Any) -> bool:
     """Whether a space has texts; missions of MiniGrid are not of Gymnasium's kind."""
-    return isinstance(space, require("gymnasium").spaces.Text) or space.dtype is str
+    return isinstance(space, require("gymnasium").spaces.Text) or getattr(space.dtype, "kind", "") == "U"
 
 
 def split_text(observation: Any) -> tuple[str, Any]:

@@ -1,7 +1,8 @@
 """Gato (Reed et al. 2022, "A generalist agent"): one decoder for text, observations and actions.
 
-A Llama that also embeds the place of a token in its observation, and reads images and vectors. In the paper numbers begin as unrelated tokens; here
-bins may begin as points of a smooth curve instead, so that what is learned of one holds for its neighbours.
+A Llama that also reads vectors, and embeds the place of a token in its observation. In the paper numbers begin as
+unrelated tokens; here bins may begin as points of a smooth curve instead, so that what is learned of one holds for its
+neighbours.
 """
 
 import math

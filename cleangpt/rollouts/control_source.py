@@ -35,7 +35,7 @@ from cleangpt.objectives.ppo import PPO
 from cleangpt.rollouts.agent import Agent, Context
 from cleangpt.rollouts.rounds import Sizes, batch_of_round, explained_variance, means_of_rounds, read_position
 
-WORTH = 10.0
+WORTH = 100.0
 """Rewards are measured in points of the score: the expert's return is this much above that of random actions."""
 
 

@@ -17,10 +17,12 @@ from cleangpt.corpora.episode_files import read_episodes, read_minari, write_epi
 from cleangpt.corpora.episode_rows import EpisodeCorpus
 from cleangpt.corpora.episodes import Episodes, expert_return
 from cleangpt.data.dataset import TokenDataset
-from cleangpt.data.timesteps import ACTION, HIDDEN
+from cleangpt.data.modalities import Modalities
+from cleangpt.data.timesteps import ACTION, FIRST_PLACE, HIDDEN
 from cleangpt.data.trajectories import Trajectory
 from cleangpt.environments.gymnasium import Gymnasium, spaces
 from cleangpt.errors import UserError
+from tests.simulated import register
 
 pytest.importorskip("gymnasium")
 
@@ -132,6 +134,30 @@ def test_prompts_are_parts_of_other_episodes_half_of_them_ends(tmp_path: Path) -
         assert prompts and own and len(prompts | own) > 1
         ends.append(any(episode[-5:] == row[:5] for episode in episodes))
     assert 0.35 < np.mean(ends) < 0.7
+
+
+def test_images_and_vectors_stand_at_their_tokens(tmp_path: Path) -> None:
+    modalities = Modalities(vector=4, image_height=8, image_width=8, image_tokens=4)
+    corpus = Demonstrations(
+        env=register(), played=6, row=40, reference_episodes=2, noisy_share=0.0, modalities=modalities, prompt_share=0.5
+    )
+    dataset = prepared(corpus, tmp_path)
+    for split in dataset.splits.values():
+        for number in range(split.documents):
+            start = number * corpus.row_length
+            tokens, places = split.read_row(number)[0], split.read_column("places", start, corpus.row_length)
+            images = split.records["images"].read(start, corpus.row_length)
+            vectors = split.records["vectors"].read(start, corpus.row_length)
+            assert bytes(tokens[:6]) == b"follow" and len(images.ends) == len(vectors.ends) == 34 // 8
+            assert np.array_equal(images.ends, 6 + 8 * np.arange(4) + 4) and np.array_equal(
+                vectors.ends, images.ends + 1
+            )
+            assert (places[vectors.ends - 1] == FIRST_PLACE + 4).all()
+            columns = np.round((np.expm1(vectors.values[:, 0] * np.log1p(25600)) / 100) * 24).astype(int)
+            assert (np.abs(images.values[:, 0, :, 0].argmax(1) - columns / 3) <= 1).all()
+            assert (
+                np.array(tokens)[vectors.ends + 2] - corpus.tokenizer().ranges.first_choice == columns * 3 // 24
+            ).all()
 
 
 def test_episodes_of_low_return_are_left_out(tmp_path: Path) -> None:
