@@ -15,11 +15,11 @@ from rich.console import Console
 
 from cleangpt.corpora.base import Corpus, write_dataset
 from cleangpt.data.columns import Column
-from cleangpt.data.dataset import TokenDataset
+from cleangpt.data.dataset import Split, TokenDataset
 from cleangpt.data.modalities import Modalities, Space
 from cleangpt.data.records import PlacedRecords
 from cleangpt.data.shuffle import mix
-from cleangpt.data.timesteps import ACTION, HIDDEN, NO_PLACE, Steps, Timesteps, join_records, returns_to_go
+from cleangpt.data.timesteps import ACTION, FIRST_PLACE, HIDDEN, NO_PLACE, Steps, Timesteps, join_records, returns_to_go
 from cleangpt.data.tokenizers import ByteTokenizer, ModalityTokenizer, load_tokenizer
 from cleangpt.data.trajectories import Trajectory
 from cleangpt.data.writer import Chunk, Groups
@@ -31,6 +31,8 @@ from cleangpt.validation import Bounds, Count, CountOrZero, File, Share
 
 GROUP = 32
 """Episodes written at a time, and the most that a prompt is chosen from."""
+PROMPTS = 64
+"""Rows of the validation split that an agent's prompts are chosen from."""
 PLACES = {"places": Column(dtype="uint16", role="input")}
 """The column of tokens' places in their observations."""
 
@@ -141,7 +143,18 @@ class EpisodeCorpus(Corpus):
         return Gymnasium(
             self.env, dataset.tokenizer, self.arguments, acting=self.acting, expert_return=expert, random_return=random,
             episodes=self.scored_episodes, returns=self.returns, instruction=self.instruction, seed=self.seed,
+            prompts=self._prompts(dataset, self.steps(dataset.tokenizer)) if self.acting.prompt else (),
         )  # fmt: skip
+
+    def _prompts(self, dataset: TokenDataset, steps: Timesteps) -> list[Steps]:
+        """The first steps of some validation rows, as many as an agent is to read."""
+        split = dataset.splits["val"]
+        found = [_first_steps(split, row * self.row_length, self.row_length, steps) for row in range(PROMPTS)
+                 if row < split.documents]  # fmt: skip
+        for one in found:
+            acted = np.isin(one.places, (ACTION, HIDDEN))
+            one.places[acted] = ACTION if self.acting.see_actions else HIDDEN
+        return [one.part(0, self.acting.prompt) for one in found if len(one.tokens)]
 
     def remedy(self, split: str) -> str:
         """What to do where a split has no tokens."""
@@ -226,6 +239,22 @@ class Row(NamedTuple):
     places: NDArray[np.int64]
     mask: NDArray[np.uint8]
     records: dict[str, PlacedRecords]
+
+
+def _first_steps(split: Split, start: int, length: int, steps: Timesteps) -> Steps:
+    """The steps in the row of a dataset that begins at token `start`, without its text and padding."""
+    places = split.read_column("places", start, length).astype(np.int64)
+    begins = np.flatnonzero(places == FIRST_PLACE)
+    first, count = int(begins[0]) if len(begins) else 0, len(begins)
+    taken, shape = slice(first, first + count * steps.size), (count, steps.size)
+    tokens = split.read(start, length).astype(np.int64)[taken].reshape(shape)
+    found = Steps(tokens, places[taken].reshape(shape), np.zeros(shape, np.uint8))
+    empty = steps.observe(steps.observation.stack([]))
+    for name, ends in empty.ends.items():
+        placed = split.records[name].read(start, length)
+        found.records[name] = placed.values.reshape(count, len(ends), *placed.values.shape[1:])
+        found.ends[name] = ends
+    return found
 
 
 def _encode(steps: Timesteps, episode: Trajectory) -> Steps:

@@ -183,7 +183,7 @@ class Box:
         Raises:
             UserError: as `encode`.
         """
-        flat = np.asarray(values, np.float64).reshape(len(values), -1)
+        flat = _flat(np.asarray(values, np.float64))
         if flat.shape[1] != self.size:
             raise UserError(f"an array has {flat.shape[1]} numbers; allowed in this space: {self.size}")
         if np.isnan(flat).any():
@@ -249,7 +249,7 @@ class Discrete:
                 f"a discrete value has {max(self.counts):,} possibilities; allowed: {ranges.choices:,}, "
                 "corpus.modalities.choices"
             )
-        given = np.asarray(values).reshape(len(values), -1)
+        given = _flat(np.asarray(values))
         right = given.shape[1] == self.size
         flat = given.astype(np.int64) - (self._start if right else 0)
         if not right or ((flat < 0) | (flat >= np.array(self.counts))).any():
@@ -346,6 +346,11 @@ class Dict:
     def stack(self, values: Sequence[Any]) -> Values:
         """A dict of batches."""
         return {key: space.stack([value[key] for value in values]) for key, space in self.parts}
+
+
+def _flat(values: NDArray[Any]) -> NDArray[Any]:
+    """`(batch, …)` to `(batch, size)`; the batch may be empty."""
+    return values.reshape(len(values), math.prod(values.shape[1:]))
 
 
 def leaves(space: Space, keys: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Space]]:

@@ -1,7 +1,7 @@
 """Environments of Gymnasium (Towers et al. 2024), or of any package that registers its own there."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cleangpt.data.modalities import Box, Dict, Discrete, Image, Modalities, Space, Values
 from cleangpt.data.shuffle import mix
-from cleangpt.data.timesteps import Timesteps
+from cleangpt.data.timesteps import Steps, Timesteps
 from cleangpt.data.tokenizers import ModalityTokenizer
 from cleangpt.environments.acting import Acting
 from cleangpt.environments.base import Environment, Episode, Feedback, Prompt
@@ -52,6 +52,8 @@ class Gymnasium(Environment):
     """A text before the first observation, which also has its own."""
     seed: int = 1337
     """Of the order of starts."""
+    prompts: Sequence[Steps] = field(default=(), compare=False)
+    """Steps of episodes, one of which an agent reads before its own; none: it reads no prompt."""
 
     @property
     def steps(self) -> Timesteps:
@@ -66,6 +68,10 @@ class Gymnasium(Environment):
     def start_seed(self, split: str, task: int) -> int:
         """The seed of an episode."""
         return mix(self.seed, *split.encode(), task) % 2**31
+
+    def prompt(self, seed: int) -> Steps | None:
+        """The steps that an agent reads before an episode."""
+        return self.prompts[mix(self.seed, seed, 1) % len(self.prompts)] if self.prompts else None
 
     def score(self, total: float) -> float:
         """100 x (return - random) / (expert - random): Reed et al. 2022, section 4.1."""

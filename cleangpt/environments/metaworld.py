@@ -4,6 +4,7 @@ The package metaworld is needed where a simulation is made. An episode ends with
 the return of Meta-World's own rewards would be the lower, the sooner a task is done.
 """
 
+import warnings
 from functools import lru_cache
 from typing import Any
 
@@ -83,4 +84,5 @@ def scripted(simulation: Task, observation: Any) -> Any:
     """The task's own expert."""
     if simulation.expert is None:
         simulation.expert = require("metaworld.policies").ENV_POLICY_MAP[simulation.name]()
-    return np.clip(simulation.expert.get_action(observation), -1, 1).astype(np.float32)
+    with warnings.catch_warnings(action="ignore"):  # that some actions will be clipped
+        return np.clip(simulation.expert.get_action(observation), -1, 1).astype(np.float32)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from cleangpt.corpora.demonstrations import demonstrate
-from cleangpt.data.modalities import Dict, Image, Modalities
+from cleangpt.data.modalities import Dict, Image, Modalities, TokenRanges
+from cleangpt.data.timesteps import Timesteps
 from cleangpt.data.tokenizers import ByteTokenizer, ModalityTokenizer
 from cleangpt.environments.acting import Lost
 from cleangpt.environments.experts import find_expert, record
@@ -102,7 +103,9 @@ def test_an_episode_ends_where_the_expert_is_lost(grid: Grid) -> None:
         raise Lost
 
     episode = demonstrate(grid, helpless, (convert(grid.observation_space), convert(grid.action_space)), 1)
-    assert len(episode) == 0 == episode.total and episode.learned.dtype == bool
+    assert len(episode) == 0 == episode.total
+    steps = Timesteps(TokenRanges(8), convert(grid.observation_space), convert(grid.action_space))
+    assert steps.encode(*episode.steps(0, 0)).tokens.shape == (0, 52)
 
 
 # With the package -----------------------------------------------------------------------------------------------------
