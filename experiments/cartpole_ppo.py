@@ -17,30 +17,23 @@ from cleangpt.experiment import Experiment
 from cleangpt.models.gato import GatoConfig
 from cleangpt.objectives.ppo import PPO
 
+modalities = Modalities(bins=2, choices=2, separator="none", vector=4)
 corpus = Demonstrations(  # names the simulation and its tokens; a policy does not read the demonstrations
-    env="CartPole-v1", played=8, row=100, scored_episodes=20, modalities=Modalities(bins=256, choices=2),
-    acting=Acting(choices="argmax", see_actions=False),
-)  # fmt: skip
-ranges = corpus.tokenizer().ranges
+    env="CartPole-v1", played=8, row=64, modalities=modalities, acting=Acting(choices="argmax", see_actions=False)
+)
 
 experiment = Experiment(
     name="cartpole_ppo",
     corpus=corpus,
-    data=DataConfig(seq_len=100, batch_size=16),
+    data=DataConfig(seq_len=64, batch_size=8),
     model=GatoConfig(
-        vocab_size=ranges.vocab_size,
-        n_layers=1,
-        n_heads=4,
-        dim=64,
-        tied=True,
-        n_places=16,
-        smooth_bins=(ranges.first_bin, ranges.first_choice),
+        vocab_size=corpus.tokenizer().vocab_size, n_layers=1, n_heads=4, dim=64, tied=True, n_places=8, vector=4
     ),
-    objective=PPO(gamma=0.98, lam=0.9, clip=0.2, value_coef=0.5, value_clip=10.0, entropy_coef=0.01),
-    rollouts=RolloutConfig(prompts=64, completions=1, passes=6, micro_batch_size=32, measure_kl=False),
-    optimizer=OptimizerConfig(lr=2e-3, weight_decay=0.0, betas=(0.9, 0.98), clip_norm=1.0),
-    schedule=ScheduleConfig(lr=Schedule(shape="linear", final=0.1)),
-    training=TrainingConfig(macro_batches=12, batches_per_macro_batch=96),
+    objective=PPO(gamma=0.98, lam=0.8, clip=0.2, value_coef=0.5, value_clip=10.0),
+    rollouts=RolloutConfig(prompts=32, completions=1, passes=8, micro_batch_size=32, measure_kl=False),
+    optimizer=OptimizerConfig(lr=7e-4, weight_decay=0.0, betas=(0.9, 0.98), clip_norm=1.0),
+    schedule=ScheduleConfig(lr=Schedule(shape="linear", final=0.0)),
+    training=TrainingConfig(macro_batches=9, batches_per_macro_batch=128),
     saving=SavingConfig(keep_best=1, best="highest score"),
     tracking=TrackingConfig(score_samples=10, sample_tokens=0),
 )

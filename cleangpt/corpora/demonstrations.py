@@ -15,7 +15,7 @@ from cleangpt.data.modalities import Space
 from cleangpt.data.shuffle import mix
 from cleangpt.data.trajectories import Trajectory
 from cleangpt.environments.experts import Policy, find_expert, record
-from cleangpt.environments.gymnasium import make, spaces, split_text
+from cleangpt.environments.gymnasium import make, split_text
 from cleangpt.validation import Count, Share
 
 EXPERT, RANDOM, NOISY = 3, 4, 5
@@ -61,8 +61,7 @@ class Demonstrations(EpisodeCorpus):
         return {"reference_episodes": self.reference_episodes}
 
     def _play(self, simulation: Any, seed: int, noise: float) -> Trajectory:
-        of = spaces(self.env, self.arguments)
-        return demonstrate(simulation, find_expert(self.env), of, seed % 2**31, noise, self.burst)
+        return demonstrate(simulation, find_expert(self.env), self.spaces(), seed % 2**31, noise, self.burst)
 
 
 def demonstrate(
@@ -72,6 +71,6 @@ def demonstrate(
     seen, actions, rewards, own, terminated = record(simulation, policy, seed, noise=noise, longest=burst)
     split = [split_text(observation) for observation in seen]
     return Trajectory(
-        of[0].stack([values for _, values in split]), of[1].stack(actions), np.array(rewards), np.array(own),
+        of[0].stack([values for _, values in split]), of[1].stack(actions), np.array(rewards), np.array(own, bool),
         terminated, split[0][0],
     )  # fmt: skip

@@ -7,7 +7,7 @@ episode of the task (Reed et al. 2022, section 2.1), which says what is to be do
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +15,11 @@ from rich.console import Console
 
 from cleangpt.corpora.base import Corpus, write_dataset
 from cleangpt.data.columns import Column
-from cleangpt.data.dataset import TokenDataset
-from cleangpt.data.modalities import Modalities
+from cleangpt.data.dataset import Split, TokenDataset
+from cleangpt.data.modalities import Modalities, Space
+from cleangpt.data.records import PlacedRecords
 from cleangpt.data.shuffle import mix
-from cleangpt.data.timesteps import ACTION, HIDDEN, NO_PLACE, Steps, Timesteps, returns_to_go
+from cleangpt.data.timesteps import ACTION, FIRST_PLACE, HIDDEN, NO_PLACE, Steps, Timesteps, join_records, returns_to_go
 from cleangpt.data.tokenizers import ByteTokenizer, ModalityTokenizer, load_tokenizer
 from cleangpt.data.trajectories import Trajectory
 from cleangpt.data.writer import Chunk, Groups
@@ -30,6 +31,8 @@ from cleangpt.validation import Bounds, Count, CountOrZero, File, Share
 
 GROUP = 32
 """Episodes written at a time, and the most that a prompt is chosen from."""
+PROMPTS = 64
+"""Rows of the validation split that an agent's prompts are chosen from."""
 PLACES = {"places": Column(dtype="uint16", role="input")}
 """The column of tokens' places in their observations."""
 
@@ -109,8 +112,11 @@ class EpisodeCorpus(Corpus):
 
     def steps(self, tokenizer: ModalityTokenizer) -> Timesteps:
         """How steps become tokens."""
-        observation, action = spaces(self.env, self.arguments)
-        return Timesteps(tokenizer.ranges, observation, action, self.returns)
+        return Timesteps(tokenizer.ranges, *self.spaces(), self.returns)
+
+    def spaces(self) -> tuple[Space, Space]:
+        """The spaces of observations and actions."""
+        return spaces(self.env, self.arguments, self.modalities)
 
     def prepare(self, folder: Path, console: Console) -> TokenDataset:
         """Writes both splits."""
@@ -126,7 +132,7 @@ class EpisodeCorpus(Corpus):
 
         return write_dataset(
             self, folder, tokenizer, groups, count, console, source={**vars(references), **self.source()},
-            row_length=self.row_length, columns=PLACES,
+            row_length=self.row_length, columns=PLACES, records=steps.records,
         )  # fmt: skip
 
     def environment(self, dataset: TokenDataset) -> Environment:
@@ -137,7 +143,18 @@ class EpisodeCorpus(Corpus):
         return Gymnasium(
             self.env, dataset.tokenizer, self.arguments, acting=self.acting, expert_return=expert, random_return=random,
             episodes=self.scored_episodes, returns=self.returns, instruction=self.instruction, seed=self.seed,
+            prompts=self._prompts(dataset, self.steps(dataset.tokenizer)) if self.acting.prompt else (),
         )  # fmt: skip
+
+    def _prompts(self, dataset: TokenDataset, steps: Timesteps) -> list[Steps]:
+        """The first steps of some validation rows, as many as an agent is to read."""
+        split = dataset.splits["val"]
+        found = [_first_steps(split, row * self.row_length, self.row_length, steps) for row in range(PROMPTS)
+                 if row < split.documents]  # fmt: skip
+        for one in found:
+            acted = np.isin(one.places, (ACTION, HIDDEN))
+            one.places[acted] = ACTION if self.acting.see_actions else HIDDEN
+        return [one.part(0, self.acting.prompt) for one in found if len(one.tokens)]
 
     def remedy(self, split: str) -> str:
         """What to do where a split has no tokens."""
@@ -150,7 +167,7 @@ class EpisodeCorpus(Corpus):
         low, high = references.random_return, references.expert_return
         least = -np.inf if self.least_score is None else low + self.least_score / 100 * (high - low)
         kept = {number: one for number, one in episodes.items() if one.total >= least}
-        rows: dict[str, list[Steps]] = {"train": [], "val": []}
+        rows: dict[str, list[Row]] = {"train": [], "val": []}
         counts = {split: dict.fromkeys(("episodes", "steps", "steps of noise", LEFT_OUT), 0) for split in rows}
         for number, one in episodes.items():
             split = self._split(number)
@@ -174,7 +191,7 @@ class EpisodeCorpus(Corpus):
 
     def _rows(
         self, episode: Steps, others: Sequence[Steps], text: NDArray[np.int64], choices: np.random.Generator
-    ) -> Iterator[Steps]:
+    ) -> Iterator["Row"]:
         """The rows of an episode, padded."""
         room = (self.row_length - len(text)) // episode.tokens.shape[1]
         if room < 1:
@@ -200,17 +217,44 @@ class EpisodeCorpus(Corpus):
             starts += np.unique(ends).tolist()
         return starts
 
-    def _chunk(self, split: str, rows: Sequence[Steps], counts: dict[str, int]) -> Chunk:
+    def _chunk(self, split: str, rows: Sequence["Row"], counts: dict[str, int]) -> Chunk:
         if not rows:
             none = np.zeros(0, np.int64)
             return Chunk(split, none, none, 0, none.astype(np.uint8), counts, {"places": none})
-        tokens, places, mask = (np.concatenate(column) for column in zip(*rows, strict=True))
-        lengths = np.full(len(rows), self.row_length)
-        return Chunk(split, tokens, lengths, 0, mask, counts, {"places": places})
+        tokens, places, mask, records = zip(*rows, strict=True)
+        return Chunk(
+            split, np.concatenate(tokens), np.full(len(rows), self.row_length), 0, np.concatenate(mask), counts,
+            {"places": np.concatenate(places)}, join_records([(of_row, self.row_length) for of_row in records]),
+        )  # fmt: skip
 
 
 LEFT_OUT = "left out, their return"
 """A count on the card."""
+
+
+class Row(NamedTuple):
+    """A row of a dataset; all but the records are `(row_length,)`."""
+
+    tokens: NDArray[np.int64]
+    places: NDArray[np.int64]
+    mask: NDArray[np.uint8]
+    records: dict[str, PlacedRecords]
+
+
+def _first_steps(split: Split, start: int, length: int, steps: Timesteps) -> Steps:
+    """The steps in the row of a dataset that begins at token `start`, without its text and padding."""
+    places = split.read_column("places", start, length).astype(np.int64)
+    begins = np.flatnonzero(places == FIRST_PLACE)
+    first, count = int(begins[0]) if len(begins) else 0, len(begins)
+    taken, shape = slice(first, first + count * steps.size), (count, steps.size)
+    tokens = split.read(start, length).astype(np.int64)[taken].reshape(shape)
+    found = Steps(tokens, places[taken].reshape(shape), np.zeros(shape, np.uint8))
+    empty = steps.observe(steps.observation.stack([]))
+    for name, ends in empty.ends.items():
+        placed = split.records[name].read(start, length)
+        found.records[name] = placed.values.reshape(count, len(ends), *placed.values.shape[1:])
+        found.ends[name] = ends
+    return found
 
 
 def _encode(steps: Timesteps, episode: Trajectory) -> Steps:
@@ -225,9 +269,10 @@ def _prompt(episode: Steps, room: int, choices: np.random.Generator) -> Steps:
     return episode.part(start, start + room)
 
 
-def _row(text: NDArray[np.int64], parts: Sequence[Steps], length: int, hidden: bool) -> Steps:
+def _row(text: NDArray[np.int64], parts: Sequence[Steps], length: int, hidden: bool) -> Row:
     """A row: text, which counts in the loss, and steps; padding is token 0 and never counts."""
-    row = Steps(np.zeros(length, np.int64), np.full(length, NO_PLACE), np.zeros(length, np.uint8))
+    records = join_records([({}, len(text)), *((part.placed(), part.tokens.size) for part in parts)])
+    row = Row(np.zeros(length, np.int64), np.full(length, NO_PLACE), np.zeros(length, np.uint8), records)
     row.tokens[: len(text)], row.mask[: len(text)] = text, 1
     end = len(text)
     for part in parts:

@@ -15,7 +15,7 @@ from cleangpt.corpora.episode_rows import EpisodeCorpus, References
 from cleangpt.corpora.reading import find_files
 from cleangpt.data.shuffle import mix
 from cleangpt.data.trajectories import Trajectory
-from cleangpt.environments.gymnasium import make, spaces
+from cleangpt.environments.gymnasium import make
 from cleangpt.errors import UserError
 from cleangpt.validation import Bounds, File
 
@@ -59,14 +59,14 @@ class Episodes(EpisodeCorpus):
         return {"files": [[str(path), *stamp(path)] for path in find_files(self.files)] if self.files else []}
 
     def _all(self) -> Iterator[Trajectory]:
-        of = spaces(self.env, self.arguments)
+        of = self.spaces()
         for path in find_files(self.files) if self.files else []:
             yield from read_episodes(path, of)
         for name in self.minari:
             yield from read_minari(name, of)
 
     def _random(self) -> float:
-        simulation, of = make(self.env, self.arguments), spaces(self.env, self.arguments)
+        simulation, of = make(self.env, self.arguments), self.spaces()
         seeds = (mix(self.seed, RANDOM, number) % 2**31 for number in range(RANDOM_EPISODES))
 
         def act(simulation: Any, observation: Any) -> Any:

@@ -16,7 +16,7 @@ one document at a time, any other in windows that ignore document boundaries.
 """
 
 from bisect import bisect_right
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +93,10 @@ class Split:
         """The values of one of the `columns` for the same tokens."""
         return self._read(self._columns[name], start, length)
 
-    def add_column(self, name: str, column: Column, files: Sequence[Path]) -> None:
-        """Opens one more column, with one file for each shard."""
+    def add_column(self, name: str, column: Column, files: Iterable[Path | None]) -> None:
+        """Opens one more column, with one file for each shard; None: it is zeros there."""
         sizes = [len(shard) for shard in self._shards]
-        found = [map_file(file, column.on_disk, size, self._shuffled) for file, size in zip(files, sizes, strict=True)]
+        found = [map_file(file, column.on_disk, size, self._shuffled) for file, size in zip(files, sizes, strict=False)]
         self.columns[name], self._columns[name] = column, found
 
     def location(self, token: int) -> str:

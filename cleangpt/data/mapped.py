@@ -17,14 +17,17 @@ def little_endian(dtype: str) -> np.dtype[Any]:
     return found
 
 
-def map_file(path: Path, dtype: np.dtype[Any], length: int, shuffled: bool) -> NDArray[Any]:
+def map_file(path: Path | None, dtype: np.dtype[Any], length: int, shuffled: bool) -> NDArray[Any]:
     """Memory-maps `path`; checks that its size is that of `length` numbers.
 
-    A file that is read `shuffled` gains nothing from the system's readahead, which is switched off.
+    A file that is read `shuffled` gains nothing from the system's readahead, which is switched off. None: there is no
+    file, and the numbers are zeros that take no memory.
 
     Raises:
         UserError: the file is missing or has another size.
     """
+    if path is None:
+        return np.broadcast_to(np.zeros(1, dtype), length)
     try:
         size = path.stat().st_size
     except FileNotFoundError:

@@ -19,13 +19,12 @@ import torch
 from numpy.typing import NDArray
 
 from cleangpt.data.batch import Batch
-from cleangpt.data.columns import Column
+from cleangpt.data.common import common_columns, common_tokenizer
 from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.loader import Samples, SplitStream
 from cleangpt.data.ranges import Ranges, with_members
 from cleangpt.data.records import common_records
 from cleangpt.data.shuffle import mix
-from cleangpt.data.tokenizers import Tokenizer
 from cleangpt.errors import UserError
 
 Weight = float | tuple[tuple[float, float], ...]
@@ -258,20 +257,10 @@ class MixedDataset:
     def __init__(self, sources: Sequence[MixtureSource], error_on_exhaustion: bool = False) -> None:
         self.sources, self.error_on_exhaustion = list(sources), error_on_exhaustion
         first, *others = self.sources
-        self.tokenizer: Tokenizer = first.dataset.tokenizer
-        self.vocab_size = self.tokenizer.vocab_size
-        self.columns, self.group = first.dataset.columns, first.dataset.group
+        datasets = {source.name: source.dataset for source in self.sources}
+        self.tokenizer, self.columns = common_tokenizer(datasets), common_columns(datasets)
+        self.vocab_size, self.group = self.tokenizer.vocab_size, first.dataset.group
         for source in others:
-            if source.dataset.tokenizer.to_json() != self.tokenizer.to_json():
-                raise UserError(
-                    f"the sources {first.name} and {source.name} have different tokenizers; allowed: one for all, such "
-                    "as byte, or the tokenizer.json of one dataset given to the others as tokenizer_file"
-                )
-            if source.dataset.columns != self.columns:
-                raise UserError(
-                    f"the sources {first.name} and {source.name} have different columns, "
-                    f"{_words(self.columns)} and {_words(source.dataset.columns)}; allowed: the same for all"
-                )
             if source.dataset.group != self.group:
                 raise UserError(
                     f"the sources {first.name} and {source.name} group rows differently, {self.group} and "
@@ -390,7 +379,3 @@ def training_stream(dataset: MixedDataset, seq_len: int, seed: int, total: int) 
         for number, (name, part) in enumerate(samples.items())
     }
     return MixedStream(streams, interleaving)
-
-
-def _words(columns: Mapping[str, Column]) -> str:
-    return ", ".join(f"{name} ({column.dtype}, {column.role})" for name, column in columns.items()) or "none"

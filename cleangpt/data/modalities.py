@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from cleangpt.data.pictures import resized
 from cleangpt.errors import UserError
 from cleangpt.validation import Bounds, Checked, Positive
 
@@ -50,6 +51,15 @@ class Modalities(Checked, section="corpus.modalities"):
     """shared: numbers of actions have the bins of observations; own: others."""
     separator: Literal["own", "none"] = "own"
     """own: a token of its own between an observation and its action; none: no token."""
+    vector: Annotated[int, Bounds(0, 2**16)] = 0
+    """All numbers of an observation are one vector of this size, padded with zeros, at one token (as in Gallouédec et
+    al. 2024, "Jack of all trades"); discrete values stay tokens. 0: each number is a token, as in the paper."""
+    image_height: Annotated[int, Bounds(1, 2**12)] = 64
+    """Of the images that observations are resized to, in pixels; model.vision.height."""
+    image_width: Annotated[int, Bounds(1, 2**12)] = 64
+    """Of the same; model.vision.width."""
+    image_tokens: Annotated[int, Bounds(1, 2**16)] = 16
+    """Tokens that an image stands at, which follow from model.vision; with its defaults, 16."""
 
 
 PAPER = Modalities(choice_ids="text")
@@ -165,12 +175,20 @@ class Box:
         Raises:
             UserError: a number is NaN, or there are more or fewer.
         """
-        flat = np.asarray(values, np.float64).reshape(len(values), -1)
+        return ranges.first_bin_of(action) + ranges.to_bins(self.numbers(values, ranges))
+
+    def numbers(self, values: Values, ranges: TokenRanges) -> NDArray[np.float64]:
+        """The numbers of each array on the scale of the bins, clipped to [-1, 1], `(batch, size)`.
+
+        Raises:
+            UserError: as `encode`.
+        """
+        flat = _flat(np.asarray(values, np.float64))
         if flat.shape[1] != self.size:
             raise UserError(f"an array has {flat.shape[1]} numbers; allowed in this space: {self.size}")
         if np.isnan(flat).any():
             raise UserError("a number is NaN; allowed in observations and actions: any other")
-        return ranges.first_bin_of(action) + ranges.to_bins(self.compress(flat, ranges))
+        return np.clip(self.compress(flat, ranges), -1, 1)
 
     def decode(self, tokens: NDArray[np.int64], ranges: TokenRanges, action: bool = False) -> Values:
         """The number at the centre of each bin, `(batch, *shape)`, float64."""
@@ -231,7 +249,7 @@ class Discrete:
                 f"a discrete value has {max(self.counts):,} possibilities; allowed: {ranges.choices:,}, "
                 "corpus.modalities.choices"
             )
-        given = np.asarray(values).reshape(len(values), -1)
+        given = _flat(np.asarray(values))
         right = given.shape[1] == self.size
         flat = given.astype(np.int64) - (self._start if right else 0)
         if not right or ((flat < 0) | (flat >= np.array(self.counts))).any():
@@ -258,6 +276,38 @@ class Discrete:
     @property
     def _start(self) -> NDArray[np.int64]:
         return np.zeros(self.size, np.int64) if self.start is None else np.array(self.start)
+
+
+@dataclass(frozen=True)
+class Image:
+    """Pictures of any size, which become records of one size; the ids of the tokens that they stand at say nothing."""
+
+    height: int
+    width: int
+    tokens: int
+    """That a picture stands at."""
+
+    @property
+    def size(self) -> int:
+        """The tokens of a picture."""
+        return self.tokens
+
+    def encode(self, values: Values, ranges: TokenRanges, action: bool = False) -> NDArray[np.int64]:
+        """Zeros `(batch, tokens)`."""
+        return np.zeros((len(values), self.tokens), np.int64)
+
+    def decode(self, tokens: NDArray[np.int64], ranges: TokenRanges, action: bool = False) -> Values:
+        """Raises UserError: tokens do not say what a picture shows."""
+        raise UserError("a space of actions has pictures; allowed: in observations")
+
+    def ids(self, ranges: TokenRanges, action: bool = False) -> list[Ids]:
+        """As `decode`."""
+        raise UserError("a space of actions has pictures; allowed: in observations")
+
+    def stack(self, values: Sequence[Any]) -> Values:
+        """Resized to `(batch, height, width, 3)`, uint8; grey becomes red, green and blue."""
+        pictures = [resized(np.asarray(value, np.uint8), self.height, self.width) for value in values]
+        return np.stack(pictures) if pictures else np.zeros((0, self.height, self.width, 3), np.uint8)
 
 
 @dataclass(frozen=True)
@@ -296,6 +346,31 @@ class Dict:
     def stack(self, values: Sequence[Any]) -> Values:
         """A dict of batches."""
         return {key: space.stack([value[key] for value in values]) for key, space in self.parts}
+
+
+def _flat(values: NDArray[Any]) -> NDArray[Any]:
+    """`(batch, …)` to `(batch, size)`; the batch may be empty."""
+    return values.reshape(len(values), math.prod(values.shape[1:]))
+
+
+def leaves(space: Space, keys: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Space]]:
+    """The spaces in a space that are no dictionaries, in the order of their tokens, and the keys that lead to each."""
+    if isinstance(space, Dict):
+        return [leaf for key, part in space.ordered for leaf in leaves(part, (*keys, key))]
+    return [(keys, space)]
+
+
+def lookup(values: Values, keys: tuple[str, ...]) -> Values:
+    """The values of a leaf.
+
+    Raises:
+        UserError: a key is missing.
+    """
+    for key in keys:
+        if key not in values:
+            raise UserError(f"a dictionary has no {key!r}; allowed: all keys of its space")
+        values = values[key]
+    return values
 
 
 def batch_size(values: Values) -> int:

@@ -103,6 +103,15 @@ def _resized(image: Any, name: str, form: PictureForm) -> Any:
     return image.resize(size, method).crop((left, top, left + form.width, top + form.height))
 
 
+def resized(picture: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """A picture `(rows, columns, 1 or 3)` as `(height, width, 3)`, by bicubic interpolation; as it is where it fits."""
+    if picture.shape != (height, width, 3):
+        library = require("PIL.Image")
+        image = library.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
+        picture = np.array(image.convert("RGB").resize((width, height), library.BICUBIC), np.uint8)
+    return picture
+
+
 def _plain(image: Any, name: str, mode: str) -> Any:
     """The picture in RGB or grey, on white where it is transparent."""
     if image.mode == "F":

@@ -3,7 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from cleangpt.validation import Checked, Count, Positive
+from cleangpt.validation import Checked, Count, CountOrZero, Positive
+
+
+class Lost(Exception):  # noqa: N818 - not an error
+    """Raised by an expert that does not know what to do; ends the episode that is recorded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,5 +26,7 @@ class Acting(Checked, section="corpus.acting"):
     context: Count | None = None
     """Tokens that the policy reads at most; when an episode outgrows them, the older half of its steps is forgotten.
     None: model.max_seq_len."""
+    prompt: CountOrZero = 0
+    """Steps of a held-out episode of the corpus that the agent reads before its own, at most; 0: none."""
     target: float | None = None
     """The return to ask for, where the corpus has `returns`; None: the expert's."""

@@ -72,6 +72,8 @@ class Environment:
 
     metric: ClassVar[str] = "reward"
     """Name of the metric that is the mean total reward of episodes."""
+    simulated: ClassVar[bool] = False
+    """Whether a policy acts in a simulation step by step, as `rollouts/agent.py` does."""
 
     def tasks(self, split: str) -> int:
         """Number of tasks in a split; they are numbered from 0."""

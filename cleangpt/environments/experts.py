@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from cleangpt.environments import metaworld, minigrid, mujoco
+from cleangpt.environments.acting import Lost
 from cleangpt.errors import UserError, require
 
 Policy = Callable[[Any, Any], Any]
@@ -56,14 +58,21 @@ def lunar_lander(simulation: Any, observation: Any) -> Any:
 
 EXPERTS: dict[str, Policy] = {
     "Acrobot-v1": acrobot,
+    "BabyAI-": minigrid.bot,
     "CartPole-v1": cart_pole,
+    "InvertedDoublePendulum-v5": mujoco.inverted_double_pendulum,
+    "InvertedPendulum-v5": mujoco.inverted_pendulum,
     "LunarLander-v3": lunar_lander,
     "LunarLanderContinuous-v3": lunar_lander,
+    "Meta-World/": metaworld.scripted,
     "MountainCar-v0": mountain_car,
     "MountainCarContinuous-v0": mountain_car_continuous,
     "Pendulum-v1": pendulum,
+    "Reacher-v5": mujoco.reacher,
+    "Swimmer-v5": mujoco.swimmer,
 }
-"""Experts by the name of their environment; registering your own is one line in your experiment file."""
+"""Experts by the name of their environment, or by how it starts; registering your own is one line in your experiment
+file."""
 
 
 def find_expert(name: str) -> Policy:
@@ -72,12 +81,14 @@ def find_expert(name: str) -> Policy:
     Raises:
         UserError: there is none.
     """
-    if name not in EXPERTS:
+    starts = [start for start in EXPERTS if start.endswith(("-", "/")) and name.startswith(start)]
+    found = EXPERTS.get(name) or (EXPERTS[starts[0]] if starts else None)
+    if found is None:
         raise UserError(
             f"there is no expert for {name!r}; allowed: {', '.join(EXPERTS)}, one of your own, EXPERTS[{name!r}] = …, "
             "or the corpus Episodes, which reads recorded ones"
         )
-    return EXPERTS[name]
+    return found
 
 
 def record(
@@ -105,7 +116,10 @@ def record(
     while True:
         if not left and choices.random() < noise:
             left = int(choices.integers(1, longest + 1))
-        action = simulation.action_space.sample() if left else policy(simulation, observation)
+        try:
+            action = simulation.action_space.sample() if left else policy(simulation, observation)
+        except Lost:
+            return observations, actions, rewards, own, False
         own.append(not left)
         left = max(0, left - 1)
         observation, reward, terminated, truncated, _ = simulation.step(action)

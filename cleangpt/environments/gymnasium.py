@@ -1,25 +1,31 @@
 """Environments of Gymnasium (Towers et al. 2024), or of any package that registers its own there."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
-from cleangpt.data.modalities import Box, Dict, Discrete, Space, Values
+from cleangpt.data.modalities import Box, Dict, Discrete, Image, Modalities, Space, Values
 from cleangpt.data.shuffle import mix
-from cleangpt.data.timesteps import Timesteps
+from cleangpt.data.timesteps import Steps, Timesteps
 from cleangpt.data.tokenizers import ModalityTokenizer
 from cleangpt.environments.acting import Acting
 from cleangpt.environments.base import Environment, Episode, Feedback, Prompt
+from cleangpt.environments.metaworld import PREFIX, make_task
+from cleangpt.environments.minigrid import make_grid
 from cleangpt.errors import UserError, nearest, require
 
 Arguments = tuple[tuple[str, str | int | float | bool], ...]
 """Keyword arguments of an environment's constructor, in pairs."""
-PACKAGES = {"BabyAI": "minigrid", "MiniGrid": "minigrid", "Meta-World/": "metaworld", "ALE/": "ale_py"}
-"""The packages that register environments when they are imported, by how these names start."""
+MAKERS: dict[str, Callable[..., Any]] = {"BabyAI-": make_grid, "MiniGrid-": make_grid, PREFIX: make_task}
+"""What makes simulations that are not Gymnasium's own, by how their names start."""
+SMALLEST_PICTURE = 16
+"""Height and width in pixels from which an array of bytes is a picture; a smaller one is a grid of discrete values."""
+DEFAULT_MODALITIES = Modalities()
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,7 @@ class Gymnasium(Environment):
     """One task, started from a different seed in every episode; scored 0 for a random policy and 100 for the expert."""
 
     metric: ClassVar[str] = "score"
+    simulated: ClassVar[bool] = True
 
     name: str
     """Its id, such as CartPole-v1."""
@@ -45,11 +52,13 @@ class Gymnasium(Environment):
     """A text before the first observation, which also has its own."""
     seed: int = 1337
     """Of the order of starts."""
+    prompts: Sequence[Steps] = field(default=(), compare=False)
+    """Steps of episodes, one of which an agent reads before its own; none: it reads no prompt."""
 
     @property
     def steps(self) -> Timesteps:
         """How its steps become tokens."""
-        observation, action = spaces(self.name, self.arguments)
+        observation, action = spaces(self.name, self.arguments, self.tokenizer.modalities)
         return Timesteps(self.tokenizer.ranges, observation, action, self.returns)
 
     def make(self, render: bool = False) -> Any:
@@ -59,6 +68,10 @@ class Gymnasium(Environment):
     def start_seed(self, split: str, task: int) -> int:
         """The seed of an episode."""
         return mix(self.seed, *split.encode(), task) % 2**31
+
+    def prompt(self, seed: int) -> Steps | None:
+        """The steps that an agent reads before an episode."""
+        return self.prompts[mix(self.seed, seed, 1) % len(self.prompts)] if self.prompts else None
 
     def score(self, total: float) -> float:
         """100 x (return - random) / (expert - random): Reed et al. 2022, section 4.1."""
@@ -85,8 +98,11 @@ class Gymnasium(Environment):
         simulation = self.make()
         observation, _ = simulation.reset(seed=seed)
         simulation.close()
-        tokens = self.read_text(observation).tolist() + self._read(observation)
-        return Prompt(tokens, self.steps.action.size, extras={"seed": seed})
+        text, seen = self.read_text(observation), self.steps.observe(self.stack([observation]))
+        inputs: dict[str, Tensor] = {}
+        for name, records in seen.placed().items():
+            inputs |= records.moved(len(text)).inputs(name)
+        return Prompt([*text.tolist(), *seen.tokens[0].tolist()], self.steps.action.size, (), inputs, {"seed": seed})
 
     def step(self, episode: Episode, action: list[int]) -> Feedback:
         """Plays the episode again up to here, since a simulation changes as it goes; `rollouts/agent.py` goes on."""
@@ -137,10 +153,11 @@ def make(name: str, arguments: Arguments = (), render: bool = False) -> Any:
         UserError: Gymnasium or a package that it needs is missing, or there is no such environment.
     """
     gymnasium = require("gymnasium")
-    if package := next((package for start, package in PACKAGES.items() if name.startswith(start)), None):
-        gymnasium.register_envs(require(package))
+    if name.startswith("ALE/"):
+        gymnasium.register_envs(require("ale_py"))
+    maker = next((maker for start, maker in MAKERS.items() if name.startswith(start)), gymnasium.make)
     try:
-        return gymnasium.make(name, render_mode="rgb_array" if render else None, **dict(arguments))
+        return maker(name, render_mode="rgb_array" if render else None, **dict(arguments))
     except gymnasium.error.DependencyNotInstalled as error:
         raise UserError(f"the environment {name} needs a package that is not installed: {error}") from None
     except gymnasium.error.Error as error:
@@ -152,25 +169,28 @@ def make(name: str, arguments: Arguments = (), render: bool = False) -> Any:
 
 
 @lru_cache(maxsize=64)
-def spaces(name: str, arguments: Arguments = ()) -> tuple[Space, Space]:
+def spaces(name: str, arguments: Arguments = (), modalities: Modalities = DEFAULT_MODALITIES) -> tuple[Space, Space]:
     """The spaces of an environment's observations, without texts, and of its actions."""
     simulation = make(name, arguments)
-    found = convert(simulation.observation_space), convert(simulation.action_space, bounded=True)
+    found = convert(simulation.observation_space, modalities), convert(simulation.action_space, bounded=True)
     simulation.close()
     return found
 
 
-def convert(space: Any, bounded: bool = False) -> Space:
-    """A space of Gymnasium as ours.
+def convert(space: Any, modalities: Modalities = DEFAULT_MODALITIES, bounded: bool = False) -> Space:
+    """A space of Gymnasium as ours. Bytes of shape `(height, width, 1 or 3)` with sides of 16 or more are a picture.
 
     Args:
         space: of observations or actions.
+        modalities: the size that pictures are given.
         bounded: whether numbers with finite bounds are scaled by these, instead of by the μ-law; those of actions are.
 
     Raises:
         UserError: it is of an unknown kind.
     """
     kinds = require("gymnasium").spaces
+    if _is_picture(space):
+        return Image(modalities.image_height, modalities.image_width, modalities.image_tokens)
     if isinstance(space, kinds.Box) and np.issubdtype(space.dtype, np.integer):
         counts = (space.high.astype(np.int64) - space.low.astype(np.int64) + 1).reshape(-1)
         return Discrete(tuple(counts.tolist()), space.shape, tuple(space.low.reshape(-1).astype(int).tolist()))
@@ -188,13 +208,20 @@ def convert(space: Any, bounded: bool = False) -> Space:
     if isinstance(space, kinds.Dict | kinds.Tuple):
         pairs = space.items() if isinstance(space, kinds.Dict) else enumerate(space)
         parts = ((str(key), part) for key, part in pairs if not _is_text(part))
-        return Dict(tuple((key, convert(part, bounded)) for key, part in parts))
+        return Dict(tuple((key, convert(part, modalities, bounded)) for key, part in parts))
     raise UserError(f"a space is {space}; allowed: Box, Discrete, MultiDiscrete, MultiBinary, Dict, Tuple, Text")
+
+
+def _is_picture(space: Any) -> bool:
+    """Whether a space has pictures, as `convert` says."""
+    if space.dtype != np.uint8 or len(space.shape or ()) != 3:
+        return False
+    return space.shape[2] in (1, 3) and min(space.shape[:2]) >= SMALLEST_PICTURE
 
 
 def _is_text(space: Any) -> bool:
     """Whether a space has texts; missions of MiniGrid are not of Gymnasium's kind."""
-    return isinstance(space, require("gymnasium").spaces.Text) or space.dtype is str
+    return isinstance(space, require("gymnasium").spaces.Text) or getattr(space.dtype, "kind", "") == "U"
 
 
 def split_text(observation: Any) -> tuple[str, Any]:

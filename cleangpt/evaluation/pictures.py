@@ -56,7 +56,8 @@ def film(
     for source, environment in simulated.items():
         tasks = range(min(count, environment.tasks(split)))
         for number, episode in enumerate(play_control(model, environment, split, tasks, device, pictures=True)):
-            write_gif(folder / f"{source or environment.name}_{number}.gif", episode.frames)
+            name = (source or environment.name).replace("/", "_")
+            write_gif(folder / f"{name}_{number}.gif", episode.frames)
             strips.append(strip(episode.frames))
     width = max(one.shape[1] for one in strips)
     padded = [np.pad(one, ((0, 4), (0, width - one.shape[1]), (0, 0)), constant_values=255) for one in strips]

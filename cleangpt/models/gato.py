@@ -1,7 +1,8 @@
 """Gato (Reed et al. 2022, "A generalist agent"): one decoder for text, observations and actions.
 
-A Llama that also embeds the place of a token in its observation. In the paper numbers begin as unrelated tokens; here
-bins may begin as points of a smooth curve instead, so that what is learned of one holds for its neighbours.
+A Llama that also reads vectors, and embeds the place of a token in its observation. In the paper numbers begin as
+unrelated tokens; here bins may begin as points of a smooth curve instead, so that what is learned of one holds for its
+neighbours.
 """
 
 import math
@@ -16,6 +17,7 @@ from cleangpt.data.timesteps import HIDDEN
 from cleangpt.errors import UserError
 from cleangpt.models.cache import KVCache
 from cleangpt.models.llama import Llama, LlamaConfig
+from cleangpt.models.vectors import Vectors
 from cleangpt.validation import Bounds
 
 WAVES = 32
@@ -33,6 +35,9 @@ class GatoConfig(LlamaConfig):
     smooth_bins: tuple[Annotated[int, Bounds(0)], Annotated[int, Bounds(2)]] | None = None
     """The first of the ids that stand for numbers and the one after the last, whose embeddings begin on a smooth curve;
     None: like any others."""
+
+    vector: Annotated[int, Bounds(0, 2**16)] = 0
+    """Numbers in the vectors that the model reads, the corpus's modalities.vector; 0: it reads none."""
 
     def check_fit(self) -> None:
         """Checks that the fields fit together.
@@ -61,11 +66,17 @@ class Gato(Llama):
     def __init__(self, config: GatoConfig) -> None:
         super().__init__(config)
         self.place_embedding = nn.Embedding(config.n_places, config.dim)
-        self.init_parameter("place_embedding.weight", self.place_embedding.weight)
+        self.vectors = Vectors(config.vector, config.dim) if config.vector else None
+        for name, parameter in self.named_parameters():
+            if name.startswith(("place_embedding.", "vectors.")):
+                self.init_parameter(name, parameter)
 
     def init_parameter(self, name: str, parameter: Tensor) -> None:
-        """As any model's, but for the embeddings of bins, if they begin on a curve."""
+        """As any model's, but for the embeddings of bins, if they begin on a curve, and for the first layer that
+        vectors go through, whose outputs begin about as large as its inputs."""
         super().init_parameter(name, parameter)
+        if name == "vectors.first.weight":
+            nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
         if name == "token_embedding.weight" and self.config.smooth_bins is not None:
             first, end = self.config.smooth_bins
             with torch.no_grad():
@@ -83,9 +94,15 @@ class Gato(Llama):
         # Not infinite, since 0 times infinity would be in the entropy.
         return logits.masked_fill((ids < self.scored_ids[0]) | (ids >= self.scored_ids[1]), OUTSIDE)
 
-    def _embed(self, tokens: Tensor, cache: KVCache | None, places: Tensor | None = None) -> Tensor:
-        """The embeddings of visible tokens, plus those of all places; without places, of tokens alone."""
-        x = super()._embed(tokens, cache)
+    def _embed(  # type: ignore[override]
+        self, tokens: Tensor, cache: KVCache | None, places: Tensor | None = None, vectors: Tensor | None = None,
+        vectors_ends: Tensor | None = None, **images: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """The embeddings of visible tokens, images and vectors, plus those of all places; without places, of the
+        former alone."""
+        x = super()._embed(tokens, cache, **images)
+        if self.vectors is not None:
+            x = self.vectors(x, vectors, vectors_ends)
         if places is None:
             return x
         visible = (places != HIDDEN)[..., None]

@@ -336,9 +336,8 @@ class Llama(LanguageModel):
         past = [None] * len(self.blocks) if cache is None else cache.blocks
         masks = attention_masks(tokens, set(config.windows()), config.separator) if cache is None else {}
         cos_sin = rope_cos_sin(positions, config.rope_frequencies(positions.device))
-        first_value, x = None, self._embed(tokens, cache, **inputs)
+        first_value, x = None, self._embed(tokens, cache, images=images, images_ends=images_ends, **inputs)
         if self.vision is not None:
-            x = self.vision(x, images, images_ends)
             self.vision.open_masks(masks if cache is None else cache.masks, images_ends, tokens, cache)
         x = F.dropout(x, config.dropout, self.training)
         for layer, block in enumerate(self.blocks):
@@ -354,7 +353,14 @@ class Llama(LanguageModel):
             return logits
         return config.logit_soft_cap * torch.tanh(logits / config.logit_soft_cap)
 
-    def _embed(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
+    def _embed(
+        self, tokens: Tensor, cache: KVCache | None, images: Tensor | None = None, images_ends: Tensor | None = None
+    ) -> Tensor:
+        """`(batch, seq)` to `(batch, seq, dim)`: embeddings of tokens, and of images in the places of theirs."""
+        x = self._embed_tokens(tokens, cache)
+        return x if self.vision is None else self.vision(x, images, images_ends)
+
+    def _embed_tokens(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
         """`(batch, seq)` to `(batch, seq, dim)`: embeddings of tokens, plus those of the n-grams that they end."""
         x, config = self.token_embedding(tokens), self.config
         if not config.ngrams:

@@ -12,6 +12,7 @@ from cleangpt.objectives.reinforce import Reinforce
 from cleangpt.objectives.reward_model import RewardModel
 from cleangpt.objectives.rloo import RLOO
 from cleangpt.objectives.simpo import SimPO
+from cleangpt.objectives.soft_bins import SoftBins
 
 __all__ = [
     "DPO",
@@ -28,6 +29,7 @@ __all__ = [
     "Reinforce",
     "RewardModel",
     "SimPO",
+    "SoftBins",
 ]
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -42,4 +44,5 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "reward_model": RewardModel,
     "rloo": RLOO,
     "simpo": SimPO,
+    "soft_bins": SoftBins,
 }

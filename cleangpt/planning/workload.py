@@ -31,6 +31,7 @@ from torch.utils.flop_counter import flop_registry
 from cleangpt.data.batch import Batch
 from cleangpt.errors import UserError
 from cleangpt.models.base import LanguageModel
+from cleangpt.models.vectors import vector_inputs
 from cleangpt.models.vision import image_inputs
 from cleangpt.objectives import Objective
 
@@ -138,7 +139,7 @@ def measure(
     name, blocks = type(model).__name__, model.layers()
     if not len(blocks):
         raise UserError(f"{name} cannot be planned: its `layers` are empty")
-    if reads := sorted(model.inputs | image_inputs(model.config)):
+    if reads := sorted(model.inputs | image_inputs(model.config) | vector_inputs(model.config)):
         raise UserError(f"{name} cannot be planned: it reads {', '.join(reads)}")
     all_blocks = list(blocks)
     in_blocks = sum(parameter.numel() for parameter in blocks.parameters())

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cleangpt.data.modalities import Ids, Values, batch_size
-from cleangpt.data.timesteps import NO_PLACE, Timesteps
+from cleangpt.data.records import PlacedRecords, stack_rows
+from cleangpt.data.timesteps import NO_PLACE, Steps, Timesteps, join_records
 from cleangpt.environments.acting import Acting
 from cleangpt.errors import UserError
 from cleangpt.inference.sampling import row_seed, sample, uniform
@@ -27,11 +28,18 @@ class Context(NamedTuple):
 
     tokens: NDArray[np.int64]
     places: NDArray[np.int64]
+    records: dict[str, PlacedRecords]
 
     @staticmethod
-    def of(text: NDArray[np.int64]) -> "Context":
-        """A text alone, whose tokens have no place in an observation."""
-        return Context(text, np.full(len(text), NO_PLACE))
+    def of(text: NDArray[np.int64], prompt: Steps | None = None) -> "Context":
+        """A text, whose tokens have no place in an observation, and steps of another episode."""
+        places = np.full(len(text), NO_PLACE)
+        if prompt is None:
+            return Context(text, places, {})
+        return Context(
+            np.concatenate([text, prompt.tokens.reshape(-1)]), np.concatenate([places, prompt.places.reshape(-1)]),
+            join_records([({}, len(text)), (prompt.placed(), prompt.tokens.size)]),
+        )  # fmt: skip
 
 
 class Agent:
@@ -67,7 +75,9 @@ class Agent:
         self.tokens = np.zeros((len(contexts), self.limit), np.int64)
         self.places = np.full((len(contexts), self.limit), NO_PLACE)
         for row, context in enumerate(contexts):
-            self.tokens[row, : self.begun[row]], self.places[row, : self.begun[row]] = context
+            self.tokens[row, : self.begun[row]], self.places[row, : self.begun[row]] = context.tokens, context.places
+        self.records = [context.records for context in contexts]
+        """The images and vectors at the tokens of each row."""
         self.seeds, self.drawn = [row_seed(seed) for seed in seeds], 0
         self.logprobs = np.zeros((len(contexts), 0))
         """Of the tokens of the last action, among those allowed, `(rows, tokens)`."""
@@ -87,6 +97,7 @@ class Agent:
         assert batch_size(observations) == len(self.lengths)
         seen = self.steps.observe(observations, returns)
         self._make_room()
+        self._append_records(seen)
         self._append(seen.tokens, seen.places)
         chosen, logprobs = list[NDArray[np.int64]](), list[NDArray[np.float64]]()
         for allowed in self.steps.action.ids(self.steps.ranges, action=True):
@@ -103,7 +114,7 @@ class Agent:
         index = np.array(rows, np.int64)
         for name in ("begun", "lengths", "read", "tokens", "places"):
             setattr(self, name, getattr(self, name)[index])
-        self.seeds = [self.seeds[row] for row in rows]
+        self.seeds, self.records = [self.seeds[row] for row in rows], [self.records[row] for row in rows]
         if self._cache is not None and rows:
             self._cache.select(rows)
 
@@ -114,6 +125,12 @@ class Agent:
         self.tokens[rows, at], self.places[rows, at] = tokens, places
         self.lengths = self.lengths + tokens.shape[1]
 
+    def _append_records(self, seen: Steps) -> None:
+        """Adds the records of an observation to every row, before its tokens are added."""
+        for row, length in enumerate(self.lengths.tolist() if seen.records else []):
+            own = seen.part(row, row + 1)
+            self.records[row] = join_records([(self.records[row], length), (own.placed(), own.tokens.size)])
+
     def _make_room(self) -> None:
         """Forgets older steps of rows into which the next one would not fit."""
         size = self.steps.size
@@ -123,6 +140,9 @@ class Agent:
             kept = (self.limit - begin) // size // 2 * size
             for column in (self.tokens, self.places):
                 column[row, begin : begin + kept] = column[row, end - kept : end]
+            self.records[row] = {
+                name: _without(records, begin, end - kept) for name, records in self.records[row].items()
+            }
             self.lengths[row] = begin + kept
         if len(full):
             self._cache = None
@@ -139,11 +159,23 @@ class Agent:
         rows = np.arange(len(at))[:, None]
         inputs = [torch.from_numpy(column[rows, at]).to(self.device) for column in (self.tokens, self.places)]
         last = torch.from_numpy(unread - 1)[:, None].to(self.device)
-        logits = self.model(inputs[0], places=inputs[1], cache=self._cache, logit_positions=last)
+        records = {name: tensor.to(self.device) for name, tensor in self._unread_records().items()}
+        logits = self.model(inputs[0], places=inputs[1], cache=self._cache, logit_positions=last, **records)
         if self._cache is not None and unread.min() < unread.max():
             self._cache.rewind(self.lengths.tolist())
         self.read = self.lengths.copy()
         return logits[:, 0].float()  # type: ignore[no-any-return]
+
+    def _unread_records(self) -> dict[str, Tensor]:
+        """The images and vectors at tokens that have not been read, with ends counted from these."""
+        rows = []
+        for read, placed in zip(self.read.tolist(), self.records, strict=True):
+            found: dict[str, Tensor] = {}
+            for name, records in placed.items():
+                first = int(np.searchsorted(records.ends, read, side="right"))
+                found |= PlacedRecords(records.values[first:], records.ends[first:] - read).inputs(name)
+            rows.append(found)
+        return {name: tensor for name, tensor in stack_rows(rows).items() if tensor.shape[1]}
 
     def _choose(self, logits: Tensor, allowed: Ids) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """A token of those allowed for each row, and its log-probability among them, both `(rows,)`."""
@@ -160,3 +192,10 @@ class Agent:
             index = sample(probabilities, draws if how == "sample" else torch.full_like(draws, 0.5))
         scores = probabilities.gather(1, index[:, None])[:, 0].log()
         return (index + allowed.first).numpy(), scores.numpy()
+
+
+def _without(records: PlacedRecords, begin: int, end: int) -> PlacedRecords:
+    """Records after the tokens from `begin` to `end` have been taken out, with those at them."""
+    before, after = records.ends <= begin, records.ends > end
+    kept = before | after
+    return PlacedRecords(records.values[kept], np.where(after, records.ends - (end - begin), records.ends)[kept])

@@ -139,24 +139,27 @@ def check_prompts(environment: Environment, limit: int) -> None:
     """Checks some tasks of every split that is used, before anything starts; all others as they are drawn.
 
     Raises:
-        UserError: a prompt leaves too little room for its answer, or there are no tasks.
+        UserError: a prompt leaves too little room for its answer or has more than tokens, or there are no tasks.
     """
     for split in (SPLIT, "val"):
         count = environment.tasks(split)
         if not count:
             raise UserError(f"the environment has no tasks in the {split} split; allowed: one or more")
         for task in permute(np.arange(min(count, CHECKED)), count, 1).tolist():
-            check_prompt_fits(environment.reset(split, task), limit, f"task {task} of the {split} split")
+            prompt, what = environment.reset(split, task), f"task {task} of the {split} split"
+            if prompt.inputs and not environment.simulated:
+                raise UserError(
+                    f"{what} has {', '.join(prompt.inputs)}; allowed for a policy that learns: tokens alone"
+                )
+            check_prompt_fits(prompt, limit, what)
 
 
 def check_prompt_fits(prompt: Prompt, limit: int, what: str) -> None:
-    """Refuses a prompt that leaves too little room for its answer, or has more than tokens.
+    """Refuses a prompt that leaves too little room for its answer.
 
     Raises:
-        UserError: names the lengths and the field, or what it has.
+        UserError: names the lengths and the field.
     """
-    if prompt.inputs:
-        raise UserError(f"{what} has {', '.join(prompt.inputs)}; allowed for a policy that learns: tokens alone")
     longest = len(prompt.tokens) + prompt.max_new_tokens
     if longest > limit:
         raise UserError(

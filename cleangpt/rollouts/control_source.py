@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cleangpt.data.batch import Batch
+from cleangpt.data.records import ENDS, PlacedRecords, stack_rows
 from cleangpt.data.shuffle import mix
-from cleangpt.data.timesteps import Steps
+from cleangpt.data.timesteps import Steps, join_records
 from cleangpt.distributed.processes import Ranks
 from cleangpt.environments.acting import Acting
 from cleangpt.environments.config import RolloutConfig
@@ -64,6 +65,8 @@ class Stretch:
     logprobs: list[NDArray[np.float64]] = field(default_factory=list)
     """Of the tokens of each action, `(tokens,)`."""
     rewards: list[float] = field(default_factory=list)
+    records: dict[str, PlacedRecords] = field(default_factory=dict)
+    """Images and vectors at its tokens."""
     following: Steps | None = None
     """The observation after the last action; None: the episode has terminated, so that nothing follows."""
 
@@ -113,6 +116,8 @@ class ControlSource:
         """Seconds spent on rollouts since the start."""
         self.steps_taken = 0
         """Steps of simulations so far."""
+        self.record_names = [part for name in self.steps.records for part in (name, name + ENDS)]
+        """Inputs of the model that are images and vectors."""
         self.rows: dict[str, Tensor] = {}
         self.rounds: list[dict[str, float]] = []
         self.finished: list[tuple[float, int]] = []
@@ -134,8 +139,9 @@ class ControlSource:
         if self.samples % self.config.samples == 0:
             self._begin_round(self.samples // self.config.samples)
         batch = batch_of_round(
-            self.rows, self.samples, self.config, self.sizes, self.seed, self.ranks, inputs=("tokens", "places")
-        )
+            self.rows, self.samples, self.config, self.sizes, self.seed, self.ranks, inputs=("tokens", "places"),
+            records=self.record_names,
+        )  # fmt: skip
         self.samples += self.sizes.batch_size
         self.wait_time += time.perf_counter() - began
         return batch
@@ -162,6 +168,7 @@ class ControlSource:
         self.rounds.append(self._measure(rollouts, extras))
         kept = {name: column.float() for name, column in extras.items()}
         self.rows = {"tokens": columns["tokens"].int(), "places": columns["places"].int(), "mask": mask} | kept
+        self.rows |= {name: columns[name] for name in self.record_names}
         self.policy.train(training)
 
     def _play(self, seed: int) -> list[Stretch]:
@@ -170,7 +177,7 @@ class ControlSource:
         seeds = [mix(seed, one.number) for one in self.simulations]
         agent = Agent(self.policy, self.device, self.steps, self.acting, contexts, seeds)
         longest = (self.seq_len - int(agent.begun.max()) - self.steps.observation_size) // self.steps.size
-        stretches = [Stretch(*context, len(context.tokens)) for context in contexts]
+        stretches = [Stretch(context.tokens, context.places, len(context.tokens)) for context in contexts]
         running = list(range(len(self.simulations)))
         for step in range(max(1, longest)):
             if not running:
@@ -182,6 +189,7 @@ class ControlSource:
                 stretch, tokens = stretches[number], agent.tokens[row, :end]
                 stretch.logprobs.append(agent.logprobs[row])
                 stretch.tokens, stretch.places = tokens.copy(), agent.places[row, :end].copy()
+                stretch.records = agent.records[row]
                 if self._step(self.simulations[number], stretch, item(actions, row)) and step + 1 < longest:
                     going.append(row)
             running = [running[row] for row in going]
@@ -216,7 +224,7 @@ class ControlSource:
             `tokens` and `places` `(rows, seq + 1)`; aligned with the targets, the tokens from the second on
             `(rows, seq)`: `mask`, `logprobs` and `rewards`; of each row `(rows,)`: `last`, the column of its last
             action, `read`, that of the last token, after which the value is what follows, and `goes_on`, whether
-            anything does.
+            anything does; images, vectors and their ends, as in a batch.
         """
         width = self.seq_len + 1
         whole = [np.zeros((len(stretches), width), np.int64) for _ in range(2)]
@@ -224,11 +232,13 @@ class ControlSource:
         logprobs, rewards = (np.zeros((len(stretches), width)) for _ in range(2))
         last, read = (np.zeros(len(stretches), np.int64) for _ in range(2))
         size, acted = self.steps.size, self.steps.action.size
+        records = list[dict[str, Tensor]]()
         scale = WORTH / (self.environment.expert_return - self.environment.random_return)
         for row, stretch in enumerate(stretches):
             parts = [(stretch.tokens, stretch.places)]
             if stretch.following is not None:
                 parts.append((stretch.following.tokens[0], stretch.following.places[0]))
+            records.append(_records_of(stretch))
             for column, pieces in zip(whole, zip(*parts, strict=True), strict=True):
                 joined = np.concatenate(pieces)
                 column[row, : len(joined)], read[row] = joined, len(joined) - 1
@@ -241,7 +251,8 @@ class ControlSource:
             "rewards": rewards[:, 1:], "last": last, "read": np.minimum(read, self.seq_len - 1),
             "goes_on": np.array([float(stretch.following is not None) for stretch in stretches]),
         }  # fmt: skip
-        return {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in columns.items()}
+        found = {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in columns.items()}
+        return found | stack_rows(records)
 
     @torch.no_grad()
     def _values(self, columns: dict[str, Tensor]) -> Tensor:
@@ -249,8 +260,10 @@ class ControlSource:
         parts = []
         for start in range(0, len(columns["tokens"]), self.config.micro_batch_size):
             rows = slice(start, start + self.config.micro_batch_size)
-            tokens, places = (columns[name][rows, :-1].contiguous().to(self.device) for name in ("tokens", "places"))
-            scores = cast(TokenScores, self.policy(tokens, places=places, scores=["value"]))
+            inputs = {name: columns[name][rows, :-1].contiguous() for name in ("tokens", "places")}
+            inputs |= {name: columns[name][rows] for name in self.record_names}
+            inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+            scores = cast(TokenScores, self.policy(**inputs, scores=["value"]))
             parts.append(scores.heads["value"].double().cpu())
         return torch.cat(parts)
 
@@ -305,3 +318,14 @@ class ControlSource:
         """Closes the simulations."""
         for simulation in self.simulations:
             simulation.env.close()
+
+
+def _records_of(stretch: Stretch) -> dict[str, Tensor]:
+    """The images and vectors of a stretch and of what follows, and their ends, by name."""
+    parts = [(stretch.records, len(stretch.tokens))]
+    if stretch.following is not None:
+        parts.append((stretch.following.placed(), stretch.following.tokens.size))
+    inputs: dict[str, Tensor] = {}
+    for name, records in join_records(parts).items():
+        inputs |= records.inputs(name)
+    return inputs

@@ -27,7 +27,7 @@ class Sizes:
 
 def batch_of_round(
     rows: Mapping[str, Tensor], samples: int, config: RolloutConfig, sizes: Sizes, seed: int, ranks: Ranks,
-    inputs: Sequence[str] = ("tokens",),
+    inputs: Sequence[str] = ("tokens",), records: Sequence[str] = (),
 ) -> Batch:  # fmt: skip
     """This device's part of the next batch of a round; every pass over the round has its own order of rows.
 
@@ -40,6 +40,7 @@ def batch_of_round(
         seed: of the orders.
         ranks: the processes.
         inputs: names of the columns that the model reads.
+        records: names of its other inputs, images, vectors and their ends, whose first dimension is the rows.
     """
     answers, size = config.answers, sizes.batch_size
     number, place = divmod(samples, config.samples)
@@ -52,6 +53,7 @@ def batch_of_round(
     targets = torch.where(chosen.pop("mask"), read["tokens"][:, 1:], IGNORED)
     fresh = float(place < size * sizes.accumulation)  # the first step's, with the weights that sampled them
     before = {name: column[:, :-1].contiguous() for name, column in read.items()}
+    before |= {name: chosen.pop(name) for name in records}
     return Batch(before, targets, chosen | {"fresh": torch.full((part,), fresh)})
 
 

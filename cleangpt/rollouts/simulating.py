@@ -62,7 +62,8 @@ def _play_batch(
     simulations = [environment.make(pictures) for _ in seeds]
     episodes = [Played(seed) for seed in seeds]
     observations = [simulation.reset(seed=seed)[0] for simulation, seed in zip(simulations, seeds, strict=True)]
-    contexts = [Context.of(environment.read_text(observation)) for observation in observations]
+    texts = [environment.read_text(observation) for observation in observations]
+    contexts = [Context.of(text, environment.prompt(seed)) for text, seed in zip(texts, seeds, strict=True)]
     steps, running = environment.steps, list(range(len(seeds)))
     agent = Agent(
         model, device, steps, environment.acting, contexts, [mix(environment.seed, seed) for seed in seeds],

@@ -101,7 +101,17 @@ def _draw(runs: Sequence[Run], folder: Path, prefix: str) -> dict[str, Path]:
         "Throughput": plots.throughput_plot(rows, steps, folder / f"{prefix}throughput.png"),
         "Gradient norm": plots.gradient_plot(steps, folder / f"{prefix}gradient.png"),
     }
-    return {title: path for title, path in drawn.items() if path is not None}
+    return {title: path for title, path in drawn.items() if path is not None} | _pictures(runs)
+
+
+def _pictures(runs: Sequence[Run]) -> dict[str, Path]:
+    """What `evaluate` has drawn of agents that act in simulations, by title."""
+    found = {}
+    for run in runs:
+        of = f" of {run.name}" if len(runs) > 1 else ""
+        found[f"Tasks at each share of their expert{of}"] = run.folder / "plots" / "tasks.png"
+        found[f"Episodes{of}"] = run.folder / "videos" / "contact_sheet.png"
+    return {title: path for title, path in found.items() if path.is_file()}
 
 
 def _by_step(run: Run) -> list[dict[str, Any]]:

@@ -38,6 +38,7 @@ from cleangpt.files import user_path
 from cleangpt.inference.text import start_of_sample
 from cleangpt.interchange.huggingface import find
 from cleangpt.models import model_class
+from cleangpt.models.vectors import check_vectors, vector_inputs
 from cleangpt.models.vision import check_images, image_inputs
 from cleangpt.objectives.pairs import REFERENCE
 from cleangpt.rollouts.build import check_rollouts
@@ -258,7 +259,8 @@ def _check_columns(experiment: Experiment, columns: Mapping[str, Column], record
     if missing := sorted(model.inputs - inputs):
         raise UserError(f"model {model.__name__} reads {missing[0]!r}, which the batches of this corpus do not have")
     check_images(experiment.model, records)
-    if unknown := sorted(inputs - model.inputs - image_inputs(experiment.model)):
+    check_vectors(experiment.model, records)
+    if unknown := sorted(inputs - model.inputs - image_inputs(experiment.model) - vector_inputs(experiment.model)):
         raise UserError(f"the batches of this corpus have the input {unknown[0]!r}; {model.__name__} does not read it")
     if objective.heads and not hasattr(experiment.model, "dim"):
         raise UserError(f"objective {kind} needs a head, and {type(experiment.model).__name__} has no dim to make one")

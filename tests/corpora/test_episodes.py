@@ -17,10 +17,14 @@ from cleangpt.corpora.episode_files import read_episodes, read_minari, write_epi
 from cleangpt.corpora.episode_rows import EpisodeCorpus
 from cleangpt.corpora.episodes import Episodes, expert_return
 from cleangpt.data.dataset import TokenDataset
-from cleangpt.data.timesteps import ACTION, HIDDEN
+from cleangpt.data.modalities import Modalities
+from cleangpt.data.timesteps import ACTION, FIRST_PLACE, HIDDEN
 from cleangpt.data.trajectories import Trajectory
+from cleangpt.environments.acting import Acting
 from cleangpt.environments.gymnasium import Gymnasium, spaces
 from cleangpt.errors import UserError
+from cleangpt.rollouts.agent import Context
+from tests.simulated import register
 
 pytest.importorskip("gymnasium")
 
@@ -134,6 +138,30 @@ def test_prompts_are_parts_of_other_episodes_half_of_them_ends(tmp_path: Path) -
     assert 0.35 < np.mean(ends) < 0.7
 
 
+def test_images_and_vectors_stand_at_their_tokens(tmp_path: Path) -> None:
+    modalities = Modalities(vector=4, image_height=8, image_width=8, image_tokens=4)
+    corpus = Demonstrations(
+        env=register(), played=6, row=40, reference_episodes=2, noisy_share=0.0, modalities=modalities, prompt_share=0.5
+    )
+    dataset = prepared(corpus, tmp_path)
+    for split in dataset.splits.values():
+        for number in range(split.documents):
+            start = number * corpus.row_length
+            tokens, places = split.read_row(number)[0], split.read_column("places", start, corpus.row_length)
+            images = split.records["images"].read(start, corpus.row_length)
+            vectors = split.records["vectors"].read(start, corpus.row_length)
+            assert bytes(tokens[:6]) == b"follow" and len(images.ends) == len(vectors.ends) == 34 // 8
+            assert np.array_equal(images.ends, 6 + 8 * np.arange(4) + 4) and np.array_equal(
+                vectors.ends, images.ends + 1
+            )
+            assert (places[vectors.ends - 1] == FIRST_PLACE + 4).all()
+            columns = np.round((np.expm1(vectors.values[:, 0] * np.log1p(25600)) / 100) * 24).astype(int)
+            assert (np.abs(images.values[:, 0, :, 0].argmax(1) - columns / 3) <= 1).all()
+            assert (
+                np.array(tokens)[vectors.ends + 2] - corpus.tokenizer().ranges.first_choice == columns * 3 // 24
+            ).all()
+
+
 def test_episodes_of_low_return_are_left_out(tmp_path: Path) -> None:
     corpus = dataclasses.replace(CARS, least_score=80.0)
     dataset = prepared(corpus, tmp_path)
@@ -154,6 +182,42 @@ def test_returns_to_come_begin_the_observations(tmp_path: Path) -> None:
         assert steps.size == 5 and places[:5] == [3, 4, 5, 0, ACTION]
         compressed = (np.array(tokens[:40:5]) - steps.ranges.first_bin) / 512 - 1
         assert (np.diff(compressed) >= 0).all() and (compressed < 0).all()
+
+
+@pytest.mark.parametrize("see_actions", [True, False])
+def test_prompts_at_play_are_steps_of_held_out_episodes(see_actions: bool, tmp_path: Path) -> None:
+    corpus = dataclasses.replace(
+        CARS, instruction="Up!", hide_actions=0.5, acting=Acting(prompt=3, see_actions=see_actions)
+    )
+    environment, episodes = corpus.environment(prepared(corpus, tmp_path)), steps_of(corpus)
+    assert isinstance(environment, Gymnasium) and environment.prompts
+    for prompt in environment.prompts:
+        row = list(zip(prompt.tokens.tolist(), [[0, 0, 0, 1]] * 3, strict=True))
+        tokens = [[(step, [0, 0, 0, 1]) for step, _ in episode] for episode in episodes]
+        assert places_of(row, tokens)
+        assert prompt.places.tolist() == [[3, 4, 0, ACTION if see_actions else HIDDEN]] * 3
+    chosen = [environment.prompt(seed) for seed in (1, 1, 2, 3, 4, 5)]
+    assert chosen[0] is chosen[1] and len({id(prompt) for prompt in chosen}) > 1
+    assert not CARS.environment(prepared(CARS, tmp_path / "none")).prompts  # type: ignore[union-attr]
+
+
+def test_prompts_at_play_have_images_and_vectors(tmp_path: Path) -> None:
+    modalities = Modalities(vector=4, image_height=8, image_width=8, image_tokens=4)
+    fields: dict[str, Any] = {"noisy_share": 0.0, "modalities": modalities, "acting": Acting(prompt=2)}
+    corpus = Demonstrations(env=register(), played=6, row=40, reference_episodes=2, **fields)
+    environment = corpus.environment(prepared(corpus, tmp_path))
+    assert isinstance(environment, Gymnasium)
+    steps, played = environment.steps, list(corpus.episodes(0))
+    for prompt in environment.prompts:
+        expected = [steps.encode(*one.steps(at, at + 2)) for one in played for at in range(len(one) - 1)]
+        assert any(
+            np.array_equal(prompt.tokens, one.tokens)
+            and all(np.array_equal(prompt.records[name], one.records[name]) for name in ("images", "vectors"))
+            for one in expected
+        )
+        context = Context.of(np.arange(5), prompt)
+        assert context.tokens[5:].tolist() == prompt.tokens.reshape(-1).tolist()
+        assert context.records["images"].ends.tolist() == [9, 17]
 
 
 def test_the_environment_has_the_measured_references(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from cleangpt.data.mixing import (
     split_samples,
     training_stream,
 )
-from cleangpt.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
+from cleangpt.data.modalities import Modalities
+from cleangpt.data.tokenizers import ByteTokenizer, CharTokenizer, ModalityTokenizer, Tokenizer
 from cleangpt.data.writer import DatasetWriter
 from cleangpt.errors import UserError
 
@@ -191,11 +192,31 @@ def test_columns_are_mixed_with_their_tokens(tmp_path: Path) -> None:
 
 
 def test_different_columns_are_refused_in_one_line(tmp_path: Path) -> None:
-    place = Column(dtype="uint16", role="input")
-    one, two = made(tmp_path / "a", 100, columns={"place": place}), made(tmp_path / "b", 100)
-    wrong = r"s0 and s1 have different columns, place \(uint16, input\) and none; allowed: the same for all"
+    reward = Column(dtype="float32", role="extra")
+    one, two = made(tmp_path / "a", 100, columns={"reward": reward}), made(tmp_path / "b", 100)
+    wrong = r"s0 and s1 have different columns, reward \(float32, extra\) and none; allowed: the same for all"
     with pytest.raises(UserError, match=wrong):
         mixture((one, 1.0), (two, 1.0))
+
+
+def test_an_input_that_a_source_lacks_is_zero_there(tmp_path: Path) -> None:
+    place = Column(dtype="uint16", role="input")
+    one, two = made(tmp_path / "a", 200, columns={"place": place}), made(tmp_path / "b", 200)
+    for parts in (((one, 1.0), (two, 1.0)), ((two, 1.0), (one, 1.0))):
+        mixed = mixture(*parts)
+        places = training_stream(mixed, 8, 1, 100).batch(0, 40).inputs["place"]
+        lacking = (places == 0).all(dim=1)
+        assert mixed.columns == {"place": place} and lacking.sum() == 20 and (places[~lacking] > 0).any(dim=1).all()
+
+
+def test_text_alone_mixes_with_text_and_values_of_the_same_tokens(tmp_path: Path) -> None:
+    values = ModalityTokenizer(ByteTokenizer(), Modalities())
+    text, both = made(tmp_path / "a", 100, ByteTokenizer()), made(tmp_path / "b", 100, values)
+    for parts in (((text, 1.0), (both, 1.0)), ((both, 1.0), (text, 1.0))):
+        assert mixture(*parts).tokenizer.to_json() == values.to_json()
+    other = made(tmp_path / "c", 100, ModalityTokenizer(ByteTokenizer(), Modalities(bins=8)))
+    with pytest.raises(UserError, match="different tokenizers"):
+        mixture((other, 1.0), (both, 1.0))
 
 
 def test_a_corpus_on_its_own_is_a_mixture_of_one_without_a_name(tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 """Steps of episodes as tokens, their places, and what counts in the loss."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from cleangpt.data.modalities import Box, Discrete, Modalities, TokenRanges
+from cleangpt.data.modalities import Box, Dict, Discrete, Image, Modalities, TokenRanges, mu_law
 from cleangpt.data.timesteps import ACTION, FIRST_PLACE, HIDDEN, NO_PLACE, Timesteps, returns_to_go
+from cleangpt.errors import UserError
 
 
 @pytest.mark.parametrize("separator", ["own", "none"])
@@ -30,11 +33,11 @@ def test_a_step_is_the_observation_a_separator_and_the_action(separator: str, re
             tokens.append(10 + min(int((value + 1) / 2 * 1024), 1023))
             places.append(HIDDEN if hidden else ACTION)
             mask.append(int(learned[row]))
-        assert [column[row].tolist() for column in found] == [tokens, places, mask]
+        assert [column[row].tolist() for column in (found.tokens, found.places, found.mask)] == [tokens, places, mask]
         assert len(tokens) == steps.size
     before = steps.observe(seen, coming)
-    for whole, part in zip(found, before, strict=True):
-        assert np.array_equal(whole[:, : steps.observation_size], part)
+    assert np.array_equal(found.tokens[:, : steps.observation_size], before.tokens)
+    assert np.array_equal(found.places[:, : steps.observation_size], before.places)
 
 
 def test_a_single_action_has_a_single_token() -> None:
@@ -46,3 +49,52 @@ def test_a_single_action_has_a_single_token() -> None:
 def test_the_return_to_go_is_the_sum_of_what_is_left() -> None:
     rewards = np.array([1.0, -2.0, 0.5, 4.0])
     assert returns_to_go(rewards).tolist() == [sum(rewards[step:]) for step in range(4)]
+
+
+SEEN = Dict((("view", Image(2, 2, 4)), ("speed", Box((2,))), ("gear", Discrete((3,))), ("above", Image(2, 2, 4))))
+"""Parts of an observation, in no order."""
+
+
+def observed(rows: int) -> dict[str, Any]:
+    """A batch of observations that differ."""
+    pixels = np.arange(rows * 12).reshape(rows, 2, 2, 3).astype(np.uint8)
+    speeds = np.arange(rows * 2).reshape(rows, 2) / 10.0
+    return {"view": pixels, "above": pixels + 100, "speed": speeds, "gear": np.arange(rows) % 3}
+
+
+@pytest.mark.parametrize("returns", [False, True])
+@pytest.mark.parametrize("vector", [0, 5])
+def test_images_come_first_then_the_vector_or_the_numbers_by_their_keys(vector: int, returns: bool) -> None:
+    ranges = TokenRanges(10, Modalities(vector=vector))
+    steps, seen = Timesteps(ranges, SEEN, Discrete((2,)), returns), observed(3)
+    found = steps.encode(seen, np.array([0, 1, 1]), np.ones(3, bool), np.array([3.0, 2.0, 1.0]))
+    gear, first = ranges.first_choice + seen["gear"], int(returns)
+    numbers = Box((2,)).encode(seen["speed"], ranges)
+    assert found.tokens.shape[1] == steps.size == first + 8 + (2 if vector else 3) + 2
+    assert (found.tokens[:, first + 8] == (0 if vector else gear)).all()
+    assert np.array_equal(found.tokens[:, first + 9 : -2], gear[:, None] if vector else numbers)
+    assert found.places[0, :-2].tolist() == list(range(FIRST_PLACE, FIRST_PLACE + steps.size - 2))
+    assert np.array_equal(found.records["images"], np.stack([seen["above"], seen["view"]], axis=1))
+    assert found.ends["images"].tolist() == [first + 4, first + 8]
+    assert set(found.records) == set(steps.records) == ({"images", "vectors"} if vector else {"images"})
+    if vector:
+        expected = np.pad(mu_law(seen["speed"]), ((0, 0), (0, 3)))
+        assert np.allclose(found.records["vectors"][:, 0], expected) and found.ends["vectors"].tolist() == [first + 9]
+    placed = found.part(1, 3).placed()["images"]
+    assert placed.ends.tolist() == [first + 4, first + 8, steps.size + first + 4, steps.size + first + 8]
+    assert np.array_equal(placed.values[2], seen["above"][2])
+
+
+@pytest.mark.parametrize(
+    ("vector", "value", "message"),
+    [(1, 0.0, r"2 numbers; allowed: at most 1, corpus\.modalities\.vector"), (2, np.nan, "NaN")],
+)
+def test_a_vector_that_cannot_be_is_refused(vector: int, value: float, message: str) -> None:
+    steps = Timesteps(TokenRanges(10, Modalities(vector=vector)), Box((2,)), Discrete((2,)))
+    with pytest.raises(UserError, match=message):
+        steps.observe(np.array([[value, 1.0]]))
+
+
+def test_numbers_of_a_vector_are_clipped_as_those_of_bins_are() -> None:
+    steps = Timesteps(TokenRanges(10, Modalities(vector=2)), Box((2,)), Discrete((2,)))
+    assert steps.observe(np.array([[1e9, -1e9]])).records["vectors"].tolist() == [[[1.0, -1.0]]]

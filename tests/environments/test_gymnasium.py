@@ -123,6 +123,22 @@ def test_playing_in_step_is_playing_one_by_one(name: str) -> None:
     assert len({one.seed for one in together}) == 4
 
 
+def test_an_agent_reads_its_prompt_before_an_episode() -> None:
+    arguments = (("max_episode_steps", 12),)
+    environment, model = simulated("MountainCarContinuous-v0", arguments=arguments), policy()
+    for parameter in model.parameters():  # so that its distributions are not nearly uniform
+        parameter.data *= 5
+    steps = environment.steps
+    prompt = steps.encode(np.array([[-0.5, 0.06]] * 3), np.array([[1.0]] * 3), np.ones(3, bool))
+    prompted = simulated("MountainCarContinuous-v0", arguments=arguments, prompts=[prompt])
+    plain, other = (play_control(model, one, "val", range(2), torch.device("cpu")) for one in (environment, prompted))
+    assert [one.seed for one in plain] == [one.seed for one in other]
+    assert all(one.total != two.total for one, two in zip(plain, other, strict=True))
+    long = steps.encode(np.zeros((14, 2)), np.zeros((14, 1)), np.ones(14, bool))
+    with pytest.raises(UserError, match="allowed: 60 or more, a text, a prompt and a step"):
+        play_control(policy(59), simulated("MountainCarContinuous-v0", prompts=[long]), "val", [0], torch.device("cpu"))
+
+
 def test_success_is_what_the_simulation_says_or_its_threshold() -> None:
     environment, simulation = simulated(), make("CartPole-v1")
     assert environment.succeeded(simulation, 475, {}) and not environment.succeeded(simulation, 474, {})

@@ -8,11 +8,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from cleangpt.data.modalities import Box, Dict, Discrete, Ids, Modalities, Space, TokenRanges
-from cleangpt.data.timesteps import ACTION, HIDDEN, NO_PLACE, Timesteps
+from cleangpt.data.modalities import Box, Dict, Discrete, Ids, Image, Modalities, Space, TokenRanges
+from cleangpt.data.timesteps import ACTION, HIDDEN, Timesteps
 from cleangpt.environments.acting import Acting
 from cleangpt.errors import UserError
 from cleangpt.models.gato import Gato, GatoConfig
+from cleangpt.models.vision import VisionConfig
 from cleangpt.rollouts.agent import Agent, Context
 
 CPU = torch.device("cpu")
@@ -32,7 +33,7 @@ def small_model(max_seq_len: int = 40, **fields: Any) -> Gato:
 
 
 def contexts(lengths: list[int]) -> list[Context]:
-    return [Context(np.arange(length) % 8, np.full(length, NO_PLACE)) for length in lengths]
+    return [Context.of(np.arange(length) % 8) for length in lengths]
 
 
 def observations(step: int, rows: list[int]) -> NDArray[np.float64]:
@@ -63,6 +64,27 @@ def test_actions_with_a_cache_are_those_of_reading_everything_again(
     cached, read_again = (act(agent, [0, 1, 2], 20) for agent in agents)
     assert cached == read_again
     assert len({str(tokens) for row in cached for tokens in row}) > 3
+
+
+@pytest.mark.parametrize("lengths", [[0, 0, 0], [3, 0, 5]], ids=["even", "uneven"])
+def test_images_and_vectors_are_read_with_a_cache_as_without(lengths: list[int]) -> None:
+    seen = Dict((("view", Image(4, 4, 4)), ("speed", Box((2,)))))
+    ranges = TokenRanges(8, Modalities(bins=32, choices=6, vector=2))
+    steps = Timesteps(ranges, seen, Discrete((4,)))
+    model = small_model(vector=2, vision=VisionConfig(encoder="linear", height=4, width=4, patch_size=2))
+    random = np.random.default_rng(0)
+    pictures, speeds = random.integers(0, 256, (15, 3, 4, 4, 3)).astype(np.uint8), random.normal(size=(15, 3, 2))
+    chosen = []
+    for cached in (True, False):
+        agent = Agent(model, CPU, steps, Acting(choices="argmax"), contexts(lengths), [5, 6, 7], cached=cached)
+        actions = [agent.act({"view": pictures[step], "speed": speeds[step]}) for step in range(15)]
+        chosen.append(np.array(actions).tolist())
+        last = steps.encode({"view": pictures[-3:, 1], "speed": speeds[-3:, 1]}, np.zeros(3, int), np.ones(3, bool))
+        for name, records in agent.records[1].items():
+            expected, begun = last.placed()[name], int(agent.lengths[1]) - 3 * steps.size
+            assert np.array_equal(records.values[-3:], expected.values)
+            assert np.array_equal(records.ends[-3:], expected.ends + begun)
+    assert chosen[0] == chosen[1] and len({str(row) for row in chosen[0]}) > 3
 
 
 def test_an_episode_that_outgrows_the_context_forgets_its_older_half() -> None:

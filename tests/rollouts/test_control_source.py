@@ -18,28 +18,35 @@ from cleangpt.environments.gymnasium import Gymnasium
 from cleangpt.errors import UserError
 from cleangpt.models import build_model
 from cleangpt.models.gato import Gato, GatoConfig
+from cleangpt.models.vision import VisionConfig
 from cleangpt.objectives.grpo import GRPO
 from cleangpt.objectives.policy import PolicyObjective
 from cleangpt.objectives.ppo import PPO
 from cleangpt.rollouts.control_source import WORTH, ControlSource
 from cleangpt.rollouts.rounds import Sizes
+from tests.simulated import register
 
 pytest.importorskip("gymnasium")
 TOKENIZER = ModalityTokenizer(ByteTokenizer(), Modalities(bins=64, choices=4))
 SEQ_LEN = 60
 """9 steps of CartPole, 6 tokens each, and the observation after them."""
+VISION = VisionConfig(encoder="linear", height=8, width=8, patch_size=4)
 PPO_ = PPO(gamma=0.9, lam=0.8, whiten=False)
 
 
 def opened(
-    name: str = "CartPole-v1", objective: PolicyObjective = PPO_, see_actions: bool = True, **fields: Any
-) -> ControlSource:
+    name: str = "CartPole-v1", objective: PolicyObjective = PPO_, see_actions: bool = True,
+    tokenizer: ModalityTokenizer = TOKENIZER, **fields: Any,
+) -> ControlSource:  # fmt: skip
     torch.manual_seed(0)
-    config = GatoConfig(vocab_size=TOKENIZER.vocab_size, max_seq_len=SEQ_LEN, n_layers=1, n_heads=2, dim=16)
+    config = GatoConfig(
+        vocab_size=tokenizer.vocab_size, max_seq_len=SEQ_LEN, n_layers=1, n_heads=2, dim=16,
+        vector=tokenizer.modalities.vector, vision=VISION if name == "Window-v0" else VisionConfig(),
+    )  # fmt: skip
     policy = build_model(config, {"value"})
     torch.nn.init.normal_(policy.heads["value"].weight, std=0.3)
     environment = Gymnasium(
-        name, TOKENIZER, acting=Acting(see_actions=see_actions), expert_return=500.0, random_return=20.0
+        name, tokenizer, acting=Acting(see_actions=see_actions), expert_return=500.0, random_return=20.0
     )
     rollouts = RolloutConfig(**({"prompts": 16, "completions": 1, "passes": 2, "micro_batch_size": 8} | fields))
     return ControlSource(
@@ -159,3 +166,16 @@ def test_continuous_actions_are_sampled_and_scored() -> None:
     scores = source.policy(**batch.inputs, targets=batch.targets)
     mask = batch.targets != IGNORED
     assert torch.allclose(scores.logprobs[mask], batch.extras["old_logprobs"][mask], atol=1e-5)
+
+
+def test_images_and_vectors_are_learned_from_as_they_were_seen() -> None:
+    modalities = Modalities(bins=4, choices=4, vector=2, image_height=8, image_width=8, image_tokens=4)
+    tokenizer = ModalityTokenizer(ByteTokenizer(), modalities)
+    source, again = (opened(register(), tokenizer=tokenizer, prompts=8) for _ in range(2))
+    for _ in range(2):
+        batch = source.next()
+        assert batch.inputs["images"].shape[2:] == (8, 8, 3) and batch.inputs["vectors"].shape[2:] == (2,)
+        scores, mask = source.policy(**batch.inputs, targets=batch.targets), batch.targets != IGNORED
+        assert torch.allclose(scores.logprobs[mask], batch.extras["old_logprobs"][mask], atol=1e-5)
+    again.load_state_dict(source.state_dict())
+    assert all(equal(source.next(), again.next()) for _ in range(3))

@@ -5,6 +5,7 @@ import math
 from html.parser import HTMLParser
 
 import pytest
+from PIL import Image
 
 from cleangpt.errors import UserError
 from cleangpt.tracking import report
@@ -99,6 +100,16 @@ def test_the_summary_says_what_the_metrics_say(tmp_path):
         "scores.png",
         "throughput.png",
     ]
+
+
+def test_what_an_agent_did_is_shown(tmp_path):
+    run, other = make(tmp_path / "run"), make(tmp_path / "other")
+    sheet = run / "videos" / "contact_sheet.png"
+    sheet.parent.mkdir()
+    Image.new("RGB", (8, 4)).save(sheet)
+    page = Page(write_report([run, other], tmp_path / "out"))
+    shown = [entries["alt"] for tag, entries in page.tags if tag == "img"]
+    assert [title for title in shown if title.startswith("Episodes")] == ["Episodes of tiny run"]
 
 
 def test_the_page_needs_no_script_and_no_network(tmp_path):

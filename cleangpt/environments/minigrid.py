@@ -1,0 +1,112 @@
+"""MiniGrid and BabyAI (Chevalier-Boisvert et al. 2019 and 2023): missions in words, a grid seen in part, BabyAI's bot.
+
+The package minigrid is needed where a simulation is made. It describes each of the 7 x 7 cells that are seen by three
+bytes; here each is one discrete value, kind x colour x state, or with ``view="pictures"`` all are one picture.
+"""
+
+import contextlib
+import io
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cleangpt.environments.acting import Lost
+from cleangpt.errors import require
+
+KINDS, COLOURS, STATES = 11, 6, 3
+"""Of cells, as minigrid counts them."""
+
+
+def make_grid(
+    name: str, render_mode: str | None, view: Literal["cells", "pictures"] = "cells", **fields: Any
+) -> "Grid":
+    """A simulation by its name, such as BabyAI-GoToLocal-v0; `fields` are its constructor's.
+
+    Raises:
+        UserError: minigrid is not installed.
+    """
+    gymnasium = require("gymnasium")
+    gymnasium.register_envs(require("minigrid"))
+    simulation = gymnasium.make(name, render_mode=render_mode, **fields)
+    if view == "pictures":
+        return Grid(require("minigrid.wrappers").RGBImgPartialObsWrapper(simulation), cells=False)
+    return Grid(simulation)
+
+
+class Grid:
+    """A simulation of minigrid, with the part of `gymnasium.Env` that is needed, and BabyAI's bot beside it.
+
+    Args:
+        simulation: of minigrid.
+        cells: whether to turn the three bytes of each cell into one discrete value.
+    """
+
+    def __init__(self, simulation: Any, cells: bool = True) -> None:
+        spaces = require("gymnasium").spaces
+        self.simulation, self.cells = simulation, cells
+        self.action_space, self.spec, self.unwrapped = simulation.action_space, simulation.spec, simulation.unwrapped
+        parts = dict(simulation.observation_space.items())
+        if cells:
+            count = int(np.prod(parts["image"].shape[:2]))
+            parts["image"] = spaces.MultiDiscrete([KINDS * COLOURS * STATES] * count)
+        self.observation_space = spaces.Dict(parts)
+        self._bot: Any = None
+        self._advice: Any = None
+        """What the bot would do next; an exception if it does not know."""
+
+    def reset(self, *, seed: int | None = None) -> tuple[Any, dict[str, Any]]:
+        """Begins an episode; minigrid prints about grids that it rejects, which nobody wants to read."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            observation, info = self.simulation.reset(seed=seed)
+        self._bot = None
+        return self._seen(observation), info
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Acts; an episode is a success if it is rewarded."""
+        observation, reward, terminated, truncated, info = self.simulation.step(action)
+        if self._bot is not None and not (terminated or truncated):
+            self._ask(action)
+        return self._seen(observation), float(reward), terminated, truncated, {**info, "success": reward > 0}
+
+    def advice(self) -> int:
+        """What BabyAI's bot would do.
+
+        Raises:
+            Lost: it does not know, such as after a box has been opened.
+        """
+        if self._bot is None:
+            self._bot = require("minigrid.utils.baby_ai_bot").BabyAIBot(self.simulation)
+            self._ask(None)
+        if isinstance(self._advice, Exception):
+            raise Lost from self._advice
+        return int(self._advice)
+
+    def render(self) -> Any:
+        """The whole grid as a picture."""
+        return self.simulation.render()
+
+    def close(self) -> None:
+        """Closes it."""
+        self.simulation.close()
+
+    def _ask(self, taken: Any) -> None:
+        """Tells the bot which action was taken, and notes its advice."""
+        try:
+            self._advice = self._bot.replan(taken)
+        except Exception as error:  # it fails in many ways where random actions have made a mission impossible
+            self._advice = error
+
+    def _seen(self, observation: dict[str, Any]) -> dict[str, Any]:
+        return {**observation, "image": cell_ids(observation["image"])} if self.cells else observation
+
+
+def cell_ids(image: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Kinds, colours and states of cells `(rows, columns, 3)` as one number per cell `(rows * columns,)`."""
+    kinds, colours, states = image.astype(np.int64).reshape(-1, 3).T
+    return (kinds * COLOURS + colours) * STATES + states
+
+
+def bot(simulation: Grid, observation: Any) -> int:
+    """BabyAI's bot, which knows the whole mission and plans with what it has seen."""
+    return simulation.advice()

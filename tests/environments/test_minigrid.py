@@ -1,0 +1,138 @@
+"""Grids of MiniGrid and BabyAI: cells as ids, the bot's advice, and where it is lost."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cleangpt.corpora.demonstrations import demonstrate
+from cleangpt.data.modalities import Dict, Image, Modalities, TokenRanges
+from cleangpt.data.timesteps import Timesteps
+from cleangpt.data.tokenizers import ByteTokenizer, ModalityTokenizer
+from cleangpt.environments.acting import Lost
+from cleangpt.environments.experts import find_expert, record
+from cleangpt.environments.gymnasium import Gymnasium, convert, make, spaces
+from cleangpt.environments.minigrid import Grid, bot, cell_ids
+from cleangpt.errors import UserError
+
+gymnasium = pytest.importorskip("gymnasium")
+IMAGE = np.random.default_rng(0).integers(0, (11, 6, 3), (7, 7, 3)).astype(np.uint8)
+
+
+class Stand(gymnasium.Env):  # type: ignore[misc, type-arg]
+    """What is like a grid of minigrid: it prints, is rewarded once at the fifth step, and sees the same every time."""
+
+    action_space = gymnasium.spaces.Discrete(7)
+    observation_space = gymnasium.spaces.Dict(
+        image=gymnasium.spaces.Box(0, 255, (7, 7, 3), np.uint8), direction=gymnasium.spaces.Discrete(4)
+    )
+
+    def reset(self, **_: Any) -> Any:
+        print("Sampling rejected: unreachable object")
+        self.taken: list[Any] = []
+        return {"image": IMAGE, "direction": 1}, {}
+
+    def step(self, action: Any) -> Any:
+        self.taken.append(action)
+        done = len(self.taken) == 5
+        return {"image": IMAGE, "direction": 1}, 0.9 * done, done, False, {}
+
+
+class Bot:
+    """Advises the number of actions that it has been told of, and fails after a 6, as where a box was opened."""
+
+    def __init__(self, simulation: Any) -> None:
+        self.told: list[Any] = []
+
+    def replan(self, taken: Any) -> int:
+        self.told += [] if taken is None else [taken]
+        assert 6 not in self.told
+        return len(self.told)
+
+
+@pytest.fixture
+def grid(monkeypatch: pytest.MonkeyPatch) -> Grid:
+    """A grid with a bot, neither of which needs minigrid."""
+    module = type("module", (), {"BabyAIBot": Bot})
+    found = {"minigrid.utils.baby_ai_bot": module, "gymnasium": gymnasium}
+    monkeypatch.setattr("cleangpt.environments.minigrid.require", found.__getitem__)
+    return Grid(Stand())
+
+
+def test_a_cell_is_one_number_of_kind_colour_and_state() -> None:
+    ids = cell_ids(IMAGE)
+    expected = [kind * 18 + colour * 3 + state for kind, colour, state in IMAGE.reshape(-1, 3).tolist()]
+    assert ids.tolist() == expected and len({*map(tuple, IMAGE.reshape(-1, 3).tolist())}) == len({*expected})
+
+
+def test_observations_are_ids_and_nothing_is_printed(grid: Grid, capsys: pytest.CaptureFixture[str]) -> None:
+    observation, _ = grid.reset(seed=1)
+    assert grid.observation_space["image"].contains(observation["image"]) and observation["direction"] == 1
+    assert convert(grid.observation_space).size == 50
+    assert capsys.readouterr().out == ""
+
+
+def test_the_bot_is_told_of_every_action_after_it_has_been_asked(grid: Grid) -> None:
+    grid.reset()
+    grid.step(3)
+    assert bot(grid, None) == 0  # asked for the first time, in the state that there is
+    grid.step(5)
+    grid.step(4)
+    assert bot(grid, None) == bot(grid, None) == 2 and grid._bot.told == [5, 4]
+    grid.step(6)
+    with pytest.raises(Lost):
+        bot(grid, None)
+    grid.reset()
+    assert bot(grid, None) == 0
+
+
+def test_a_reward_is_a_success(grid: Grid) -> None:
+    grid.reset()
+    assert [grid.step(0)[4]["success"] for _ in range(5)] == [False] * 4 + [True]
+
+
+def test_an_episode_ends_where_the_expert_is_lost(grid: Grid) -> None:
+    def policy(simulation: Any, observation: Any) -> int:
+        return 6 if bot(simulation, observation) == 2 else 0
+
+    observations, actions, rewards, own, terminated = record(grid, policy, 1)
+    assert actions == [0, 0, 6] and len(observations) == 4 and rewards == [0.0] * 3 and own == [True] * 3
+    assert not terminated
+
+    def helpless(simulation: Any, observation: Any) -> int:
+        raise Lost
+
+    episode = demonstrate(grid, helpless, (convert(grid.observation_space), convert(grid.action_space)), 1)
+    assert len(episode) == 0 == episode.total
+    steps = Timesteps(TokenRanges(8), convert(grid.observation_space), convert(grid.action_space))
+    assert steps.encode(*episode.steps(0, 0)).tokens.shape == (0, 52)
+
+
+# With the package -----------------------------------------------------------------------------------------------------
+def test_babyai_has_missions_and_its_bot_fulfils_them() -> None:
+    pytest.importorskip("minigrid")
+    name = "BabyAI-GoToLocal-v0"
+    simulation, expert = make(name), find_expert(name)
+    environment = Gymnasium(name, ModalityTokenizer(ByteTokenizer(), Modalities()))
+    for seed in range(3):
+        episode = demonstrate(simulation, expert, spaces(name), seed, noise=0.1)
+        assert episode.text.startswith("go to ") and len(episode) > 0
+        quiet = demonstrate(simulation, expert, spaces(name), seed)
+        assert 0.5 < quiet.total <= 1 and quiet.terminated
+    observation, _ = simulation.reset(seed=0)
+    assert len(environment.steps.observe(environment.stack([observation])).tokens[0]) == 51
+
+
+def test_pictures_of_a_grid_are_images() -> None:
+    pytest.importorskip("minigrid")
+    arguments = (("view", "pictures"),)
+    observation, _ = make("BabyAI-GoToLocal-v0", arguments).reset(seed=0)
+    seen = spaces("BabyAI-GoToLocal-v0", arguments, Modalities(image_height=56, image_width=56, image_tokens=49))[0]
+    assert isinstance(seen, Dict) and dict(seen.parts)["image"] == Image(56, 56, 49)
+    assert np.array_equal(seen.stack([observation])["image"][0], observation["image"])
+
+
+def test_without_minigrid_its_name_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "minigrid", None)
+    with pytest.raises(UserError, match="pip install minigrid"):
+        make("BabyAI-GoToLocal-v0")
