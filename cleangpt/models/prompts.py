@@ -1,9 +1,9 @@
 """Prompts read once: where answers alone are scored, rows with the same prompt share its keys and values.
 
 What a model computes at the tokens of a prompt is read by later tokens only, through attention. So the distinct prompts
-of a batch are read first, one row each, and then the answers after them; padding is left out, and the head computes nothing
-but targets. Results are those of reading every row by itself, up to rounding; on a CPU the time is that of the tokens
-that are left.
+of a batch are read first, one row each, and then the answers after them; padding is left out, and logits are computed
+for targets alone. Results are those of reading every row by itself, up to rounding; on a CPU the time is that of the
+tokens that are left.
 """
 
 from collections.abc import Collection

@@ -164,7 +164,7 @@ def build_trainer(
 def build_optimizer(experiment: Experiment, model: LanguageModel) -> Optimizer:
     """AdamW, with Muon for some parameters, and the learning-rate factors of the experiment."""
     config = experiment.optimizer
-    scales = mup_scales(experiment.model, config)
+    scales = mup_scales(experiment.model, config, experiment.objective.heads)
     return Optimizer(
         model, config, scale_loss=experiment.training.precision == "fp16",
         factors=lr_factors(model, config, experiment.fine_tuning.layer_decay),
