@@ -305,7 +305,8 @@ def check_resumable(before: Experiment, now: Experiment) -> None:
 def environment(experiment: Experiment, overrides: Sequence[str]) -> dict[str, Any]:
     """Versions, git commit, device and command line, for reproducing the run."""
     with on_meta():
-        parameters = sum(parameter.numel() for parameter in build_model(experiment.model).parameters())
+        model = build_model(experiment.model, experiment.objective.heads)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
     return {
         "cleangpt": __version__,
         "python": platform.python_version(),

@@ -1,6 +1,6 @@
 """The layout of the processes: a device mesh of replicas x shards x tensor-parallel ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -123,14 +123,16 @@ def choose_layout(
     ranks: Ranks,
     device: torch.device,
     prepare: Callable[[LanguageModel], None] = lambda model: None,
+    heads: Collection[str] = (),
 ) -> Layout:
     """As `layout_for`, but `auto` becomes fsdp if weights, gradients and moments take over half of a device's memory.
 
-    `prepare` changes a model in place, as for `parallelize`: only parameters that require a gradient count as trained.
+    `prepare` changes a model with these scalar `heads` in place, as for `parallelize`: only parameters that require a
+    gradient count as trained.
     """
     if config.strategy == "auto" and ranks.world_size > 1:
         with on_meta():
-            plain = build_model(model)
+            plain = build_model(model, heads)
         prepare(plain)
         needed, memory = state_bytes(plain), device_memory(device)
         fits = memory is None or needed <= memory / 2

@@ -32,7 +32,8 @@ class ExactAnswer(Environment):
         start = counted.index(1)
         answer = tokens[start : [*counted, 0].index(0, start)]
         inputs = records_of_row(rows.records, task * len(tokens), start)
-        return Prompt(tokens[:start], max_new_tokens=len(answer), inputs=inputs, extras={"answer": answer})
+        extras = {"answer": answer, "text": self.dataset.tokenizer.decode(answer)}
+        return Prompt(tokens[:start], max_new_tokens=len(answer), inputs=inputs, extras=extras)
 
     def step(self, episode: Episode, action: list[int]) -> Feedback:
         """Compares the action with the answer."""

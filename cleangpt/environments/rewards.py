@@ -6,12 +6,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cleangpt.environments.base import Episode
+from cleangpt.environments.verifiers import boxed, contains, length, number, repetition, thought
 
-RewardFunction = Callable[[str, str, Episode], float | Sequence[float]]
-"""From the texts of prompt and answer, and the episode, to a reward, or to a list of one for each action."""
+RewardFunction = Callable[[str, str, Episode], float | Sequence[float] | None]
+"""From the texts of prompt and answer, and the episode, to a reward, or to a list of one for each action; None: it does
+not score this answer."""
 
-REWARDS: dict[str, RewardFunction] = {}
-"""Your own reward functions by name; registering is one line in your experiment file."""
+REWARDS: dict[str, RewardFunction] = {
+    "boxed": boxed,
+    "contains": contains,
+    "length": length,
+    "number": number,
+    "repetition": repetition,
+    "thought": thought,
+}
+"""Reward functions by name; registering your own is one line in your experiment file."""
 NAMED = 20
 """Kinds of errors that are logged."""
 

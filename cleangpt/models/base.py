@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cleangpt.config import ModelConfig
 from cleangpt.models.cache import KVCache
-from cleangpt.models.head import TokenScores, gather_positions, token_scores
+from cleangpt.models.head import TokenScores, gather_positions, head_outputs, token_scores
 from cleangpt.models.prompts import scores_after_prompts
 
 
@@ -116,16 +116,9 @@ class LanguageModel(nn.Module):
     # What every model does --------------------------------------------------------------------------------------------
 
     def forward(
-        self,
-        tokens: Tensor,
-        *,
-        targets: Tensor | None = None,
-        scores: Collection[str] = (),
-        summed: bool = False,
-        cache: KVCache | None = None,
-        logit_positions: Tensor | None = None,
-        **modalities: Tensor,
-    ) -> Tensor | TokenScores:
+        self, tokens: Tensor, *, targets: Tensor | None = None, scores: Collection[str] = (), summed: bool = False,
+        cache: KVCache | None = None, logit_positions: Tensor | None = None, **modalities: Tensor,
+    ) -> Tensor | TokenScores:  # fmt: skip
         """Logits `(batch, seq, vocab)`, or the scores of `targets` where these are given.
 
         Args:
@@ -150,13 +143,16 @@ class LanguageModel(nn.Module):
             return gather_positions(self._logits(features), logit_positions)
         if logit_positions is not None:
             features = gather_positions(features, logit_positions)
-        heads = {name: self.heads[name](features).squeeze(-1).float() for name in scores if name in self.heads}
-        if targets is None:
-            return TokenScores(features.new_zeros(0), heads=heads) if heads else self._logits(features)
-        others = [name for name in scores if name not in heads]
-        found = token_scores(
-            features, targets, self._scored_logits, self.head_parameters(), others, summed=summed, chunk=self.loss_chunk
-        )
+        if targets is not None:
+            return self.score(features, targets, scores, summed)
+        heads = head_outputs(self.heads, features, scores)
+        return TokenScores(features.new_zeros(0), heads=heads) if heads else self._logits(features)
+
+    def score(self, features: Tensor, targets: Tensor, names: Collection[str], summed: bool = False) -> TokenScores:
+        """The scores of targets `(...)`, as `forward` returns them, from features `(..., dim)`."""
+        heads, parameters = head_outputs(self.heads, features, names), self.head_parameters()
+        others, chunk = [name for name in names if name not in heads], self.loss_chunk
+        found = token_scores(features, targets, self._scored_logits, parameters, others, summed=summed, chunk=chunk)
         return found._replace(heads=heads)
 
     def _logits(self, features: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cleangpt.data.batch import IGNORED
@@ -41,6 +41,11 @@ class TokenScores(NamedTuple):
 def gather_positions(features: Tensor, positions: Tensor) -> Tensor:
     """The features `(batch, seq, dim)` at `positions` `(batch, count)` of each sequence: `(batch, count, dim)`."""
     return features.gather(1, positions[..., None].expand(*positions.shape, features.shape[-1]))
+
+
+def head_outputs(heads: nn.ModuleDict, features: Tensor, names: Collection[str]) -> dict[str, Tensor]:
+    """The outputs `(...)` of those scalar heads that are named, float32, from features `(..., dim)`."""
+    return {name: heads[name](features).squeeze(-1).float() for name in names if name in heads}
 
 
 OPTIONAL_SCORES = ("log_z", "entropy", "mean_logprob")

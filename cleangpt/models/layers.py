@@ -7,12 +7,14 @@ sample of many short documents costs what the documents cost, and a sliding wind
 
 import math
 from collections.abc import Callable, Collection
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from cleangpt.models.gelu import gelu_tanh
 
 if TYPE_CHECKING:  # it imports PyTorch's compiler, which takes longer than all other imports here
     from torch.nn.attention.flex_attention import BlockMask
@@ -179,7 +181,7 @@ def apply_rope(x: Tensor, cos_sin: Tensor) -> Tensor:
 Activation: TypeAlias = Callable[[Tensor], Tensor]
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu_tanh": gelu_tanh,
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),

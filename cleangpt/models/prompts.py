@@ -1,12 +1,13 @@
 """Prompts read once: where answers alone are scored, rows with the same prompt share its keys and values.
 
 What a model computes at the tokens of a prompt is read by later tokens only, through attention. So the distinct prompts
-of a batch are read first, one row each, and then the answers after them; padding is left out. Results are those of
-reading every row by itself, up to rounding; on a CPU the time is that of the tokens that are left.
+of a batch are read first, one row each, and then the answers after them; padding is left out, and logits are computed
+for targets alone. Results are those of reading every row by itself, up to rounding; on a CPU the time is that of the
+tokens that are left.
 """
 
 from collections.abc import Collection
-from typing import Any, Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,13 +26,13 @@ class Reader(Protocol):
 
     def features(self, tokens: Tensor, *, cache: KVCache | None = None) -> Tensor: ...
 
-    def __call__(self, tokens: Tensor, **options: Any) -> Any: ...
+    def score(self, features: Tensor, targets: Tensor, names: Collection[str], summed: bool = False) -> TokenScores: ...
 
 
 def scores_after_prompts(
     model: Reader, tokens: Tensor, targets: Tensor | None, names: Collection[str], summed: bool
 ) -> TokenScores | None:
-    """The scores of targets, as the model's `forward` returns them; outputs of heads are 0 before a row's first target.
+    """The scores of targets, as the model's `forward` returns them; outputs of heads are 0 where there is no target.
 
     None: the model shares no prompts, there are no targets, or no row has a prompt.
     """
@@ -54,10 +55,12 @@ def scores_after_prompts(
     cache.finish(width)
     places = first[:, None] + torch.arange(width, device=tokens.device)
     read, expected = tokens.gather(1, places), targets.gather(1, places)
-    found = cast(TokenScores, model(read, targets=expected, scores=names, summed=summed, cache=cache))
+    counted = (expected != IGNORED).flatten().nonzero()[:, 0]
+    features = model.features(read, cache=cache).flatten(0, 1).index_select(0, counted)
+    found = model.score(features, expected.flatten()[counted], names, summed)
 
     def back(score: Tensor) -> Tensor:
-        return score.new_zeros(tokens.shape).scatter(1, places, score)
+        return score.new_zeros(tokens.shape).masked_scatter(targets != IGNORED, score)
 
     heads = {name: back(score) for name, score in found.heads.items()}
     if summed:

@@ -9,6 +9,7 @@ from cleangpt.objectives.next_token import NextToken
 from cleangpt.objectives.orpo import ORPO
 from cleangpt.objectives.ppo import PPO
 from cleangpt.objectives.reinforce import Reinforce
+from cleangpt.objectives.reinforce_plus_plus import ReinforcePlusPlus
 from cleangpt.objectives.reward_model import RewardModel
 from cleangpt.objectives.rloo import RLOO
 from cleangpt.objectives.simpo import SimPO
@@ -27,6 +28,7 @@ __all__ = [
     "NextToken",
     "Objective",
     "Reinforce",
+    "ReinforcePlusPlus",
     "RewardModel",
     "SimPO",
     "SoftBins",
@@ -41,6 +43,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "orpo": ORPO,
     "ppo": PPO,
     "reinforce": Reinforce,
+    "reinforce_plus_plus": ReinforcePlusPlus,
     "reward_model": RewardModel,
     "rloo": RLOO,
     "simpo": SimPO,

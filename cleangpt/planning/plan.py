@@ -201,7 +201,11 @@ class _Planner:
                 self.model = build_model(experiment.model, experiment.objective.heads)
                 trains_all = experiment.fine_tuning == FineTuningConfig()
                 self.trained = (
-                    1.0 if trains_all else trained_share(build_model(experiment.model), experiment.fine_tuning)
+                    1.0
+                    if trains_all
+                    else trained_share(
+                        build_model(experiment.model, experiment.objective.heads), experiment.fine_tuning
+                    )
                 )
         except RuntimeError as error:
             raise UserError(f"the model cannot be built: {str(error).splitlines()[0]}") from None

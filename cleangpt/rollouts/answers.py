@@ -24,10 +24,12 @@ class Answer:
     logprobs: list[float]
     """Of the actions' tokens, one after the other, under the policy that sampled them."""
     rewards: dict[str, list[float]]
-    """By name: the reward after each action, before weights."""
+    """By name: the reward after each action, before weights; empty: it does not score this answer."""
     truncated: bool
     total: list[float] = field(default_factory=list)
     """The weighted reward after each action; the last has what concerns the whole answer."""
+    scored: bool = True
+    """Whether a reward with a weight scores it."""
     masked: bool = False
     """Whether it is left out."""
 

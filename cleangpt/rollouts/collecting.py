@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from cleangpt.inference.sampling import Sampling
 from cleangpt.rollouts.answers import Answer
 from cleangpt.rollouts.episodes import Sampler, play
 from cleangpt.rollouts.scoring import Scorer
+from cleangpt.tracking.metrics import metric_key
 
 EXAMPLES = 4
 """Answers of a round that are kept as text."""
@@ -84,10 +86,12 @@ class Collector:
             for group in groups:
                 (kept if has_signal(group) else spare).append(group)
         groups = (kept + spare)[: config.prompts] if config.dynamic_sampling else drawn
-        totals = np.array([[sum(answer.total) for answer in group] for group in drawn])
+        totals = [[sum(answer.total) for answer in group if answer.scored] for group in drawn]
+        totals = [scores for scores in totals if scores] or [[0.0]]
+        every = [total for scores in totals for total in scores]
         return Collected(
-            [answer for group in groups for answer in group], len(drawn), len(spare) / len(drawn), float(totals.mean()),
-            float(totals.max(axis=1).mean()), int(self.ranks.sum(self.scorer.errors.count)[0]),
+            [answer for group in groups for answer in group], len(drawn), len(spare) / len(drawn),
+            float(np.mean(every)), float(np.mean([max(scores) for scores in totals])), int(self.ranks.sum(self.scorer.errors.count)[0]),
             [self._text(group[0]) for group in groups[:EXAMPLES]],
         )  # fmt: skip
 
@@ -121,12 +125,26 @@ class Collector:
         check_prompt_fits(prompt, self.limit, f"task {task} of the {SPLIT} split")
         return prompt
 
+    def line(self, answer: Answer) -> dict[str, Any]:
+        """An answer for rollouts.jsonl."""
+        prompt, completion = self._texts(answer)
+        rewards = {metric_key("reward", name): sum(scores) for name, scores in answer.rewards.items() if scores}
+        return {
+            "id": answer.id, "task": answer.task, "prompt": prompt, "completion": completion,
+            "reward": sum(answer.total) if answer.scored else None, **rewards, "tokens": answer.length,
+            "truncated": answer.truncated, "left_out": answer.masked,
+        }  # fmt: skip
+
     def _text(self, answer: Answer) -> str:
         """An answer for a reader, after its rewards."""
-        rewards = ", ".join(f"{name} {sum(scores):.3g}" for name, scores in answer.rewards.items())
-        begin = answer.actions[0][0] if answer.actions else len(answer.tokens)
-        prompt, text = (self.tokenizer.decode(part) for part in (answer.tokens[:begin], answer.tokens[begin:]))
+        rewards = ", ".join(f"{name} {sum(scores):.3g}" for name, scores in answer.rewards.items() if scores)
+        prompt, text = self._texts(answer)
         return f"[reward {sum(answer.total):.3g}: {rewards}] {prompt}│{text}"
+
+    def _texts(self, answer: Answer) -> tuple[str, str]:
+        """Prompt and what follows it."""
+        begin = answer.actions[0][0] if answer.actions else len(answer.tokens)
+        return self.tokenizer.decode(answer.tokens[:begin]), self.tokenizer.decode(answer.tokens[begin:])
 
 
 def has_signal(group: Sequence[Answer]) -> bool:

@@ -100,6 +100,8 @@ class ControlSource:
                 f"objective is {type(objective).__name__} with kl_coef {objective.kl_coef}; allowed in simulations: "
                 "PPO, without a KL term"
             )
+        if config.save_answers:
+            raise UserError("rollouts.save_answers is True; allowed in simulations: False, since there are no answers")
         self.config, self.objective, self.environment, self.policy = config, objective, environment, policy
         self.sizes, self.seq_len, self.seed, self.ranks = sizes, seq_len, seed, ranks
         self.device, self.autocast, self.steps = device, autocast, environment.steps

@@ -70,7 +70,7 @@ class Scorer:
         return answers
 
     def _call(self, name: str, episode: Episode) -> list[float]:
-        """The rewards by one of the user's functions: of the whole answer, or of each action."""
+        """The rewards by a function: of the whole answer, or of each action; none if it does not score the answer."""
         prompt = self.tokenizer.decode(episode.prompt.tokens)
         answer = self.tokenizer.decode(episode.tokens[len(episode.prompt.tokens) :])
         found = self.errors.call(name, _rewards, REWARDS[name], prompt, answer, episode)
@@ -91,16 +91,19 @@ class Scorer:
             answer.total[-1] += answer.rewards[OVERLONG][0]
         if answer.truncated and config.truncated == "punish":
             answer.total = [0.0] * (len(answer.total) - 1) + [config.truncated_reward] * bool(answer.total)
-        answer.masked = answer.truncated and config.truncated == "mask"
+        answer.scored = any(answer.rewards[reward.name] for reward in config.rewards if reward.weight)
+        answer.masked = not answer.scored or (answer.truncated and config.truncated == "mask")
 
 
 def _rewards(function: RewardFunction, prompt: str, answer: str, episode: Episode) -> list[float]:
-    """The function's one number, or its list of one for each action.
+    """The function's one number, its list of one for each action, or none.
 
     Raises:
         ValueError: it is none of these.
     """
     result: Any = function(prompt, answer, episode)
+    if result is None:
+        return []
     rewards = [float(reward) for reward in (result if isinstance(result, list | tuple) else [result])]
     if isinstance(result, list | tuple) and len(rewards) != len(episode.actions):
         raise ValueError(f"returned {len(rewards)} rewards for {len(episode.actions)} actions")

@@ -7,6 +7,7 @@ middle a resumed run goes on with the round that its snapshot has.
 """
 
 import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -28,6 +29,9 @@ from cleangpt.rollouts.reference import ReferenceModel
 from cleangpt.rollouts.rounds import Sizes, batch_of_round, explained_variance, means_of_rounds, read_position
 from cleangpt.tracking.metrics import metric_key
 
+Save = Callable[[Sequence[Mapping[str, Any]]], None]
+"""Writes the answers of a round, of which each is a line of rollouts.jsonl."""
+
 
 class RolloutSource:
     """Batches of a policy's own answers; all processes call it together.
@@ -39,11 +43,11 @@ class RolloutSource:
     def __init__(
         self, config: RolloutConfig, objective: PolicyObjective, collector: Collector, policy: LanguageModel,
         reference: ReferenceModel | None, sizes: Sizes, *, seed: int, ranks: Ranks, device: torch.device,
-        autocast: AbstractContextManager[Any],
+        autocast: AbstractContextManager[Any], save: Save | None = None,
     ) -> None:  # fmt: skip
         self.config, self.objective, self.collector, self.policy = config, objective, collector, policy
         self.reference, self.sizes, self.seed, self.ranks = reference, sizes, seed, ranks
-        self.device, self.autocast = device, autocast
+        self.device, self.autocast, self.save = device, autocast, save
         self.samples = 0
         """Consumed so far, over all devices."""
         self.prompts = 0
@@ -92,6 +96,9 @@ class RolloutSource:
         with self.autocast:
             collected = self.collector.collect(self.prompts + -(-skipped // self.config.completions))
         self.prompts += collected.prompts
+        if self.save is not None:
+            step = self.samples // (self.sizes.batch_size * self.sizes.accumulation) + 1
+            self.save([{"step": step, **line} for line in map(self.collector.line, collected.answers)])
         sampled_in = time.perf_counter() - began
         columns = as_columns(collected.answers)
         rollouts = Round(columns["mask"], columns["rewards"], columns["logprobs"], self.config.completions)
@@ -162,7 +169,8 @@ class RolloutSource:
     # Metrics ----------------------------------------------------------------------------------------------------------
     def _measure(self, collected: Collected, rollouts: Round) -> dict[str, float]:
         """The metrics of a round; all are of the policy that sampled it."""
-        answers, mask = collected.answers, rollouts.mask
+        scored, mask = [answer for answer in collected.answers if answer.scored], rollouts.mask
+        answers = scored or collected.answers
         totals = np.array([sum(answer.total) for answer in answers])
         lengths = np.array([answer.length for answer in answers])
         better = totals > totals.mean()
@@ -171,6 +179,7 @@ class RolloutSource:
             "reward_std": totals.std(),
             "best_reward": collected.best_reward,
             "answer_length": lengths.mean(),
+            "unscored_share": 1 - len(scored) / len(collected.answers),
             "truncated_share": np.mean([answer.truncated for answer in answers]),
             "groups_without_signal": collected.without_signal,
             "draws": collected.prompts / self.config.prompts,
@@ -182,8 +191,10 @@ class RolloutSource:
             metrics["drawn_reward"] = collected.drawn_reward
         if better.any():
             metrics |= {"length_of_better": lengths[better].mean(), "length_of_worse": lengths[~better].mean()}
-        for name in answers[0].rewards:
-            metrics[metric_key("reward", name)] = np.mean([sum(answer.rewards[name]) for answer in answers])
+        for name in dict.fromkeys(name for answer in answers for name in answer.rewards):
+            given = [sum(rewards) for answer in answers if (rewards := answer.rewards.get(name))]
+            if given:
+                metrics[metric_key("reward", name)] = np.mean(given)
         if rollouts.reference is not None:
             d = (rollouts.logprobs - rollouts.reference) * mask
             rows = rollouts.counted.sum().clamp(min=1)

@@ -82,6 +82,10 @@ class Trackers:
         self._files.sample(macro_batch, text)
         self._call("sample", macro_batch, text)
 
+    def answers(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Writes the answers of a round of rollouts to their file."""
+        self._files.answers(lines)
+
     def rewind(self, state: dict[str, Any], truncate_after: int, last_step: int) -> None:
         """Returns to a snapshot with this `state`, macro-batch and step; later steps will be logged again."""
         self.load_state_dict(state)
@@ -148,6 +152,9 @@ class NullTracker(Trackers):
         """Does nothing."""
 
     def sample(self, macro_batch: int, text: str) -> None:
+        """Does nothing."""
+
+    def answers(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Does nothing."""
 
     def rewind(self, state: dict[str, Any], truncate_after: int, last_step: int) -> None:

@@ -1,8 +1,9 @@
-"""The metrics of a run: their meaning, and the three files that contain them.
+"""The metrics of a run: their meaning, and the files that contain them.
 
     metrics.jsonl    one JSON object per macro-batch, keys as in `METRICS`
     steps.jsonl      one JSON object every `tracking.every` steps, keys as in `STEP_METRICS`
     samples.jsonl    {"macro_batch": …, "text": …} for each text sampled from the model
+    rollouts.jsonl   with `rollouts.save_answers` one JSON object per answer; "step" is the first that learns from it
 
 All are strict JSON, one object per line, UTF-8. JSON has no NaN or infinity: such a value is written as null, with its
 kind as in ``{"val_loss": null, "not_finite": {"val_loss": "nan"}}``; `read_metrics` and `read_steps` restore it. Before
@@ -26,7 +27,8 @@ from cleangpt.tracking.numbers import show_bytes, show_count, show_number, show_
 from cleangpt.tracking.rollouts import ROLLOUTS
 
 METRICS_FILE, STEPS_FILE, SAMPLES_FILE = "metrics.jsonl", "steps.jsonl", "samples.jsonl"
-LINE_NUMBERS = {METRICS_FILE: "macro_batch", STEPS_FILE: "step", SAMPLES_FILE: "macro_batch"}
+ROLLOUTS_FILE = "rollouts.jsonl"
+LINE_NUMBERS = {METRICS_FILE: "macro_batch", STEPS_FILE: "step", SAMPLES_FILE: "macro_batch", ROLLOUTS_FILE: "step"}
 """The key that orders the lines of each file."""
 NOT_FINITE = "not_finite"
 UNKNOWN = "–"
@@ -183,7 +185,7 @@ def show(name: str, value: Value) -> str:
 
 
 class MetricsFiles:
-    """The tracker that writes metrics.jsonl, steps.jsonl and samples.jsonl in the folder `run`.
+    """The tracker that writes metrics.jsonl, steps.jsonl, samples.jsonl and rollouts.jsonl in the folder `run`.
 
     On a full disk, lines are kept in memory and in the snapshots, and written in order as soon as there is room; `log`
     is called with a message.
@@ -199,7 +201,7 @@ class MetricsFiles:
 
         None removes all lines; a torn last line is always removed.
         """
-        lasts = {METRICS_FILE: truncate_after, STEPS_FILE: last_step, SAMPLES_FILE: truncate_after}
+        lasts = {name: last_step if key == "step" else truncate_after for name, key in LINE_NUMBERS.items()}
         # All are read before one is written: a corrupt line refuses the run, which stays as it was.
         kept = {name: _lines_to_keep(self._run / name, LINE_NUMBERS[name], last) for name, last in lasts.items()}
         for name, (content, written) in kept.items():
@@ -223,6 +225,11 @@ class MetricsFiles:
     def sample(self, macro_batch: int, text: str) -> None:
         """Appends a text sampled from the model after `macro_batch`."""
         self._waiting.append((SAMPLES_FILE, {"macro_batch": macro_batch, "text": text}))
+        self._write()
+
+    def answers(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Appends the answers of a round of rollouts."""
+        self._waiting.extend((ROLLOUTS_FILE, strict(line)) for line in lines)
         self._write()
 
     def close(self, status: str) -> None:

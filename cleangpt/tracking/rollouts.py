@@ -19,6 +19,7 @@ ROLLOUTS: dict[str, tuple[str, str, str]] = {
     "answer_length": ("answer length", "tokens", "the policy's own tokens in an answer, on average"),
     "length_of_better": ("length of better answers", "tokens", "of answers with more than the round's mean reward"),
     "length_of_worse": ("length of worse answers", "tokens", "of all others"),
+    "unscored_share": ("unscored answers", "share", "share of answers that no reward scores, which are left out"),
     "truncated_share": ("truncated answers", "share", "share of answers that ran into the limit of tokens"),
     "reward_errors": ("failed rewards", "", "rewards that raised an exception or took too long, per round"),
     "explained_variance": ("explained variance", "", "1 - Var(returns - values) / Var(returns)"),

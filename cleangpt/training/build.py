@@ -107,11 +107,11 @@ def build_trainer(
     model, layout, device = placed.model, placed.layout, placed.device
     length = Length(experiment.data.batch_size, training.batches_per_macro_batch, training.num_macro_batches)
     micro_batch_size = training.micro_batch_size or experiment.data.batch_size // layout.dp_size
-    source = open_source(experiment, dataset, placed, ranks, log)
     optimizer = build_optimizer(experiment, model)
     trackers = NullTracker(run) if not ranks.is_main else create_trackers(
         experiment.tracking, run, experiment.name, experiment_json(experiment), log
     )  # fmt: skip
+    source = open_source(experiment, dataset, placed, ranks, log, trackers.answers)
     checkpoints = Checkpoints(
         run / "checkpoints", experiment.saving, ranks, experiment.model, dataset.tokenizer,
         experiment.fine_tuning.lora, dataset.chat_template, log,
@@ -166,7 +166,7 @@ def build_trainer(
 def build_optimizer(experiment: Experiment, model: LanguageModel) -> Optimizer:
     """AdamW, with Muon for some parameters, and the learning-rate factors of the experiment."""
     config = experiment.optimizer
-    scales = mup_scales(experiment.model, config)
+    scales = mup_scales(experiment.model, config, experiment.objective.heads)
     return Optimizer(
         model, config, scale_loss=experiment.training.precision == "fp16",
         factors=lr_factors(model, config, experiment.fine_tuning.layer_decay),

@@ -161,7 +161,7 @@ def check_parameters(
             f"optimizer.muon.lr is {optimizer.muon.lr}; allowed for {type(model).__name__}, whose layers() have no "
             "matrices: None"
         )
-    mup_scales(config, optimizer)
+    mup_scales(config, optimizer, heads)
 
 
 def start_from(

@@ -23,7 +23,7 @@ A wider model has more heads of the same size, so attention's own scale is uncha
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -46,8 +46,8 @@ class MuPScale:
     lr: float = 1.0
 
 
-def mup_scales(config: ModelConfig, optimizer: OptimizerConfig) -> dict[str, MuPScale]:
-    """The muP factors for each parameter of a model; empty without `optimizer.base_dim`.
+def mup_scales(config: ModelConfig, optimizer: OptimizerConfig, heads: Collection[str] = ()) -> dict[str, MuPScale]:
+    """The muP factors for each parameter of a model with these scalar heads; empty without `optimizer.base_dim`.
 
     Raises:
         UserError: the model cannot have the base width, has convolutions, or neither an untied head nor a `final_norm`.
@@ -55,7 +55,7 @@ def mup_scales(config: ModelConfig, optimizer: OptimizerConfig) -> dict[str, MuP
     if optimizer.base_dim is None:
         return {}
     with on_meta():
-        model, base = build_model(config), build_model(config.at_width(optimizer.base_dim))
+        model, base = build_model(config, heads), build_model(config.at_width(optimizer.base_dim), heads)
     if any(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules()):
         raise UserError(f"optimizer.base_dim is {optimizer.base_dim}; allowed for a model with convolutions: None")
     by_muon = hidden_matrices(model) if optimizer.muon.lr is not None else set()
@@ -68,9 +68,11 @@ def mup_scales(config: ModelConfig, optimizer: OptimizerConfig) -> dict[str, MuP
             shape, base_shape = _matrix_shape(model, name), _matrix_shape(base, name)
             factors[name] = _matrix_factor(shape, base_shape, name in by_muon)
     inside = block_numbers(model)
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if all(f"{name}.weight" in inside or name.startswith("vision.") for name in linear):
-        factors |= _tied_head(factors, optimizer.base_dim / cast(Any, config).dim)
+    scalar = {name for name in factors if name.startswith("heads.")}
+    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if all(name in inside or name in scalar or name.startswith("vision.") for name in linear):
+        # What scalar heads read has the factor already.
+        factors |= _tied_head(factors, optimizer.base_dim / cast(Any, config).dim) | dict.fromkeys(scalar, MuPScale())
     return factors
 
 

@@ -51,14 +51,15 @@ def place_model(experiment: Experiment, ranks: Ranks, log: Callable[[str], None]
     keep_freed_memory(device)
     seed_everything(training.seed)
     set_fp32_precision(training.precision)
-    layout = choose_layout(parallel, experiment.model, ranks, device, partial(freeze_and_add_lora, config=tuning))
+    heads, freeze = experiment.objective.heads, partial(freeze_and_add_lora, config=tuning)
+    layout = choose_layout(parallel, experiment.model, ranks, device, freeze, heads)
     compiled = training.compile if can_compile(device) else "off"
     if compiled != training.compile:
         log(f"training.compile is {training.compile}, but no compiler was found; training without")
     dtype = compute_dtype(device, training.precision)
     gathered = layout.shards > 1 and dtype == torch.bfloat16
     model = parallelize(
-        lambda: build_model(experiment.model, experiment.objective.heads), layout, device,
+        lambda: build_model(experiment.model, heads), layout, device,
         lambda plain: _prepare(plain, training, tuning, compiled == "blocks"),
         gather_dtype=dtype if gathered else None, reshard_after_forward=parallel.reshard_after_forward,
         timeout=ranks.timeout,
@@ -66,7 +67,7 @@ def place_model(experiment: Experiment, ranks: Ranks, log: Callable[[str], None]
     set_scoring(model, experiment, layout)
     called = cast(LanguageModel, torch.compile(model)) if compiled == "model" else model
     forward_model = wrap_ddp(called, layout, device)
-    scale_init(model, mup_scales(experiment.model, experiment.optimizer))
+    scale_init(model, mup_scales(experiment.model, experiment.optimizer, heads))
     if ranks.world_size > 1:
         seed_everything(training.seed + ranks.rank)  # dropout differs between processes
     return PlacedModel(model, forward_model, layout, device, autocast(device, torch.float32 if gathered else dtype))

@@ -30,21 +30,22 @@ from cleangpt.rollouts.episodes import Sampler
 from cleangpt.rollouts.reference import ReferenceModel, reads_reference
 from cleangpt.rollouts.rounds import Sizes
 from cleangpt.rollouts.scoring import Scorer
-from cleangpt.rollouts.source import RolloutSource
+from cleangpt.rollouts.source import RolloutSource, Save
 from cleangpt.training.generation import vllm_opener
 from cleangpt.training.placing import PlacedModel, set_scoring
 from cleangpt.training.resolve import open_stream
 
 
 def open_source(
-    experiment: Experiment, dataset: MixedDataset, placed: PlacedModel, ranks: Ranks, log: Callable[[str], None]
-) -> BatchSource:
-    """The training batches of this process: of the corpus, or the policy's own."""
+    experiment: Experiment, dataset: MixedDataset, placed: PlacedModel, ranks: Ranks, log: Callable[[str], None],
+    save: Save,
+) -> BatchSource:  # fmt: skip
+    """The training batches of this process: of the corpus, or the policy's own, whose answers `save` writes."""
     # Answers are scored over the tokens that may be sampled, without those that pad the embedding.
     if experiment.objective.scores_answers:
         placed.model.scored_vocab = dataset.vocab_size
     if isinstance(experiment.objective, PolicyObjective):
-        return open_rollouts(experiment, experiment.objective, dataset, placed, ranks, log)
+        return open_rollouts(experiment, experiment.objective, dataset, placed, ranks, log, save)
     layout = placed.layout
     return DatasetSource(
         open_stream(experiment, dataset), experiment.data.batch_size, prefetch=experiment.data.prefetch,
@@ -54,7 +55,7 @@ def open_source(
 
 def open_rollouts(
     experiment: Experiment, objective: PolicyObjective, dataset: MixedDataset, placed: PlacedModel, ranks: Ranks,
-    log: Callable[[str], None],
+    log: Callable[[str], None], save: Save,
 ) -> RolloutSource | ControlSource:  # fmt: skip
     """Rollouts of the model in the environment of its corpus.
 
@@ -96,7 +97,7 @@ def open_rollouts(
     reference = ReferenceModel(model, build_reference) if reads_reference(config, objective) else None
     return RolloutSource(
         config, objective, collector, model, reference, sizes, seed=seed, ranks=ranks, device=device,
-        autocast=placed.autocast,
+        autocast=placed.autocast, save=save if config.save_answers and ranks.is_main else None,
     )  # fmt: skip
 
 

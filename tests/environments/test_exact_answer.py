@@ -14,6 +14,7 @@ from cleangpt.corpora.mixture import Mixture, environments
 from cleangpt.corpora.multiplier import Multiplier
 from cleangpt.corpora.shakespeare_char import ShakespeareChar
 from cleangpt.data.dataset import TokenDataset
+from cleangpt.data.tokenizers import CharTokenizer
 from cleangpt.environments.base import Environment, Episode, Feedback, Prompt
 from cleangpt.environments.exact_answer import ExactAnswer
 
@@ -66,9 +67,11 @@ def test_only_the_run_of_tokens_after_the_question_is_the_answer() -> None:
                 return [7, 8, 1, 2, 9, 3], [0, 0, 1, 1, 0, 1]
 
         splits = {"val": Rows()}  # noqa: RUF012
+        tokenizer = CharTokenizer("0123456789")
 
     environment = ExactAnswer(Conversation())  # type: ignore[arg-type]
-    assert environment.reset("val", 0) == Prompt([7, 8], max_new_tokens=2, extras={"answer": [1, 2]})
+    right = {"answer": [1, 2], "text": "12"}
+    assert environment.reset("val", 0) == Prompt([7, 8], max_new_tokens=2, extras=right)
 
 
 def test_each_source_of_a_mixture_has_its_own_environment(workplace: Path) -> None:

@@ -42,7 +42,6 @@ from cleangpt.models import build_model
 from cleangpt.models.llama import LlamaConfig
 from cleangpt.training.finetuning import start_encoder
 from tests.interchange.test_huggingface import checkpoint_of, random_weights
-from tests.thinned import slow_after
 
 BPE = train_bpe(["red, green and blue circles " * 9], 280, [IMAGE_TOKEN])
 IMAGE, CPU = image_token(BPE), torch.device("cpu")
@@ -67,7 +66,6 @@ WHOLE: dict[str, dict[str, Any]] = {
     "smolvlm": {"model_type": "smolvlm", "vision_config": TOWER, "scale_factor": 4},
 }  # fmt: skip
 CONTENT = WHOLE["clip"] | {"text_config": TEXT}
-every_model = pytest.mark.parametrize("kind", slow_after(1, WHOLE))
 
 
 def theirs(kind: str, **entries: Any) -> PreTrainedModel:
@@ -107,7 +105,8 @@ def their_logits(model: PreTrainedModel, config: LlamaConfig) -> Tensor:
     return model(input_ids=ids, pixel_values=pixels if model.config.model_type != "llava" else pixels[:, 0]).logits
 
 
-@every_model
+@pytest.mark.default(1)
+@pytest.mark.parametrize("kind", WHOLE)
 def test_what_transformers_saves_has_the_same_logits_here_and_back_there(kind: str, tmp_path: Path) -> None:
     model = theirs(kind)
     checkpoint = open_checkpoint(f"hf:{saved(model, tmp_path / 'theirs')}")
@@ -122,7 +121,8 @@ def test_what_transformers_saves_has_the_same_logits_here_and_back_there(kind: s
     assert all(weight.equal(again.weights[name]) for name, weight in checkpoint.weights.items())
 
 
-@pytest.mark.parametrize("later", slow_after(0, [False, True]))
+@pytest.mark.slow
+@pytest.mark.parametrize("later", [False, True])
 def test_weights_are_read_under_the_names_of_every_version(later: bool, tmp_path: Path) -> None:
     """As LLaVA was released, and as Transformers has them in memory."""
     model = theirs("clip")
@@ -180,7 +180,8 @@ PROCESSORS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("size", slow_after(1, [((37, 53),), ((53, 37),), ((16, 16),), ((9, 40),)]))
+@pytest.mark.default(1)
+@pytest.mark.parametrize("size", [((37, 53),), ((53, 37),), ((16, 16),), ((9, 40),)])
 @pytest.mark.parametrize("kind", PROCESSORS)
 def test_a_picture_becomes_what_the_models_processor_makes_of_it(
     kind: str, size: tuple[int, int], tmp_path: Path
@@ -226,7 +227,8 @@ TOWERS: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
-@pytest.mark.parametrize("kind", slow_after(2, TOWERS))
+@pytest.mark.default(2)
+@pytest.mark.parametrize("kind", TOWERS)
 @torch.no_grad()
 def test_an_encoder_starts_from_a_tower_with_the_same_features(kind: str, tmp_path: Path) -> None:
     tower = random_weights(TOWERS[kind]())

@@ -23,11 +23,13 @@ from cleangpt.objectives.policy import (
 )
 from cleangpt.objectives.ppo import PPO, clipped_value_loss
 from cleangpt.objectives.reinforce import Reinforce
+from cleangpt.objectives.reinforce_plus_plus import ReinforcePlusPlus
 from cleangpt.objectives.rloo import RLOO
 from tests.objectives.policies import F64, Given, loss_and_gradients, random_batch
 
 OBJECTIVES: dict[str, PolicyObjective] = {
     "reinforce": Reinforce(),
+    "reinforce++": ReinforcePlusPlus(clip_high=0.28),
     "rloo": RLOO(),
     "grpo": GRPO(kl_coef=0.1),
     "grpo_k2": GRPO(kl_coef=0.1, kl_estimator="k2"),
@@ -77,7 +79,7 @@ def plain_loss(name: str, objective: Any, batch: Batch, scores: dict[str, Tensor
             losses.append(loss)
         tokens += losses
         answers.append(sum(losses) / (5 if name == "dr_grpo" else len(losses)))
-    return sum(tokens) / len(tokens) if name in ("dapo", "ppo", "entropy") else sum(answers) / len(answers)  # type: ignore
+    return sum(tokens) / len(tokens) if name in ("dapo", "ppo", "entropy", "reinforce++") else sum(answers) / len(answers)  # type: ignore
 
 
 @each_objective
@@ -309,6 +311,33 @@ def test_whitened_advantages_have_mean_0_and_variance_1_and_padding_stays_0() ->
         torch.cat([values, torch.full((4, 5), 7.0, dtype=F64)], 1), torch.cat([mask, mask[:, :5] & False], 1)
     )
     torch.testing.assert_close(longer[:, :9], white, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("group_baseline", [False, True])
+def test_the_advantages_of_reinforce_plus_plus_are_whitened_returns(group_baseline: bool) -> None:
+    """Token by token: -0.1 x k1 from there on, discounted, the answer's reward, less the group's mean if that is asked
+    for; an answer that is left out, the last, changes nothing."""
+    batch, scores = random_batch()
+    mask = batch.targets != IGNORED
+    mask[-1] = False
+    last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+    rewards = torch.where(last, torch.arange(6.0, dtype=F64)[:, None] ** 2, 0.0)
+    old, reference = (batch.extras[name] * mask for name in ("old_logprobs", "reference_logprobs"))
+    rollouts = Round(mask, rewards, old, 3, reference, kl_coef=0.1)
+    objective = ReinforcePlusPlus(gamma=0.9, group_baseline=group_baseline)
+    found = objective.estimate(rollouts)["advantages"]
+    returns = {}
+    for row in range(5):
+        group = [float(rewards[other].sum()) for other in range(row // 3 * 3, row // 3 * 3 + 3) if mask[other].any()]
+        following = 0.0
+        for t in reversed([place for place in range(mask.shape[1]) if mask[row, place]]):
+            following = float(rewards[row, t]) - 0.1 * float(old[row, t] - reference[row, t]) + 0.9 * following
+            returns[row, t] = following - (sum(group) / len(group) if group_baseline else 0.0)
+    values = torch.tensor(list(returns.values()), dtype=F64)
+    for place, value in returns.items():
+        expected = (value - float(values.mean())) / math.sqrt(float(values.var()) + 1e-8)
+        assert float(found[place]) == pytest.approx(expected, rel=1e-12)
+    assert not found[~mask].any()
 
 
 def test_the_value_loss_is_not_changed_by_values_of_padding() -> None:

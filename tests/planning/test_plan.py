@@ -168,6 +168,16 @@ def test_preferences_and_policies_are_planned_with_what_they_read(name: str) -> 
     assert more.looking_back == pytest.approx(one.looking_back / 4 if values else 0)
 
 
+@pytest.mark.parametrize("name", ["fables_reward", "adder_ppo"])
+def test_scalar_heads_are_planned_and_can_be_frozen_or_have_a_rate_of_their_own(name: str) -> None:
+    experiment = load_experiment(experiments()[name])
+    optimizer = replace(experiment.optimizer, lr_factors=(("heads.*", 2.0),), base_dim=48)
+    tuning = replace(experiment.fine_tuning, freeze=("heads.*",))
+    model = replace(experiment.model, vocab_size=512)
+    found = make_plan(replace(experiment, model=model, optimizer=optimizer, fine_tuning=tuning), find_device("l4"), [1])
+    assert found.fitting()
+
+
 def test_devices_far_apart_share_no_network_adapters() -> None:
     near, far = (ProcessGroup(DEVICES["h100"], 16, stride, 8).seconds(GIB) for stride in (1, 8))
     assert far > 5 * near

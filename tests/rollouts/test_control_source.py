@@ -152,6 +152,7 @@ def test_returns_of_finished_episodes_are_told() -> None:
     [
         (GRPO(), {}, "allowed in simulations: PPO"),
         (PPO(kl_coef=0.1), {}, "allowed in simulations: PPO"),
+        (PPO_, {"save_answers": True}, "save_answers is True; allowed in simulations: False"),
         (PPO_, {"prompts": 12}, "micro_batch_size is 8; allowed in simulations: a divisor"),
     ],
 )

@@ -1,6 +1,8 @@
 """Rollouts are exact: the same whatever the chunks, processes and micro-batches, and resumed within a round."""
 
+import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,12 @@ def recorded(run: str) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if not any(word in name for word in TIMED)} for row in rows]
 
 
+def answers_of(run: str) -> list[str]:
+    """The lines of rollouts.jsonl."""
+    file = Path(run) / "rollouts.jsonl"
+    return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+
+
 def rounds_of(trainer: Trainer) -> list[dict[str, Tensor]]:
     """Collects the columns of every round that the trainer begins from now on."""
     source, found = trainer.source, list[dict[str, Tensor]]()
@@ -53,7 +61,7 @@ def rounds_of(trainer: Trainer) -> list[dict[str, Tensor]]:
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "grpo": {"rollouts__dynamic_sampling": True},
+    "grpo": {"rollouts__dynamic_sampling": True, "rollouts__save_answers": True},
     "reference": {"objective": GRPO(kl_coef=0.1)},
     "ppo": {
         "objective": PPO(kl_coef=0.1, kl_target=0.01, kl_horizon=100), "rollouts__passes": 2,
@@ -74,7 +82,35 @@ def test_a_run_stopped_after_every_step_ends_with_the_same_bits(policy: Build, t
         status, times = broken.train(), times + 1
     assert status == "finished" and times >= 12
     assert differing(final("one"), final("two")) == ""
-    assert recorded("one") == recorded("two")
+    assert recorded("one") == recorded("two") and answers_of("one") == answers_of("two")
+    assert len(answers_of("one")) == (3 * 32 if variant == "grpo" else 0)
+
+
+def test_every_answer_is_in_the_file_once_also_after_a_crash(policy: Build, trainer: Open) -> None:
+    """The crash is within the second round, whose answers are in the file, and before its snapshot; then the start of
+    the third is torn."""
+    experiment = partial(policy, rollouts__save_answers=True)
+    trainer(experiment(run_dir="one")).train()
+    crashing = trainer(experiment(run_dir="two"))
+    fetch, fetched = crashing.source.next, list[Any]()
+
+    def fails() -> Any:
+        assert len(fetched) < 6, "a crash"
+        fetched.append(fetch())
+        return fetched[-1]
+
+    crashing.source.next = fails  # type: ignore[method-assign]
+    with pytest.raises(AssertionError, match="a crash"):
+        crashing.train()
+    assert len(answers_of("two")) == 2 * 32
+    with Path("two/rollouts.jsonl").open("a") as file:
+        file.write('{"step": 9, "id"')
+    trainer(experiment(run_dir="two")).train()
+    assert answers_of("one") == answers_of("two")
+    first = json.loads(answers_of("one")[0])
+    assert (first["step"], first["id"], first["reward"]) == (1, 0, first["reward/low"])
+    assert first["completion"] and "+" in first["prompt"] and first["tokens"] == len(first["completion"])
+    assert [json.loads(line)["step"] for line in answers_of("one")[::32]] == [1, 5, 9]
 
 
 def test_answers_do_not_depend_on_the_chunks_they_are_generated_in(policy: Build, trainer: Open) -> None:

@@ -1,7 +1,6 @@
 """Rewards are weighted and added up; a reward that fails is counted and named, and does not end the run."""
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ from cleangpt.environments.base import Environment, Episode, Feedback, Prompt
 from cleangpt.environments.config import Reward, RolloutConfig
 from cleangpt.environments.rewards import REWARDS
 from cleangpt.errors import UserError
+from cleangpt.objectives.grpo import GRPO
 from cleangpt.objectives.policy import Round
 from cleangpt.objectives.ppo import PPO
 from cleangpt.rollouts.answers import as_columns
@@ -51,6 +51,11 @@ def text(prompt: str, answer: str, episode: Episode) -> Any:
     return "good"
 
 
+def even(prompt: str, answer: str, episode: Episode) -> float | None:
+    """Scores answers of an even length alone."""
+    return None if len(answer) % 2 else -1.0
+
+
 def each_action(prompt: str, answer: str, episode: Episode) -> list[float]:
     return [len(action) for action in episode.actions]
 
@@ -63,16 +68,13 @@ def infinite_once(prompt: str, answer: str, episode: Episode) -> list[float]:
     return [float("nan")] * len(episode.actions)
 
 
-OWN = (length, broken, slow, infinite, text, each_action, one_too_many, infinite_once)
+OWN = (length, broken, slow, infinite, text, even, each_action, one_too_many, infinite_once)
 
 
 @pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
-    own = {function.__name__: function for function in OWN}
-    REWARDS.update(own)
-    yield
-    for name in own:
-        del REWARDS[name]
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    for function in OWN:
+        monkeypatch.setitem(REWARDS, function.__name__, function)
 
 
 def episode(answer: str, limit: int = 10, truncated: bool = False, reward: float = 2.0) -> Episode:
@@ -94,6 +96,22 @@ def test_rewards_are_added_up_by_weight() -> None:
     assert answer.id == 7
     assert answer.rewards == {"task": [2.0], "length": [3.0]}
     assert answer.total == [pytest.approx(2.0 - 0.3)]
+
+
+def test_an_answer_that_a_reward_does_not_score_has_the_others_or_is_left_out() -> None:
+    """Of its group's mean and of the loss, as if it had never been sampled."""
+    answers = scorer(rewards=rewards(("even", 2.0))).score([episode(text) for text in ("ab", "abc", "a", "abcd")], 0)
+    assert [answer.rewards["even"] for answer in answers] == [[-1.0], [], [], [-1.0]]
+    assert [answer.scored for answer in answers] == [not answer.masked for answer in answers] == [True, False, False, True]
+    answers[0].total = [1.0]
+    columns = as_columns(answers)
+    rollouts = Round(columns["mask"], columns["rewards"], columns["logprobs"], 4)
+    advantages = GRPO(standardise=False).estimate(rollouts)["advantages"]
+    assert advantages.sum(dim=1).tolist() == [2 * 1.5, 0.0, 0.0, 4 * -1.5]
+    both = scorer(rewards=rewards(("even", 1.0), ("length", 1.0))).score([episode("abc"), episode("ab")], 0)
+    assert [(answer.scored, answer.total) for answer in both] == [(True, [3.0]), (True, [1.0])]
+    logged = scorer(rewards=rewards(("even", 1.0), ("length", 0.0))).score([episode("abc")], 0)
+    assert not logged[0].scored, "a reward that is only logged does not score"
 
 
 @pytest.mark.parametrize(

@@ -592,11 +592,12 @@ def test_the_strategy_follows_what_trains(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(layout, "device_memory", lambda device: 16 * size)
     monkeypatch.setattr(Ranks, "broadcast", lambda self, value: value)
 
-    def choose(tuning: FineTuningConfig) -> Layout:
+    def choose(tuning: FineTuningConfig, *heads: str) -> Layout:
         ranks, cpu = Ranks(0, 0, 2), torch.device("cpu")
         return layout.choose_layout(
-            ParallelConfig(), GPT_SMALL, ranks, cpu, lambda model: freeze_and_add_lora(model, tuning)
+            ParallelConfig(), GPT_SMALL, ranks, cpu, lambda model: freeze_and_add_lora(model, tuning), heads
         )
 
     assert choose(FineTuningConfig()) == Layout(1, 2)
     assert choose(replace(FineTuningConfig(), lora=LoRAConfig(rank=1))) == Layout(2)
+    assert choose(FineTuningConfig(freeze=("heads.*",)), "value") == Layout(1, 2)

@@ -125,6 +125,14 @@ def test_the_heads_of_a_fused_matrix_count_each_for_itself() -> None:
     assert factors["blocks.0.attention.out.weight"] == MuPScale(1 / 2, 1 / 2)
 
 
+@pytest.mark.parametrize(("tied", "factor"), [(False, 1 / 4), (True, 1.0)])
+def test_a_scalar_head_learns_as_the_head_unless_the_norm_before_it_does(tied: bool, factor: float) -> None:
+    config = llama(128, tied=tied)
+    plain, with_value = (mup_scales(config, rates(False, 32), heads) for heads in ((), {"value"}))
+    assert with_value.pop("heads.value.weight").lr == factor
+    assert with_value == plain and with_value["final_norm.weight"].lr == (1 / 4 if tied else 1.0)
+
+
 @pytest.mark.parametrize("kind", MODELS_BY_WIDTH)
 @pytest.mark.parametrize("muon", [False, True], ids=["adamw", "muon"])
 def test_at_the_base_width_nothing_changes(kind: str, muon: bool) -> None:
