@@ -18,6 +18,7 @@ from cleangpt.errors import UserError
 from cleangpt.models import build_model
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.gpt import GPTConfig
+from cleangpt.objectives import Objective
 from cleangpt.objectives.grpo import GRPO
 from cleangpt.objectives.policy import PolicyObjective
 from cleangpt.objectives.ppo import PPO
@@ -65,7 +66,7 @@ def answers(model: LanguageModel, objective: PolicyObjective) -> Batch:
     return Batch({"tokens": tokens[:, :-1].contiguous()}, targets, extras | {"fresh": torch.ones(8)})
 
 
-def computed(model: LanguageModel, objective: PolicyObjective, batch: Batch, precision: str) -> tuple[Tensor, Tensor]:
+def computed(model: LanguageModel, objective: Objective, batch: Batch, precision: str) -> tuple[Tensor, Tensor]:
     """The mean loss, and its gradient as one vector."""
     device = batch.targets.device
     with autocast(device, compute_dtype(device, precision)):

@@ -23,6 +23,7 @@ ROWS = (
     Row("masks", "benchmarks.gpu.correct.masks", 90),
     Row("loss chunks", "benchmarks.gpu.correct.loss_chunks", 60),
     Row("policy losses", "benchmarks.gpu.policies.losses", 60),
+    Row("images", "benchmarks.gpu.images.images", 60),
     Row("resume", "benchmarks.gpu.resume.resume", 120),
     Row("llama 1B, 4096", "benchmarks.gpu.speed.llama_1b_4096", 150),
     Row("generation", "benchmarks.gpu.generation.generation", 180),

@@ -261,7 +261,7 @@ class Vision(nn.Module):
         places = self._places(ends)
         inside = (places >= 0) & (places < seq)
         shown = inside.any(-1)
-        encoded = self.encoder(config.normalized(images[shown])).to(embeddings.dtype)
+        encoded = self.encoder(config.normalized(images[shown]).to(embeddings.dtype)).to(embeddings.dtype)
         kept = inside[shown]
         rows = shown.nonzero()[:, :1].expand_as(kept)
         return embeddings.index_put((rows[kept], places[shown][kept]), encoded[kept])
