@@ -41,7 +41,7 @@ def images(setup: Setup) -> Iterator[Measurement]:
 def encoders(setup: Setup) -> dict[str, VisionConfig]:
     """Every kind of encoder; at full size an image stands at 16 tokens, at toy size at 4."""
     shape: dict[str, Any] = setup.size({"height": 64, "width": 64}, {"height": 16, "width": 16, "patch_size": 8})
-    width = setup.size({"dim": 192, "n_heads": 3}, {"dim": 16, "n_heads": 2})
+    width: dict[str, Any] = setup.size({"dim": 192, "n_heads": 3}, {"dim": 16, "n_heads": 2})
     merged = shape | {"patch_size": setup.size(8, 4)}
     return {
         "linear": VisionConfig(encoder="linear", **shape),

@@ -181,7 +181,7 @@ PROCESSORS = {
 
 
 @pytest.mark.default(1)
-@pytest.mark.parametrize("size", [((37, 53),), ((53, 37),), ((16, 16),), ((9, 40),)])
+@pytest.mark.parametrize("size", [(37, 53), (53, 37), (16, 16), (9, 40)])
 @pytest.mark.parametrize("kind", PROCESSORS)
 def test_a_picture_becomes_what_the_models_processor_makes_of_it(
     kind: str, size: tuple[int, int], tmp_path: Path
