@@ -96,6 +96,9 @@ def test_a_dataclass_of_ones_own_is_checked_with_the_name_of_its_section() -> No
         (lambda tree: tree.update(training=[1]), r"training is \[1\]; allowed: an object"),
         (lambda tree: tree["data"].update(seq_len="9"), "data.seq_len is '9'; allowed: a whole number"),
         (lambda tree: tree["model"].update(kind="adder"), "model is of kind 'adder', which is not registered here"),
+        (lambda tree: tree.update(objective={}), "objective.kind is missing; allowed: dpo, "),
+        (lambda tree: tree["model"].pop("kind"), "model.kind is missing; allowed: "),
+        (lambda tree: tree["corpus"].pop("kind"), "corpus.kind is missing; allowed: "),
         (lambda tree: tree["schedule"]["weight_decay"].update(warmup=7), "schedule.weight_decay.warmup is 7; allowed"),
     ],
 )
