@@ -48,9 +48,8 @@ class Experiment(Checked):
     init_from: RunOrModel | None = None
     """Initial weights: a run (its best checkpoint), a checkpoint, or a Hugging Face model as hf:NAME or hf:FOLDER, such
     as hf:gpt2; None: random."""
-    encoder_from: RunOrModel | None = None
-    """Initial weights of the encoder of images: of a run or checkpoint of a model that reads images, or of a tower of
-    CLIP or SigLIP as hf:NAME or hf:FOLDER; None: those of init_from."""
+    encoder_from: Annotated[str, Metavar("RUN")] | None = None
+    """Likewise of the encoder of images; also a CLIP or SigLIP; None: init_from."""
     fine_tuning: FineTuningConfig = FineTuningConfig()
     run_dir: Folder | None = None
     """Folder of the run; an existing run is resumed; None: runs/NAME/TIME."""

@@ -1,8 +1,8 @@
 """Questions about pictures of shapes, by a model that has learned to caption them: `cleangpt train shapes_captions`
 comes first.
 
-It starts from the newest run of that name; the model is the same. From random weights, only counting is learned in the
-same time: the captions teach where which shape is, and the questions what is asked of it.
+It starts from the newest run of that name; the model is the same. Counts, sizes and most of what exists are learned;
+relations stay at guessing in this time.
 """
 
 from cleangpt.config import (

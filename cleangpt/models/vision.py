@@ -156,6 +156,18 @@ def check_images(config: ModelConfig, records: Mapping[str, Records]) -> None:
     )
 
 
+def check_preparation(config: ModelConfig, corpus: Mapping[str, Any]) -> None:
+    """Checks that a corpus prepares its pictures as the model does, if it has fields for that.
+
+    Raises:
+        UserError: one of them differs.
+    """
+    for name in ("resize", "resample"):
+        own = getattr(vision_of(config), name)
+        if (there := corpus.get(name, own)) != own:
+            raise UserError(f"corpus.{name} is {there!r}; allowed: model.vision.{name}, which is {own!r}")
+
+
 # Encoders -------------------------------------------------------------------------------------------------------------
 def patches_of(images: Tensor, size: int) -> Tensor:
     """Images `(n, height, width, channels)` as patches `(n, rows * columns, size, size, channels)` in raster order."""

@@ -39,7 +39,7 @@ from cleangpt.inference.text import start_of_sample
 from cleangpt.interchange.huggingface import find
 from cleangpt.models import model_class
 from cleangpt.models.vectors import check_vectors, vector_inputs
-from cleangpt.models.vision import check_images, image_inputs
+from cleangpt.models.vision import check_images, check_preparation, image_inputs
 from cleangpt.objectives.pairs import REFERENCE
 from cleangpt.rollouts.build import check_rollouts
 from cleangpt.rollouts.collecting import check_prompts
@@ -222,6 +222,9 @@ def _check_corpus(experiment: Experiment) -> None:
     row_length = getattr(corpus, "row_length", None)
     if row_length is not None and seq_len != row_length - 1 and not experiment.objective.on_policy:
         raise UserError(f"data.seq_len is {seq_len}; allowed: {row_length - 1}, the corpus's row length - 1")
+    for one in [source.corpus for source in corpus.sources] if isinstance(corpus, Mixture) else [corpus]:
+        if image_inputs(experiment.model):
+            check_preparation(experiment.model, vars(one))
 
 
 def _check_groups(experiment: Experiment, layout: Layout, group: tuple[str, ...]) -> None:

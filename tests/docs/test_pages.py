@@ -10,6 +10,7 @@ import pytest
 from cleangpt.commands import COMMANDS, main
 from cleangpt.corpora import CORPORA
 from cleangpt.corpora.conversations import Chat
+from cleangpt.corpora.mixture import Mixture
 from cleangpt.corpora.text import Text
 from cleangpt.experiment_files import experiments, load_experiment
 from cleangpt.models import build_model
@@ -22,8 +23,8 @@ DOCUMENTS += sorted((PROJECT / "docs").glob("*.md"))
 SECTIONS = "corpus|data|model|rollouts|optimizer|schedule|training|parallel|fine_tuning|early_stopping|saving|tracking"
 VOCABULARY = {
     "Adder": 13, "AdderChat": 257, "Demonstrations": 257, "FableOpenings": 509, "FablePreferences": 509, "Fables": 257,
-    "Multiplier": 13, "ShakespeareChar": 65, "Stdlib": 257, "TinyStories": 4096, "Mixture": 257,
-    "Digits": 17, "ShapesCaptions": 361,
+    "Multiplier": 13, "ShakespeareChar": 65, "Stdlib": 257, "TinyStories": 4096,
+    "Digits": 17, "ShapesCaptions": 361, "ShapesVQA": 361,
 }  # fmt: skip
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
@@ -161,9 +162,9 @@ def test_the_experiments_are_all_listed(document: str, head: str) -> None:
 @pytest.mark.parametrize("name", sorted(experiments()))
 def test_an_experiment_is_as_large_and_as_long_as_the_documents_say(name: str) -> None:
     experiment = load_experiment(experiments()[name])
-    bpe = getattr(experiment.corpus, "tokenizer", "") == "bpe"
-    vocab_size = getattr(experiment.corpus, "vocab_size", None) if bpe else None
-    resolved = resolve(experiment, vocab_size or VOCABULARY[type(experiment.corpus).__name__])
+    corpus = experiment.corpus.sources[0].corpus if isinstance(experiment.corpus, Mixture) else experiment.corpus
+    vocab_size = getattr(corpus, "vocab_size", None) if getattr(corpus, "tokenizer", "") == "bpe" else None
+    resolved = resolve(experiment, vocab_size or VOCABULARY[type(corpus).__name__])
     parameters = sum(parameter.numel() for parameter in build_model(resolved.model).parameters())
     training, data = experiment.training, experiment.data
     tokens = training.macro_batches * training.batches_per_macro_batch * data.batch_size * data.seq_len

@@ -2,17 +2,21 @@
 
 import base64
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torch import Tensor
 
 from cleangpt.checkpoints.checkpoint import best_checkpoint, load_checkpoint
-from cleangpt.config import FineTuningConfig, LoRAConfig, MuonConfig, OptimizerConfig
+from cleangpt.config import FineTuningConfig, LoRAConfig, MuonConfig, OptimizerConfig, Source
 from cleangpt.corpora import prepare
+from cleangpt.corpora.mixture import Mixture
+from cleangpt.corpora.pictures import Pictures
 from cleangpt.data.images import IMAGE_CHARACTER
 from cleangpt.data.records import records_of_row
 from cleangpt.distributed.layout import Layout
@@ -138,6 +142,14 @@ def test_mup_scales_a_linear_encoder_like_an_embedding_and_refuses_convolutions(
     assert with_images == without
     with pytest.raises(UserError, match="base_dim is 16; allowed for a model with convolutions: None"):
         mup_scales(GPTConfig(**sizes, vision=VIT), OptimizerConfig(lr=1e-2, base_dim=16))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_corpus_that_prepares_pictures_otherwise_than_the_model_is_refused(mixed: bool, experiment: Build) -> None:
+    pictures = Pictures(files=("a",), resize="crop", image_tokens=4, pack=9)
+    corpus = Mixture(sources=(Source(name="own", corpus=pictures),)) if mixed else pictures
+    with pytest.raises(UserError, match=r"corpus.resize is 'crop'; allowed: model.vision.resize, which is 'stretch'"):
+        check(replace(experiment(), corpus=corpus), device=torch.device("cpu"))
 
 
 def test_tensor_parallelism_refuses_an_encoder_in_one_line(experiment: Build) -> None:
