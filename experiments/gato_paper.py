@@ -1,4 +1,4 @@
-"""The tasks of gato_small with the 79M network of Gato's paper, its batches and optimizer, and a tenth of its million steps.
+"""The tasks of gato_small, with the 79M network, batches and optimizer of Gato's paper, and a tenth of its steps.
 
 Text is bytes, since its 32,000 subwords are not published; stochastic depth is missing.
 
