@@ -29,11 +29,11 @@ experiment = Experiment(
     model=GatoConfig(
         vocab_size=corpus.tokenizer().vocab_size, n_layers=1, n_heads=4, dim=64, tied=True, n_places=8, vector=4
     ),
-    objective=PPO(gamma=0.98, lam=0.8, clip=0.2, value_coef=0.5, value_clip=10.0),
-    rollouts=RolloutConfig(prompts=32, completions=1, passes=8, micro_batch_size=32, measure_kl=False),
-    optimizer=OptimizerConfig(lr=7e-4, weight_decay=0.0, betas=(0.9, 0.98), clip_norm=1.0),
+    objective=PPO(gamma=0.98, lam=0.9, clip=0.2, value_coef=0.5, value_clip=10.0),
+    rollouts=RolloutConfig(prompts=32, completions=1, passes=4, micro_batch_size=32, measure_kl=False),
+    optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.0, betas=(0.9, 0.98), clip_norm=1.0),
     schedule=ScheduleConfig(lr=Schedule(shape="linear", final=0.0)),
-    training=TrainingConfig(macro_batches=9, batches_per_macro_batch=128),
+    training=TrainingConfig(macro_batches=14, batches_per_macro_batch=96),
     saving=SavingConfig(keep_best=1, best="highest score"),
     tracking=TrackingConfig(score_samples=10, sample_tokens=0),
 )

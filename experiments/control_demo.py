@@ -1,4 +1,4 @@
-"""CartPole, Acrobot and MountainCar by one network, which imitates experts: four minutes on two cores."""
+"""CartPole, Acrobot and MountainCar by one network, which imitates experts."""
 
 from cleangpt.config import (
     DataConfig,

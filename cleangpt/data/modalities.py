@@ -293,15 +293,21 @@ class Image:
         return self.tokens
 
     def encode(self, values: Values, ranges: TokenRanges, action: bool = False) -> NDArray[np.int64]:
-        """Zeros `(batch, tokens)`."""
+        """Zeros `(batch, tokens)`.
+
+        Raises:
+            UserError: it is a space of actions.
+        """
+        if action:
+            self.ids(ranges)
         return np.zeros((len(values), self.tokens), np.int64)
 
     def decode(self, tokens: NDArray[np.int64], ranges: TokenRanges, action: bool = False) -> Values:
         """Raises UserError: tokens do not say what a picture shows."""
-        raise UserError("a space of actions has pictures; allowed: in observations")
+        return self.ids(ranges)
 
     def ids(self, ranges: TokenRanges, action: bool = False) -> list[Ids]:
-        """As `decode`."""
+        """Raises UserError likewise."""
         raise UserError("a space of actions has pictures; allowed: in observations")
 
     def stack(self, values: Sequence[Any]) -> Values:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cleangpt.environments.acting import Lost
-from cleangpt.errors import require
+from cleangpt.errors import UserError, require
 
 KINDS, COLOURS, STATES = 11, 6, 3
 """Of cells, as minigrid counts them."""
@@ -24,8 +24,10 @@ def make_grid(
     """A simulation by its name, such as BabyAI-GoToLocal-v0; `fields` are its constructor's.
 
     Raises:
-        UserError: minigrid is not installed.
+        UserError: minigrid is not installed, or there is no such view.
     """
+    if view not in ("cells", "pictures"):
+        raise UserError(f"view is {view!r} in corpus.arguments; allowed: cells, pictures")
     gymnasium = require("gymnasium")
     gymnasium.register_envs(require("minigrid"))
     simulation = gymnasium.make(name, render_mode=render_mode, **fields)

@@ -184,6 +184,7 @@ class ControlSource:
         for step in range(max(1, longest)):
             if not running:
                 break
+            last = step + 1 >= longest
             seen = self.environment.stack([self.simulations[number].observation for number in running])
             actions, going = agent.act(seen), list[int]()
             for row, number in enumerate(running):
@@ -192,26 +193,27 @@ class ControlSource:
                 stretch.logprobs.append(agent.logprobs[row])
                 stretch.tokens, stretch.places = tokens.copy(), agent.places[row, :end].copy()
                 stretch.records = agent.records[row]
-                if self._step(self.simulations[number], stretch, item(actions, row)) and step + 1 < longest:
+                if self._step(self.simulations[number], stretch, item(actions, row), last):
                     going.append(row)
             running = [running[row] for row in going]
             if len(going) < len(agent.lengths):
                 agent.keep(going)
         return stretches
 
-    def _step(self, simulation: Simulation, stretch: Stretch, action: Any) -> bool:
-        """Acts; returns whether the episode goes on. If it does not, another one begins."""
+    def _step(self, simulation: Simulation, stretch: Stretch, action: Any, last: bool) -> bool:
+        """Acts; returns whether the stretch goes on. It does not after its `last` step, nor after its episode's, where
+        another one begins."""
         simulation.actions.append(stretch.tokens[-self.steps.action.size :].tolist())
         simulation.observation, reward, terminated, truncated, _ = simulation.env.step(action)
         simulation.total += float(reward)
         stretch.rewards.append(float(reward))
         self.steps_taken += 1
-        seen = self.environment.stack([simulation.observation])
-        stretch.following = None if terminated else self.steps.observe(seen)
+        if (last or truncated) and not terminated:
+            stretch.following = self.steps.observe(self.environment.stack([simulation.observation]))
         if terminated or truncated:
             self.finished.append((simulation.total, len(simulation.actions)))
             self._reset(simulation, simulation.episode + 1)
-        return not (terminated or truncated)
+        return not (terminated or truncated or last)
 
     def _reset(self, simulation: Simulation, episode: int) -> None:
         """Begins an episode, whose number counts those of this simulation."""

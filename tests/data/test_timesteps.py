@@ -95,6 +95,24 @@ def test_a_vector_that_cannot_be_is_refused(vector: int, value: float, message: 
         steps.observe(np.array([[value, 1.0]]))
 
 
+def test_pictures_are_no_actions() -> None:
+    steps = Timesteps(TokenRanges(10), Box((1,)), Image(2, 2, 4))
+    with pytest.raises(UserError, match="a space of actions has pictures"):
+        steps.encode(np.zeros((1, 1)), np.zeros((1, 2, 2, 3), np.uint8), np.ones(1, bool))
+
+
+@pytest.mark.parametrize("shape", [(6, 8, 3), (6, 8, 1), (4, 4, 3)])
+def test_pictures_become_one_size(shape: tuple[int, int, int]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, *shape)).astype(np.uint8)
+    stacked = Image(4, 4, 1).stack(list(pixels))
+    assert stacked.shape == (2, 4, 4, 3) and stacked.dtype == np.uint8
+    if shape == (4, 4, 3):
+        assert np.array_equal(stacked, pixels)
+    else:
+        assert abs(stacked.mean() - pixels.mean()) < 15
+    assert shape[2] == 3 or (stacked == stacked[..., :1]).all()
+
+
 def test_numbers_of_a_vector_are_clipped_as_those_of_bins_are() -> None:
     steps = Timesteps(TokenRanges(10, Modalities(vector=2)), Box((2,)), Discrete((2,)))
     assert steps.observe(np.array([[1e9, -1e9]])).records["vectors"].tolist() == [[[1.0, -1.0]]]

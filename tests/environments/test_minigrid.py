@@ -132,6 +132,11 @@ def test_pictures_of_a_grid_are_images() -> None:
     assert np.array_equal(seen.stack([observation])["image"][0], observation["image"])
 
 
+def test_another_view_is_refused() -> None:
+    with pytest.raises(UserError, match=r"view is 'all' in corpus\.arguments; allowed: cells, pictures"):
+        make("BabyAI-GoToLocal-v0", (("view", "all"),))
+
+
 def test_without_minigrid_its_name_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "minigrid", None)
     with pytest.raises(UserError, match="pip install minigrid"):
