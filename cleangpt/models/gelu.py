@@ -45,7 +45,7 @@ class _GELU(torch.autograd.Function):
         return sigmoid.mul_(x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[misc]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> Tensor:
         (derivative,) = ctx.saved_tensors
         return outer[0] * derivative  # type: ignore[no-any-return]
