@@ -129,7 +129,7 @@ class Collector:
         return prompt
 
     def line(self, answer: Answer) -> dict[str, Any]:
-        """An answer for rollouts.jsonl."""
+        """An answer for answers.jsonl."""
         prompt, completion = self._texts(answer)
         rewards = {metric_key("reward", name): sum(scores) for name, scores in answer.rewards.items() if scores}
         return {
