@@ -67,7 +67,7 @@ class RolloutConfig(Checked, section="rollouts"):
     """Truncated importance sampling between sampler and trainer: weight each token by its ratio of probabilities, at
     most this; needs old_logprobs recomputed. None: off."""
     save_answers: bool = False
-    """Write every answer of every round to rollouts.jsonl in the run, with its prompt, rewards and step."""
+    """Write every answer of every round to answers.jsonl in the run, with its prompt, rewards and step."""
     measure_kl: bool = True
     """Measure the KL divergence from the initial model even if the objective has no KL term, which costs one more
     forward pass a round."""

@@ -30,6 +30,8 @@ from cleangpt.interchange.huggingface import open_checkpoint
 
 Judge = Callable[[Sequence[Episode]], list[float]]
 """The score of each episode's answer."""
+EXAMPLES, SHOWN = "examples", 8
+"""Name and number of the prompts whose answers by both models are in against.json."""
 NORMAL = 1.96
 """Standard errors in half of a 95 % interval."""
 
@@ -101,8 +103,24 @@ def compare(
     }  # fmt: skip
     measured = [environment.measures(episode) for episode in played[0]]
     metrics |= {name: _mean([entry[name] for entry in measured]) for name in measured[0]}
-    write_json(run / "against.json", metrics)
+    write_json(run / "against.json", metrics | {EXAMPLES: side_by_side(first.tokenizer, played, scores)})
     return metrics
+
+
+def side_by_side(
+    tokenizer: Tokenizer, played: Sequence[Sequence[Episode]], scores: Sequence[Sequence[float]]
+) -> list[dict[str, Any]]:
+    """What both models answer to the first prompts, as text with its score, for the report."""
+    found = []
+    for own, other, score, other_score in list(zip(*played, *scores, strict=True))[:SHOWN]:
+        prompt, answer, other_answer = map(tokenizer.decode, (own.prompt.tokens, _answer(own), _answer(other)))
+        found.append(
+            {
+                "prompt": prompt, "answer": answer, "score": score, "answer_of_other": other_answer,
+                "score_of_other": other_score,
+            }
+        )  # fmt: skip
+    return found
 
 
 def open_judge(judge: str | None, tokenizer: Tokenizer, device: torch.device) -> Judge:

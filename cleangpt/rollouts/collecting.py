@@ -88,12 +88,15 @@ class Collector:
         groups = (kept + spare)[: config.prompts] if config.dynamic_sampling else drawn
         totals = [[sum(answer.total) for answer in group if answer.scored] for group in drawn]
         totals = [scores for scores in totals if scores] or [[0.0]]
-        every = [total for scores in totals for total in scores]
         return Collected(
-            [answer for group in groups for answer in group], len(drawn), len(spare) / len(drawn),
-            float(np.mean(every)), float(np.mean([max(scores) for scores in totals])), int(self.ranks.sum(self.scorer.errors.count)[0]),
-            [self._text(group[0]) for group in groups[:EXAMPLES]],
-        )  # fmt: skip
+            [answer for group in groups for answer in group],
+            prompts=len(drawn),
+            without_signal=len(spare) / len(drawn),
+            drawn_reward=float(np.mean([total for scores in totals for total in scores])),
+            best_reward=float(np.mean([max(scores) for scores in totals])),
+            errors=int(self.ranks.sum(self.scorer.errors.count)[0]),
+            examples=[self._text(group[0]) for group in groups[:EXAMPLES]],
+        )
 
     def _draw(self, first: int, count: int) -> list[list[Answer]]:
         """The groups of answers to `count` prompts, shared among the processes by chunks."""
@@ -126,7 +129,7 @@ class Collector:
         return prompt
 
     def line(self, answer: Answer) -> dict[str, Any]:
-        """An answer for rollouts.jsonl."""
+        """An answer for answers.jsonl."""
         prompt, completion = self._texts(answer)
         rewards = {metric_key("reward", name): sum(scores) for name, scores in answer.rewards.items() if scores}
         return {

@@ -30,7 +30,7 @@ from cleangpt.rollouts.rounds import Sizes, batch_of_round, explained_variance, 
 from cleangpt.tracking.metrics import metric_key
 
 Save = Callable[[Sequence[Mapping[str, Any]]], None]
-"""Writes the answers of a round, of which each is a line of rollouts.jsonl."""
+"""Writes the answers of a round, of which each is a line of answers.jsonl."""
 
 
 class RolloutSource:

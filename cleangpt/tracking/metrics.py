@@ -3,7 +3,7 @@
     metrics.jsonl    one JSON object per macro-batch, keys as in `METRICS`
     steps.jsonl      one JSON object every `tracking.every` steps, keys as in `STEP_METRICS`
     samples.jsonl    {"macro_batch": …, "text": …} for each text sampled from the model
-    rollouts.jsonl   with `rollouts.save_answers` one JSON object per answer; "step" is the first that learns from it
+    answers.jsonl    with `rollouts.save_answers` one JSON object per answer; "step" is the first that learns from it
 
 All are strict JSON, one object per line, UTF-8. JSON has no NaN or infinity: such a value is written as null, with its
 kind as in ``{"val_loss": null, "not_finite": {"val_loss": "nan"}}``; `read_metrics` and `read_steps` restore it. Before
@@ -27,8 +27,8 @@ from cleangpt.tracking.numbers import show_bytes, show_count, show_number, show_
 from cleangpt.tracking.rollouts import ROLLOUTS
 
 METRICS_FILE, STEPS_FILE, SAMPLES_FILE = "metrics.jsonl", "steps.jsonl", "samples.jsonl"
-ROLLOUTS_FILE = "rollouts.jsonl"
-LINE_NUMBERS = {METRICS_FILE: "macro_batch", STEPS_FILE: "step", SAMPLES_FILE: "macro_batch", ROLLOUTS_FILE: "step"}
+ANSWERS_FILE = "answers.jsonl"
+LINE_NUMBERS = {METRICS_FILE: "macro_batch", STEPS_FILE: "step", SAMPLES_FILE: "macro_batch", ANSWERS_FILE: "step"}
 """The key that orders the lines of each file."""
 NOT_FINITE = "not_finite"
 UNKNOWN = "–"
@@ -185,7 +185,7 @@ def show(name: str, value: Value) -> str:
 
 
 class MetricsFiles:
-    """The tracker that writes metrics.jsonl, steps.jsonl, samples.jsonl and rollouts.jsonl in the folder `run`.
+    """The tracker that writes metrics.jsonl, steps.jsonl, samples.jsonl and answers.jsonl in the folder `run`.
 
     On a full disk, lines are kept in memory and in the snapshots, and written in order as soon as there is room; `log`
     is called with a message.
@@ -229,7 +229,7 @@ class MetricsFiles:
 
     def answers(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Appends the answers of a round of rollouts."""
-        self._waiting.extend((ROLLOUTS_FILE, strict(line)) for line in lines)
+        self._waiting.extend((ANSWERS_FILE, strict(line)) for line in lines)
         self._write()
 
     def close(self, status: str) -> None:

@@ -160,7 +160,9 @@ def _page(runs: list[Run], images: Mapping[str, Path]) -> str:
     if evaluated := [run for run in runs if run.evaluation]:
         parts.append(_section("Evaluation", _facts_table(evaluated, [run.evaluation for run in evaluated], _metric)))
     if compared := [run for run in runs if run.against]:
-        parts.append(_section("Win rate", _facts_table(compared, [run.against for run in compared], _metric)))
+        facts = [{name: value for name, value in run.against.items() if name != "examples"} for run in compared]
+        parts.append(_section("Win rate", _facts_table(compared, facts, _metric)))
+        parts += [_side_by_side(run) for run in compared if run.against.get("examples")]
     parts += [_samples(run, len(runs) > 1) for run in runs if run.samples]
     parts.append(_folded("Experiment", _experiment_table(runs)))
     if any(run.environment for run in runs):
@@ -267,6 +269,19 @@ def _samples(run: Run, named: bool) -> str:
     return _section(
         title, f'<div class="seen">{images}</div>' + "\n".join(blocks) + (more if len(run.samples) > len(shown) else "")
     )
+
+
+def _side_by_side(run: Run) -> str:
+    """What both models answered to the same prompts, with its scores."""
+    rows = ["<tr><th>prompt</th><th colspan=2>" + _text(run.name) + "</th><th colspan=2>the other</th></tr>"]
+    for example in run.against["examples"]:
+        answers = "".join(
+            f"<td><pre>{_text(str(example.get(answer, ''))[:LONGEST_SAMPLE])}</pre></td>"
+            f"<td>{_text(_plain('', example.get(score)))}</td>"
+            for answer, score in (("answer", "score"), ("answer_of_other", "score_of_other"))
+        )
+        rows.append(f"<tr><td><pre>{_text(str(example.get('prompt', ''))[-LONGEST_SAMPLE:])}</pre></td>{answers}</tr>")
+    return _section("Side by side", f"<div class=wide><table>{''.join(rows)}</table></div>")
 
 
 def _glossary(runs: list[Run]) -> str:

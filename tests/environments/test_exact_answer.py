@@ -1,5 +1,6 @@
 """A row of a dataset is a question with one right answer, as its loss mask says."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from cleangpt.corpora.arithmetic import Problems
 from cleangpt.corpora.mixture import Mixture, environments
 from cleangpt.corpora.multiplier import Multiplier
 from cleangpt.corpora.shakespeare_char import ShakespeareChar
+from cleangpt.data.chat_template import encode_chat, encode_prompt, special_tokens
 from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.tokenizers import CharTokenizer
 from cleangpt.environments.base import Environment, Episode, Feedback, Prompt
@@ -72,6 +74,30 @@ def test_only_the_run_of_tokens_after_the_question_is_the_answer() -> None:
     environment = ExactAnswer(Conversation())  # type: ignore[arg-type]
     right = {"answer": [1, 2], "text": "12"}
     assert environment.reset("val", 0) == Prompt([7, 8], max_new_tokens=2, extras=right)
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_prompt_and_answer_are_the_tokens_of_the_whole_conversation(number: int, workplace: Path) -> None:
+    """However they are cut: with one end token, nothing twice between them, and nothing that only encoding them
+    together or apart would make."""
+    corpus = AdderChat(digits=1)
+    dataset = prepare(corpus, Path("data")).sources[0].dataset
+    environment, tokenizer = ExactAnswer(dataset), dataset.tokenizer
+    prompt = environment.reset("val", number)
+    episode = Episode("val", number, prompt)
+    answer = prompt.extras["answer"]
+    assert environment.step(episode, answer).reward == 1
+    text = tokenizer.decode(prompt.tokens)
+    one, other = map(int, re.findall(r"\d+", text))
+    question = text.removeprefix("user\n").partition("\n")[0]
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": corpus.answer(one, other)}]
+    template = corpus.chat_template()
+    text, _ = template.render_answers(messages, special_tokens(tokenizer))
+    ((whole, _),) = encode_chat(tokenizer, [text])
+    assert [*prompt.tokens, *answer] == whole.tolist()[: len(prompt.tokens) + len(answer)]
+    assert prompt.tokens == encode_prompt(template, tokenizer, messages[:1])
+    assert answer.count(tokenizer.eos_id) == 1 and answer[-1] == tokenizer.eos_id
+    assert tokenizer.eos_id not in prompt.tokens and not whole[len(prompt.tokens) + len(answer) :].any()
 
 
 def test_each_source_of_a_mixture_has_its_own_environment(workplace: Path) -> None:

@@ -1,4 +1,4 @@
-r"""What ready rewards tell of an answer: numbers, \boxed{…}, forms, repetitions; where there is nothing to compare with."""
+"""What ready rewards tell of an answer, and where they do not score it."""
 
 from typing import Any
 

@@ -109,7 +109,11 @@ def test_runs_are_compared_by_their_corpus_a_function_or_a_reward_model(
     by_corpus = compared(capsys, runs[0], "--against", runs[1], "--samples", "20")
     assert by_corpus["prompts"] == 20 and by_corpus["judge"] == "FablesGold" and by_corpus["kl"] > 0
     assert 0 <= by_corpus["grammatical"] <= 1
-    assert json.loads(Path(runs[0], "against.json").read_text()) == by_corpus
+    written = json.loads(Path(runs[0], "against.json").read_text())
+    examples = written.pop("examples")
+    assert written == by_corpus and len(examples) == 8
+    assert {"prompt", "answer", "score", "answer_of_other", "score_of_other"} == examples[0].keys()
+    assert examples[0]["prompt"].endswith(" there lived a") and examples[0]["answer"] != examples[0]["answer_of_other"]
     assert compared(capsys, runs[0], "--against", runs[1], "--samples", "20") == by_corpus
     Path("judge.py").write_text(
         "def score(prompt, answer):\n    assert prompt.endswith(' there lived a')\n    return -len(answer)\n"

@@ -79,7 +79,8 @@ def plain_loss(name: str, objective: Any, batch: Batch, scores: dict[str, Tensor
             losses.append(loss)
         tokens += losses
         answers.append(sum(losses) / (5 if name == "dr_grpo" else len(losses)))
-    return sum(tokens) / len(tokens) if name in ("dapo", "ppo", "entropy", "reinforce++") else sum(answers) / len(answers)  # type: ignore
+    per_token = name in ("dapo", "ppo", "entropy", "reinforce++")
+    return sum(tokens) / len(tokens) if per_token else sum(answers) / len(answers)  # type: ignore
 
 
 @each_objective
@@ -317,7 +318,7 @@ def test_whitened_advantages_have_mean_0_and_variance_1_and_padding_stays_0() ->
 def test_the_advantages_of_reinforce_plus_plus_are_whitened_returns(group_baseline: bool) -> None:
     """Token by token: -0.1 x k1 from there on, discounted, the answer's reward, less the group's mean if that is asked
     for; an answer that is left out, the last, changes nothing."""
-    batch, scores = random_batch()
+    batch, _ = random_batch()
     mask = batch.targets != IGNORED
     mask[-1] = False
     last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)

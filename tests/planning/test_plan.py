@@ -193,6 +193,15 @@ def test_the_command_prints_a_table_and_writes_json(workplace: Path, capsys: pyt
     assert not Path("runs").exists() and not Path("data").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adder_grpo", "adder_ppo"])
+def test_the_command_plans_a_policy(name: str, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", name, "--model.vocab-size", "16", "--device", "4090", "--price", "0.5"]
+    assert main([*words, "--rollouts.passes", "2", "--optimizer.base-dim", "48"]) == 0
+    printed = capsys.readouterr().out
+    assert "cheapest that fits: " in printed and "rollouts: every answer is taken to have 12 tokens" in printed
+
+
 @pytest.mark.default(1)
 @pytest.mark.parametrize("tokens", ["100", "10000000", "10000000000000"])
 def test_what_is_printed_has_three_significant_digits(

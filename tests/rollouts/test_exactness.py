@@ -41,8 +41,8 @@ def recorded(run: str) -> list[dict[str, Any]]:
 
 
 def answers_of(run: str) -> list[str]:
-    """The lines of rollouts.jsonl."""
-    file = Path(run) / "rollouts.jsonl"
+    """The lines of answers.jsonl."""
+    file = Path(run) / "answers.jsonl"
     return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
 
 
@@ -103,7 +103,7 @@ def test_every_answer_is_in_the_file_once_also_after_a_crash(policy: Build, trai
     with pytest.raises(AssertionError, match="a crash"):
         crashing.train()
     assert len(answers_of("two")) == 2 * 32
-    with Path("two/rollouts.jsonl").open("a") as file:
+    with Path("two/answers.jsonl").open("a") as file:
         file.write('{"step": 9, "id"')
     trainer(experiment(run_dir="two")).train()
     assert answers_of("one") == answers_of("two")

@@ -102,7 +102,9 @@ def test_an_answer_that_a_reward_does_not_score_has_the_others_or_is_left_out() 
     """Of its group's mean and of the loss, as if it had never been sampled."""
     answers = scorer(rewards=rewards(("even", 2.0))).score([episode(text) for text in ("ab", "abc", "a", "abcd")], 0)
     assert [answer.rewards["even"] for answer in answers] == [[-1.0], [], [], [-1.0]]
-    assert [answer.scored for answer in answers] == [not answer.masked for answer in answers] == [True, False, False, True]
+    assert (
+        [answer.scored for answer in answers] == [not answer.masked for answer in answers] == [True, False, False, True]
+    )
     answers[0].total = [1.0]
     columns = as_columns(answers)
     rollouts = Round(columns["mask"], columns["rewards"], columns["logprobs"], 4)

@@ -185,6 +185,29 @@ def test_importance_weights_between_sampler_and_trainer_are_near_1_and_truncated
     torch.testing.assert_close(capped.next().extras["advantages"], 2 * one.extras["advantages"])
 
 
+def test_importance_weights_of_a_bf16_sampler_are_the_ratios_of_its_rounding(policy: Build, trainer: Open) -> None:
+    """The sampler reads token by token and rounds otherwise than the trainer; each token's advantage has the ratio."""
+
+    def opened(name: str, **fields: Any) -> RolloutSource:
+        one = trainer(policy(run_dir=name, training__precision="bf16", **fields))
+        with torch.no_grad():
+            for parameter in one.model.parameters():
+                parameter.mul_(4)  # logits that differ, as those of a trained model do
+        assert isinstance(one.source, RolloutSource)
+        one.source.next()
+        return one.source
+
+    sampled = opened("one")
+    looked_back = opened("two", rollouts__old_logprobs="recomputed")
+    weighted = opened("three", rollouts__old_logprobs="recomputed", rollouts__importance_cap=1.005)
+    mask = sampled.rows["mask"]
+    ratio = (looked_back.rows["old_logprobs"] - sampled.rows["old_logprobs"]).exp()[mask]
+    assert 0.005 < (ratio - 1).abs().max() < 0.2 and 1e-5 < (ratio - 1).abs().mean() < 2e-2
+    assert looked_back.rows["advantages"].equal(sampled.rows["advantages"])
+    expected = sampled.rows["advantages"][mask] * ratio.clamp(max=1.005)
+    torch.testing.assert_close(weighted.rows["advantages"][mask], expected)
+
+
 def test_the_kl_term_of_the_reward_is_in_the_advantages(policy: Build, trainer: Open) -> None:
     """RLOO's advantages with another reference differ by the k1 of each answer, less the mean of the others."""
     opened = trainer(policy(objective=RLOO(kl_coef=0.5), rollouts__rewards=(Reward(),)))

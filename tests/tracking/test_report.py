@@ -147,10 +147,12 @@ def test_an_evaluation_is_shown_where_there_is_one(tmp_path, without_plots):
 def test_a_comparison_with_another_model_is_shown_with_its_win_rate(tmp_path, without_plots):
     run = make(tmp_path / "run")
     assert "Win rate" not in Page(write_report([run])).text
-    against = {"against": "runs/sft", "win_rate": 0.975, "kl": 3.5, "grammatical": 0.96}
+    example = {"prompt": "a <b>", "answer": "one", "score": 2.0, "answer_of_other": "two", "score_of_other": None}
+    against = {"against": "runs/sft", "win_rate": 0.975, "kl": 3.5, "grammatical": 0.96, "examples": [example]}
     (run / "against.json").write_text(json.dumps(against), encoding="utf-8")
     page = Page(write_report([run]))
     assert "Win rate" in page.text and page.fact("win rate") == ["0.975"] and page.fact("against") == ["runs/sft"]
+    assert "Side by side" in page.text and all(word in page.text for word in ("a <b>", "one", "two", "2.0"))
 
 
 @pytest.mark.slow

@@ -163,6 +163,22 @@ def test_the_loss_of_a_rate_is_that_of_the_end_of_a_run_by_hand(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("objective", ["adder_grpo", "adder_ppo"])
+def test_the_command_finds_the_rate_of_a_policy(
+    objective: str, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By its score, which is highest where it is the best."""
+    small = ["--corpus.train-samples", "99", "--corpus.val-samples", "9", "--corpus.test-samples", "9"]
+    sizes = ["--rollouts.prompts", "8", "--rollouts.completions", "2", "--data.batch-size", "16", "--model.dim", "16",
+             "--training.batches-per-macro-batch", "1", "--tracking.score-samples", "8"]  # fmt: skip
+    words = ["tune", objective, "--init-from", "None", "--steps", "4", "--rates", "0.001", "0.01", "--out", "tuned"]
+    assert main([*words, *small, *sizes]) == 0
+    printed = capsys.readouterr().out
+    assert "0.001      exact_match 0" in printed and "train with: --optimizer.lr 0.001" in printed
+    assert set(json.loads(Path("tuned/tune.json").read_text())["rates"][0]) == {"lr", "exact_match"}
+
+
+@pytest.mark.slow
 def test_a_search_brackets_the_lowest_loss_and_is_the_same_again(own: str) -> None:
     losses = tune("--factor", "4")
     rates = sorted(losses)
