@@ -10,7 +10,7 @@ PREFIX = "hf:"
 
 FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json", "vocab.json",
          "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
-         "chat_template.jinja", "preprocessor_config.json", "processor_config.json")  # fmt: skip
+         "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json")  # fmt: skip
 """The only files that are downloaded. All are data; the chat template is rendered in a sandbox."""
 
 

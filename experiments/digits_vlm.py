@@ -21,7 +21,7 @@ experiment = Experiment(
     name="digits_vlm",
     corpus=corpus,
     data=DataConfig(seq_len=corpus.row_length - 1, batch_size=128),
-    model=GPTConfig(n_layers=3, n_heads=4, dim=64, dropout=0.1, vision=vision),
+    model=GPTConfig(n_layers=3, n_heads=4, dim=64, vision=vision),
     optimizer=OptimizerConfig(lr=3e-3, weight_decay=0.1, betas=(0.9, 0.98), clip_norm=1.0),
     schedule=ScheduleConfig(lr=Schedule(shape="cosine", final=0.01, warmup=0.1)),
     training=TrainingConfig(macro_batches=15, batches_per_macro_batch=100),

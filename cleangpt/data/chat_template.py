@@ -200,6 +200,8 @@ def find_template(folder: Path) -> ChatTemplate | None:
     """
     if (folder / CHAT_TEMPLATE).is_file():
         content = read_json(folder / CHAT_TEMPLATE)
+        if isinstance(content, dict) and "chat_template" in content:  # of a processor of Transformers
+            content = {"template": content["chat_template"], **named_tokens(folder)}
         ends = content.pop("ends", []) if isinstance(content, dict) else None
         if not isinstance(ends, list) or not all(
             isinstance(text, str) for text in (content.get("template"), *content.values(), *ends)
@@ -323,8 +325,7 @@ def encode_prompt(
 ) -> list[int]:
     """The tokens of a conversation up to where the assistant's next answer starts.
 
-    Special tokens are those that the template writes; where a message spells one, it is text. The first of `written`
-    stands for the second, such as for a special token.
+    Special tokens are those that the template writes, not those that messages spell; `written[0]` becomes `written[1]`.
 
     Raises:
         UserError: as `ChatTemplate.render` and `encode_chat`; or a message has the character that ends a text.
@@ -337,8 +338,7 @@ def encode_prompt(
     if isinstance(tokenizer, CharTokenizer):
         raise UserError(f"a message has {next(iter(special))!r}, which ends a text for this tokenizer; leave it out")
     tokens: list[int] = []
-    parts = pattern(special).split(safe.replace(*written))
-    for number, part in enumerate(parts):  # every second one is a special token
+    for number, part in enumerate(pattern(special).split(safe.replace(*written))):  # every other one is special
         text = part.replace(GUARD, "")
         tokens += [special[part]] if number % 2 else tokenizer.encode(text)[len(tokenizer.prefix) :].tolist()
     return tokens

@@ -277,6 +277,13 @@ def test_an_older_folder_has_its_template_among_the_settings(entry: Any, tmp_pat
     assert find_template(tmp_path) == ChatTemplate(CHATML, {"eos_token": "</s>"})
 
 
+def test_a_processor_has_the_template_in_a_file_of_its_own(tmp_path: Path) -> None:
+    """As LLaVA was released."""
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}', encoding="utf-8")
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": CHATML}), encoding="utf-8")
+    assert find_template(tmp_path) == ChatTemplate(CHATML, {"eos_token": "</s>"})
+
+
 # Answers -------------------------------------------------------------------------------------------------------------
 
 
