@@ -2,6 +2,7 @@
 
 from cleangpt.config import (
     DataConfig,
+    EarlyStoppingConfig,
     OptimizerConfig,
     SavingConfig,
     Schedule,
@@ -35,5 +36,6 @@ experiment = Experiment(
     schedule=ScheduleConfig(lr=Schedule(shape="linear", final=0.0)),
     training=TrainingConfig(macro_batches=14, batches_per_macro_batch=96),
     saving=SavingConfig(keep_best=1, best="highest score"),
-    tracking=TrackingConfig(score_samples=10, sample_tokens=0),
+    early_stopping=EarlyStoppingConfig(target=100.0),  # every episode lasts 500 steps
+    tracking=TrackingConfig(score_samples=20, sample_tokens=0),
 )
