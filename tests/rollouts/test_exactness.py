@@ -86,6 +86,7 @@ def test_a_run_stopped_after_every_step_ends_with_the_same_bits(policy: Build, t
     assert len(answers_of("one")) == (3 * 32 if variant == "grpo" else 0)
 
 
+@pytest.mark.slow
 def test_every_answer_is_in_the_file_once_also_after_a_crash(policy: Build, trainer: Open) -> None:
     """The crash is within the second round, whose answers are in the file, and before its snapshot; then the start of
     the third is torn."""
