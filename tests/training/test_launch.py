@@ -261,11 +261,12 @@ def test_an_infinite_gradient_in_one_processs_part_makes_all_skip_the_step_and_h
 
 @pytest.mark.slow
 def test_all_stop_after_the_same_step_when_one_sees_that_too_many_were_skipped() -> None:
-    """Within a macro-batch, where each process looks at the count only now and then."""
+    """Within a macro-batch, where each process looks at the count only now and then, by the clock: at step 3 or 4."""
     code, errors, _ = one_machine(2, "--training.max-skipped-steps", "3", FAULT="nan 0 1", PAUSE="0.15")
     said = set(stopped_lines(errors).values())
-    assert code == 1 and len(said) == 1 and said.pop().startswith("3 steps in a row up to step 4 had a loss")
-    assert [len(Path(f"weights_{rank}.txt").read_text().splitlines()) for rank in (0, 1)] == [4, 4]
+    steps = [len(Path(f"weights_{rank}.txt").read_text().splitlines()) for rank in (0, 1)]
+    assert steps in ([3, 3], [4, 4])
+    assert code == 1 and len(said) == 1 and said.pop().startswith(f"3 steps in a row up to step {steps[0]} had a loss")
 
 
 # Two machines --------------------------------------------------------------------------------------------------------
