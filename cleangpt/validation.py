@@ -207,8 +207,8 @@ def from_json(cls: type[T], value: Any, kinds: Mapping[str, type], path: str = "
                 "if the kind is your own, run the file that defines it first: --code FILE, or an import in Python"
             )
         cls = kinds[kind]
-    elif of_it := [name for name, one in kinds.items() if issubclass(one, cls) and cls not in kinds.values()]:
-        raise UserError(f"{path}kind is missing; allowed: {', '.join(sorted(of_it))}")
+    elif cls not in kinds.values() and (of_it := sorted(name for name, one in kinds.items() if issubclass(one, cls))):
+        raise UserError(f"{path}kind is missing; allowed: {', '.join(of_it)}")
     hints = hints_of(cls)
     for name in entries:
         if name not in hints:

@@ -1,17 +1,14 @@
 """Images: each encoder in front of a model, against the CPU in fp64."""
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from benchmarks.gpu.correct import ALLOWED, error_of, sizes
-from benchmarks.gpu.policies import computed
+from benchmarks.gpu.correct import sizes
+from benchmarks.gpu.policies import compare
 from benchmarks.gpu.setup import Measurement, Setup
 from cleangpt.data.batch import Batch
-from cleangpt.distributed.device import check_precision, set_fp32_precision
-from cleangpt.errors import UserError
 from cleangpt.models import build_model
 from cleangpt.models.gpt import GPTConfig
 from cleangpt.models.vision import VisionConfig
@@ -24,18 +21,7 @@ def images(setup: Setup) -> Iterator[Measurement]:
         torch.manual_seed(0)
         model = build_model(GPTConfig(**sizes(setup), vision=vision)).eval()  # in training, Gato's places are drawn
         batch = captioned(vision, model.config.vocab_size or 0, model.max_seq_len)
-        loss, gradient = computed(copy.deepcopy(model).double(), NextToken(), batch, "fp32")
-        for precision in ("fp32", "bf16"):
-            try:
-                check_precision(precision, setup.device)
-            except UserError as error:
-                yield Measurement(f"{name}, {precision}: all", note=str(error))
-                continue
-            set_fp32_precision(precision)
-            found = computed(copy.deepcopy(model).to(setup.device), NextToken(), batch.to(setup.device), precision)
-            allowed = ALLOWED[precision][1]
-            yield Measurement(f"{name}, {precision}: loss", error_of(found[0], loss), most=allowed)
-            yield Measurement(f"{name}, {precision}: gradient", error_of(found[1], gradient), most=allowed)
+        yield from compare(setup, name, model, NextToken(), batch)
 
 
 def encoders(setup: Setup) -> dict[str, VisionConfig]:

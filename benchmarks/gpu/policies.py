@@ -38,18 +38,23 @@ def losses(setup: Setup) -> Iterator[Measurement]:
         torch.manual_seed(0)
         model = build_model(GPTConfig(**sizes(setup)), objective.heads)
         batch = answers(model, objective)
-        loss, gradient = computed(copy.deepcopy(model).double(), objective, batch, "fp32")
-        for precision in ("fp32", "bf16"):
-            try:
-                check_precision(precision, setup.device)
-            except UserError as error:
-                yield Measurement(f"{name}, {precision}: all", note=str(error))
-                continue
-            set_fp32_precision(precision)
-            found = computed(copy.deepcopy(model).to(setup.device), objective, batch.to(setup.device), precision)
-            allowed = ALLOWED[precision][1]
-            yield Measurement(f"{name}, {precision}: loss", error_of(found[0], loss), most=allowed)
-            yield Measurement(f"{name}, {precision}: gradient", error_of(found[1], gradient), most=allowed)
+        yield from compare(setup, name, model, objective, batch)
+
+
+def compare(setup: Setup, name: str, model: LanguageModel, objective: Objective, batch: Batch) -> Iterator[Measurement]:
+    """The errors of loss and gradient on the device, in fp32 and bf16."""
+    loss, gradient = computed(copy.deepcopy(model).double(), objective, batch, "fp32")
+    for precision in ("fp32", "bf16"):
+        try:
+            check_precision(precision, setup.device)
+        except UserError as error:
+            yield Measurement(f"{name}, {precision}: all", note=str(error))
+            continue
+        set_fp32_precision(precision)
+        found = computed(copy.deepcopy(model).to(setup.device), objective, batch.to(setup.device), precision)
+        allowed = ALLOWED[precision][1]
+        yield Measurement(f"{name}, {precision}: loss", error_of(found[0], loss), most=allowed)
+        yield Measurement(f"{name}, {precision}: gradient", error_of(found[1], gradient), most=allowed)
 
 
 @torch.no_grad()

@@ -49,7 +49,6 @@ def command(words: Sequence[str]) -> None:
         )
     model = checkpoint.model(device)
     messages: list[dict[str, Any]] = [{"role": "system", "content": options.system}] if options.system else []
-
     pictures: list[dict[str, str]] = [{"type": "image", "path": file} for file in options.image]
 
     def respond(message: str) -> None:

@@ -180,16 +180,18 @@ class Pictures(Chat):
             return shards.files(pieces), shards.source()
         found = text_files(find_files(self.files), pieces)
         lists = [file for file in found if not is_plain(file.path)]
-        captions = [file.path for file in found if file.path.suffix == ".txt" and _picture_beside(file.path)]
+        captions = [file for file in found if file.path.suffix == ".txt" and _picture_beside(file.path)]
         if not lists and not captions:
             raise UserError(
                 f"{', '.join(self.files)} has no list of pictures; allowed: {FORMS}, which names them, or .txt beside "
                 "pictures"
             )
-        folders = dict.fromkeys(path.parent for path in captions)
-        read = [file for file in found if file in lists or file.path in captions]
-        sizes = {parent: sum(file.bytes for file in read if file.path.parent == parent) for parent in folders}
-        together = [TextFile(parent, sizes[parent], partial(pieces, parent, str(parent.name))) for parent in folders]
+        sizes = Counter[Path]()
+        for file in captions:
+            sizes[file.path.parent] += file.bytes
+        together = [TextFile(parent, size, partial(pieces, parent, parent.name)) for parent, size in sizes.items()]
+        paths = {file.path for file in (*lists, *captions)}
+        read = [file for file in found if file.path in paths]
         return lists + together, {"files": stamps(read)}
 
     def _entries(self, path: Path) -> Iterator[tuple[Any, str, int]]:

@@ -1,7 +1,6 @@
 """What the datasets of a mixture have in common: one tokenizer for all, and the same columns."""
 
 from collections.abc import Mapping
-from itertools import repeat
 
 from cleangpt.data.columns import Column
 from cleangpt.data.dataset import TokenDataset
@@ -42,7 +41,7 @@ def common_columns(datasets: Mapping[str, TokenDataset]) -> dict[str, Column]:
         for added in inputs.keys() - dataset.columns.keys():
             dataset.columns = {**dataset.columns, added: inputs[added]}
             for split in dataset.splits.values():
-                split.add_column(added, inputs[added], repeat(None))
+                split.add_column(added, inputs[added])
         if dataset.columns != datasets[first].columns:
             raise UserError(
                 f"the sources {first} and {name} have different columns, {_words(datasets[first].columns)} and "

@@ -16,7 +16,7 @@ one document at a time, any other in windows that ignore document boundaries.
 """
 
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +93,11 @@ class Split:
         """The values of one of the `columns` for the same tokens."""
         return self._read(self._columns[name], start, length)
 
-    def add_column(self, name: str, column: Column, files: Iterable[Path | None]) -> None:
-        """Opens one more column, with one file for each shard; None: it is zeros there."""
+    def add_column(self, name: str, column: Column, files: Sequence[Path] | None = None) -> None:
+        """Opens one more column, with one file for each shard; None: it is zeros."""
         sizes = [len(shard) for shard in self._shards]
-        found = [map_file(file, column.on_disk, size, self._shuffled) for file, size in zip(files, sizes, strict=False)]
+        paths = [None] * len(sizes) if files is None else files
+        found = [map_file(path, column.on_disk, size, self._shuffled) for path, size in zip(paths, sizes, strict=True)]
         self.columns[name], self._columns[name] = column, found
 
     def location(self, token: int) -> str:

@@ -198,15 +198,10 @@ class _Planner:
         self.tokens = tokens or total_samples(experiment) * experiment.data.seq_len
         try:
             with on_meta():
-                self.model = build_model(experiment.model, experiment.objective.heads)
-                trains_all = experiment.fine_tuning == FineTuningConfig()
-                self.trained = (
-                    1.0
-                    if trains_all
-                    else trained_share(
-                        build_model(experiment.model, experiment.objective.heads), experiment.fine_tuning
-                    )
-                )
+                self.model, self.trained = build_model(experiment.model, experiment.objective.heads), 1.0
+                if experiment.fine_tuning != FineTuningConfig():  # which changes a model in place
+                    plain = build_model(experiment.model, experiment.objective.heads)
+                    self.trained = trained_share(plain, experiment.fine_tuning)
         except RuntimeError as error:
             raise UserError(f"the model cannot be built: {str(error).splitlines()[0]}") from None
         self.model.loss_chunk = training.loss_chunk

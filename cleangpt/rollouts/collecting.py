@@ -113,7 +113,7 @@ class Collector:
 
     def _chunk(self, sampler: Sampler, tasks: Sequence[int], first_id: int) -> list[Answer]:
         """Answers to tasks; their ids are consecutive."""
-        prompts = {task: self._reset(task) for task in set(tasks)}
+        prompts = {task: checked_prompt(self.environment, SPLIT, task, self.limit) for task in set(tasks)}
         episodes = [Episode(SPLIT, task, prompts[task]) for task in tasks]
         seeds = [mix(self.seed, first_id + row) for row in range(len(tasks))]
         play(
@@ -121,12 +121,6 @@ class Collector:
             limit=self.limit, respond=self.scorer.respond,
         )  # fmt: skip
         return self.scorer.score(episodes, first_id)
-
-    def _reset(self, task: int) -> Prompt:
-        """The prompt of a task."""
-        prompt = self.environment.reset(SPLIT, task)
-        check_prompt_fits(prompt, self.limit, f"task {task} of the {SPLIT} split")
-        return prompt
 
     def line(self, answer: Answer) -> dict[str, Any]:
         """An answer for answers.jsonl."""
@@ -160,30 +154,29 @@ def check_prompts(environment: Environment, limit: int) -> None:
     """Checks some tasks of every split that is used, before anything starts; all others as they are drawn.
 
     Raises:
-        UserError: a prompt leaves too little room for its answer or has more than tokens, or there are no tasks.
+        UserError: `checked_prompt` refuses a prompt, or there are no tasks.
     """
     for split in (SPLIT, "val"):
         count = environment.tasks(split)
         if not count:
             raise UserError(f"the environment has no tasks in the {split} split; allowed: one or more")
         for task in permute(np.arange(min(count, CHECKED)), count, 1).tolist():
-            prompt, what = environment.reset(split, task), f"task {task} of the {split} split"
-            if prompt.inputs and not environment.simulated:
-                raise UserError(
-                    f"{what} has {', '.join(prompt.inputs)}; allowed for a policy that learns: tokens alone"
-                )
-            check_prompt_fits(prompt, limit, what)
+            checked_prompt(environment, split, task, limit)
 
 
-def check_prompt_fits(prompt: Prompt, limit: int, what: str) -> None:
-    """Refuses a prompt that leaves too little room for its answer.
+def checked_prompt(environment: Environment, split: str, task: int, limit: int) -> Prompt:
+    """The prompt of a task.
 
     Raises:
-        UserError: names the lengths and the field.
+        UserError: it leaves too little room for its answer; or it has more than tokens, and is of no simulation.
     """
+    prompt, what = environment.reset(split, task), f"task {task} of the {split} split"
+    if prompt.inputs and not environment.simulated:
+        raise UserError(f"{what} has {', '.join(prompt.inputs)}; allowed for a policy that learns: tokens alone")
     longest = len(prompt.tokens) + prompt.max_new_tokens
     if longest > limit:
         raise UserError(
             f"data.seq_len is {limit - 1}; {what} has a prompt of {len(prompt.tokens)} tokens and an answer of up to "
             f"{prompt.max_new_tokens}; allowed: {longest - 1} or more"
         )
+    return prompt
