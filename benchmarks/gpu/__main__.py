@@ -1,13 +1,19 @@
-"""The command `python -m benchmarks.gpu`: every row in a process of its own, in order of worth, until time is up."""
+"""The command `python -m benchmarks.gpu`: every row in a process of its own, in order of worth, until time is up.
+
+First the rows that are not timed, side by side, since time on a GPU is dear; then those that are, one after another.
+"""
 
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +32,12 @@ BACK = ("failed", "timed out", UNFINISHED)
 """Rows that a second call tries again, after those that were never run."""
 
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
+WRITING = threading.Lock()
+"""Held while the table is written."""
+CORES = 2
+"""Cores for each of the rows that run side by side."""
 TOY_PATIENCE = 5
 """Factor on the time limits of rows in a toy run, on what may be a busy machine."""
 
@@ -66,16 +78,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{setup.card}; results: {setup.results}", flush=True)
     deadline = time.monotonic() + 60 * options.minutes
     before = read(setup.results).get(setup.card, {})
-    left: list[str] = []
-    for number, row in enumerate(missing(chosen, {} if options.again else before)):
-        seconds, limit = deadline - time.monotonic(), row.seconds * setup.size(1, TOY_PATIENCE)
-        if seconds < limit / 4:
-            left.append(f"{row.name} (not started: {max(seconds, 0):.0f} s left, may take {limit})")
-            continue
-        run_row(row, replace(setup, folder=setup.folder / f"{os.getpid()}_{number}"), min(seconds, limit))
-        write_table(setup.results.with_suffix(TABLE), read(setup.results), [row.name for row in ROWS])
+    rows = list(missing(chosen, {} if options.again else before))
+    run = partial(run_in_time, setup=setup, deadline=deadline)
+    left = side_by_side(run, [row for row in rows if not row.timed])
+    left += [run(row) for row in rows if row.timed]
     outcomes = read(setup.results).get(setup.card, {})
-    return report(chosen, outcomes, left)
+    return report(chosen, outcomes, list(filter(None, left)))
+
+
+def side_by_side(run: Callable[[Row], str], rows: Sequence[Row]) -> list[str]:
+    """What `run` returns for each row, several at a time."""
+    pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // CORES))
+    try:
+        return list(pool.map(run, rows))
+    except KeyboardInterrupt:  # threads that wait for rows keep a process, and the rows end with it
+        os._exit(INTERRUPTED)
+    finally:
+        pool.shutdown()
+
+
+def run_in_time(row: Row, setup: Setup, deadline: float) -> str:
+    """Runs a row if there is time for it; returns why not, empty if it ran."""
+    seconds, limit = deadline - time.monotonic(), row.seconds * setup.size(1, TOY_PATIENCE)
+    if seconds < limit / 4:
+        return f"{row.name} (not started: {max(seconds, 0):.0f} s left, may take {limit})"
+    folder = setup.folder / f"{os.getpid()}_{row.name.replace(' ', '_').replace(',', '')}"
+    run_row(row, replace(setup, folder=folder), min(seconds, limit))
+    return ""
 
 
 def choose(names: Sequence[str]) -> list[Row]:
@@ -123,7 +152,8 @@ def run_row(row: Row, setup: Setup, seconds: float) -> None:
     append(setup.results, "start", setup.card, row.name, machine=f"{machine.facts()}, CUDA {torch.version.cuda}")
     command = [sys.executable, "-m", "benchmarks.gpu.child", row.name, row.function, setup.to_json()]
     began = time.monotonic()
-    process = subprocess.Popen(command, cwd=PROJECT, start_new_session=True)
+    environment = {**({} if row.timed else {"OMP_NUM_THREADS": str(CORES)}), **os.environ}
+    process = subprocess.Popen(command, cwd=PROJECT, env=environment, start_new_session=True)
     try:
         code = process.wait(seconds)
         reason = f"the process ended with exit code {code}"
@@ -138,8 +168,10 @@ def run_row(row: Row, setup: Setup, seconds: float) -> None:
     taken = time.monotonic() - began
     if read(setup.results)[setup.card][row.name].status == UNFINISHED:
         append(setup.results, "end", setup.card, row.name, status=status, reason=reason, seconds=taken)
+    with WRITING:
+        write_table(setup.results.with_suffix(TABLE), read(setup.results), [row.name for row in ROWS])
     outcome = read(setup.results)[setup.card][row.name]
-    print(f"  {outcome.status} in {taken:.0f} s{': ' * bool(outcome.reason)}{outcome.reason}", flush=True)
+    print(f"{row.name} {outcome.status} in {taken:.0f} s{': ' * bool(outcome.reason)}{outcome.reason}", flush=True)
 
 
 def report(rows: Sequence[Row], outcomes: dict[str, Outcome], left: Sequence[str]) -> int:

@@ -29,7 +29,10 @@ def main(arguments: Sequence[str]) -> int:
     try:
         for entry in load(function)(setup):
             append(setup.results, "measurement", setup.card, name, **entry.to_json())
-            print("  " + "  ".join(filter(None, (entry.what, quantity(entry), goal(entry), entry.note))), flush=True)
+            print(
+                "  ".join(filter(None, (f"  {name}: {entry.what}", quantity(entry), goal(entry), entry.note))),
+                flush=True,
+            )
     except LeftOut as error:
         status, reason = "left out", str(error)
     except Exception as error:  # whatever a row raises, the others go on

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.gpu.models import experiment
 from benchmarks.gpu.setup import LeftOut, Measurement, Setup
@@ -22,6 +22,7 @@ from cleangpt.distributed.processes import Ranks
 from cleangpt.errors import UserError
 from cleangpt.experiment import Experiment
 from cleangpt.inference.engine import Engine
+from cleangpt.inference.sampling import GREEDY, Sampling
 from cleangpt.models import build_model
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.gpt import GPTConfig
@@ -71,6 +72,7 @@ def precisions(setup: Setup) -> Iterator[Measurement]:
     for name, model in models(setup).items():
         reference = Reference(setup, model)
         for precision in ALLOWED:
+            torch.compiler.reset()  # FlexAttention is compiled anew for each precision, up to a limit
             yield from reference.compare(f"{name}, {precision}", precision, "off")
 
 
@@ -226,19 +228,70 @@ def cache(setup: Setup) -> Iterator[Measurement]:
         torch.manual_seed(0)
         model = build_model(config).eval()
         prompts = [torch.randint(1, VOCABULARY, (length,)).tolist() for length in (1, 7, 20)]
-        right = _greedy(model, CPU, prompts, count, cached=False)
+        right = _greedy(model, CPU, prompts, count)
         model.to(setup.device)
         for what, cached in (("with a cache", True), ("without", False)):
-            found = _greedy(model, setup.device, prompts, count, cached=cached)
-            same = sum(ours == theirs for ours, theirs in zip(found, right, strict=True)) / len(right)
+            most = count if cached else count // 5  # without, FlexAttention is compiled for new lengths
+            found = _greedy(model, setup.device, prompts, most, cached=cached)
+            pairs = [
+                pair for ours, theirs in zip(found, right, strict=True) for pair in zip(ours, theirs, strict=False)
+            ]
+            same = sum(ours == theirs for ours, theirs in pairs) / len(pairs)
             yield Measurement(f"{name}, {what}: tokens equal to the CPU's", 100 * same, "%", least=100)
 
 
 def _greedy(
-    model: LanguageModel, device: torch.device, prompts: list[list[int]], count: int, cached: bool
-) -> list[int]:
+    model: LanguageModel, device: torch.device, prompts: list[list[int]], count: int, cached: bool = True
+) -> list[list[int]]:
     engine = Engine(model, device, cached=cached)
-    return [token.id for one in engine.generate(prompts, max_new_tokens=count) for token in one.tokens]
+    return [one.ids for one in engine.generate(prompts, max_new_tokens=count)]
+
+
+def graphs(setup: Setup) -> Iterator[Measurement]:
+    """Steps ahead by a CUDA graph against plain ones: tokens in fp32, log-probabilities in bf16; a model that waits."""
+    if setup.device.type != "cuda":
+        raise LeftOut("needs CUDA")
+    set_fp32_precision("fp32")
+    for name, config in models(setup).items():
+        torch.manual_seed(0)
+        model = build_model(config).eval().to(setup.device)
+        for what, sampling in (("greedy", GREEDY), ("sampled", Sampling(temperature=0.9, top_k=50))):
+            plain, ahead = (_generated(model, setup.device, patience, sampling) for patience in (None, 4))
+            yield Measurement(f"{name}, {what}: the same tokens", float(plain[0] == ahead[0]), least=1)
+        with torch.autocast("cuda", torch.bfloat16):
+            plain, ahead = (_generated(model, setup.device, patience, GREEDY) for patience in (None, 4))
+        gaps = [
+            abs(one - other)
+            for ids, ahead_ids, logprobs, ahead_logprobs in zip(plain[0], ahead[0], plain[1], ahead[1], strict=True)
+            for one, other in zip(logprobs[: in_common(ids, ahead_ids)], ahead_logprobs, strict=False)
+        ]
+        yield Measurement(f"{name}, bf16: the largest difference of log-probabilities", max(gaps), most=5e-2)
+    waiting = build_model(models(setup)["GPT"]).eval().to(setup.device)
+    cast(nn.Module, waiting.final_norm).register_forward_hook(lambda module, inputs, output: output * _one(output))
+    plain, ahead = (_generated(waiting, setup.device, patience, GREEDY) for patience in (None, 4))
+    engine = Engine(model, setup.device)
+    engine.generate([[1, 2]], max_new_tokens=80)
+    yield Measurement("steps of 79 that a graph has computed", float(engine.steps_ahead), least=70)
+    yield Measurement("a model that waits for the device: the same tokens", float(plain[0] == ahead[0]), least=1)
+
+
+def in_common(one: list[int], other: list[int]) -> int:
+    """How many tokens two texts begin with in common."""
+    return next((place for place, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1]), len(one))
+
+
+def _generated(
+    model: LanguageModel, device: torch.device, patience: int | None, sampling: Sampling
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Tokens and log-probabilities of three prompts, computed ahead after some steps, or not."""
+    engine = Engine(model, device, patience=patience)
+    found = engine.generate([[1], [2] * 7, [3, 4] * 10], max_new_tokens=80, sampling=sampling)
+    return [one.ids for one in found], [one.logprobs for one in found]
+
+
+def _one(tensor: Tensor) -> float:
+    """1, after waiting for the device."""
+    return float(tensor.amax() > -torch.inf)
 
 
 def optimizers(setup: Setup) -> Iterator[Measurement]:

@@ -81,19 +81,19 @@ def experiment(
 
 def speed_experiment(setup: Setup, name: str) -> Experiment:
     """The experiment behind a row of `speed.py`, which `plan.py` plans as well."""
-    steps = setup.size(10, 2)
     compiled = setup.size("blocks", "off")
     if name == "gpt2":
         return experiment(
             setup, "gpt2", gpt2(setup), seq_len=setup.size(1024, 32), batch_size=setup.size(32, 2),
-            steps=steps, accumulation=setup.size(4, 2), compile=setup.size("model", "off"),
+            steps=setup.size(10, 2), accumulation=setup.size(4, 2), compile=setup.size("model", "off"),
         )  # fmt: skip
     long = name.endswith("8192")
     seq_len = setup.size(8192 if long else 4096, 32)
     model = llama_1b(setup, seq_len) if "1B" in name else llama_8b_layers(setup, seq_len)
     return experiment(
         setup, name.replace(" ", "_").replace(",", ""), model, seq_len=seq_len,
-        batch_size=setup.size(2 if long else 4, 2), steps=steps, compile=compiled, loss_chunk=setup.size(4096, 16),
+        batch_size=setup.size(2 if long else 4, 2), steps=setup.size(3, 2), accumulation=setup.size(4, 2),
+        compile=compiled, loss_chunk=setup.size(8192, 16),
     )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ PERIOD = 60.0
 
 
 def gpt2(setup: Setup) -> Iterator[Measurement]:
-    """GPT-2 with 124M parameters at 1,024 tokens, beside nanoGPT and Transformers."""
+    """GPT-2 with 124M parameters at 1,024 tokens, in turn with nanoGPT, then Transformers."""
     planned = speed_experiment(setup, "gpt2")
     peers: dict[str, Callable[[TokenDataset], Loop]] = {}
     if (checkout := setup.peer) is not None:
@@ -37,8 +37,8 @@ def gpt2(setup: Setup) -> Iterator[Measurement]:
         peers[name] = lambda store: nanogpt(checkout, planned, store, setup.device, compiled)
     else:
         yield Measurement("nanoGPT, compiled", note="needs --peer")
-    peers["Transformers"] = lambda store: transformers_loop(planned, setup.device)
     yield from compare(setup, planned, peers, rate_goal=setup.size(460_000, None), mfu_goal=50)
+    yield from alone("Transformers", lambda: transformers_loop(planned, setup.device), planned, setup)
 
 
 def llama_1b_4096(setup: Setup) -> Iterator[Measurement]:
@@ -115,7 +115,7 @@ def alone(name: str, make: Callable[[], Loop], planned: Experiment, setup: Setup
     try:
         loop = make()
         loop(1)
-        seconds = loop(setup.size(5, 1))
+        seconds = loop(setup.size(2, 1))
     except torch.OutOfMemoryError:
         yield Measurement(f"{name}: {RATE}", note="out of memory")
         return

@@ -1,7 +1,7 @@
 """The tokens of a batch and their KV cache: the state that `Engine` and speculative decoding build on."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cleangpt.data.records import shift_ends, stack_rows
 from cleangpt.errors import UserError
+from cleangpt.inference.graphs import DEVICES, Sample, StepsAhead
 from cleangpt.inference.ragged import Ragged
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.cache import KVCache
@@ -59,6 +60,14 @@ class DecodingState:
     def capacity(self) -> int:
         """Tokens that a row may have before it must be prefilled again."""
         return self.model.max_seq_len if self._cache is None else self._cache.max_len
+
+    def steps_ahead(self, sample: Sample, draws: Callable[[int], Tensor]) -> StepsAhead | None:
+        """The next tokens by a CUDA graph, where there is one, as long as nothing but `append` is called; None: not on
+        this device, or without a cache that has read all but the last token."""
+        cache = self._cache
+        if self.device.type not in DEVICES or cache is None or self._unread(cache) != 1 or cache.end >= cache.max_len:
+            return None
+        return StepsAhead(self._decoder, cache, self._on_device(self.tokens.last(1)), sample, draws)
 
     def append(self, tokens: Sequence[int] | NDArray[np.int64]) -> None:
         """Adds one token to each row."""

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from cleangpt.data.batch import IGNORED
 from cleangpt.errors import UserError
 from cleangpt.inference.decoding import DecodingState, check_prompt
+from cleangpt.inference.graphs import PATIENCE, StepsAhead
 from cleangpt.inference.requests import FinishReason, Request, Rows
 from cleangpt.inference.sampling import (
     GREEDY,
@@ -22,7 +24,6 @@ from cleangpt.inference.sampling import (
     penalize,
     row_seed,
     sample,
-    uniform,
 )
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.head import TokenScores
@@ -80,6 +81,8 @@ class Engine:
         max_batch: maximum number of rows in the batch; further requests wait.
         sampled_logprobs: report log-probabilities of the distribution sampled from, with its temperature and over
             `vocab_size` tokens, as reinforcement learning needs them; top-k and the like are then refused.
+        patience: steps of an unchanged batch before the next are computed ahead by a CUDA graph, which takes
+            about as long as they do to record; none if `compiled`. None: never.
     """
 
     def __init__(
@@ -93,11 +96,18 @@ class Engine:
         compiled: bool = False,
         max_batch: int = 256,
         sampled_logprobs: bool = False,
+        patience: int | None = PATIENCE,
     ) -> None:
         self.model, self.device, self.vocab_size = model, device, vocab_size
         self.eos_ids, self.cached, self.max_batch = frozenset(eos_ids), cached, max_batch
         self.sampled_logprobs = sampled_logprobs
         self._compiled = cast(LanguageModel, torch.compile(model)) if compiled else None
+        self.steps_ahead = 0
+        """Steps that a CUDA graph has computed, of all so far."""
+        self._ahead: StepsAhead | None = None
+        self._steady = 0
+        """Steps since the batch has changed."""
+        self._patience = 0 if compiled and patience else patience
         self._waiting: deque[Request] = deque()
         self._rows: Rows | None = None
         self._submitted = 0
@@ -252,13 +262,39 @@ class Engine:
     def _advance(self) -> Rows | None:
         """Generates the next token of every request in the batch; returns the batch, or None if it is empty."""
         self._leave()
-        logits, rows = self._next_logits(), self._rows
-        if logits is None or rows is None:
-            return None
-        tokens, logprobs = self._sample(rows, logits)
+        if (rows := self._rows) is not None and (ahead := self._get_ahead(rows)) is not None:
+            tokens, logprobs = ahead.next(more=rows.going_on)
+            self.steps_ahead += 1
+        else:
+            logits, rows = self._next_logits(), self._rows
+            if logits is None or rows is None:
+                return None
+            sampled = self._sample(rows, logits, rows.draws()(0), checked=True)
+            tokens, logprobs = (entry.cpu().numpy() for entry in sampled)
         check_finite(logprobs)
-        rows.append(tokens.cpu().numpy(), logprobs.cpu().numpy())
+        rows.append(tokens, logprobs)
         return rows
+
+    def _get_ahead(self, rows: Rows) -> StepsAhead | None:
+        """What computes the next tokens of a batch that has stayed the same; None: nothing does."""
+        penalised = any(sampling.repetition_penalty != 1 for sampling, *_ in rows.groups)  # needs tokens on the host
+        joining = self._waiting and len(rows.requests) < self.max_batch
+        if joining or penalised or self._patience is None:
+            self._changed()
+            return None
+        if self._ahead is None and self._steady >= self._patience:
+            sample = partial(self._sample, rows, checked=False)
+            self._ahead = rows.state.steps_ahead(sample, rows.draws())
+            if self._ahead is not None and not self._ahead.recorded:
+                self._ahead = self._patience = None
+        self._steady += 1
+        return self._ahead
+
+    def _changed(self) -> None:
+        """Stops computing ahead, before the batch changes."""
+        if self._ahead is not None:
+            self._ahead.stop()
+        self._ahead, self._steady = None, 0
 
     def _leave(self) -> None:
         """Removes ended requests from the batch, once they are many, too long, or others wait for their places.
@@ -272,6 +308,7 @@ class Engine:
         many = ended >= max(1, len(running) // ENDED_SHARE) or (ended and self._waiting)
         if not many and tokens.longest <= rows.state.capacity:
             return
+        self._changed()
         too_long = running & (tokens.lengths > self.model.max_seq_len)
         for place in np.flatnonzero(too_long).tolist():
             request = rows.take_back(place)
@@ -310,30 +347,37 @@ class Engine:
                 self._rows.join(rows)
         return torch.cat(logits) if len(logits) > 1 else logits[0] if logits else None
 
-    def _sample(self, rows: Rows, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The next token of every row and its log-probability, `(rows,)` each, from logits `(rows, vocab)`."""
+    def _sample(self, rows: Rows, logits: Tensor, draws: Tensor, *, checked: bool) -> tuple[Tensor, Tensor]:
+        """The next token of every row and its log-probability, `(rows,)` each, from logits `(rows, vocab)`.
+
+        Args:
+            rows: the batch.
+            logits: of all its rows.
+            draws: a random number for each row `(rows,)`.
+            checked: whether the tokens so far may be read, and the device waited for.
+        """
         if len(rows.groups) == 1:
-            return self._sample_group(rows, logits, *rows.groups[0])
+            return self._sample_group(rows, logits, draws, rows.groups[0][0], slice(None), checked)
         tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
         logprobs = torch.empty(len(logits), device=logits.device)
-        for sampling, places in rows.groups:
-            index = torch.from_numpy(places).to(logits.device)
-            tokens[index], logprobs[index] = self._sample_group(rows, logits[index], sampling, places)
+        for sampling, places, index in rows.groups:
+            own = logits[index], draws[index.to(draws.device)]
+            tokens[index], logprobs[index] = self._sample_group(rows, *own, sampling, places, checked)
         return tokens, logprobs
 
     def _sample_group(
-        self, rows: Rows, logits: Tensor, sampling: Sampling, places: NDArray[np.int64]
-    ) -> tuple[Tensor, Tensor]:
-        """As `_sample`, for the rows at `places`, which have the same settings; `logits` are theirs alone."""
+        self, rows: Rows, logits: Tensor, draws: Tensor, sampling: Sampling, places: NDArray[np.int64] | slice,
+        checked: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """As `_sample`, for the rows at `places`, which have the same settings; `logits` and `draws` are theirs."""
         allowed = logits[:, : self.vocab_size]
         penalised = sampling.repetition_penalty != 1
         seen = rows.state.seen_tokens(allowed.shape[-1])[places] if penalised else None
         if sampling.greedy:
             tokens = penalize(allowed, sampling.repetition_penalty, seen).argmax(dim=-1)
         else:
-            facts = rows.facts[places]
             probabilities = distribution(allowed, sampling, seen)
-            tokens = sample(probabilities, uniform(facts["seed"], facts["tokens"]))
+            tokens = sample(probabilities, draws, checked=checked)
             if self.sampled_logprobs:
                 return tokens, probabilities.gather(1, tokens[:, None])[:, 0].log()
         return tokens, allowed.gather(1, tokens[:, None])[:, 0] - allowed.logsumexp(dim=-1)

@@ -1,16 +1,17 @@
 """The requests in an engine's batch: what a step needs of each, in arrays."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from cleangpt.inference.decoding import DecodingState
 from cleangpt.inference.ragged import Ragged
-from cleangpt.inference.sampling import Sampling
+from cleangpt.inference.sampling import Sampling, uniform
 
 FinishReason = Literal["stop", "length"]
 """Why a request ended: a stop token, or `max_new_tokens`."""
@@ -56,8 +57,8 @@ class Rows:
         """Tokens that end each row, filled up with -1."""
         self.advanced: list[int] = []
         """Rows that the last step gave a token, ended ones for once."""
-        self.groups: list[tuple[Sampling, NDArray[np.int64]]] = []
-        """Rows with the same settings, which are sampled together."""
+        self.groups: list[tuple[Sampling, NDArray[np.int64], Tensor]] = []
+        """Rows with the same settings, sampled together: the settings, and their places on the host and the device."""
         self._group()
 
     def select(self, places: NDArray[np.int64]) -> None:
@@ -102,6 +103,19 @@ class Rows:
         self.facts["state"][going] = np.where(stopped, STOPPED, np.where(full, FULL, RUNNING))[going]
         self.advanced = going.tolist()
 
+    @property
+    def going_on(self) -> bool:
+        """Whether a row may go on after its next token."""
+        return bool((self.facts["most"] - self.facts["tokens"] > 1)[self.running].any())
+
+    def draws(self) -> Callable[[int], Tensor]:
+        """The random numbers `(rows,)`, float64 on the host, behind each row's next token, or the one so many later."""
+        if all(sampling.greedy for sampling, *_ in self.groups):
+            zeros = torch.zeros(len(self.facts), dtype=torch.float64)
+            return lambda later: zeros
+        seeds, tokens = self.facts["seed"].copy(), self.facts["tokens"].copy()
+        return lambda later: uniform(seeds, tokens + later)
+
     def reason(self, place: int) -> FinishReason | None:
         """Why a row has ended; None if it has not."""
         return REASONS[int(self.facts["state"][place])]
@@ -117,4 +131,6 @@ class Rows:
         groups: dict[Sampling, list[int]] = {}
         for place, request in enumerate(self.requests):
             groups.setdefault(request.sampling, []).append(place)
-        self.groups = [(sampling, np.array(places)) for sampling, places in groups.items()]
+        arrays = [np.array(places) for places in groups.values()]
+        indices = [torch.from_numpy(places).to(self.state.device) for places in arrays]
+        self.groups = list(zip(groups, arrays, indices, strict=True))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -127,25 +127,28 @@ def uniform(seeds: Sequence[int] | NDArray[np.uint64], indices: Sequence[int] | 
     return torch.from_numpy((splitmix(counters) >> np.uint64(32)).astype(np.float64) * 2.0**-32)
 
 
-def sample(probabilities: Tensor, draws: Tensor) -> Tensor:
+def sample(probabilities: Tensor, draws: Tensor, *, checked: bool = True) -> Tensor:
     """A token for each row `(batch,)`, by inversion of its cumulative distribution.
 
     Args:
         probabilities: `(batch, vocab)`; they need not sum to 1.
         draws: a random number in [0, 1) for each row `(batch,)`.
+        checked: whether to wait for the device and check that each row is a distribution; else a row that is none gets
+            any token.
 
     Raises:
         UserError: a row is not a distribution, since logits are not finite.
     """
     cumulative = in_float64(probabilities).cumsum(dim=-1)
-    if not bool((cumulative[:, -1] > 0).all()):  # of NaN, too
+    if checked and not bool((cumulative[:, -1] > 0).all()):  # of NaN, too
         raise UserError(NOT_FINITE)
     threshold = draws.to(cumulative.device)[:, None] * cumulative[:, -1:]
     # right=True: a token of probability 0 is never sampled.
-    return torch.searchsorted(cumulative, threshold, right=True)[:, 0].to(probabilities.device)
+    tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    return tokens.clamp(max=cumulative.shape[-1] - 1).to(probabilities.device)
 
 
-def check_finite(logprobs: Tensor) -> None:
+def check_finite(logprobs: NDArray[Any]) -> None:
     """Raises UserError if the logits were not finite, so that no token can be sampled."""
-    if bool(logprobs.isnan().any()):
+    if np.isnan(logprobs).any():
         raise UserError(NOT_FINITE)

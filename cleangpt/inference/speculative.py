@@ -109,7 +109,7 @@ def _verify(
             break
     accepted = state.tokens.row(0, place + 1)
     chosen = logprobs[range(len(accepted)), accepted]
-    check_finite(chosen)
+    check_finite(chosen.cpu().numpy())
     return list(map(Token, accepted, chosen.tolist()))
 
 

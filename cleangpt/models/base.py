@@ -29,6 +29,8 @@ class LanguageModel(nn.Module):
     shard by shard. Not inherited: a subclass that adds parameters has to declare it again."""
     loss_chunk: int | None = None
     """Tokens whose logits are in memory at a time when targets are given; None: all of them."""
+    compiles_scores: bool = False
+    """Whether to compile what comes after the logits when targets are given, where the blocks are compiled."""
     temperature: float = 1.0
     """Divides the logits that scores of targets are computed from, as in sampling at this temperature."""
     scored_vocab: int | None = None
@@ -151,9 +153,12 @@ class LanguageModel(nn.Module):
     def score(self, features: Tensor, targets: Tensor, names: Collection[str], summed: bool = False) -> TokenScores:
         """The scores of targets `(...)`, as `forward` returns them, from features `(..., dim)`."""
         heads, parameters = head_outputs(self.heads, features, names), self.head_parameters()
-        others, chunk = [name for name in names if name not in heads], self.loss_chunk
-        found = token_scores(features, targets, self._scored_logits, parameters, others, summed=summed, chunk=chunk)
-        return found._replace(heads=heads)
+        others = [name for name in names if name not in heads]
+        found = token_scores(
+            features, targets, self._scored_logits, parameters, others, summed=summed, chunk=self.loss_chunk,
+            compiled=self.compiles_scores,
+        )  # fmt: skip
+        return TokenScores(*found[:-1], heads)  # not by _replace, which PyTorch 2.11 cannot compile
 
     def _logits(self, features: Tensor) -> Tensor:
         logits = self.to_logits(features)

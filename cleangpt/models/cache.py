@@ -5,7 +5,8 @@ each has its own positions, and slots past its end are masked until new tokens o
 not depend on the other rows of its batch, and rows can leave a batch and join it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -62,15 +63,15 @@ class BlockCache:
     def _write(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Writes the newest tokens into their slots; returns the slots in use."""
         owner, count = self.owner, key.shape[2]
-        end = min(owner.end, self.slots)
-        first = (owner.end - count) % self.slots
-        if owner.even and first + count <= self.slots:
+        first = 0 if owner.reads_all_slots else (owner.end - count) % self.slots
+        if owner.even and not owner.reads_all_slots and first + count <= self.slots:
             self.keys[:, :, first : first + count] = key
             self.values[:, :, first : first + count] = value
         else:
-            places = owner.rows, slice(None), owner.positions[:, -count:].remainder(self.slots)
-            self.keys[places] = key.transpose(1, 2)
-            self.values[places] = value.transpose(1, 2)
+            places = owner.positions[:, None, -count:, None].remainder(self.slots).expand_as(key)
+            self.keys.scatter_(2, places, key)
+            self.values.scatter_(2, places, value)
+        end = owner.slots_in_use(self.window)
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
@@ -96,10 +97,10 @@ class KVCache:
         """Whether all rows have the same length."""
         self.positions = torch.empty(0, dtype=torch.int64)
         """Positions of the tokens being read `(batch, seq)`."""
+        self.reads_all_slots = False
+        """Whether all slots are read, masked, and nothing depends on `end`; see `all_slots`."""
         self.final = False
         """Whether the tokens read next are the last, which are not kept; see `finish`."""
-        self.rows = torch.empty(0, 1, dtype=torch.int64)
-        """The numbers of the rows `(batch, 1)`."""
         self.separators: Tensor | None = None
         """Separators before each position `(batch, max_len + 1)`, where attention ends with documents."""
         self.ids = torch.empty(0, dtype=torch.int64)
@@ -111,6 +112,21 @@ class KVCache:
     def slots(self, window: int | None) -> int:
         """Tokens that a block with this window keeps."""
         return self.max_len if window is None else min(self.max_len, window + self.rollback_tokens)
+
+    def slots_in_use(self, window: int | None) -> int:
+        """Slots of a block with this window that are read."""
+        slots = self.slots(window)
+        return slots if self.reads_all_slots else min(self.end, slots)
+
+    @contextmanager
+    def all_slots(self) -> Iterator[None]:
+        """Within it, a token of each row is read by the same operations on the same tensors at every length, so that
+        they can be recorded once and replayed. The caller adds 1 to `end` for each."""
+        self.reads_all_slots = True
+        try:
+            yield
+        finally:
+            self.reads_all_slots = False
 
     def wraps(self, window: int | None) -> bool:
         """Whether several tokens are being read that do not fit into the ring together with all they attend to, or that
@@ -130,24 +146,38 @@ class KVCache:
         Raises:
             ValueError: a row would have more than `max_len` tokens.
         """
-        batch, seq = tokens.shape
-        if self.end + seq > self.max_len:
-            raise ValueError(f"{self.end} tokens and {seq} more; this cache holds at most {self.max_len}")
-        if not len(self.lengths):
-            self.lengths = torch.zeros(batch, dtype=torch.int64, device=tokens.device)
-        start, steps = self.end, torch.arange(seq, device=tokens.device)
-        rows = steps[None] + start if self.even else self.lengths[:, None] + steps
-        self.positions = rows.expand(batch, seq)
-        if len(self.rows) != batch:
-            self.rows = torch.arange(batch, device=tokens.device)[:, None]
-        self.lengths = self.lengths + seq
-        self.end = start + seq
+        batch, start = len(tokens), self.end
+        rows = self._take_slot() if self.reads_all_slots else self._take_slots(tokens)
+        self.positions = rows.expand(batch, -1)
         if separator is not None:
             self._count_separators(tokens == separator)
         if self.keep_ids:
             self.ids = self.ids if len(self.ids) else tokens.new_zeros(batch, self.max_len)
             self.ids.scatter_(1, self.positions, tokens)
         self.masks = {window: self._mask(window, start) for window in {block.window for block in self.blocks}}
+        return rows
+
+    def check_room(self, count: int) -> None:
+        """Raises ValueError if a row would have more than `max_len` tokens with `count` more."""
+        if self.end + count > self.max_len:
+            raise ValueError(f"{self.end} tokens and {count} more; this cache holds at most {self.max_len}")
+
+    def _take_slots(self, tokens: Tensor) -> Tensor:
+        """The positions of new tokens `(batch, seq)`, which are counted from now on."""
+        batch, seq = tokens.shape
+        self.check_room(seq)
+        if not len(self.lengths):
+            self.lengths = torch.zeros(batch, dtype=torch.int64, device=tokens.device)
+        steps = torch.arange(seq, device=tokens.device)
+        rows = steps[None] + self.end if self.even else self.lengths[:, None] + steps
+        self.lengths = self.lengths + seq
+        self.end += seq
+        return rows
+
+    def _take_slot(self) -> Tensor:
+        """The positions `(batch, 1)` of one new token of each row, counted in place."""
+        rows = self.lengths[:, None].clone()
+        self.lengths.add_(1)
         return rows
 
     def tokens_before(self, count: int) -> Tensor:
@@ -226,17 +256,18 @@ class KVCache:
 
     def _mask(self, window: int | None, start: int) -> Mask:
         """Which of the keys that `BlockCache.extend` returns each token attends to; None: all up to itself."""
-        seq, slots = self.positions.shape[1], self.slots(window)
-        limited = window is not None and self.end > window and (seq > 1 or slots > window)
-        if self.even and self.separators is None and not limited and (seq == 1 or start == 0):
-            return None
+        seq, slots, used = self.positions.shape[1], self.slots(window), self.slots_in_use(window)
+        if not self.reads_all_slots:
+            limited = window is not None and self.end > window and (seq > 1 or slots > window)
+            if self.even and self.separators is None and not limited and (seq == 1 or start == 0):
+                return None
         if seq == 1 and window is None and self.separators is None:
-            return (torch.arange(self.end, device=self.lengths.device) < self.lengths[:, None])[:, None, None]
+            return (torch.arange(used, device=self.lengths.device) < self.lengths[:, None])[:, None, None]
         if self.wraps(window):
             before = self.positions_in_slots(slots, min(start, slots), self.lengths - seq)
             keys = torch.cat([before, self.positions], dim=1)
         else:
-            keys = self.positions_in_slots(slots, min(self.end, slots), self.lengths)
+            keys = self.positions_in_slots(slots, used, self.lengths)
         distance = self.positions[:, :, None] - keys[:, None, :]
         mask = (keys[:, None, :] >= 0) & (distance >= 0)
         if window is not None:

@@ -8,6 +8,7 @@ sublinear memory cost").
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -61,6 +62,7 @@ def token_scores(
     *,
     summed: bool = False,
     chunk: int | None = None,
+    compiled: bool = False,
 ) -> TokenScores:
     """Scores of targets.
 
@@ -72,6 +74,7 @@ def token_scores(
         names: which of OPTIONAL_SCORES to compute as well.
         summed: return sums over all targets.
         chunk: tokens whose logits are in memory at a time; None: all of them.
+        compiled: whether to compile what comes after the logits, which then takes fewer passes over them.
 
     Raises:
         ValueError: a name is not one of OPTIONAL_SCORES.
@@ -79,16 +82,18 @@ def token_scores(
     for name in names:
         if name not in OPTIONAL_SCORES:
             raise ValueError(f"{name!r} is neither a score nor a head of the model; scores: {OPTIONAL_SCORES}")
+    compute = fused(_scores) if compiled else _scores
     if chunk is None:
-        return TokenScores(**_scores(to_logits(features), targets, names, summed))
+        return TokenScores(**compute(to_logits(features), targets, names, summed))
     rows, expected = features.flatten(0, -2), targets.flatten()
     differentiable = torch.is_grad_enabled()
     if summed and not names and differentiable:
         apply: Callable[..., Tensor] = cast(Any, _ChunkedSum).apply
-        return TokenScores(apply(chunk, to_logits, expected, rows, *head_parameters))
+        return TokenScores(apply(chunk, compiled, to_logits, expected, rows, *head_parameters))
 
     def score(rows: Tensor, expected: Tensor) -> dict[str, Any]:
-        return _scores(to_logits(rows), expected, names, summed)
+        found: dict[str, Any] = compute(to_logits(rows), expected, names, summed)
+        return found
 
     parts = [
         checkpoint(score, *part, use_reentrant=False) if differentiable else score(*part)
@@ -119,6 +124,21 @@ def _scores(logits: Tensor, targets: Tensor, names: Collection[str], summed: boo
     return {name: score.view_as(targets) for name, score in found.items()}
 
 
+@cache
+def fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What the compiler makes of a function."""
+    return torch.compile(function)
+
+
+def _sum_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of log-probabilities of targets `(tokens,)`, and its gradient by the logits `(tokens, vocab)`."""
+    flat, counts = logits.float(), targets != IGNORED
+    log_z, ids = flat.logsumexp(dim=-1, keepdim=True), torch.where(counts, targets, 0)[:, None]
+    total = torch.where(counts, (flat.gather(1, ids) - log_z)[:, 0], 0.0).sum()
+    is_target = torch.arange(flat.shape[1], device=flat.device) == ids
+    return total, ((is_target.float() - (flat - log_z).exp()) * counts[:, None]).to(logits.dtype)
+
+
 def _chunks(features: Tensor, targets: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
     for start in range(0, len(features), chunk):
         yield features[start : start + chunk], targets[start : start + chunk]
@@ -129,17 +149,27 @@ class _ChunkedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, chunk: int, to_logits: ToLogits, targets: Tensor, features: Tensor, *parameters: Tensor
+        ctx: Any,
+        chunk: int,
+        compiled: bool,
+        to_logits: ToLogits,
+        targets: Tensor,
+        features: Tensor,
+        *parameters: Tensor,
     ) -> Tensor:
-        for_features, *for_parameters = ctx.needs_input_grad[3:]
+        for_features, *for_parameters = ctx.needs_input_grad[4:]
         trained = [parameter for parameter, needed in zip(parameters, for_parameters, strict=True) if needed]
         gradients = [torch.zeros_like(parameter) for parameter in trained]
         feature_gradients, sums = [], []
         for rows, expected in _chunks(features, targets, chunk):
             with torch.enable_grad():
                 rows = rows.detach().requires_grad_(for_features)
-                total = _scores(to_logits(rows), expected, (), summed=True)["logprobs"]
-            found = list(torch.autograd.grad(total, [rows, *trained] if for_features else trained))
+                logits = to_logits(rows)
+                output = logits if compiled else _scores(logits, expected, (), summed=True)["logprobs"]
+            total, outer = output, None
+            if compiled:
+                total, outer = fused(_sum_and_gradient)(logits.detach(), expected)
+            found = list(torch.autograd.grad(output, [rows, *trained] if for_features else trained, outer))
             feature_gradients += [found.pop(0)] if for_features else []
             for gradient, part in zip(gradients, found, strict=True):
                 gradient += part
@@ -153,4 +183,4 @@ class _ChunkedSum(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> Any:
         gradients = [ctx.feature_gradient, *ctx.parameter_gradients]
         scaled = [None if gradient is None else gradient.mul_(outer[0]) for gradient in gradients]
-        return (None, None, None, *scaled)
+        return (None, None, None, None, *scaled)

@@ -141,6 +141,11 @@ class LlamaConfig(ModelConfig):
         """Whether MLP and experts have a gate."""
         return self.activation == "swiglu"
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether attention is limited to documents or windows."""
+        return self.separator is not None or self.sliding_window is not None
+
     def window(self, layer: int) -> int | None:
         """Tokens that a token attends to in block `layer`, counted from 0; None: all before it."""
         is_global = self.global_every is not None and (layer + 1) % self.global_every == 0

@@ -56,6 +56,8 @@ def place_model(experiment: Experiment, ranks: Ranks, log: Callable[[str], None]
     compiled = training.compile if can_compile(device) else "off"
     if compiled != training.compile:
         log(f"training.compile is {training.compile}, but no compiler was found; training without")
+    if compiled == "model" and device.type == "cuda" and experiment.model.has_masks:
+        compiled = "blocks"  # what makes FlexAttention's blocks cannot be compiled together with what uses them
     dtype = compute_dtype(device, training.precision)
     gathered = layout.shards > 1 and dtype == torch.bfloat16
     model = parallelize(
@@ -64,7 +66,7 @@ def place_model(experiment: Experiment, ranks: Ranks, log: Callable[[str], None]
         gather_dtype=dtype if gathered else None, reshard_after_forward=parallel.reshard_after_forward,
         timeout=ranks.timeout,
     )  # fmt: skip
-    set_scoring(model, experiment, layout)
+    set_scoring(model, experiment, layout, compiled)
     called = cast(LanguageModel, torch.compile(model)) if compiled == "model" else model
     forward_model = wrap_ddp(called, layout, device)
     scale_init(model, mup_scales(experiment.model, experiment.optimizer, heads))
@@ -83,10 +85,11 @@ def _prepare(model: LanguageModel, training: TrainingConfig, tuning: FineTuningC
         compile_blocks(model)
 
 
-def set_scoring(model: LanguageModel, experiment: Experiment, layout: Layout) -> None:
+def set_scoring(model: LanguageModel, experiment: Experiment, layout: Layout, compiled: str) -> None:
     """Tells a model how its scores of targets are computed: in chunks, as sampled, with prompts of answers shared."""
     training, objective = experiment.training, experiment.objective
     model.loss_chunk = training.loss_chunk
+    model.compiles_scores = compiled == "blocks" and model.gather_logits is None
     if objective.on_policy:
         model.temperature = experiment.rollouts.temperature
     # A compiled model wants one shape; recomputation and FSDP, blocks that are called once. Dropout is drawn per row.

@@ -90,7 +90,7 @@ def open_rollouts(
                 lambda: build_model(experiment.model, objective.heads), placed.layout, device,
                 reshard_after_forward=experiment.parallel.reshard_after_forward, timeout=ranks.timeout,
             )  # fmt: skip
-        set_scoring(copy, experiment, placed.layout)
+        set_scoring(copy, experiment, placed.layout, "off")
         copy.scored_vocab = dataset.vocab_size
         return copy.eval().requires_grad_(False)
 

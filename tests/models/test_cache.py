@@ -183,3 +183,29 @@ def test_a_full_cache_says_so() -> None:
     cache.begin(torch.zeros(1, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="3 tokens and 2 more; this cache holds at most 4"):
         cache.begin(torch.zeros(1, 2, dtype=torch.long))
+
+
+@every_kind
+@settings(max_examples=10)
+@given(seed=st.integers(0, 1000), lengths=st.tuples(*[st.integers(1, LENGTH - 8)] * 3))
+@torch.no_grad()
+def test_a_token_read_from_all_slots_gives_the_same_and_leaves_every_tensor_where_it_is(
+    kind: str, seed: int, lengths: tuple[int, ...]
+) -> None:
+    model = MODELS[kind]
+    tokens = torch.randint(VOCABULARY, (3, LENGTH), generator=torch.Generator().manual_seed(seed))
+    caches = [model.new_cache(rollback_tokens=LENGTH) for _ in range(2)]
+    for cache in caches:
+        model(tokens[:, : max(lengths)], cache=cache)
+        cache.rewind(lengths)
+    plain, fixed = caches
+    places = [(fixed.lengths.data_ptr(), *(block.keys.data_ptr() for block in fixed.blocks))]
+    for step in range(4):
+        read = torch.stack([row[length + step] for row, length in zip(tokens, lengths, strict=True)])[:, None]
+        expected = model(read, cache=plain)
+        with fixed.all_slots():
+            assert_close(model(read, cache=fixed), expected)
+        fixed.end += 1
+        places.append((fixed.lengths.data_ptr(), *(block.keys.data_ptr() for block in fixed.blocks)))
+    assert len(set(places)) == 1
+    assert fixed.lengths.tolist() == plain.lengths.tolist()
