@@ -40,11 +40,6 @@ class ModelConfig(Checked, section="model"):
     max_seq_len: Tokens | None = None
     """Maximum context length in tokens; None: data.seq_len."""
 
-    @property
-    def has_masks(self) -> bool:
-        """Whether attention in training is limited by more than the order of tokens."""
-        return False
-
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_fit()

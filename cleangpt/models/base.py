@@ -25,8 +25,7 @@ class LanguageModel(nn.Module):
     tensor_plan: ClassVar[dict[str, str]] = {}
     """How tensor parallelism shards each module, in the words of `distributed/sharding.py`; empty: it cannot."""
     deferred_init: ClassVar[bool] = False
-    """Whether `init_parameter` sets every initial value, so that a model too large for one device can be initialized
-    shard by shard. Not inherited: a subclass that adds parameters has to declare it again."""
+    """Whether `init_parameter` sets every value, so that shards are initialized alone; a subclass declares it again."""
     loss_chunk: int | None = None
     """Tokens whose logits are in memory at a time when targets are given; None: all of them."""
     compiles_scores: bool = False
@@ -153,11 +152,10 @@ class LanguageModel(nn.Module):
     def score(self, features: Tensor, targets: Tensor, names: Collection[str], summed: bool = False) -> TokenScores:
         """The scores of targets `(...)`, as `forward` returns them, from features `(..., dim)`."""
         heads, parameters = head_outputs(self.heads, features, names), self.head_parameters()
-        others = [name for name in names if name not in heads]
+        others, chunk, compiled = [name for name in names if name not in heads], self.loss_chunk, self.compiles_scores
         found = token_scores(
-            features, targets, self._scored_logits, parameters, others, summed=summed, chunk=self.loss_chunk,
-            compiled=self.compiles_scores,
-        )  # fmt: skip
+            features, targets, self._scored_logits, parameters, others, summed=summed, chunk=chunk, compiled=compiled
+        )
         return TokenScores(*found[:-1], heads)  # not by _replace, which PyTorch 2.11 cannot compile
 
     def _logits(self, features: Tensor) -> Tensor:

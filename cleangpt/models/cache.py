@@ -261,7 +261,7 @@ class KVCache:
             limited = window is not None and self.end > window and (seq > 1 or slots > window)
             if self.even and self.separators is None and not limited and (seq == 1 or start == 0):
                 return None
-        if seq == 1 and window is None and self.separators is None:
+        if seq == 1 and window is None and self.separators is None and not self.final:
             return (torch.arange(used, device=self.lengths.device) < self.lengths[:, None])[:, None, None]
         if self.wraps(window):
             before = self.positions_in_slots(slots, min(start, slots), self.lengths - seq)

@@ -26,6 +26,7 @@ from cleangpt.distributed.processes import Ranks
 from cleangpt.experiment import Experiment
 from cleangpt.models import build_model
 from cleangpt.models.base import LanguageModel
+from cleangpt.models.llama import LlamaConfig
 from cleangpt.training.finetuning import freeze_and_add_lora
 from cleangpt.training.mup import mup_scales, scale_init
 
@@ -56,7 +57,8 @@ def place_model(experiment: Experiment, ranks: Ranks, log: Callable[[str], None]
     compiled = training.compile if can_compile(device) else "off"
     if compiled != training.compile:
         log(f"training.compile is {training.compile}, but no compiler was found; training without")
-    if compiled == "model" and device.type == "cuda" and experiment.model.has_masks:
+    masked = isinstance(experiment.model, LlamaConfig) and experiment.model.has_masks
+    if compiled == "model" and device.type == "cuda" and masked:
         compiled = "blocks"  # what makes FlexAttention's blocks cannot be compiled together with what uses them
     dtype = compute_dtype(device, training.precision)
     gathered = layout.shards > 1 and dtype == torch.bfloat16

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -81,6 +81,7 @@ def test_scores_and_gradients_are_those_of_rows_read_by_themselves(kind: str, su
 
 
 @settings(max_examples=8)
+@example([(3, 4), (0, 1), (7, 8)], 0)  # one target each, after prompts of different lengths
 @given(st.lists(st.tuples(st.integers(0, SEQ), st.integers(0, SEQ)), min_size=1, max_size=7), st.integers(0, 5))
 def test_wherever_answers_begin_and_end(answers: list[tuple[int, int]], seed: int) -> None:
     one, given_rows = model("gpt"), rows([(min(pair), max(pair)) for pair in answers], seed)
