@@ -52,6 +52,7 @@ MARKS = {
 # The whole -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.default(1)
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=MARKS.get(name, pytest.mark.slow)) for name in command.BENCHMARKS],

@@ -293,6 +293,7 @@ ENDS = {
 }
 
 
+@pytest.mark.default(1)
 @pytest.mark.parametrize("name", ENDS)
 def test_a_template_with_which_no_end_is_learned_is_told(
     name: str, asked: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -280,6 +280,7 @@ def test_what_would_be_read_without_end_is_not_read(place: Path, kind: str) -> N
         assert outcome_of(words)[0] == 2
 
 
+@pytest.mark.default(1)
 @pytest.mark.parametrize("layers", [10**6, 10**30])
 def test_a_plan_of_more_than_any_model_is_refused_at_once(place: Path, layers: int) -> None:
     code, line = outcome_of(f"plan sums.py --model.vocab-size 16 --model.n-layers {layers}")

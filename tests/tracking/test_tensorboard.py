@@ -77,6 +77,7 @@ def test_metrics_are_there_before_the_run_ends(tmp_path):
     tracker.close("finished")
 
 
+@pytest.mark.default(1)
 @pytest.mark.parametrize(("last_step", "kept"), [(2, [1, 2]), (1, [1]), (None, [])])
 def test_a_resumed_run_removes_what_it_does_again(tmp_path, last_step, kept):
     first = begin(tmp_path)

@@ -86,6 +86,7 @@ def validated(macro_batch, step, val_loss, **metrics):
     return {"macro_batch": macro_batch, "step": step, "tokens": 8 * step, "val_loss": val_loss, **metrics}
 
 
+@pytest.mark.slow
 def test_metrics_config_and_samples_reach_the_run_file(tmp_path):
     trackers = begin(tmp_path)
     trackers.log_steps(rows(1, 2))

@@ -110,6 +110,7 @@ def test_what_trains_learns_as_if_the_frozen_gradient_were_thrown_away() -> None
         torch.testing.assert_close(one, two)
 
 
+@pytest.mark.slow
 def test_a_run_with_frozen_layers_goes_on_bit_for_bit(tiny: Build, trainer: Open) -> None:
     whole = trainer(tiny(run_dir="whole", fine_tuning=freeze(*FROZEN)))
     whole.train()

@@ -53,6 +53,7 @@ def three(tiny: Build, weights: tuple[Any, ...] = CURRICULUM, **fields: Any) -> 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "steps", [pytest.param(5, marks=pytest.mark.slow), 8, pytest.param(14, marks=pytest.mark.slow)]
 )

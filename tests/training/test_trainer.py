@@ -156,6 +156,7 @@ def test_a_run_stopped_by_a_signal_ends_bit_for_bit_like_an_unbroken_one(
         assert_equal(load_snapshot(one)["model"], load_snapshot(two)["model"])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_does_its_lost_macro_batch_again_and_records_it_once(tiny: Build, trainer: Open) -> None:
     """A crash after a macro-batch was recorded but before its snapshot."""
     unbroken = trainer(tiny(run_dir="unbroken"))

@@ -111,6 +111,7 @@ def test_rates_are_compared_by_the_metric_of_the_best_checkpoint(
     assert (short.tracking.score_samples > 0) == (metric == "exact_match")
 
 
+@pytest.mark.slow
 def test_a_policys_rate_is_found_by_its_score_in_whole_rounds(
     policy: Callable[..., Experiment],  # noqa: F811
     tmp_path: Path,
