@@ -63,11 +63,14 @@ class Device:
         return asked if asked != "auto" else "bf16" if self.bf16 and self.name != "cpu" else "fp32"
 
 
-def _hopper(name: str, product: str, memory: int, bandwidth: float, price: float, share: float = 1.0) -> Device:
+def _hopper(
+    name: str, product: str, memory: int, bandwidth: float, price: float, share: float = 1.0, matmul_share: float = 0.50
+) -> Device:
     """An SXM H100 or H200; `share` is the fraction of its peak FLOP/s that its power limit allows."""
     return Device(
         name=name, product=product, memory=memory * GIB, bandwidth=bandwidth, fp32=67e12 * share, tf32=494.7e12 * share,
-        bf16=989e12 * share, fp16=989e12 * share, fp8=1979e12 * share, link=450e9, price=price,
+        bf16=989e12 * share, fp16=989e12 * share, fp8=1979e12 * share, link=450e9, matmul_share=matmul_share,
+        price=price,
     )  # fmt: skip
 
 
@@ -77,7 +80,7 @@ _TABLE = [
         fp32=75e12, tf32=1100e12, bf16=2250e12, fp16=2250e12,
         fp8=4500e12, link=900e9, price=5.0,
     ),
-    _hopper("h200", "H200", 141, 4.8e12, 3.5),
+    _hopper("h200", "H200", 141, 4.8e12, 3.5, matmul_share=0.57),
     _hopper("h100", "H100", 80, 3.35e12, 3.0),
     _hopper("h100-500w", "H100", 96, 2.4e12, 2.5, share=(835 + 989) / 2 / 989),
     Device(

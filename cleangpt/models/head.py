@@ -139,6 +139,20 @@ def _sum_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return total, ((is_target.float() - (flat - log_z).exp()) * counts[:, None]).to(logits.dtype)
 
 
+def _sum_and_gradients(
+    to_logits: ToLogits, rows: Tensor, targets: Tensor, trained: Sequence[Tensor], compiled: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """The sum of log-probabilities of targets, and its gradients by rows of features, if they require it, and head."""
+    with torch.enable_grad():
+        logits = to_logits(rows)
+        total = None if compiled else _scores(logits, targets, (), summed=True)["logprobs"]
+    inputs = [rows, *trained] if rows.requires_grad else trained
+    if total is not None:
+        return total.detach(), list(torch.autograd.grad(total, inputs))
+    total, gradient = fused(_sum_and_gradient)(logits.detach(), targets)
+    return total, list(torch.autograd.grad(logits, inputs, gradient))
+
+
 def _chunks(features: Tensor, targets: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
     for start in range(0, len(features), chunk):
         yield features[start : start + chunk], targets[start : start + chunk]
@@ -162,18 +176,12 @@ class _ChunkedSum(torch.autograd.Function):
         gradients = [torch.zeros_like(parameter) for parameter in trained]
         feature_gradients, sums = [], []
         for rows, expected in _chunks(features, targets, chunk):
-            with torch.enable_grad():
-                rows = rows.detach().requires_grad_(for_features)
-                logits = to_logits(rows)
-                output = logits if compiled else _scores(logits, expected, (), summed=True)["logprobs"]
-            total, outer = output, None
-            if compiled:
-                total, outer = fused(_sum_and_gradient)(logits.detach(), expected)
-            found = list(torch.autograd.grad(output, [rows, *trained] if for_features else trained, outer))
+            rows = rows.detach().requires_grad_(for_features)
+            total, found = _sum_and_gradients(to_logits, rows, expected, trained, compiled)
             feature_gradients += [found.pop(0)] if for_features else []
             for gradient, part in zip(gradients, found, strict=True):
                 gradient += part
-            sums.append(total.detach())
+            sums.append(total)
         ctx.feature_gradient = torch.cat(feature_gradients) if for_features else None
         remaining = iter(gradients)
         ctx.parameter_gradients = [next(remaining) if needed else None for needed in for_parameters]

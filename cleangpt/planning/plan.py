@@ -260,9 +260,10 @@ class _Planner:
         if (micro_batch, gathered) not in self.measured:
             dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.machine.base, torch.float32)
             objective = self.experiment.objective
-            self.measured[micro_batch, gathered] = measure(
-                self.model, objective, micro_batch, self.experiment.data.seq_len, dtype, gathered
-            )
+            seq_len, chunk = self.experiment.data.seq_len, self.model.loss_chunk
+            work = measure(self.model, objective, micro_batch, seq_len, dtype, gathered)
+            chunks = 1 if chunk is None else math.ceil(micro_batch * seq_len / chunk)
+            self.measured[micro_batch, gathered] = work.compiled(chunks) if self.machine.compiled else work
         return self.measured[micro_batch, gathered]
 
     def estimate(self, count: int, candidate: Candidate, training: TrainingConfig) -> Estimate:

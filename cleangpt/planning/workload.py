@@ -103,11 +103,27 @@ class Workload:
     """Memory at the peak besides saved activations: gradients of activations and copies of the logits."""
     gathered: float
     """Inputs of a block's layers of kind "column" in the tensor plan; under tensor parallelism each gathers its own."""
+    logits: float
+    """Size of the logits, of all chunks together."""
 
     @property
     def parameters(self) -> int:
         """Parameters of the whole model."""
         return self.blocks * self.block_parameters + self.rest_parameters
+
+    def compiled(self, chunks: int) -> "Workload":
+        """The same, compiled: of a block, its input and the results of products are saved, from which the backward pass
+        computes the rest anew; the loss has one copy of the logits of a chunk, and one of their gradient."""
+        block, rest, part = self.block, self.rest, self.logits / chunks
+        saved = min(block.saved_activations, self.block_input + block.forward.results)
+        forward, backward = (
+            replace(work, bytes=min(work.bytes, work.fused_bytes)) for work in (rest.forward, rest.backward)
+        )
+        whole = rest.saved_activations if chunks > 1 else min(rest.saved_activations, part)
+        return replace(
+            self, block=replace(block, saved_activations=saved), rest=Passes(forward, backward, whole),
+            transient=min(self.transient, (2 if chunks > 1 else 1) * part),
+        )  # fmt: skip
 
     def recomputed_block(self, selective: bool = False) -> Passes:
         """A block under activation checkpointing: it saves its input and runs forward twice; if `selective`, it also
@@ -169,6 +185,7 @@ def measure(
         transient=one.peak - one.saved_activations,
         block_input=one.sizes["block_input"],
         gathered=one.sizes["gathered"],
+        logits=one.sizes["logits"],
     )
 
 

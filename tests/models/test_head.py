@@ -276,3 +276,31 @@ def test_a_chunk_is_refused_where_the_head_is_sharded_or_compiled_with_the_model
     ):
         with pytest.raises(UserError, match=rf"training\.loss_chunk is 4; allowed {message}"):
             check_loss_chunk(changed, CONFIGS["gpt"], layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [None, 7])
+@pytest.mark.parametrize("kind", ["gpt", "tied"])
+def test_compiled_scores_and_their_gradients_are_the_same(kind: str, chunk: int | None) -> None:
+    plain, compiled = built(kind), built(kind, chunk)
+    compiled.compiles_scores = True
+    tokens, targets = batch()
+    gradients = []
+    for model in (plain, compiled):
+        found = model(tokens, targets=targets, summed=True)
+        (-found.logprobs).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        single = model(tokens, targets=targets, scores=["entropy"])
+        gradients[-1] += [found.logprobs.detach(), single.logprobs.detach(), single.entropy.detach()]
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_compiled_chunk_of_ignored_targets_has_neither_loss_nor_gradient() -> None:
+    model = built("gpt", chunk=16)
+    model.compiles_scores = True
+    tokens, targets = batch()
+    found = model(tokens[2:], targets=targets[2:], summed=True).logprobs
+    found.backward()
+    assert found == 0
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
