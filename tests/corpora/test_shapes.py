@@ -21,6 +21,7 @@ def prepared(corpus: Shapes) -> TokenDataset:
     return prepare(corpus, Path("data")).sources[0].dataset
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_a_row_is_a_picture_and_its_caption(split: str, workplace: Path) -> None:
     corpus = ShapesCaptions(**SIZES)

@@ -241,6 +241,7 @@ def test_a_long_run_stays_below_a_megabyte(tmp_path):
     assert "sample 2999" in text and "The newest 12 of 3000; all are in samples.jsonl" in text
 
 
+@pytest.mark.slow
 def test_a_run_with_nothing_but_metrics_is_reported(tmp_path):
     run = make(tmp_path / "run", samples=0, val_loss=math.nan, mfu=None)
     (run / "experiment.json").unlink()
@@ -259,6 +260,7 @@ def test_a_folder_that_is_no_run_or_has_no_metrics_is_refused(tmp_path):
     assert not (tmp_path / "run" / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_curves_are_by_step_where_the_run_has_steps(tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr(report.plots, "loss_plot", lambda rows, steps, path: drawn.update(steps) or path)

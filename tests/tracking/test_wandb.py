@@ -196,6 +196,7 @@ def test_after_a_session_was_killed_every_macro_batch_stands_once(tmp_path, snap
     assert [row["val/loss"] for row in told if "val/loss" in row] == [pytest.approx(3 - 0.2 * n) for n in range(1, 6)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("online", [False, True])
 def test_a_macro_batch_whose_steps_were_logged_before_a_stop_is_logged_after_it(tmp_path, monkeypatch, online):
     """As where a signal interrupts its validation: the same step as that of the last row."""

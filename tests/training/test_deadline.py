@@ -110,6 +110,7 @@ def test_without_a_limit_it_is_never_time(monkeypatch: pytest.MonkeyPatch) -> No
     assert not until.near(1e9) and until.left == math.inf
 
 
+@pytest.mark.slow
 def test_a_run_out_of_time_saves_and_goes_on_later_bit_for_bit(tiny: Build, trainer: Open) -> None:
     unbroken = trainer(tiny(run_dir="unbroken"))
     unbroken.train()

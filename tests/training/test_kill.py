@@ -109,6 +109,7 @@ def test_a_process_killed_while_it_writes_its_shard_leaves_the_snapshot_before(w
     assert not list(Path("run").rglob("*.partial"))
 
 
+@pytest.mark.default(1)
 @pytest.mark.skipif(sys.platform == "win32", reason="the process is asked to stop by SIGTERM")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_polite_signal_saves_exits_0_and_says_how_to_go_on(workplace: Path, number: signal.Signals) -> None:

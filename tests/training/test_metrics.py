@@ -142,6 +142,7 @@ def test_the_points_of_a_run_are_its_steps_and_a_macro_batch_their_mean(tiny: Bu
         assert math.fsum(each["loss"] for each in four) / 4 == pytest.approx(line["train_loss"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_no_point_is_lost_or_told_twice_over_a_signal_and_a_resume(tiny: Build, trainer: Open) -> None:
     unbroken = trainer(tiny(run_dir="unbroken"))
     expected = watch(unbroken)

@@ -175,6 +175,7 @@ def test_a_resumed_run_does_its_lost_macro_batch_again_and_records_it_once(tiny:
     assert names[0] == names[1]
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_snapshot_costs_one_macro_batch(tiny: Build, trainer: Open) -> None:
     first = trainer(tiny(run_dir="run", training__macro_batches=6))
     signal_after(first, 10)

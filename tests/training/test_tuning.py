@@ -209,6 +209,7 @@ def test_a_rate_that_diverges_is_infinitely_bad(own: str, capsys: pytest.Capture
     assert "every rate diverged" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_interrupted_it_goes_on_where_it_was(
     own: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
