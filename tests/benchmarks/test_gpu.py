@@ -312,7 +312,7 @@ def test_a_plan_counts_a_chunked_loss_in_chunks(tmp_path: Path) -> None:
     chunked = dataclasses.replace(chunked, model=dataclasses.replace(chunked.model, n_layers=2))
     whole = dataclasses.replace(chunked, training=dataclasses.replace(chunked.training, loss_chunk=None))
     logits = [make_plan(one, find_device("h100"), [1]).best(1).memory.logits for one in (chunked, whole)]
-    assert logits[0] < 0.6 * logits[1]
+    assert logits[0] < 0.7 * logits[1], "half of the tokens at a time, and the gradients of the head"
 
 
 @pytest.fixture
