@@ -30,8 +30,6 @@ from cleangpt.errors import UserError, nearest
 TABLE = ".md"
 BACK = ("failed", "timed out", UNFINISHED)
 """Rows that a second call tries again, after those that were never run."""
-
-
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 WRITING = threading.Lock()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cleangpt.data.records import shift_ends, stack_rows
 from cleangpt.errors import UserError
-from cleangpt.inference.graphs import DEVICES, Sample, StepsAhead
+from cleangpt.inference.graphs import Sample, StepsAhead
 from cleangpt.inference.ragged import Ragged
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.cache import KVCache
@@ -62,10 +62,10 @@ class DecodingState:
         return self.model.max_seq_len if self._cache is None else self._cache.max_len
 
     def steps_ahead(self, sample: Sample, draws: Callable[[int], Tensor]) -> StepsAhead | None:
-        """The next tokens by a CUDA graph, where there is one, as long as nothing but `append` is called; None: not on
-        this device, or without a cache that has read all but the last token."""
+        """The next tokens by a CUDA graph, as long as nothing but `append` is called; None: there is no cache that has
+        room and has read all but the last token."""
         cache = self._cache
-        if self.device.type not in DEVICES or cache is None or self._unread(cache) != 1 or cache.end >= cache.max_len:
+        if cache is None or self._unread(cache) != 1 or cache.end >= cache.max_len:
             return None
         return StepsAhead(self._decoder, cache, self._on_device(self.tokens.last(1)), sample, draws)
 

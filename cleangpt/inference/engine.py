@@ -14,7 +14,7 @@ from torch import Tensor
 from cleangpt.data.batch import IGNORED
 from cleangpt.errors import UserError
 from cleangpt.inference.decoding import DecodingState, check_prompt
-from cleangpt.inference.graphs import PATIENCE, StepsAhead
+from cleangpt.inference.graphs import DEVICES, PATIENCE, StepsAhead
 from cleangpt.inference.requests import FinishReason, Request, Rows
 from cleangpt.inference.sampling import (
     GREEDY,
@@ -107,7 +107,8 @@ class Engine:
         self._ahead: StepsAhead | None = None
         self._steady = 0
         """Steps since the batch has changed."""
-        self._patience = 0 if compiled and patience else patience
+        can_record = device.type in DEVICES and cached and model.can_cache
+        self._patience = (0 if compiled and patience else patience) if can_record else None
         self._waiting: deque[Request] = deque()
         self._rows: Rows | None = None
         self._submitted = 0
@@ -277,9 +278,11 @@ class Engine:
 
     def _get_ahead(self, rows: Rows) -> StepsAhead | None:
         """What computes the next tokens of a batch that has stayed the same; None: nothing does."""
+        if self._patience is None:
+            return None
         penalised = any(sampling.repetition_penalty != 1 for sampling, *_ in rows.groups)  # needs tokens on the host
         joining = self._waiting and len(rows.requests) < self.max_batch
-        if joining or penalised or self._patience is None:
+        if joining or penalised:
             self._changed()
             return None
         if self._ahead is None and self._steady >= self._patience:
@@ -361,7 +364,7 @@ class Engine:
         tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
         logprobs = torch.empty(len(logits), device=logits.device)
         for sampling, places, index in rows.groups:
-            own = logits[index], draws[index.to(draws.device)]
+            own = logits[index], draws[places if draws.is_cpu else index]
             tokens[index], logprobs[index] = self._sample_group(rows, *own, sampling, places, checked)
         return tokens, logprobs
 

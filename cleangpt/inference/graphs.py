@@ -142,7 +142,6 @@ def record(function: Callable[[], Tensor], undo: Callable[[], object]) -> Callab
     torch.clear_autocast_cache()
     torch.cuda.current_stream().wait_stream(stream)
     if (output := result) is None:
-        undo()
         return None
 
     def replay() -> Tensor:

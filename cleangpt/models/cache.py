@@ -63,8 +63,7 @@ class BlockCache:
     def _write(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Writes the newest tokens into their slots; returns the slots in use."""
         owner, count = self.owner, key.shape[2]
-        first = 0 if owner.reads_all_slots else (owner.end - count) % self.slots
-        if owner.even and not owner.reads_all_slots and first + count <= self.slots:
+        if owner.even and (first := (owner.end - count) % self.slots) + count <= self.slots:
             self.keys[:, :, first : first + count] = key
             self.values[:, :, first : first + count] = value
         else:
@@ -122,11 +121,11 @@ class KVCache:
     def all_slots(self) -> Iterator[None]:
         """Within it, a token of each row is read by the same operations on the same tensors at every length, so that
         they can be recorded once and replayed. The caller adds 1 to `end` for each."""
-        self.reads_all_slots = True
+        even, self.even, self.reads_all_slots = self.even, False, True
         try:
             yield
         finally:
-            self.reads_all_slots = False
+            self.even, self.reads_all_slots = even, False
 
     def wraps(self, window: int | None) -> bool:
         """Whether several tokens are being read that do not fit into the ring together with all they attend to, or that
@@ -146,7 +145,7 @@ class KVCache:
         Raises:
             ValueError: a row would have more than `max_len` tokens.
         """
-        batch, start = len(tokens), self.end
+        batch = len(tokens)
         rows = self._take_slot() if self.reads_all_slots else self._take_slots(tokens)
         self.positions = rows.expand(batch, -1)
         if separator is not None:
@@ -154,7 +153,7 @@ class KVCache:
         if self.keep_ids:
             self.ids = self.ids if len(self.ids) else tokens.new_zeros(batch, self.max_len)
             self.ids.scatter_(1, self.positions, tokens)
-        self.masks = {window: self._mask(window, start) for window in {block.window for block in self.blocks}}
+        self.masks = {window: self._mask(window) for window in {block.window for block in self.blocks}}
         return rows
 
     def check_room(self, count: int) -> None:
@@ -254,17 +253,17 @@ class KVCache:
         before = self.separators.gather(1, self.positions[:, :1])
         self.separators.scatter_(1, self.positions + 1, before + ends.cumsum(1))
 
-    def _mask(self, window: int | None, start: int) -> Mask:
+    def _mask(self, window: int | None) -> Mask:
         """Which of the keys that `BlockCache.extend` returns each token attends to; None: all up to itself."""
         seq, slots, used = self.positions.shape[1], self.slots(window), self.slots_in_use(window)
-        if not self.reads_all_slots:
+        if self.even and self.separators is None and (seq == 1 or seq == self.end):
             limited = window is not None and self.end > window and (seq > 1 or slots > window)
-            if self.even and self.separators is None and not limited and (seq == 1 or start == 0):
+            if not limited:
                 return None
         if seq == 1 and window is None and self.separators is None and not self.final:
             return (torch.arange(used, device=self.lengths.device) < self.lengths[:, None])[:, None, None]
         if self.wraps(window):
-            before = self.positions_in_slots(slots, min(start, slots), self.lengths - seq)
+            before = self.positions_in_slots(slots, min(self.end - seq, slots), self.lengths - seq)
             keys = torch.cat([before, self.positions], dim=1)
         else:
             keys = self.positions_in_slots(slots, used, self.lengths)

@@ -82,7 +82,7 @@ def token_scores(
     for name in names:
         if name not in OPTIONAL_SCORES:
             raise ValueError(f"{name!r} is neither a score nor a head of the model; scores: {OPTIONAL_SCORES}")
-    compute = fused(_scores) if compiled else _scores
+    compute: Callable[..., dict[str, Any]] = fused(_scores) if compiled else _scores
     if chunk is None:
         return TokenScores(**compute(to_logits(features), targets, names, summed))
     rows, expected = features.flatten(0, -2), targets.flatten()
@@ -92,8 +92,7 @@ def token_scores(
         return TokenScores(apply(chunk, compiled, to_logits, expected, rows, *head_parameters))
 
     def score(rows: Tensor, expected: Tensor) -> dict[str, Any]:
-        found: dict[str, Any] = compute(to_logits(rows), expected, names, summed)
-        return found
+        return compute(to_logits(rows), expected, names, summed)
 
     parts = [
         checkpoint(score, *part, use_reentrant=False) if differentiable else score(*part)
@@ -143,12 +142,13 @@ def _sum_and_gradients(
     to_logits: ToLogits, rows: Tensor, targets: Tensor, trained: Sequence[Tensor], compiled: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """The sum of log-probabilities of targets, and its gradients by rows of features, if they require it, and head."""
+    inputs = [rows, *trained] if rows.requires_grad else trained
+    if not compiled:
+        with torch.enable_grad():
+            total = _scores(to_logits(rows), targets, (), summed=True)["logprobs"]
+        return total.detach(), list(torch.autograd.grad(total, inputs))
     with torch.enable_grad():
         logits = to_logits(rows)
-        total = None if compiled else _scores(logits, targets, (), summed=True)["logprobs"]
-    inputs = [rows, *trained] if rows.requires_grad else trained
-    if total is not None:
-        return total.detach(), list(torch.autograd.grad(total, inputs))
     total, gradient = fused(_sum_and_gradient)(logits.detach(), targets)
     return total, list(torch.autograd.grad(logits, inputs, gradient))
 

@@ -167,8 +167,7 @@ def as_torchtitan(row: Row) -> tuple[Workload, Blocks]:
     if row.layout.tensor > 1:
         work = replace(work, transient=6 * logits)
     if row.loss_compiled:
-        forward, backward = (replace(work, bytes=work.fused_bytes) for work in (ours.rest.forward, ours.rest.backward))
-        work = replace(work, rest=Passes(forward, backward, saved_activations=logits), transient=logits)
+        work = work.with_compiled_loss()
     return work, _blocks(row, work)
 
 

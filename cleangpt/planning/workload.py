@@ -113,17 +113,19 @@ class Workload:
 
     def compiled(self, chunks: int) -> "Workload":
         """The same, compiled: of a block, its input and the results of products are saved, from which the backward pass
-        computes the rest anew; the loss has one copy of the logits of a chunk, and one of their gradient."""
-        block, rest, part = self.block, self.rest, self.logits / chunks
-        saved = min(block.saved_activations, self.block_input + block.forward.results)
+        computes the rest anew."""
+        saved = min(self.block.saved_activations, self.block_input + self.block.forward.results)
+        return replace(self.with_compiled_loss(chunks), block=replace(self.block, saved_activations=saved))
+
+    def with_compiled_loss(self, chunks: int = 1) -> "Workload":
+        """The same, with a loss that has one copy of the logits of a chunk, and one of their gradient."""
+        rest, part = self.rest, self.logits / chunks
         forward, backward = (
             replace(work, bytes=min(work.bytes, work.fused_bytes)) for work in (rest.forward, rest.backward)
         )
         whole = rest.saved_activations if chunks > 1 else min(rest.saved_activations, part)
-        return replace(
-            self, block=replace(block, saved_activations=saved), rest=Passes(forward, backward, whole),
-            transient=min(self.transient, (2 if chunks > 1 else 1) * part),
-        )  # fmt: skip
+        transient = min(self.transient, (2 if chunks > 1 else 1) * part)
+        return replace(self, rest=Passes(forward, backward, whole), transient=transient)
 
     def recomputed_block(self, selective: bool = False) -> Passes:
         """A block under activation checkpointing: it saves its input and runs forward twice; if `selective`, it also

@@ -309,10 +309,13 @@ def test_a_plan_counts_a_chunked_loss_in_chunks(tmp_path: Path) -> None:
     from cleangpt.distributed.datasheets import find_device
 
     chunked = speed_experiment(Setup(tmp_path, tmp_path, "NVIDIA H100"), "llama 1B, 4096")
-    chunked = dataclasses.replace(chunked, model=dataclasses.replace(chunked.model, n_layers=2))
+    chunked = dataclasses.replace(
+        chunked, model=dataclasses.replace(chunked.model, n_layers=2),
+        training=dataclasses.replace(chunked.training, loss_chunk=4096),
+    )  # fmt: skip
     whole = dataclasses.replace(chunked, training=dataclasses.replace(chunked.training, loss_chunk=None))
     logits = [make_plan(one, find_device("h100"), [1]).best(1).memory.logits for one in (chunked, whole)]
-    assert logits[0] < 0.7 * logits[1], "half of the tokens at a time, and the gradients of the head"
+    assert logits[0] < 0.6 * logits[1]
 
 
 @pytest.fixture

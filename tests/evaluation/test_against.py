@@ -103,7 +103,6 @@ def compared(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.default(1)
 def test_runs_are_compared_by_their_corpus_a_function_or_a_reward_model(
     runs: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cleangpt.errors import UserError
-from cleangpt.inference import decoding, graphs
+from cleangpt.inference import engine, graphs
 from cleangpt.inference.engine import Engine
 from cleangpt.inference.sampling import Sampling
 from cleangpt.models import build_model
@@ -48,7 +48,7 @@ class Recorder:
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     found = Recorder()
     monkeypatch.setattr(graphs, "record", found)
-    monkeypatch.setattr(decoding, "DEVICES", frozenset({"cpu"}))
+    monkeypatch.setattr(engine, "DEVICES", frozenset({"cpu"}))
     return found
 
 

@@ -54,9 +54,7 @@ def three(tiny: Build, weights: tuple[Any, ...] = CURRICULUM, **fields: Any) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "steps", [pytest.param(5, marks=pytest.mark.slow), 8, pytest.param(14, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("steps", [5, 8, 14])
 @pytest.mark.parametrize(
     "weights", [CURRICULUM, pytest.param((5.0, 3.0, 2.0), marks=pytest.mark.slow)], ids=["curriculum", "constant"]
 )

@@ -234,7 +234,6 @@ def reference(tiny: Build, trainer: Open) -> dict[str, Any]:
     return state_of("reference")
 
 
-@pytest.mark.default(1)
 def test_a_run_goes_back_from_a_spike_and_ends_like_one_that_never_saw_its_samples(
     tiny: Build, trainer: Open, reference: dict[str, Any]
 ) -> None:
