@@ -125,9 +125,10 @@ def test_the_newest_run_is_the_one_that_began_last_whatever_was_done_to_older_on
     times = ["2026-10-25T02:59:59+0200", *9 * ["2026-10-25T02:10:00+0100"], "2026-10-25T02:10:00+0100"]
     runs = []
     for began in times:
-        monkeypatch.setattr("cleangpt.checkpoints.run_folder.time.strftime", lambda form, began=began: (
-            began if "z" in form else began[:19].replace("T", "_").replace(":", "")))  # fmt: skip
-        runs.append(open_run(experiment, None, []))
+        with monkeypatch.context() as then:  # the clock is everybody's: `datetime.strptime` asks it too
+            then.setattr("cleangpt.checkpoints.run_folder.time.strftime", lambda form, began=began: (
+                began if "z" in form else began[:19].replace("T", "_").replace(":", "")))  # fmt: skip
+            runs.append(open_run(experiment, None, []))
     assert find_run("tiny") == find_run("runs/tiny") == runs[-1]
     time.sleep(0.02)
     what(runs[older])
