@@ -90,6 +90,7 @@ def test_mistakes_keep_their_exit_code(workplace: Path, streams: tuple[int, ...]
 
 
 @pytest.mark.torture
+@pytest.mark.timeout(900)
 def test_the_demo_trains_both_its_models_for_nobody(workplace: Path) -> None:
     assert start("demo", hook=functools.partial(without_reader, (1,))).wait(600) == 0
     assert len(list(Path("runs").glob("*/*/report.html"))) == 2

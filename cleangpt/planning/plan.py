@@ -21,6 +21,7 @@ from cleangpt.models import build_model
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.flops import flops_per_token
 from cleangpt.models.meta import on_meta
+from cleangpt.models.vision import vision_of
 from cleangpt.objectives.pairs import REFERENCE
 from cleangpt.objectives.policy import PolicyObjective
 from cleangpt.planning.memory import Memory, StepConfig, device_memory, kinds_of_blocks
@@ -323,13 +324,16 @@ class _Planner:
 
 
 def _notes(experiment: Experiment) -> list[str]:
+    notes = []
+    if vision_of(experiment.model).encoder is not None:
+        notes.append("images: every row is taken to be full of them")
     if REFERENCE in experiment.objective.reads and not experiment.objective.on_policy:
-        return ["before the first step: a forward pass of the reference over the dataset, once for all runs"]
+        notes.append("before the first step: a forward pass of the reference over the dataset, once for all runs")
     if experiment.objective.on_policy:
-        return [
+        notes.append(
             f"rollouts: every answer is taken to have {experiment.data.seq_len} tokens, data.seq_len; rewards are free"
-        ]
-    return []
+        )
+    return notes
 
 
 def trained_share(model: LanguageModel, tuning: FineTuningConfig) -> float:

@@ -28,12 +28,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry
 
-from cleangpt.data.batch import Batch
 from cleangpt.errors import UserError
 from cleangpt.models.base import LanguageModel
-from cleangpt.models.vectors import vector_inputs
-from cleangpt.models.vision import image_inputs
 from cleangpt.objectives import Objective
+from cleangpt.planning.fake_batch import chosen, fake_batch
 
 aten = torch.ops.aten
 
@@ -152,13 +150,11 @@ def measure(
         gathered: whether weights are gathered in `dtype`, as by FSDP; else autocast copies them, as under DDP.
 
     Raises:
-        UserError: the model has no blocks or reads more than tokens, or shapes depend on values.
+        UserError: the model has no blocks, or reads what is not known here, or shapes depend on values.
     """
     name, blocks = type(model).__name__, model.layers()
     if not len(blocks):
         raise UserError(f"{name} cannot be planned: its `layers` are empty")
-    if reads := sorted(model.inputs | image_inputs(model.config) | vector_inputs(model.config)):
-        raise UserError(f"{name} cannot be planned: it reads {', '.join(reads)}")
     all_blocks = list(blocks)
     in_blocks = sum(parameter.numel() for parameter in blocks.parameters())
     in_rest = sum(parameter.numel() for parameter in model.parameters()) - in_blocks
@@ -221,23 +217,16 @@ def _trace(
     with FakeTensorMode(), _record_sizes(model, sizes):
         fake_model = _FakeModel(model, dtype if gathered else torch.float32)
         counter.register_weights(fake_model.weights.values())
-        tokens = torch.zeros(shape, dtype=torch.long)
+        batch = fake_batch(model, objective, torch.zeros(shape, dtype=torch.long))
         with counter, _LikeGPU(counter), warnings.catch_warnings():
             # RMSNorm of bf16 features with fp32 gains has no fused kernel on a CPU, which is not what is planned for.
             warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32 and not gathered):
-                loss = objective(cast(LanguageModel, fake_model), fake_batch(objective, tokens)).total
+                loss = objective(cast(LanguageModel, fake_model), batch).total
             forward, saved_activations = counter.take(), counter.allocated
             loss.backward()  # type: ignore[no-untyped-call]
             backward = counter.take()
     return _Trace(forward, backward, saved_activations, counter.peak, sizes)
-
-
-def fake_batch(objective: Objective, tokens: Tensor) -> Batch:
-    """A batch in which every token is a target, with what the objective reads besides tokens."""
-    per_row = {name: tokens.new_ones(len(tokens), dtype=torch.float32) for name in (*objective.step_means, "fresh")}
-    extras = {name: torch.ones_like(tokens, dtype=torch.float32) for name in objective.reads}
-    return Batch({"tokens": tokens}, tokens, extras | per_row, max(len(objective.group), 1))
 
 
 class _FakeModel(nn.Module):
@@ -363,7 +352,8 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _LikeGPU(TorchFunctionMode):
-    """Does what a GPU does and fake tensors do not: attention is fused, and a router spreads tokens evenly."""
+    """Does what a GPU does and fake tensors do not: attention is fused, a router spreads tokens evenly, and masks
+    choose everything."""
 
     def __init__(self, counter: _Counter) -> None:
         super().__init__()
@@ -378,7 +368,8 @@ class _LikeGPU(TorchFunctionMode):
             tokens, experts = args[0].numel(), kwargs["minlength"]
             with unset_fake_temporarily():
                 return torch.arange(1, experts + 1) * tokens // experts - torch.arange(experts) * tokens // experts
-        return func(*args, **kwargs)
+        result = chosen(func, args, kwargs)
+        return func(*args, **kwargs) if result is None else result
 
 
 class _Attention(torch.autograd.Function):

@@ -119,8 +119,12 @@ def test_tensor_parallelism_does_not_pay_for_a_small_model(tiny: Callable[..., E
 DIFFERENT = (
     "adder",
     "adder_grpo",
+    "cartpole_ppo",
     "fables_dpo",
+    "fables_grpo",
     "fables_ppo",
+    "gato_paper",
+    "shapes_vit",
     "stdlib_fast",
     "stories_from_pretrained",
     "tinystories_llama",
@@ -135,8 +139,8 @@ DIFFERENT = (
 )
 def test_every_experiment_of_the_project_is_planned(name: str) -> None:
     experiment = load_experiment(experiments()[name])
-    experiment = replace(experiment, model=replace(experiment.model, vocab_size=512))
-    plan = make_plan(experiment, find_device("l4"), [1, 2, 4])
+    experiment = replace(experiment, model=replace(experiment.model, vocab_size=experiment.model.vocab_size or 512))
+    plan = make_plan(experiment, find_device("h100"), [1, 2, 4])
     assert {entry.devices for entry in plan.estimates} == {1, 2, 4} and plan.fitting()
     json.dumps(plan.to_json(), allow_nan=False)
 
