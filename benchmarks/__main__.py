@@ -15,8 +15,8 @@ from cleangpt.commands.options import parse
 from cleangpt.errors import UserError, nearest
 
 BENCHMARKS = (
-    "loader", "store", "step", "snapshot", "resume", "parallel", "generation", "preferences", "rollouts", "images",
-    "vs_nanogpt",
+    "loader", "store", "step", "snapshot", "resume", "parallel", "generation", "preferences", "rollouts", "ppo",
+    "images", "vs_nanogpt",
 )  # fmt: skip
 RESULTS = Path(__file__).parent / "RESULTS.md"
 
@@ -26,7 +26,7 @@ class Options:
     """What to measure."""
 
     names: Annotated[tuple[str, ...], POSITIONAL] = ()
-    """loader, store, step, snapshot, resume, parallel, generation, preferences, rollouts, images, vs_nanogpt;
+    """loader, store, step, snapshot, resume, parallel, generation, preferences, rollouts, ppo, images, vs_nanogpt;
     empty: all."""
     quick: bool = False
     """Smoke test: small sizes and few repetitions; results are not written."""

@@ -15,6 +15,7 @@ from cleangpt.distributed.device import autocast, compute_dtype
 from cleangpt.errors import UserError, nearest
 from cleangpt.evaluation.control import evaluate_environments
 from cleangpt.evaluation.datasets import open_dataset
+from cleangpt.evaluation.margins import draw_margins
 from cleangpt.evaluation.pictures import draw_scores, film
 from cleangpt.evaluation.validate import loss_metrics, source_metrics, validate
 from cleangpt.experiment import Experiment
@@ -30,7 +31,8 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Evaluates a checkpoint (None: the best) on a split (None: test, else val) and writes RUN/evaluation.json.
 
-    Of simulations, that many `videos` of each are written to RUN/videos, with a contact sheet.
+    Of pairs, a histogram of their margins is drawn; of simulations, that many `videos` of each are written to
+    RUN/videos, with a contact sheet.
 
     Raises:
         UserError: there is no such checkpoint or split, the checkpoint does not fit the run, or the dataset is not the
@@ -45,6 +47,7 @@ def evaluate_run(
     metrics: dict[str, Any] = {"run": str(run), "checkpoint": folder.name, "split": name}
     model = loaded.model(device)
     metrics |= evaluate(model, experiment, dataset, name, device)
+    draw_margins(model, experiment, dataset, name, device, run)
     found = environments(experiment.corpus, dataset)
     draw_scores(metrics, list(found), run / "plots" / "tasks.png")
     if videos:

@@ -8,6 +8,7 @@ import io
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, PercentFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from cleangpt.files import write_bytes
 from cleangpt.tracking import metrics
@@ -142,6 +143,20 @@ def panels(curves: Mapping[str, Runs], x: str, title: str, path: Path) -> Path |
             _legend(figure, axes[0])
 
     return _draw(path, len(known), draw) if known else None
+
+
+def histogram(edges: Sequence[float], counts: Sequence[int], name: str, title: str, path: Path) -> Path:
+    """Counts of values of a metric between `edges`, one more than there are counts; those below 0 are set apart."""
+
+    def draw(figure: Figure, axes: list[Axes]) -> None:
+        colors = [_color(0) if left + right >= 0 else _color(1) for left, right in pairwise(edges)]
+        axes[0].bar(edges[:-1], counts, np.diff(edges), align="edge", color=colors)
+        _format_axis(axes[0], name)
+        axes[0].set(title=title, xlabel=_axis_label(name), ylabel="count")
+        axes[0].xaxis.set_major_formatter("{x:.4g}")
+        axes[0].yaxis.set_major_locator(MaxNLocator(integer=True))
+
+    return _draw(path, 1, draw)
 
 
 def schedule_preview(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path) -> Path:

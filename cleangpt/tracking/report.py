@@ -105,10 +105,11 @@ def _draw(runs: Sequence[Run], folder: Path, prefix: str) -> dict[str, Path]:
 
 
 def _pictures(runs: Sequence[Run]) -> dict[str, Path]:
-    """What `evaluate` has drawn of agents that act in simulations, by title."""
+    """What `evaluate` has drawn, of pairs and of agents that act in simulations, by title."""
     found = {}
     for run in runs:
         of = f" of {run.name}" if len(runs) > 1 else ""
+        found[f"Margins{of}"] = run.folder / "plots" / "margins.png"
         found[f"Tasks at each share of their expert{of}"] = run.folder / "plots" / "tasks.png"
         found[f"Episodes{of}"] = run.folder / "videos" / "contact_sheet.png"
     return {title: path for title, path in found.items() if path.is_file()}
