@@ -15,7 +15,7 @@ from cleangpt.distributed.device import autocast, compute_dtype
 from cleangpt.errors import UserError, nearest
 from cleangpt.evaluation.control import evaluate_environments
 from cleangpt.evaluation.datasets import open_dataset
-from cleangpt.evaluation.margins import draw_margins
+from cleangpt.evaluation.margins import draw_margins, margins
 from cleangpt.evaluation.pictures import draw_scores, film
 from cleangpt.evaluation.validate import loss_metrics, source_metrics, validate
 from cleangpt.experiment import Experiment
@@ -47,7 +47,9 @@ def evaluate_run(
     metrics: dict[str, Any] = {"run": str(run), "checkpoint": folder.name, "split": name}
     model = loaded.model(device)
     metrics |= evaluate(model, experiment, dataset, name, device)
-    draw_margins(model, experiment, dataset, name, device, run)
+    samples = split_samples(dataset, name, experiment.data.seq_len).values()
+    context = autocast(device, compute_dtype(device, experiment.training.precision))
+    draw_margins(margins(model, experiment.objective, samples, device, context), run)
     found = environments(experiment.corpus, dataset)
     draw_scores(metrics, list(found), run / "plots" / "tasks.png")
     if videos:

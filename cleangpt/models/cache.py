@@ -67,9 +67,11 @@ class BlockCache:
             self.keys[:, :, first : first + count] = key
             self.values[:, :, first : first + count] = value
         else:
-            places = owner.positions[:, None, -count:, None].remainder(self.slots).expand_as(key)
-            self.keys.scatter_(2, places, key)
-            self.values.scatter_(2, places, value)
+            # Whole vectors by the number of their slot among those of all rows and heads: quicker than a scatter.
+            slots = owner.positions[:, None, -count:].remainder(self.slots)
+            rows = torch.arange(0, self.keys[..., 0].numel(), self.slots, device=key.device).view(*key.shape[:2], 1)
+            for kept, new in ((self.keys, key), (self.values, value)):
+                kept.view(-1, key.shape[3]).index_copy_(0, (rows + slots).flatten(), new.reshape(-1, key.shape[3]))
         end = owner.slots_in_use(self.window)
         return self.keys[:, :, :end], self.values[:, :, :end]
 

@@ -1,5 +1,6 @@
 """Margins pair by pair are those whose mean and sign the objective logs."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,13 @@ from cleangpt.checkpoints.checkpoint import best_checkpoint, load_checkpoint
 from cleangpt.checkpoints.run_folder import read_experiment
 from cleangpt.config import DataConfig, OptimizerConfig, TrackingConfig, TrainingConfig
 from cleangpt.corpora.fable_preferences import FablePreferences
+from cleangpt.data.mixing import split_samples
 from cleangpt.evaluation.datasets import open_dataset
 from cleangpt.evaluation.evaluate import evaluate_run
 from cleangpt.evaluation.margins import margins
 from cleangpt.experiment import Experiment
 from cleangpt.files import read_json
-from cleangpt.models.gpt import GPTConfig
+from cleangpt.models.gpt import GPT, GPTConfig
 from cleangpt.objectives import DPO, KTO, ORPO, Objective, RewardModel
 from cleangpt.tracking.report import write_report
 from cleangpt.training.launch import train
@@ -32,8 +34,9 @@ def test_the_histogram_counts_the_margins_of_the_pairs(workplace: Path, objectiv
         trained("base", RewardModel(), None)
     run = trained("run", objective, base)
     found = evaluate_run(run, None, "val", CPU)
-    values = margins(load_checkpoint(best_checkpoint(run)).model(CPU), read_experiment(run),
-                     open_dataset(run, read_experiment(run)), "val", CPU)  # fmt: skip
+    dataset = open_dataset(run, read_experiment(run))
+    samples = split_samples(dataset, "val", PAIRS.row).values()
+    values = margins(load_checkpoint(best_checkpoint(run)).model(CPU), objective, samples, CPU, nullcontext())
     assert len(values) == 21 and np.mean(values) == pytest.approx(found["margin"], abs=1e-6)
     assert np.mean(np.greater(values, 0)) == pytest.approx(found["accuracy"])
     drawn = read_json(run / "margins.json")
@@ -41,10 +44,9 @@ def test_the_histogram_counts_the_margins_of_the_pairs(workplace: Path, objectiv
     assert "Margins" in write_report([run]).read_text() and (run / "plots" / "margins.png").stat().st_size > 5000
 
 
-def test_answers_that_are_not_in_pairs_have_none(workplace: Path) -> None:
-    experiment = tiny("run", KTO(), None)
-    model = torch.nn.Module()
-    assert margins(model, experiment, None, "val", CPU) == []  # type: ignore[arg-type]
+def test_answers_that_are_not_in_pairs_have_none() -> None:
+    model = GPT(GPTConfig(vocab_size=8, max_seq_len=8, n_layers=1, n_heads=1, dim=8))
+    assert margins(model, KTO(), [], CPU, nullcontext()) == []
 
 
 def trained(name: str, objective: Objective, base: str | None) -> Path:

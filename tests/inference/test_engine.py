@@ -281,7 +281,7 @@ def test_what_a_row_samples_follows_from_its_seed() -> None:
 
 def test_a_long_row_that_has_ended_makes_room_before_its_cache_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     """Others that have joined later go on; it is one of too many to leave by itself."""
-    monkeypatch.setattr("cleangpt.inference.decoding.CACHE_STEP", 1)
+    monkeypatch.setattr("cleangpt.inference.decoding.cache_slots", lambda needed, compiled: needed)
     ours, engine = model(), Engine(model(), CPU)
     requests = [(list(range(12)), 3), *(([number], 13) for number in range(7))]
     numbers = [engine.submit(requests[0][0], max_new_tokens=requests[0][1])]
