@@ -108,6 +108,7 @@ class GPT(LanguageModel):
     tensor_plan: ClassVar[dict[str, str]] = {
         "token_embedding": "vocabulary",
         "position_embedding": "positions",
+        "vision": "replicated",
         "blocks.*.attention_norm": "sequence",
         "blocks.*.attention.qkv": "column",
         "blocks.*.attention.out": "row",
