@@ -38,3 +38,13 @@ class ExactAnswer(Environment):
     def step(self, episode: Episode, action: list[int]) -> Feedback:
         """Compares the action with the answer."""
         return Feedback(reward=float(action == episode.prompt.extras["answer"]))
+
+
+@dataclass(frozen=True)
+class ReadAloud(ExactAnswer):
+    """Answers of several tokens, such as the letters of a word; measured by the share of tokens that are right."""
+
+    def measures(self, episode: Episode) -> dict[str, float]:
+        """The share of the answer's tokens that the policy has generated in their places."""
+        answer, action = episode.prompt.extras["answer"], episode.actions[-1]
+        return {"letters": sum(map(int.__eq__, answer, action)) / len(answer)}

@@ -1,6 +1,7 @@
 """Records, such as images, come back with the rows at whose tokens they stand: shuffled, mixed, shared, resumed."""
 
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,27 @@ def test_another_kind_of_record_begins_afresh(tmp_path: Path) -> None:
     first.commit(1)
     first.close()
     assert writer(tmp_path / "d", Records(dtype="uint8", shape=(3, 2))).position == 0
+
+
+def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path: Path) -> None:
+    """Written, opened and read, ten times as many take no more; files are mapped, and do not count."""
+    kind, most = Records(dtype="uint8", shape=(64, 64), tokens=2), dict[int, int]()
+    batch = np.zeros((8, 64, 64), np.uint8)
+    for rows in (8, 80, 800):  # the first imports what is needed
+        tracemalloc.start()
+        made = writer(tmp_path / str(rows), kind)
+        for split, count in (("val", 8), ("train", rows)):
+            for _ in range(0, count, 8):
+                ends = np.arange(8, dtype=np.int64) * ROW + 2
+                tokens, mask = np.zeros(8 * ROW, np.int64), np.ones(8 * ROW, np.uint8)
+                made.append(split, tokens, np.full(8, ROW), mask=mask, records={"images": PlacedRecords(batch, ends)})
+        samples = Samples(made.finish(lambda facts: "").splits["train"], ROW - 1)
+        for start in range(0, rows, 8):
+            shown = samples.batch(np.arange(start, start + 8), np.zeros(8, np.int64)).inputs["images"]
+            assert shown.shape == (8, 1, 64, 64)
+        most[rows] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert most[800] < most[80] + 8 * 64 * 64 < 80 * 64 * 64
 
 
 @pytest.mark.parametrize("name", ["train.images.bin", "train.images_ends.bin"])

@@ -158,5 +158,7 @@ def test_a_corpus_that_prepares_pictures_otherwise_than_the_model_is_refused(mix
 
 def test_tensor_parallelism_refuses_an_encoder_that_draws_positions(experiment: Build) -> None:
     gato = replace(VIT, encoder="gato")
-    with pytest.raises(UserError, match=r"over 2 devices; allowed with model\.vision\.encoder 'gato', .*: 1; use strategy"):
+    with pytest.raises(
+        UserError, match=r"over 2 devices; allowed with model\.vision\.encoder 'gato', .*: 1; use strategy"
+    ):
         check(experiment(gato, parallel__strategy="tp"), Layout(tensor=2))
