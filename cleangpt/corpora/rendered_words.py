@@ -24,7 +24,7 @@ from cleangpt.data.shuffle import mix
 from cleangpt.data.tokenizers import CharTokenizer
 from cleangpt.data.writer import Chunk, Groups
 from cleangpt.environments.base import Environment
-from cleangpt.environments.exact_answer import ReadAloud
+from cleangpt.environments.exact_answer import Word
 from cleangpt.errors import require
 from cleangpt.validation import Bounds
 
@@ -71,7 +71,7 @@ class RenderedWords(Corpus):
 
     def environment(self, dataset: TokenDataset) -> Environment:
         """Pictures to be read, with reward 1 for exactly the word, else 0; and the share of letters that are right."""
-        return ReadAloud(dataset)
+        return Word(dataset)
 
     def prepare(self, folder: Path, console: Console) -> TokenDataset:
         """Writes the three splits."""

@@ -41,10 +41,11 @@ class ExactAnswer(Environment):
 
 
 @dataclass(frozen=True)
-class ReadAloud(ExactAnswer):
-    """Answers of several tokens, such as the letters of a word; measured by the share of tokens that are right."""
+class Word(ExactAnswer):
+    """Words whose letters are tokens, with an end; measured by the share of letters that are right as well."""
 
     def measures(self, episode: Episode) -> dict[str, float]:
-        """The share of the answer's tokens that the policy has generated in their places."""
-        answer, action = episode.prompt.extras["answer"], episode.actions[-1]
-        return {"letters": sum(map(int.__eq__, answer, action)) / len(answer)}
+        """The share of the word's letters that the policy has generated in their places."""
+        word, action = episode.prompt.extras["answer"][:-1], episode.actions[-1]
+        right = sum(letter == said for letter, said in zip(word, action, strict=False))
+        return {"letters": right / len(word)}

@@ -1,6 +1,10 @@
 """A run that reads images, in rows of some micro-batches only, gives the same weights however it is interrupted or
 shared out."""
 
+import atexit
+import functools
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -109,6 +113,15 @@ def train(folder: str, processes: int, *words: str, **environment: str) -> None:
     assert outcome.returncode == 0, outcome.stderr[-3000:]
 
 
+@functools.cache
+def alone(model: str, encoder: str) -> str:
+    """The run of one process, made once."""
+    folder = tempfile.mkdtemp(prefix="alone_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    train(f"{folder}/run", 1, MODEL=model, ENCODER=encoder)
+    return f"{folder}/run"
+
+
 def final(folder: str) -> dict[str, object]:
     state = load_snapshot(list_snapshots(Path(folder) / "snapshots")[0])
     del state["meter"], state["position"]["time_trained"], state["checkpoints"], state["trackers"]
@@ -119,12 +132,11 @@ def final(folder: str) -> dict[str, object]:
 @pytest.mark.parametrize("encoder", ["gato", pytest.param("vit", marks=pytest.mark.torture)])
 def test_a_run_with_images_that_is_stopped_or_killed_ends_with_the_same_bits(encoder: str) -> None:
     """In the middle of a macro-batch; Gato's encoder draws positions, which go on as they would have."""
-    train("whole", 1, ENCODER=encoder)
     train("broken", 1, ENCODER=encoder, STOP_AT="2")
     assert run("resume", "broken", ENCODER=encoder, DIE_AT="6").returncode == -9
     assert run("resume", "broken", ENCODER=encoder).returncode == 0
     assert len(read_metrics(Path("broken"))) == 2
-    assert differing(final("whole"), final("broken")) == ""
+    assert differing(final(alone("gpt", encoder)), final("broken")) == ""
 
 
 @pytest.mark.slow
@@ -133,8 +145,8 @@ def test_a_run_with_images_that_is_stopped_or_killed_ends_with_the_same_bits(enc
     [
         ("gpt", "vit", 2, ["ddp"]),
         ("gpt", "vit", 2, ["fsdp"]),
-        ("llama", "vit", 2, ["tp"]),
-        pytest.param("gpt", "linear", 2, ["tp"], marks=pytest.mark.torture),
+        ("gpt", "vit", 2, ["tp"]),
+        pytest.param("llama", "linear", 2, ["tp"], marks=pytest.mark.torture),
         pytest.param("llama", "vit", 2, ["fsdp"], marks=pytest.mark.torture),
         pytest.param("gpt", "vit", 4, ["fsdp", "--parallel.tensor", "2"], marks=pytest.mark.torture),
     ],
@@ -142,6 +154,5 @@ def test_a_run_with_images_that_is_stopped_or_killed_ends_with_the_same_bits(enc
 def test_several_processes_learn_from_images_what_one_does(
     model: str, encoder: str, processes: int, words: list[str]
 ) -> None:
-    train("single", 1, MODEL=model, ENCODER=encoder)
     train("several", processes, "--parallel.strategy", *words, MODEL=model, ENCODER=encoder)
-    assert_same_run("single", "several")
+    assert_same_run(alone(model, encoder), "several")
