@@ -25,6 +25,7 @@ from cleangpt.corpora.multiplier import Multiplier
 from cleangpt.corpora.openwebtext import OpenWebText
 from cleangpt.corpora.pictures import Pictures
 from cleangpt.corpora.preferences import Preferences
+from cleangpt.corpora.rendered_words import RenderedWords
 from cleangpt.corpora.shakespeare_char import ShakespeareChar
 from cleangpt.corpora.shapes import ShapesCaptions, ShapesVQA
 from cleangpt.corpora.stdlib import Stdlib
@@ -53,6 +54,7 @@ CORPORA |= {
     "openwebtext": OpenWebText,
     "pictures": Pictures,
     "preferences": Preferences,
+    "rendered_words": RenderedWords,
     "shakespeare_char": ShakespeareChar,
     "shapes_captions": ShapesCaptions,
     "shapes_vqa": ShapesVQA,

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -53,6 +53,36 @@ def shard_model(
         fully_shard(model, mesh=fsdp_mesh, mp_policy=policy)
 
 
+class Replicated(ParallelStyle):
+    """A module that every rank has whole and computes alike: activations are gathered before it and sharded along the
+    sequence after it. Its other inputs are the same on all ranks, and it draws nothing at random."""
+
+    def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        distribute_module(module, mesh)
+        plain, everywhere = _Plain(module), [Replicate()]
+
+        def forward(activations: DTensor, *others: Tensor | None) -> DTensor:
+            whole = activations.redistribute(mesh, everywhere).to_local(grad_placements=everywhere)
+            parameters: dict[str, Any] = dict(plain.named_parameters())
+            local = {name: weight.to_local(grad_placements=everywhere) for name, weight in parameters.items()}
+            found = torch.func.functional_call(plain, local, (whole, *others))
+            return DTensor.from_local(found, mesh, everywhere, run_check=False).redistribute(mesh, [Shard(1)])
+
+        module.forward = forward
+        return module
+
+
+class _Plain(nn.Module):
+    """A module's own `forward`, whatever has taken its place."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module, self.own = module, module.forward
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.own(*inputs)
+
+
 # The entries of a `tensor_plan`. Between modules, activations `(batch, seq, dim)` are sharded along the sequence.
 STYLES: dict[str, Callable[[], ParallelStyle]] = {
     # An embedding sharded along its vocabulary; each rank looks up the tokens it holds.
@@ -67,6 +97,8 @@ STYLES: dict[str, Callable[[], ParallelStyle]] = {
     "column": lambda: ColwiseParallel(input_layouts=Shard(1)),
     # A linear layer sharded along its inputs: reduce-scatters the outputs along the sequence.
     "row": lambda: RowwiseParallel(output_layouts=Shard(1), use_local_output=False),
+    # A module that is not sharded, such as an encoder of images.
+    "replicated": lambda: Replicated(),
     # A norm within each head `(batch, seq, heads, head_dim)`: replicated, each rank applies it to its own heads.
     "heads": lambda: SequenceParallel(sequence_dim=2, use_local_output=True),
     # The output head, sharded along the vocabulary.
@@ -80,8 +112,9 @@ def _apply_tensor_parallelism(model: LanguageModel, mesh: DeviceMesh) -> None:
     if not plan:
         raise UserError(f"{type(model).__name__} has no tensor_plan for tensor parallelism; use strategy fsdp")
     _check_divisible(model, plan, mesh.size())
+    replicated = tuple(f"{name}." for name, style in plan.items() if style == "replicated")
     for name, _ in model.named_parameters():
-        if _pattern(name.rpartition(".")[0]) not in plan:
+        if _pattern(name.rpartition(".")[0]) not in plan and not name.startswith(replicated):
             raise UserError(
                 f"{name} has no entry in the tensor_plan of {type(model).__name__}; add one, or use strategy fsdp"
             )

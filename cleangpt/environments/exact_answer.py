@@ -38,3 +38,14 @@ class ExactAnswer(Environment):
     def step(self, episode: Episode, action: list[int]) -> Feedback:
         """Compares the action with the answer."""
         return Feedback(reward=float(action == episode.prompt.extras["answer"]))
+
+
+@dataclass(frozen=True)
+class Word(ExactAnswer):
+    """Words whose letters are tokens, with an end; measured by the share of letters that are right as well."""
+
+    def measures(self, episode: Episode) -> dict[str, float]:
+        """The share of the word's letters that the policy has generated in their places."""
+        word, action = episode.prompt.extras["answer"][:-1], episode.actions[-1]
+        right = sum(letter == said for letter, said in zip(word, action, strict=False))
+        return {"letters": right / len(word)}

@@ -108,6 +108,7 @@ class GPT(LanguageModel):
     tensor_plan: ClassVar[dict[str, str]] = {
         "token_embedding": "vocabulary",
         "position_embedding": "positions",
+        "vision": "replicated",
         "blocks.*.attention_norm": "sequence",
         "blocks.*.attention.qkv": "column",
         "blocks.*.attention.out": "row",
@@ -176,8 +177,7 @@ class GPT(LanguageModel):
     def flops_per_token(self, seq_len: int) -> int:
         """FLOPs to train on one token: 6 per weight and 12 x layers x dim x seq for attention.
 
-        Chowdhery et al. 2022 (PaLM), appendix B. Embeddings are looked up, not multiplied, and do not count, except
-        as a tied head.
+        Chowdhery et al. 2022 (PaLM), appendix B. Embeddings are looked up and do not count, except as a tied head.
         """
         looked_up = [self.position_embedding] if self.head is None else [self.position_embedding, self.token_embedding]
         weights = sum(parameter.numel() for parameter in self.parameters())

@@ -288,6 +288,7 @@ class Llama(LanguageModel):
     tensor_plan: ClassVar[dict[str, str]] = {
         "token_embedding": "vocabulary",
         "ngram_embeddings.*": "vocabulary",
+        "vision": "replicated",
         "blocks.*.attention_norm": "sequence",
         "blocks.*.attention.query": "column",
         "blocks.*.attention.key": "column",

@@ -39,7 +39,7 @@ from cleangpt.inference.text import start_of_sample
 from cleangpt.interchange.huggingface import find
 from cleangpt.models import model_class
 from cleangpt.models.vectors import check_vectors, vector_inputs
-from cleangpt.models.vision import check_images, check_preparation, image_inputs
+from cleangpt.models.vision import check_images, check_preparation, image_inputs, vision_of
 from cleangpt.objectives.pairs import REFERENCE
 from cleangpt.rollouts.build import check_rollouts
 from cleangpt.rollouts.collecting import check_prompts
@@ -188,10 +188,10 @@ def check(
 def _check_sizes(experiment: Experiment, layout: Layout) -> None:
     """Checks the sizes of sequence, batch, micro-batch and step."""
     data, model, training = experiment.data, experiment.model, experiment.training
-    if layout.tensor > 1 and image_inputs(model):
+    if layout.tensor > 1 and vision_of(model).encoder == "gato":
         raise UserError(
-            f"tensor parallelism is over {layout.tensor} devices; allowed with model.vision.encoder: 1; use strategy "
-            "fsdp or ddp"
+            f"tensor parallelism is over {layout.tensor} devices; allowed with model.vision.encoder 'gato', which each "
+            "would draw other positions for: 1; use strategy fsdp or ddp"
         )
     if model.max_seq_len is not None and data.seq_len > model.max_seq_len:
         raise UserError(

@@ -87,7 +87,7 @@ def test_these_have_an_environment() -> None:
     scored = {kind for kind, corpus in CORPORA.items() if corpus.environment is not Corpus.environment}
     assert scored == {
         "adder", "adder_chat", "multiplier", "fable_openings", "fable_preferences", "digits", "shapes_captions",
-        "shapes_vqa", "demonstrations", "episodes",
+        "shapes_vqa", "demonstrations", "episodes", "rendered_words",
     }  # fmt: skip
 
 

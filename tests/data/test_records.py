@@ -1,6 +1,7 @@
 """Records, such as images, come back with the rows at whose tokens they stand: shuffled, mixed, shared, resumed."""
 
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,25 @@ def test_another_kind_of_record_begins_afresh(tmp_path: Path) -> None:
     first.commit(1)
     first.close()
     assert writer(tmp_path / "d", Records(dtype="uint8", shape=(3, 2))).position == 0
+
+
+def test_of_many_pictures_few_are_in_memory_at_a_time(tmp_path: Path) -> None:
+    """While they are written, checked, opened and read; files are mapped, and do not count."""
+    kind, batch = Records(dtype="uint8", shape=(256, 256), tokens=2), np.zeros((8, 256, 256), np.uint8)
+    tracemalloc.start()
+    made = writer(tmp_path / "d", kind)
+    for split, count in (("val", 1), ("train", 50)):
+        for _ in range(count):
+            ends = np.arange(8, dtype=np.int64) * ROW + 2
+            tokens, mask = np.zeros(8 * ROW, np.int64), np.ones(8 * ROW, np.uint8)
+            made.append(split, tokens, np.full(8, ROW), mask=mask, records={"images": PlacedRecords(batch, ends)})
+    samples = Samples(made.finish(lambda facts: "").splits["train"], ROW - 1)
+    for start in range(0, 400, 8):
+        shown = samples.batch(np.arange(start, start + 8), np.zeros(8, np.int64)).inputs["images"]
+        assert shown.shape == (8, 1, 256, 256)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 50 * batch.nbytes / 5
 
 
 @pytest.mark.parametrize("name", ["train.images.bin", "train.images_ends.bin"])

@@ -17,7 +17,9 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    CLIPConfig,
     CLIPImageProcessorPil,
+    CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
     PreTrainedModel,
@@ -223,6 +225,7 @@ def test_a_processor_that_does_something_else_is_refused(entries: dict[str, Any]
 TOWERS: dict[str, Callable[[], PreTrainedModel]] = {
     "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**TOWER)),
     "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**TOWER)),
+    "clip with text": lambda: CLIPModel(CLIPConfig(vision_config=TOWER, text_config={"vocab_size": 9})),
     "siglip with text": lambda: SiglipModel(SiglipConfig(vision_config=TOWER, text_config={"vocab_size": 9})),
 }
 

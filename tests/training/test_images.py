@@ -156,9 +156,9 @@ def test_a_corpus_that_prepares_pictures_otherwise_than_the_model_is_refused(mix
         check(replace(experiment(), corpus=corpus), device=torch.device("cpu"))
 
 
-def test_tensor_parallelism_refuses_an_encoder_in_one_line(experiment: Build) -> None:
+def test_tensor_parallelism_refuses_an_encoder_that_draws_positions(experiment: Build) -> None:
+    gato = replace(VIT, encoder="gato")
     with pytest.raises(
-        UserError,
-        match=r"tensor parallelism is over 2 devices; allowed with model\.vision\.encoder: 1; use strategy fsdp",
+        UserError, match=r"over 2 devices; allowed with model\.vision\.encoder 'gato', .*: 1; use strategy"
     ):
-        check(experiment(parallel__strategy="tp"), Layout(tensor=2))
+        check(experiment(gato, parallel__strategy="tp"), Layout(tensor=2))
