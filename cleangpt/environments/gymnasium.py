@@ -175,7 +175,8 @@ def make(name: str, arguments: Arguments = (), render: bool = False) -> Any:
 def spaces(name: str, arguments: Arguments = (), modalities: Modalities = DEFAULT_MODALITIES) -> tuple[Space, Space]:
     """The spaces of an environment's observations, without texts, and of its actions."""
     simulation = make(name, arguments)
-    found = convert(simulation.observation_space, modalities), convert(simulation.action_space, bounded=True)
+    bounded = modalities.scale == "bounds"
+    found = convert(simulation.observation_space, modalities, bounded), convert(simulation.action_space, bounded=True)
     simulation.close()
     return found
 
