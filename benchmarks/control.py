@@ -3,7 +3,7 @@
 The model is that of `control_demo`, 2 layers, 64 wide, with random weights. Pendulum is always cut off by its limit, so
 that all episodes are equally long; a step is five tokens, and an episode outgrows the context of 96 many times. The
 plain loop plays one simulation by the same model, and reads its whole context anew for every action. Memory is the peak
-of a fresh process that plays 20 episodes in step; by 400 steps the allocator holds what it ever will.
+of a fresh process that plays 20 episodes in step.
 """
 
 import subprocess
