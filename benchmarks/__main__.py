@@ -16,7 +16,7 @@ from cleangpt.errors import UserError, nearest
 
 BENCHMARKS = (
     "loader", "store", "step", "snapshot", "resume", "parallel", "generation", "preferences", "rollouts", "ppo",
-    "images", "vs_nanogpt",
+    "images", "control", "vs_nanogpt",
 )  # fmt: skip
 RESULTS = Path(__file__).parent / "RESULTS.md"
 
@@ -26,8 +26,8 @@ class Options:
     """What to measure."""
 
     names: Annotated[tuple[str, ...], POSITIONAL] = ()
-    """loader, store, step, snapshot, resume, parallel, generation, preferences, rollouts, ppo, images, vs_nanogpt;
-    empty: all."""
+    """loader, store, step, snapshot, resume, parallel, generation, preferences, rollouts, ppo, images, control,
+    vs_nanogpt; empty: all."""
     quick: bool = False
     """Smoke test: small sizes and few repetitions; results are not written."""
     peer: Path | None = None

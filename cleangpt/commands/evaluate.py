@@ -40,7 +40,7 @@ class Options:
     seed: CountOrZero = 0
     """With --against or --best-of: random seed of the first prompt's answer."""
     videos: CountOrZero = 0
-    """Episodes of each simulation to film, as GIFs in RUN/videos, with a contact sheet."""
+    """Episodes of each simulation to film, as MP4 or GIF in RUN/videos, with a contact sheet."""
     device: Device = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     json: bool = False

@@ -43,6 +43,9 @@ class Modalities(Checked, section="corpus.modalities"):
     """μ of the μ-law, by which numbers without bounds are compressed."""
     largest: Positive = 256.0
     """M of the μ-law: the magnitude that becomes 1; larger ones are clipped."""
+    scale: Literal["mu_law", "bounds"] = "mu_law"
+    """What brings the numbers of observations to [-1, 1]. mu_law: the μ-law; bounds: as those of actions, the bounds
+    that the simulation gives them, where all of an array are finite."""
     choices: Annotated[int, Bounds(0, 2**16)] = 1024
     """Ids for discrete values and booleans."""
     choice_ids: Literal["own", "text"] = "own"

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cleangpt.environments import metaworld, minigrid, mujoco
+from cleangpt.environments import metaworld, minigrid, mujoco, tables
 from cleangpt.environments.acting import Lost
 from cleangpt.errors import UserError, require
 
@@ -60,6 +60,10 @@ EXPERTS: dict[str, Policy] = {
     "Acrobot-v1": acrobot,
     "BabyAI-": minigrid.bot,
     "CartPole-v1": cart_pole,
+    "CliffWalking-": tables.planned,
+    "CliffWalkingSlippery-": tables.planned,
+    "FrozenLake-": tables.planned,
+    "FrozenLake8x8-": tables.planned,
     "InvertedDoublePendulum-v5": mujoco.inverted_double_pendulum,
     "InvertedPendulum-v5": mujoco.inverted_pendulum,
     "LunarLander-v3": lunar_lander,
@@ -70,6 +74,7 @@ EXPERTS: dict[str, Policy] = {
     "Pendulum-v1": pendulum,
     "Reacher-v5": mujoco.reacher,
     "Swimmer-v5": mujoco.swimmer,
+    "Taxi-": tables.planned,
 }
 """Experts by the name of their environment, or by how it starts; registering your own is one line in your experiment
 file."""

@@ -17,12 +17,15 @@ from cleangpt.environments.acting import Acting
 from cleangpt.environments.base import Environment, Episode, Feedback, Prompt
 from cleangpt.environments.metaworld import PREFIX, make_task
 from cleangpt.environments.minigrid import make_grid
+from cleangpt.environments.tables import make_cliff
 from cleangpt.errors import UserError, nearest, require
 
 Arguments = tuple[tuple[str, str | int | float | bool], ...]
 """Keyword arguments of an environment's constructor, in pairs."""
-MAKERS: dict[str, Callable[..., Any]] = {"BabyAI-": make_grid, "MiniGrid-": make_grid, PREFIX: make_task}
-"""What makes simulations that are not Gymnasium's own, by how their names start."""
+MAKERS: dict[str, Callable[..., Any]] = {
+    "BabyAI-": make_grid, "CliffWalking": make_cliff, "MiniGrid-": make_grid, PREFIX: make_task,
+}  # fmt: skip
+"""What makes simulations that are not as Gymnasium makes its own, by how their names start."""
 SMALLEST_PICTURE = 16
 """Height and width in pixels from which an array of bytes is a picture; a smaller one is a grid of discrete values."""
 DEFAULT_MODALITIES = Modalities()
@@ -172,7 +175,8 @@ def make(name: str, arguments: Arguments = (), render: bool = False) -> Any:
 def spaces(name: str, arguments: Arguments = (), modalities: Modalities = DEFAULT_MODALITIES) -> tuple[Space, Space]:
     """The spaces of an environment's observations, without texts, and of its actions."""
     simulation = make(name, arguments)
-    found = convert(simulation.observation_space, modalities), convert(simulation.action_space, bounded=True)
+    bounded = modalities.scale == "bounds"
+    found = convert(simulation.observation_space, modalities, bounded), convert(simulation.action_space, bounded=True)
     simulation.close()
     return found
 

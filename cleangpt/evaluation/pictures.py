@@ -1,9 +1,11 @@
 """Pictures of an agent: videos of its episodes, a contact sheet of them, and the tasks above each share of the expert.
 
-GIFs are written by Pillow, which matplotlib brings.
+Videos are MP4 where imageio is installed and can write it, by imageio-ffmpeg or av; else GIFs by Pillow, which
+matplotlib brings.
 """
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cleangpt.environments.base import Environment
-from cleangpt.errors import UserError
+from cleangpt.errors import UserError, require
 from cleangpt.evaluation.control import simulations
 from cleangpt.models.base import LanguageModel
 from cleangpt.rollouts.simulating import play_control
@@ -23,7 +25,9 @@ from cleangpt.rollouts.simulating import play_control
 Frames = Sequence[NDArray[np.uint8]]
 """Pictures `(height, width, 3)`, all of one size."""
 MOST_FRAMES, WIDTH, SECOND = 250, 320, 30
-"""Of a video: the most frames, to which a longer episode is thinned out; pixels across; frames in a second."""
+"""Of a GIF the most frames, to which a longer episode is thinned out; of any video pixels across, frames a second."""
+BLOCK = 16
+"""An MP4's height in pixels is a multiple of this, as is its width, which codecs ask for."""
 SHOWN = 8
 """Frames of an episode on the contact sheet."""
 
@@ -32,7 +36,7 @@ def film(
     model: LanguageModel, environments: Mapping[str, Environment], split: str, count: int, device: torch.device,
     folder: Path,
 ) -> Path:  # fmt: skip
-    """Plays episodes of each simulation and writes SOURCE_NUMBER.gif, and contact_sheet.png with a row for each.
+    """Plays episodes of each simulation; writes SOURCE_NUMBER.mp4 or .gif, and contact_sheet.png with a row for each.
 
     Args:
         model: in evaluation mode, on `device`.
@@ -57,7 +61,7 @@ def film(
         tasks = range(min(count, environment.tasks(split)))
         for number, episode in enumerate(play_control(model, environment, split, tasks, device, pictures=True)):
             name = (source or environment.name).replace("/", "_")
-            write_gif(folder / f"{name}_{number}.gif", episode.frames)
+            write_video(folder / f"{name}_{number}", episode.frames)
             strips.append(strip(episode.frames))
     width = max(one.shape[1] for one in strips)
     padded = [np.pad(one, ((0, 4), (0, width - one.shape[1]), (0, 0)), constant_values=255) for one in strips]
@@ -66,11 +70,26 @@ def film(
     return path
 
 
-def write_gif(path: Path, frames: Frames) -> None:
+def write_video(path: Path, frames: Frames) -> Path:
+    """Writes all frames to `path`.mp4, or where that cannot be written, some to `path`.gif; returns which."""
+    if find_spec("imageio") and (find_spec("imageio_ffmpeg") or find_spec("av")):
+        return write_mp4(path.with_name(path.name + ".mp4"), frames)
+    return write_gif(path.with_name(path.name + ".gif"), frames)
+
+
+def write_mp4(path: Path, frames: Frames) -> Path:
+    """Writes a video in H.264 of all frames, at `SECOND` a second."""
+    images = np.stack([np.asarray(_resized(frame, WIDTH, BLOCK)) for frame in frames])
+    require("imageio.v3").imwrite(path, images, fps=SECOND, codec="libx264")
+    return path
+
+
+def write_gif(path: Path, frames: Frames) -> Path:
     """Writes a video, of at most `MOST_FRAMES` frames, that repeats for ever."""
     every = -(-len(frames) // MOST_FRAMES)
     images = [_resized(frame, WIDTH) for frame in [*frames[::every]]]
     images[0].save(path, save_all=True, append_images=images[1:], duration=1000 * every // SECOND, loop=0)
+    return path
 
 
 def strip(frames: Frames) -> NDArray[np.uint8]:
@@ -96,6 +115,8 @@ def draw_scores(metrics: Mapping[str, Any], sources: Sequence[str], path: Path) 
     figure.savefig(path, dpi=120)
 
 
-def _resized(frame: NDArray[np.uint8], width: int) -> Image.Image:
+def _resized(frame: NDArray[np.uint8], width: int, block: int = 1) -> Image.Image:
+    """A frame of this width, and of a height that is a multiple of `block`."""
     image = Image.fromarray(frame)
-    return image.resize((width, max(1, round(image.height * width / image.width))), Image.Resampling.BILINEAR)
+    height = max(1, round(image.height * width / image.width / block)) * block
+    return image.resize((width, height), Image.Resampling.BILINEAR)

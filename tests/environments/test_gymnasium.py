@@ -81,6 +81,13 @@ def test_a_decoded_action_is_one_that_the_simulation_takes(space: Any) -> None:
             assert space.contains(np.asarray(value, space.dtype) if np.ndim(value) else value)
 
 
+def test_numbers_of_observations_are_scaled_by_their_bounds_where_asked() -> None:
+    seen, _ = spaces("Pendulum-v1", modalities=Modalities(scale="bounds"))
+    assert seen == Box((3,), (-1.0, -1.0, -8.0), (1.0, 1.0, 8.0))
+    assert spaces("Pendulum-v1")[0] == Box((3,))
+    assert spaces("CartPole-v1", modalities=Modalities(scale="bounds"))[0] == Box((4,))  # velocities have none
+
+
 def test_texts_are_taken_out_of_observations() -> None:
     observation = {"mission": "go", "image": 3, "also": {"note": "now", "x": 1}, "pair": (4, 5)}
     text, rest = split_text(observation)

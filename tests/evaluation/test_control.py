@@ -1,14 +1,16 @@
 """Scores of agents, their confidence intervals, and pictures of episodes."""
 
 import math
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from cleangpt.evaluation import pictures
 from cleangpt.evaluation.control import control_metrics, half_width
-from cleangpt.evaluation.pictures import draw_scores, strip, write_gif
+from cleangpt.evaluation.pictures import draw_scores, strip, write_gif, write_mp4, write_video
 from cleangpt.rollouts.simulating import Played
 
 
@@ -50,6 +52,30 @@ def test_a_video_has_the_frames_of_its_episode(tmp_path: Path) -> None:
         assert video.n_frames <= 250  # type: ignore[attr-defined]
     row = strip(frames)
     assert row.shape == (107, 8 * 160, 3) and row[50, 5, 0] == 0 and row[50, -5, 0] == 225
+
+
+@pytest.mark.parametrize(
+    ("installed", "suffix"),
+    [((), ".gif"), (("imageio",), ".gif"), (("imageio", "av"), ".mp4"), (("imageio", "imageio_ffmpeg"), ".mp4")],
+)
+def test_a_video_is_an_mp4_where_one_can_be_written(
+    installed: tuple[str, ...], suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "find_spec", lambda name: name in installed or None)
+    monkeypatch.setattr(pictures, "write_mp4", lambda path, frames: path)
+    written = write_video(tmp_path / "reach-v3.1_0", [np.zeros((4, 6, 3), np.uint8)] * 2)
+    assert written == tmp_path / f"reach-v3.1_0{suffix}"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # imageio leaves pipes open
+@pytest.mark.skipif(not (find_spec("av") or find_spec("imageio_ffmpeg")), reason="nothing writes MP4 here")
+def test_an_mp4_has_all_frames_of_a_long_episode(tmp_path: Path) -> None:
+    reader = pytest.importorskip("imageio.v3")
+    frames = [np.full((40, 60, 3), 40 + number // 2, np.uint8) for number in range(300)]
+    video = reader.imread(write_mp4(tmp_path / "long.mp4", frames))
+    assert video.shape == (300, 208, 320, 3)
+    assert np.abs(video[:, 100, 100, 0].astype(int) - (40 + np.arange(300) // 2)).max() <= 8
 
 
 def test_shares_of_the_expert_are_drawn_for_several_tasks(tmp_path: Path) -> None:
