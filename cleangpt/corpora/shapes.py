@@ -25,7 +25,17 @@ from cleangpt.data.tokenizers import BPETokenizer, train_bpe
 from cleangpt.data.writer import Chunk, Groups
 from cleangpt.environments.base import Environment
 from cleangpt.environments.exact_answer import ExactAnswer
-from cleangpt.environments.shapes import QUESTIONS, SIDE, Scene, ShapeQuestions, ask, caption, draw_scene, picture
+from cleangpt.environments.shapes import (
+    LEADING,
+    QUESTIONS,
+    SIDE,
+    Scene,
+    ShapeQuestions,
+    ask,
+    caption,
+    draw_scene,
+    picture,
+)
 from cleangpt.errors import UserError
 from cleangpt.validation import Bounds
 
@@ -47,7 +57,7 @@ def _texts() -> Iterator[str]:
     for number in range(LEARNED_FROM):
         scene = draw_scene(mix(0, number), held_out=number % 2 == 1)
         yield caption(scene)
-        for kind in QUESTIONS:
+        for kind in (*QUESTIONS, *LEADING):
             if asked := ask(scene, kind, number):
                 yield f"{asked[0]} {asked[1]}"
 
@@ -163,7 +173,8 @@ class ShapesVQA(Shapes):
 
     def text(self, scene: Scene, number: int, split: str) -> Row:
         """Questions, and their answers with the end of text."""
-        kinds, wanted = list(QUESTIONS), self.questions if split == "train" else 1
+        training = split == "train"
+        kinds, wanted = [*QUESTIONS, *(LEADING if training else ())], self.questions if training else 1
         parts: list[Row] = []
         for attempt in range(1000):
             kind = kinds[(number + attempt) % len(kinds)]

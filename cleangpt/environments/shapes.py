@@ -130,6 +130,14 @@ def ask_relation(scene: Scene, draw: np.random.Generator) -> tuple[str, str] | N
     return f"is the {one.name} {word} the {other.name}?", "yes" if wanted else "no"
 
 
+def ask_place(scene: Scene, draw: np.random.Generator) -> tuple[str, str] | None:
+    """Where a shape is that is the only one of its kind."""
+    if not (single := _singles(scene)):
+        return None
+    thing = _choose(single, draw)
+    return f"where is the {thing.name}?", CELLS[thing.cell]
+
+
 def ask_color_count(scene: Scene, draw: np.random.Generator) -> tuple[str, str] | None:
     """How many shapes have a colour."""
     counts = Counter(thing.color for thing in scene)
@@ -151,6 +159,9 @@ QUESTIONS: dict[str, Callable[[Scene, np.random.Generator], tuple[str, str] | No
     "count": ask_count,
 }
 """Kinds of questions."""
+LEADING: dict[str, Callable[[Scene, np.random.Generator], tuple[str, str] | None]] = {"place": ask_place}
+"""Kinds for training alone. A yes or no says little about which patch to look at, a place says it all: who can find a
+shape by its name can compare two."""
 PATTERNS = {
     "exists": r"is there an? ", "size": r"what size ", "relation": r"is the ", "color_count": r"how many \w+ shapes ",
     "count": r"how many shapes ",
@@ -160,7 +171,7 @@ PATTERNS = {
 
 def ask(scene: Scene, kind: str, seed: int) -> tuple[str, str] | None:
     """A question of a kind about a scene, and its answer; None: the scene has none of this kind."""
-    return QUESTIONS[kind](scene, np.random.default_rng(seed))
+    return (QUESTIONS | LEADING)[kind](scene, np.random.default_rng(seed))
 
 
 def kind_of(question: str) -> str | None:

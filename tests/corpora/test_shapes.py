@@ -72,7 +72,7 @@ def test_training_rows_have_several_questions_and_the_others_one(workplace: Path
         tokens, mask = dataset.splits["train"].read_row(number)
         text = known.decode([token for token in tokens[36:] if token])
         assert text.count("?") == 4 and tokens.count(known.eos_id) >= 4
-        assert sum(mask) == 8  # each answer is a word and the end of text
+        assert 8 <= sum(mask) <= 12  # each answer is a word, or a place of two, and the end of text
     kinds = set()
     for number in range(10):
         prompt = environment.reset("val", number)

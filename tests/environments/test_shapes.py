@@ -106,3 +106,16 @@ def test_guessing_an_answer_is_right_half_of_the_time(kind: str) -> None:
 
 def test_other_texts_are_no_questions() -> None:
     assert kind_of("small red circle top") is None
+
+
+def test_a_place_is_asked_of_what_is_there_once_and_only_in_training() -> None:
+    asked = 0
+    for seed, scene in enumerate(SCENES):
+        named = read_caption(caption(scene))
+        if (question := ask(scene, "place", seed)) is None:
+            assert all(count > 1 for count in Counter(thing.pair for thing in scene).values())
+            continue
+        color, shape = question[0].removeprefix("where is the ").removesuffix("?").split()
+        assert [place for _, *pair, place in named if pair == [color, shape]] == [question[1]]
+        asked += 1
+    assert asked > 100 and "place" not in QUESTIONS
