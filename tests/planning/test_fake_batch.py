@@ -18,6 +18,7 @@ from cleangpt.planning.workload import measure
 TOKENS = torch.zeros(2, 40, dtype=torch.long)
 
 
+@pytest.mark.default(2)
 @pytest.mark.parametrize("encoder", ["linear", "gato", "vit"])
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_a_row_full_of_images_counts_their_encoder(encoder: Any, bidirectional: bool) -> None:
