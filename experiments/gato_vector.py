@@ -47,21 +47,21 @@ def task(env: str, played: int, choices: Any = "argmax", **fields: Any) -> Demon
 
 
 tasks = {
-    "cart_pole": task("CartPole-v1", 100),
+    "cart_pole": task("CartPole-v1", 200),
     "acrobot": task("Acrobot-v1", 200),
     "mountain_car": task("MountainCar-v0", 200),
     "mountain_car_continuous": task("MountainCarContinuous-v0", 150),
-    "pendulum": task("Pendulum-v1", 500),
-    "lunar_lander": task("LunarLander-v3", 300, "sample", least_score=80.0),
-    "lunar_lander_continuous": task("LunarLanderContinuous-v3", 300, least_score=80.0),
-    "inverted_pendulum": task("InvertedPendulum-v5", 100, burst=2, noise=0.02),
+    "pendulum": task("Pendulum-v1", 800),
+    "lunar_lander": task("LunarLander-v3", 600, "sample", least_score=80.0),
+    "lunar_lander_continuous": task("LunarLanderContinuous-v3", 600, least_score=80.0),
+    "inverted_pendulum": task("InvertedPendulum-v5", 200, burst=2, noise=0.02),
     "reacher": task("Reacher-v5", 600),
-    "go_to_red_ball_grey": task("BabyAI-GoToRedBallGrey-v0", 1000, "sample"),
-    "go_to_obj": task("BabyAI-GoToObj-v0", 1000, "sample"),
-    "go_to_local": task("BabyAI-GoToLocal-v0", 1000, "sample"),
-    "red_ball_seen": task("BabyAI-GoToRedBallGrey-v0", 500, "sample", arguments=(("view", "pictures"),)),
-    "reach": task("Meta-World/reach-v3", 150),
-    "button_press": task("Meta-World/button-press-v3", 150),
+    "go_to_red_ball_grey": task("BabyAI-GoToRedBallGrey-v0", 4000, "sample"),
+    "go_to_obj": task("BabyAI-GoToObj-v0", 4000, "sample"),
+    "go_to_local": task("BabyAI-GoToLocal-v0", 4000, "sample"),
+    "red_ball_seen": task("BabyAI-GoToRedBallGrey-v0", 1500, "sample", arguments=(("view", "pictures"),)),
+    "reach": task("Meta-World/reach-v3", 300),
+    "button_press": task("Meta-World/button-press-v3", 300),
 }
 
 experiment = Experiment(
@@ -87,6 +87,6 @@ experiment = Experiment(
     objective=SoftBins(bins=(ranges.first_bin, ranges.first_choice), sigma=6.0),
     optimizer=OptimizerConfig(lr=3e-3, weight_decay=0.1, betas=(0.9, 0.98), clip_norm=1.0),
     schedule=ScheduleConfig(lr=Schedule(shape="cosine", final=0.02, warmup=0.05)),
-    training=TrainingConfig(macro_batches=2, batches_per_macro_batch=150),
+    training=TrainingConfig(macro_batches=13, batches_per_macro_batch=150),
     tracking=TrackingConfig(score_samples=0, sample_tokens=0),
 )

@@ -2,6 +2,7 @@
 
 from cleangpt.config import (
     DataConfig,
+    MuonConfig,
     OptimizerConfig,
     SavingConfig,
     Schedule,
@@ -21,10 +22,12 @@ experiment = Experiment(
     name="shapes_captions",
     corpus=corpus,
     data=DataConfig(seq_len=corpus.row_length - 1, batch_size=64),
-    model=LlamaConfig(n_layers=4, n_heads=4, dim=96, hidden_dim=256, rope_theta=10_000.0, tied=True, vision=vision),
-    optimizer=OptimizerConfig(lr=3e-3, weight_decay=0.1, betas=(0.9, 0.98), clip_norm=1.0),
+    model=LlamaConfig(n_layers=4, n_heads=4, dim=96, hidden_dim=256, rope_theta=100.0, tied=True, vision=vision),
+    optimizer=OptimizerConfig(
+        lr=3e-3, weight_decay=0.1, betas=(0.9, 0.98), clip_norm=1.0, muon=MuonConfig(lr=1e-2, iterations=3)
+    ),
     schedule=ScheduleConfig(lr=Schedule(shape="cosine", final=0.01, warmup=0.05)),
-    training=TrainingConfig(macro_batches=10, batches_per_macro_batch=100),
+    training=TrainingConfig(macro_batches=8, batches_per_macro_batch=75),
     saving=SavingConfig(keep_best=2),
     tracking=TrackingConfig(score_samples=100, sample_tokens=24),
 )
