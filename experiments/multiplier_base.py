@@ -24,7 +24,7 @@ experiment = Experiment(
     optimizer=OptimizerConfig(lr=2e-3, weight_decay=0.5, betas=(0.9, 0.98), clip_norm=1.0),
     schedule=ScheduleConfig(lr=Schedule(shape="cosine", final=0.01, warmup=0.05)),
     training=TrainingConfig(macro_batches=200, batches_per_macro_batch=20),
-    early_stopping=EarlyStoppingConfig(target=0.4),
+    early_stopping=EarlyStoppingConfig(target=0.48),
     saving=SavingConfig(keep_best=1, best="highest exact_match", snapshot_every=100),
     tracking=TrackingConfig(score_samples=1000, sample_tokens=8),
 )

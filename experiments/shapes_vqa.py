@@ -1,12 +1,13 @@
 """Questions about pictures of shapes, by a model that has learned to caption them: `cleangpt train shapes_captions`
 comes first.
 
-It starts from the newest run of that name; the model is the same. Counts, sizes and most of what exists are learned;
-relations stay at guessing in this time.
+It starts from the newest run of that name; the model is the same. Counts and sizes are learned; whether a shape exists
+is told by its colour alone, and relations stay at guessing.
 """
 
 from cleangpt.config import (
     DataConfig,
+    MuonConfig,
     OptimizerConfig,
     SavingConfig,
     Schedule,
@@ -26,10 +27,12 @@ experiment = Experiment(
     name="shapes_vqa",
     corpus=corpus,
     data=DataConfig(seq_len=corpus.row_length - 1, batch_size=32),
-    model=LlamaConfig(n_layers=4, n_heads=4, dim=96, hidden_dim=256, rope_theta=10_000.0, tied=True, vision=vision),
-    optimizer=OptimizerConfig(lr=2e-3, weight_decay=0.1, betas=(0.9, 0.98), clip_norm=1.0),
+    model=LlamaConfig(n_layers=4, n_heads=4, dim=96, hidden_dim=256, rope_theta=100.0, tied=True, vision=vision),
+    optimizer=OptimizerConfig(
+        lr=2e-3, weight_decay=0.1, betas=(0.9, 0.98), clip_norm=1.0, muon=MuonConfig(lr=1e-2, iterations=3)
+    ),
     schedule=ScheduleConfig(lr=Schedule(shape="cosine", final=0.01, warmup=0.05)),
-    training=TrainingConfig(macro_batches=10, batches_per_macro_batch=250),
+    training=TrainingConfig(macro_batches=10, batches_per_macro_batch=150),
     saving=SavingConfig(keep_best=2),
     tracking=TrackingConfig(score_samples=200, sample_tokens=8),
     init_from="shapes_captions",
