@@ -17,7 +17,6 @@ from benchmarks.loader import WAIT_GOAL, batch_loader
 from benchmarks.made import close, make_trainer, shipped, train_macro_batch
 from benchmarks.runner import Row, Setup, cpu_seconds, interleave, one_thread
 from cleangpt.corpora import prepare
-from cleangpt.corpora.shapes import ShapesCaptions
 from cleangpt.data.mixing import MixedDataset
 from cleangpt.models import build_model
 from cleangpt.models.llama import LlamaConfig
@@ -95,14 +94,15 @@ def _text_step(model: nn.Module, tokens: Tensor, repeats: int) -> float:
 
 def loader_row(setup: Setup) -> Row:
     """The wait for a batch of images within a step of training."""
-    corpus = ShapesCaptions(train_samples=2000, val_samples=10, test_samples=10)
-    dataset: MixedDataset = prepare(corpus, setup.folder / "data", console=Console(quiet=True))
-    store, steps = dataset.sources[0].dataset, 2 if setup.quick else 10
+    steps = 2 if setup.quick else 10
     experiment = shipped(
         "shapes_captions",
         training={"batches_per_macro_batch": steps, "device": "cpu"},
         tracking={"progress": False, "sample_tokens": 0, "score_samples": 0},
+        corpus={"train_samples": 2000, "val_samples": 10, "test_samples": 10},
     )
+    dataset: MixedDataset = prepare(experiment.corpus, setup.folder / "data", console=Console(quiet=True))
+    store = dataset.sources[0].dataset
     trainer = make_trainer(experiment, store, setup.folder / "run")
     loader = batch_loader(store, experiment.data.batch_size, experiment.data.seq_len)
     measures = {
