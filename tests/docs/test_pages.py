@@ -24,7 +24,7 @@ SECTIONS = "corpus|data|model|rollouts|optimizer|schedule|training|parallel|fine
 VOCABULARY = {
     "Adder": 13, "AdderChat": 257, "Demonstrations": 257, "FableOpenings": 509, "FablePreferences": 509, "Fables": 257,
     "Multiplier": 13, "ShakespeareChar": 65, "Stdlib": 257, "TinyStories": 4096,
-    "Digits": 17, "ShapesCaptions": 361, "ShapesVQA": 361,
+    "Digits": 17, "ShapesCaptions": 363, "ShapesVQA": 363, "RenderedWords": 28,
 }  # fmt: skip
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
