@@ -123,7 +123,7 @@ DIFFERENT = (
     "fables_dpo",
     "fables_grpo",
     "fables_ppo",
-    "gato_paper",
+    "gato_small",
     "shapes_vit",
     "stdlib_fast",
     "stories_from_pretrained",
