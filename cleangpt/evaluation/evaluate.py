@@ -21,6 +21,7 @@ from cleangpt.evaluation.validate import loss_metrics, source_metrics, validate
 from cleangpt.experiment import Experiment
 from cleangpt.files import write_json
 from cleangpt.models.base import LanguageModel
+from cleangpt.objectives.pairs import PairObjective
 from cleangpt.screen import Screen
 from cleangpt.tracking.metrics import strict
 from cleangpt.tracking.numbers import show_number
@@ -47,9 +48,10 @@ def evaluate_run(
     metrics: dict[str, Any] = {"run": str(run), "checkpoint": folder.name, "split": name}
     model = loaded.model(device)
     metrics |= evaluate(model, experiment, dataset, name, device)
-    samples = split_samples(dataset, name, experiment.data.seq_len).values()
-    context = autocast(device, compute_dtype(device, experiment.training.precision))
-    draw_margins(margins(model, experiment.objective, samples, device, context), run)
+    if isinstance(experiment.objective, PairObjective):
+        samples = split_samples(dataset, name, experiment.data.seq_len).values()
+        context = autocast(device, compute_dtype(device, experiment.training.precision))
+        draw_margins(margins(model, experiment.objective, samples, device, context), run)
     found = environments(experiment.corpus, dataset)
     draw_scores(metrics, list(found), run / "plots" / "tasks.png")
     if videos:

@@ -12,7 +12,6 @@ from cleangpt.data.loader import Samples, validation_batches
 from cleangpt.evaluation.validate import validate
 from cleangpt.files import write_json
 from cleangpt.models.base import LanguageModel
-from cleangpt.objectives import Objective
 from cleangpt.objectives.pairs import PairObjective
 from cleangpt.tracking.plots import histogram
 
@@ -34,15 +33,13 @@ def draw_margins(found: list[float], run: Path) -> None:
 
 
 def margins(
-    model: LanguageModel, objective: Objective, samples: Iterable[Samples], device: torch.device,
+    model: LanguageModel, objective: PairObjective, samples: Iterable[Samples], device: torch.device,
     context: AbstractContextManager[Any],
 ) -> list[float]:  # fmt: skip
-    """The margin of each pair, of at most 1,000 of each source; empty if the objective is not about pairs.
+    """The margin of each pair, of at most 1,000 of each source.
 
     The objective gives sums over a batch, so each pair is a batch.
     """
-    if not isinstance(objective, PairObjective):
-        return []
     batches = (batch for part in samples for batch in validation_batches(part, 2, 2 * MOST))
     found = (validate(model, objective, [batch], device, context).get(MARGIN, np.nan) for batch in batches)
     return [margin for margin in found if np.isfinite(margin)]
