@@ -5,7 +5,6 @@ so that those of validation and test are never seen in training.
 """
 
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from cleangpt.corpora.base import Corpus, write_dataset
-from cleangpt.corpora.rows import joined, padded
+from cleangpt.corpora.rows import groups_of, joined, padded
 from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.images import IMAGE_CHARACTER, IMAGES, image_token, images_first
 from cleangpt.data.records import Records
@@ -84,16 +83,9 @@ class RenderedWords(Corpus):
     def _sizes(self) -> dict[str, int]:
         return {"val": self.val_samples, "test": self.test_samples, "train": self.train_samples}
 
-    def _parts(self) -> Iterator[tuple[str, int, int]]:
-        for split, size in self._sizes().items():
-            yield from ((split, first, min(first + GROUP, size)) for first in range(0, size, GROUP))
-
     def _groups(self, start: int) -> Groups:
-        done = 0
-        for number, (split, first, last) in enumerate(self._parts()):
-            done += last - first
-            if number >= start:
-                yield done, [self._chunk(split, first, last)]
+        for split, first, last, done in groups_of(self._sizes(), GROUP)[start:]:
+            yield done, [self._chunk(split, first, last)]
 
     def _chunk(self, split: str, first: int, last: int) -> Chunk:
         image, words = np.full(self.image_tokens, image_token(TOKENIZER)), self.words(split, first, last)

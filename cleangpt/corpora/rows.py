@@ -5,7 +5,7 @@ keeps room for one token after the answer, so that a reward model reads the answ
 such as a chosen and a rejected answer, lose the same tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,3 +74,15 @@ def mismatched(rows: Sequence[Row], step: int = 1) -> list[list[Row]]:
 def per_token(values: Sequence[float], row_length: int, dtype: Any) -> NDArray[Any]:
     """A column with one value per row, at each of the row's tokens: `(rows * row_length,)`."""
     return np.repeat(np.asarray(values, dtype), row_length)
+
+
+def groups_of(sizes: Mapping[str, int], most: int) -> list[tuple[str, int, int, int]]:
+    """Rows of splits, by their `sizes`, in groups of at most so many: the split, the numbers of the first row and of
+    the one after the last, and the rows of all splits up to there."""
+    done, groups = 0, []
+    for split, size in sizes.items():
+        for first in range(0, size, most):
+            last = min(first + most, size)
+            done += last - first
+            groups.append((split, first, last, done))
+    return groups

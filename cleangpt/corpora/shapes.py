@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from cleangpt.corpora.base import Corpus, write_dataset
-from cleangpt.corpora.rows import Row, joined, padded
+from cleangpt.corpora.rows import Row, groups_of, joined, padded
 from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.images import IMAGE_TOKEN, IMAGES, image_token, images_first
 from cleangpt.data.records import Records
@@ -114,13 +114,7 @@ class Shapes(Corpus):
         return {"val": self.val_samples, "test": self.test_samples, "train": self.train_samples}
 
     def _groups(self, start: int) -> Groups:
-        done, groups = 0, list[tuple[str, int, int, int]]()
-        for split, size in self._sizes().items():
-            for first in range(0, size, GROUP):
-                last = min(first + GROUP, size)
-                done += last - first
-                groups.append((split, first, last, done))
-        for split, first, last, done in groups[start:]:
+        for split, first, last, done in groups_of(self._sizes(), GROUP)[start:]:
             yield done, [self._chunk(split, first, self.scenes(split, first, last))]
 
     def _chunk(self, split: str, first: int, scenes: list[Scene]) -> Chunk:
