@@ -33,11 +33,12 @@ FAST_GOAL = 0.2
 PEER_TIME, TIME = "nanoGPT: seconds to its loss", "seconds to its loss"
 RECIPE = ("--training.compile", "model")
 FAST = (
-    *RECIPE, "--data.batch-size", "128", "--optimizer.lr", "2e-3", "--optimizer.muon.lr", "4e-3",
-    "--schedule.lr.shape", "wsd", "--schedule.lr.final", "0", "--schedule.lr.decay", "0.6",
-    "--training.macro-batches", "8", "--training.batches-per-macro-batch", "100",
+    "--data.batch-size", "64", "--model.dropout", "0.1", "--optimizer.lr", "2e-3", "--optimizer.muon.lr", "3e-3",
+    "--schedule.lr.shape", "wsd", "--schedule.lr.final", "0", "--schedule.lr.decay", "0.8",
+    "--training.macro-batches", "6", "--training.batches-per-macro-batch", "100",
 )  # fmt: skip
-"""A first guess at a recipe for a large GPU: Muon, larger batches, a rate that decays to zero."""
+"""The recipe for a large GPU, found on an H200: Muon and a rate that decays to zero learn in 600 steps
+what nanoGPT's recipe does. Not compiled, since compilation takes longer than all of them."""
 TOY = (
     "--data.batch-size", "2", "--data.seq-len", "16", "--data.val-samples", "8", "--model.max-seq-len", "16",
     "--model.n-layers", "1", "--model.dim", "12", "--training.macro-batches", "1",

@@ -80,7 +80,7 @@ _TABLE = [
         fp32=75e12, tf32=1100e12, bf16=2250e12, fp16=2250e12,
         fp8=4500e12, link=900e9, price=5.0,
     ),
-    _hopper("h200", "H200", 141, 4.8e12, 3.5, matmul_share=0.57),
+    _hopper("h200", "H200", 141, 4.8e12, 3.5, matmul_share=0.61),
     _hopper("h100", "H100", 80, 3.35e12, 3.0),
     _hopper("h100-500w", "H100", 96, 2.4e12, 2.5, share=(835 + 989) / 2 / 989),
     Device(

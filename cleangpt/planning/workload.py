@@ -103,6 +103,10 @@ class Workload:
     """Inputs of a block's layers of kind "column" in the tensor plan; under tensor parallelism each gathers its own."""
     logits: float
     """Size of the logits, of all chunks together."""
+    copied: float = 0.0
+    """Size of autocast's copies of a block's weights."""
+    head_gradients: float = 0.0
+    """Size of the head's gradient of a chunk and of the sum over chunks, with autocast's copies."""
 
     @property
     def parameters(self) -> int:
@@ -110,19 +114,20 @@ class Workload:
         return self.blocks * self.block_parameters + self.rest_parameters
 
     def compiled(self, chunks: int) -> "Workload":
-        """The same, compiled: of a block, its input and the results of products are saved, from which the backward pass
-        computes the rest anew."""
-        saved = min(self.block.saved_activations, self.block_input + self.block.forward.results)
+        """The same, compiled: of a block, its input, autocast's copies of its weights and the results of products are
+        saved, from which the backward pass computes the rest anew."""
+        saved = min(self.block.saved_activations, self.block_input + self.copied + self.block.forward.results)
         return replace(self.with_compiled_loss(chunks), block=replace(self.block, saved_activations=saved))
 
     def with_compiled_loss(self, chunks: int = 1) -> "Workload":
-        """The same, with a loss that has one copy of the logits of a chunk, and one of their gradient."""
+        """The same, with a loss that has one copy of the logits of a chunk, and one of their gradient, from which it
+        computes that of the head."""
         rest, part = self.rest, self.logits / chunks
         forward, backward = (
             replace(work, bytes=min(work.bytes, work.fused_bytes)) for work in (rest.forward, rest.backward)
         )
         whole = rest.saved_activations if chunks > 1 else min(rest.saved_activations, part)
-        transient = min(self.transient, (2 if chunks > 1 else 1) * part)
+        transient = min(self.transient, 2 * part + self.head_gradients if chunks > 1 else part)
         return replace(self, rest=Passes(forward, backward, whole), transient=transient)
 
     def recomputed_block(self, selective: bool = False) -> Passes:
@@ -168,6 +173,8 @@ def measure(
     finally:
         _replace_blocks(blocks, all_blocks)
     one, two = traces
+    copies = dtype.itemsize if dtype != torch.float32 and not gathered else 0
+    head = sum(parameter.numel() for parameter in model.head_parameters())
     saved = two.saved_activations - one.saved_activations
     block = Passes(two.forward - one.forward, two.backward - one.backward, saved)
     rest = Passes(one.forward - block.forward, one.backward - block.backward, one.saved_activations - saved)
@@ -184,6 +191,8 @@ def measure(
         block_input=one.sizes["block_input"],
         gathered=one.sizes["gathered"],
         logits=one.sizes["logits"],
+        copied=two.copied - one.copied,
+        head_gradients=2 * head * ((dtype.itemsize if gathered else torch.float32.itemsize) + copies),
     )
 
 
@@ -207,6 +216,7 @@ class _Trace:
     saved_activations: float
     peak: float
     sizes: dict[str, float]
+    copied: float
 
 
 def _trace(
@@ -226,7 +236,7 @@ def _trace(
             forward, saved_activations = counter.take(), counter.allocated
             loss.backward()  # type: ignore[no-untyped-call]
             backward = counter.take()
-    return _Trace(forward, backward, saved_activations, counter.peak, sizes)
+    return _Trace(forward, backward, saved_activations, counter.peak, sizes, counter.copied)
 
 
 class _FakeModel(nn.Module):
@@ -288,7 +298,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.work = Work()
-        self.allocated = self.peak = 0.0
+        self.allocated = self.peak = self.copied = 0.0
         self.alive: set[int] = set()
         self.weights: set[int] = set()
         self.weight_shapes: set[tuple[int, ...]] = set()
@@ -322,6 +332,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 # Autocast's copy of a weight: a weight too, copied again for every micro-batch, compiled or not.
                 self.weights |= {_storage(entry) for entry in outputs}
                 self.work += Work(fused_bytes=sum(map(_bytes, touched)))
+                self.copied += sum(map(_bytes, outputs))
         for entry in outputs:
             self.allocate(entry)
         return result

@@ -107,10 +107,10 @@ def test_a_rate_is_that_of_the_products_made() -> None:
 
 def test_a_process_that_takes_memory_shows_it(tmp_path: Path) -> None:
     before = peak_resident_bytes()
-    taken = torch.ones(64 * 2**20)
+    taken = torch.ones((before or 0) // 2)  # twice what the process has ever had
     after = peak_resident_bytes()
     assert before is not None and after is not None
-    assert after - before > 0.9 * taken.nbytes or before > 2 * taken.nbytes
+    assert after > 0.9 * taken.nbytes > 1.5 * before
 
 
 @pytest.mark.slow
