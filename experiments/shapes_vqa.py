@@ -1,8 +1,8 @@
 """Questions about pictures of shapes, by a model that has learned to caption them: `cleangpt train shapes_captions`
 comes first.
 
-It starts from the newest run of that name; the model is the same. Counts and sizes are learned; whether a shape exists
-is told by its colour alone, and relations stay at guessing.
+It starts from the newest run of that name; the model is the same. The question stands before the picture, so that every
+patch sees it.
 """
 
 from cleangpt.config import (
@@ -26,7 +26,7 @@ corpus = ShapesVQA(image_tokens=vision.tokens)
 experiment = Experiment(
     name="shapes_vqa",
     corpus=corpus,
-    data=DataConfig(seq_len=corpus.row_length - 1, batch_size=32),
+    data=DataConfig(seq_len=corpus.row_length - 1, batch_size=192),
     model=LlamaConfig(n_layers=4, n_heads=4, dim=96, hidden_dim=256, rope_theta=100.0, tied=True, vision=vision),
     optimizer=OptimizerConfig(
         lr=2e-3, weight_decay=0.1, betas=(0.9, 0.98), clip_norm=1.0, muon=MuonConfig(lr=1e-2, iterations=3)

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from cleangpt.corpora.base import Corpus, write_dataset
-from cleangpt.corpora.rows import Row, groups_of, joined, padded
+from cleangpt.corpora.rows import groups_of, joined, padded
 from cleangpt.data.dataset import TokenDataset
-from cleangpt.data.images import IMAGE_TOKEN, IMAGES, image_token, images_first
-from cleangpt.data.records import Records
+from cleangpt.data.images import IMAGE_TOKEN, IMAGES, image_token
+from cleangpt.data.records import PlacedRecords, Records
 from cleangpt.data.shuffle import mix
 from cleangpt.data.tokenizers import BPETokenizer, train_bpe
 from cleangpt.data.writer import Chunk, Groups
@@ -39,6 +39,8 @@ from cleangpt.environments.shapes import (
 from cleangpt.errors import UserError
 from cleangpt.validation import Bounds
 
+Tokens = NDArray[np.int64]
+"""`(length,)`."""
 VOCABULARY, LEARNED_FROM = 384, 2000
 """Tokens at most, and scenes that the tokenizer is learned from."""
 GROUP = 500
@@ -64,7 +66,7 @@ def _texts() -> Iterator[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes(Corpus):
-    """Pictures of 48 x 48 pixels, one at the start of each row, and text about them."""
+    """Pictures of 48 x 48 pixels, one in each row, and text about them."""
 
     longest: ClassVar[int]
     """Tokens of the longest text of a row."""
@@ -87,8 +89,8 @@ class Shapes(Corpus):
         """Tokens in every row; a sample has one less."""
         return self.image_tokens + self.longest + 1
 
-    def text(self, scene: Scene, number: int, split: str) -> Row:
-        """The tokens that follow a scene's picture, and which of them count."""
+    def text(self, scene: Scene, number: int, split: str) -> tuple[Tokens, Tokens]:
+        """The tokens before a scene's picture, and those after it, which count."""
         raise NotImplementedError
 
     def prepare(self, folder: Path, console: Console) -> TokenDataset:
@@ -120,16 +122,17 @@ class Shapes(Corpus):
     def _chunk(self, split: str, first: int, scenes: list[Scene]) -> Chunk:
         image, known = np.full(self.image_tokens * self.pictures, image_token(tokenizer())), tokenizer()
         texts = [self.text(scene, first + number, split) for number, scene in enumerate(scenes)]
-        rows = [Row.cat([Row(image, np.zeros_like(image, np.uint8)), text]) for text in texts]
+        rows = [joined(np.concatenate([before, image]), after) for before, after in texts]
         if (longest := max(len(row.tokens) for row in rows)) > self.row_length:
             raise UserError(f"a text has {longest - self.image_tokens} tokens, more than {self.longest}")
         tokens, mask = padded(rows, self.row_length)
-        text_bytes = sum(len(known.decode(text.tokens.tolist())) for text in texts)
+        text_bytes = sum(len(known.decode(np.concatenate(text).tolist())) for text in texts)
         chunk = Chunk(split, tokens.reshape(-1), np.full(len(rows), self.row_length), text_bytes, mask.reshape(-1))
         if not self.pictures:
             return chunk
         images: NDArray[np.uint8] = np.stack([picture(scene) for scene in scenes])
-        return replace(chunk, records=images_first(images, self.image_tokens, self.row_length))
+        ends = np.array([number * self.row_length + row.start for number, row in enumerate(rows)])
+        return replace(chunk, records={IMAGES: PlacedRecords(images, ends)})
 
 
 @lru_cache(maxsize=4)
@@ -144,9 +147,9 @@ class ShapesCaptions(Shapes):
 
     longest: ClassVar[int] = 25
 
-    def text(self, scene: Scene, number: int, split: str) -> Row:
-        """The caption and the end of text."""
-        return joined(np.zeros(0, np.int64), _ended(caption(scene)))
+    def text(self, scene: Scene, number: int, split: str) -> tuple[Tokens, Tokens]:
+        """Nothing, and the caption with the end of text."""
+        return np.zeros(0, np.int64), _ended(caption(scene))
 
     def environment(self, dataset: TokenDataset) -> Environment | None:
         """Pictures to be captioned, with reward 1 for exactly the caption, else 0."""
@@ -155,35 +158,33 @@ class ShapesCaptions(Shapes):
 
 @dataclass(frozen=True, kw_only=True)
 class ShapesVQA(Shapes):
-    """Pictures, each followed by questions and answers, of which the answers count. Needs tokenizers and Pillow.
+    """Questions, each before its picture, and answers, which count. Needs tokenizers and Pillow.
 
-    In training there are several questions after a picture, in validation and test one, the kinds of questions in turn.
+    A patch sees the question, so that it can tell by itself whether it is what is asked for. The kinds of questions
+    come in turn; for where something is, in training alone.
     """
 
-    longest: ClassVar[int] = 90
+    longest: ClassVar[int] = 16
 
-    questions: Annotated[int, Bounds(1, 7)] = 6
-    """Questions after a training picture."""
+    train_samples: Annotated[int, Bounds(1, 2**24)] = 60_000
+    """Training scenes, each with one question."""
 
-    def text(self, scene: Scene, number: int, split: str) -> Row:
-        """Questions, and their answers with the end of text."""
-        training = split == "train"
-        kinds, wanted = [*QUESTIONS, *(LEADING if training else ())], self.questions if training else 1
-        parts: list[Row] = []
-        for attempt in range(1000):
-            kind = kinds[(number + attempt) % len(kinds)]
-            if (asked := ask(scene, kind, mix(self.seed, SPLITS[split], number, attempt))) and len(parts) < wanted:
-                parts.append(joined(tokenizer().encode(asked[0]), _ended(f" {asked[1]}")))
-            if len(parts) == wanted:
-                break
-        return Row.cat(parts)
+    def text(self, scene: Scene, number: int, split: str) -> tuple[Tokens, Tokens]:
+        """The question, and its answer with the end of text."""
+        kinds = [*QUESTIONS, *(LEADING if split == "train" else ())]
+        attempts = (
+            ask(scene, kinds[(number + attempt) % len(kinds)], mix(self.seed, SPLITS[split], number, attempt))
+            for attempt in range(1000)
+        )
+        question, answer = next(asked for asked in attempts if asked)
+        return tokenizer().encode(question), _ended(f" {answer}")
 
     def environment(self, dataset: TokenDataset) -> Environment | None:
         """Questions about pictures, with reward 1 for exactly the right answer, else 0."""
         return ShapeQuestions(dataset) if self.pictures else None
 
 
-def _ended(text: str) -> NDArray[np.int64]:
+def _ended(text: str) -> Tokens:
     """The tokens of a text and the end of text."""
     known = tokenizer()
     return np.append(known.encode(text), np.int64(known.eos_id or 0))

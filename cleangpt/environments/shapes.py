@@ -101,12 +101,14 @@ def caption(scene: Scene) -> str:
 
 # Questions ------------------------------------------------------------------------------------------------------------
 def ask_exists(scene: Scene, draw: np.random.Generator) -> tuple[str, str] | None:
-    """Whether there is a shape of a colour: every second time one that there is."""
+    """Whether there is a shape of a colour: every second time one that there is, every fourth one of whose colour there
+    are only other shapes."""
     there = [thing.name for thing in scene]
     absent = [f"{color} {shape}" for color in COLORS for shape in SHAPES if f"{color} {shape}" not in there]
-    present = bool(draw.integers(2))
-    name = _choose(there if present else absent, draw)
-    return f"is there a {name}?", "yes" if present else "no"
+    close = [name for name in absent if name.split()[0] in {thing.color for thing in scene}]
+    kind = draw.integers(4)
+    name = _choose((there, there, close or absent, absent)[kind], draw)
+    return f"is there a {name}?", "yes" if kind < 2 else "no"
 
 
 def ask_size(scene: Scene, draw: np.random.Generator) -> tuple[str, str] | None:

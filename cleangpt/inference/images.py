@@ -22,29 +22,38 @@ from cleangpt.models.vision import vision_of
 
 @dataclass(frozen=True)
 class ImagePrompt:
-    """Images at the start of a prompt."""
+    """Images of a prompt."""
 
-    tokens: list[int]
-    """The tokens that they stand at."""
-    inputs: dict[str, Tensor]
-    """Images and their ends, as in `Engine.submit`."""
+    images: Tensor
+    """`(images, height, width, channels)`, uint8."""
+    token: int
+    """The token that images stand at."""
+    size: int
+    """As many of them for each."""
 
-    def before(self, text: list[int], prefix: Sequence[int]) -> tuple[list[int], dict[str, Tensor]]:
-        """Tokens and inputs of the images and a text, whose `prefix` stays first."""
-        start = len(prefix)
-        ends = f"{IMAGES}{ENDS}"
-        return [*text[:start], *self.tokens, *text[start:]], self.inputs | {ends: self.inputs[ends] + start}
+    def between(self, texts: Sequence[Sequence[int]]) -> tuple[list[int], dict[str, Tensor]]:
+        """Tokens and inputs, as in `Engine.submit`, of texts with an image after each but the last.
+
+        Raises:
+            UserError: there are more or fewer images than that.
+        """
+        if (places := len(texts) - 1) != len(self.images):
+            raise UserError(f"the prompt has {IMAGE_TOKEN} {places} times for {len(self.images)} images")
+        tokens, ends = list(texts[0]), []
+        for text in texts[1:]:
+            tokens += [self.token] * self.size
+            ends.append(len(tokens))
+            tokens += text
+        return tokens, {IMAGES: self.images, f"{IMAGES}{ENDS}": torch.tensor(ends)}
 
 
 def read_images(model: LanguageModel, tokenizer: Tokenizer, files: Sequence[Path | str]) -> ImagePrompt:
-    """Picture files as the start of a prompt.
+    """Picture files as images of a prompt.
 
     Raises:
         UserError: the model reads no images, or a file cannot be decoded.
     """
-    images, size = _decoded(model, files), vision_of(model.config).tokens
-    ends = torch.arange(1, len(files) + 1) * size
-    return ImagePrompt([image_token(tokenizer)] * (len(files) * size), {IMAGES: images, f"{IMAGES}{ENDS}": ends})
+    return ImagePrompt(_decoded(model, files), image_token(tokenizer), vision_of(model.config).tokens)
 
 
 def read_conversation(

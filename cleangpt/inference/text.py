@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cleangpt.data.dataset import TokenDataset
-from cleangpt.data.images import IMAGES, image_token
+from cleangpt.data.images import IMAGE_TOKEN, IMAGES, image_token
 from cleangpt.data.records import records_of_row
 from cleangpt.data.tokenizers import StreamDecoder, Tokenizer
 from cleangpt.errors import UserError, require
@@ -237,10 +237,16 @@ def complete(
 def prompt_inputs(
     tokenizer: Tokenizer, prompt: str | None, images: ImagePrompt | None
 ) -> tuple[list[int], dict[str, Tensor]]:
-    """Tokens and other inputs of images and a prompt, which may then be empty."""
+    """Tokens and other inputs of a prompt, which may be empty if it has images.
+
+    These stand where the prompt says `<image>`, and before all of it if it does not.
+    """
     if images is None:
         return prompt_tokens(tokenizer, prompt), {}
-    return images.before(prompt_tokens(tokenizer, prompt) if prompt else list(tokenizer.prefix), tokenizer.prefix)
+    written, start = prompt or "", len(tokenizer.prefix)
+    texts = written.split(IMAGE_TOKEN) if IMAGE_TOKEN in written else [""] * len(images.images) + [written]
+    ids = [tokenizer.encode(text).tolist() if text else list(tokenizer.prefix) for text in texts]
+    return images.between([ids[0], *(text[start:] for text in ids[1:])])
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str | None) -> list[int]:

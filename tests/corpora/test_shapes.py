@@ -63,20 +63,24 @@ def test_every_word_is_one_token() -> None:
     assert known.vocab_size < 384
 
 
-def test_training_rows_have_several_questions_and_the_others_one(workplace: Path) -> None:
-    corpus = ShapesVQA(**SIZES, questions=4)
+def test_a_question_stands_before_its_picture(workplace: Path) -> None:
+    corpus = ShapesVQA(**SIZES)
     dataset = prepared(corpus)
     known, environment = dataset.tokenizer, corpus.environment(dataset)
     assert environment is not None
-    for number in range(30):
-        tokens, mask = dataset.splits["train"].read_row(number)
-        text = known.decode([token for token in tokens[36:] if token])
-        assert text.count("?") == 4 and tokens.count(known.eos_id) >= 4
-        assert 8 <= sum(mask) <= 12  # each answer is a word, or a place of two, and the end of text
+    part, scenes = dataset.splits["train"], corpus.scenes("train", 0, 30)
+    for number, scene in enumerate(scenes):
+        tokens, mask = part.read_row(number)
+        start = mask.index(1)
+        assert known.decode(tokens[: start - 36]).endswith("?")
+        assert tokens[start - 36 : start] == [image_token(known)] * 36
+        assert 2 <= sum(mask) <= 3  # a word, or a place of two, and the end of text
+        inputs = records_of_row(part.records, number * part.row_length, corpus.row_length)
+        assert inputs["images_ends"].tolist() == [start] and (inputs["images"][0].numpy() == picture(scene)).all()
     kinds = set()
     for number in range(10):
         prompt = environment.reset("val", number)
-        question = known.decode(prompt.tokens)
+        question = known.decode(prompt.tokens[:-36])
         assert question.endswith("?") and question.count("?") == 1
         assert prompt.inputs["images"].shape == (1, 48, 48, 3)
         episode = Episode("val", number, prompt)
@@ -89,12 +93,11 @@ def test_training_rows_have_several_questions_and_the_others_one(workplace: Path
 
 def test_a_corpus_of_questions_continues_one_of_captions() -> None:
     assert ShapesVQA().scenes("train", 0, 5) == ShapesCaptions().scenes("train", 0, 5)
-    assert ShapesVQA().row_length >= ShapesCaptions().row_length
 
 
 def test_fields_out_of_range_are_refused() -> None:
-    with pytest.raises(UserError, match="questions is 8"):
-        ShapesVQA(questions=8)
+    with pytest.raises(UserError, match="val_samples is 0"):
+        ShapesVQA(val_samples=0)
 
 
 def test_an_image_stands_at_as_many_tokens_as_it_is_told(workplace: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
@@ -17,8 +18,9 @@ from cleangpt.data.tokenizers import ByteTokenizer, CharTokenizer, train_bpe
 from cleangpt.errors import UserError
 from cleangpt.inference.chat import answer
 from cleangpt.inference.engine import Engine
-from cleangpt.inference.images import read_conversation, read_images
+from cleangpt.inference.images import ImagePrompt, read_conversation, read_images
 from cleangpt.inference.sampling import GREEDY
+from cleangpt.inference.text import prompt_inputs
 from cleangpt.models import build_model
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.gpt import GPTConfig
@@ -84,13 +86,45 @@ def test_a_row_that_outgrows_the_context_loses_its_images_with_their_tokens() ->
     assert found == first + later
 
 
-def test_files_become_the_start_of_a_prompt(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "tokens", "ends"),
+    [
+        ("bc", [*[7] * 8, 1, 2], [4, 8]),
+        (None, [7] * 8, [4, 8]),
+        ("<image>b<image>c", [*[7] * 4, 1, *[7] * 4, 2], [4, 9]),
+        ("bc<image><image>", [1, 2, *[7] * 8], [6, 10]),
+    ],
+)
+def test_files_stand_at_the_start_of_a_prompt_or_where_it_says(
+    text: str | None, tokens: list[int], ends: list[int], tmp_path: Path
+) -> None:
     array = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     Image.fromarray(array).save(tmp_path / "a.png")
     prompt = read_images(model_of(), TOKENIZER, [tmp_path / "a.png"] * 2)
-    tokens, inputs = prompt.before([5, 1, 2], prefix=[5])
-    assert tokens == [5, *[7] * 8, 1, 2]
-    assert inputs["images_ends"].tolist() == [5, 9] and (inputs["images"][1].numpy() == array).all()
+    found, inputs = prompt_inputs(TOKENIZER, text, prompt)
+    assert found == tokens and inputs["images_ends"].tolist() == ends
+    assert (inputs["images"][1].numpy() == array).all()
+
+
+class Begun(ByteTokenizer):
+    """Bytes, after a token that begins every text."""
+
+    prefix = (5,)
+
+    def encode(self, text: str) -> NDArray[np.int64]:
+        return np.concatenate([[5], super().encode(text)])
+
+
+def test_a_prefix_stays_first() -> None:
+    prompt = ImagePrompt(images(0)["images"], 9, 2)
+    assert prompt_inputs(Begun(), "a", prompt)[0] == [5, 9, 9, 97]
+    assert prompt_inputs(Begun(), "a<image>b", prompt)[0] == [5, 97, 9, 9, 98]
+
+
+def test_a_prompt_has_a_place_for_every_picture() -> None:
+    prompt = ImagePrompt(images(0)["images"], 7, 4)
+    with pytest.raises(UserError, match="the prompt has <image> 2 times for 1 images"):
+        prompt_inputs(TOKENIZER, "a<image>b<image>", prompt)
 
 
 BPE = train_bpe(["user assistant red green blue " * 9], 300, [IMAGE_TOKEN])
