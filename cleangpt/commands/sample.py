@@ -30,8 +30,8 @@ class Options:
     prompt: Annotated[str | None, VERBATIM, Metavar("TEXT")] = None
     """Text to continue; default: the start of a document."""
     image: tuple[File, ...] = ()
-    """Pictures for a model that reads images, resized to the size that it reads; the prompt begins with them, or has
-    <image> where each is to stand."""
+    """Pictures for a model that reads images, resized to the size that it reads, or cut into tiles of it; the prompt
+    begins with them, or has <image> where each is to stand."""
     max_new_tokens: CountOrZero = 200
     """Maximum number of tokens to generate."""
     sampling: Annotated[Sampling, FLAT] = Sampling(temperature=0.8)  # noqa: RUF009 - frozen

@@ -40,19 +40,11 @@ def read_picture(path: Path | str, form: PictureForm) -> NDArray[np.uint8]:
     Raises:
         UserError: the file is missing, or `decode_picture` refuses it.
     """
-    file = user_path(str(path))
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror or error}") from None
-    return decode_picture(content, str(file), form)
+    return _sized(open_picture(path, form.channels), str(user_path(str(path))), form)
 
 
 def decode_picture(content: bytes, name: str, form: PictureForm) -> NDArray[np.uint8]:
     """A picture in any format that Pillow reads as an array `(height, width, channels)`.
-
-    It is turned as its EXIF data say, transparency becomes white, CMYK and palettes become RGB, and 16-bit grey loses
-    its lower bits.
 
     Args:
         content: of the file.
@@ -60,8 +52,30 @@ def decode_picture(content: bytes, name: str, form: PictureForm) -> NDArray[np.u
         form: of the result.
 
     Raises:
-        UserError: it is no picture, is truncated, damaged, animated or too large, or has floating-point pixels.
+        UserError: as `open_picture`, or it is too narrow for `resize="crop"`.
     """
+    return _sized(_decoded(content, name, form.channels), name, form)
+
+
+def open_picture(path: Path | str, channels: int) -> Any:
+    """A picture in a file as an image of Pillow, grey for one channel, else RGB.
+
+    It is turned as its EXIF data say, transparency becomes white, CMYK and palettes become RGB, and 16-bit grey loses
+    its lower bits.
+
+    Raises:
+        UserError: the file is missing, or no picture, truncated, damaged, animated or too large, or has floating-point
+            pixels.
+    """
+    file = user_path(str(path))
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror or error}") from None
+    return _decoded(content, str(file), channels)
+
+
+def _decoded(content: bytes, name: str, channels: int) -> Any:
     library, operations = require("PIL.Image"), require("PIL.ImageOps")
     try:
         with warnings.catch_warnings():
@@ -75,7 +89,7 @@ def decode_picture(content: bytes, name: str, form: PictureForm) -> NDArray[np.u
                 raise UserError(f"{name} is animated, with {frames:,} frames; allowed: a single one")
             image.load()
             image = operations.exif_transpose(image)
-            resized = _resized(_plain(image, name, "L" if form.channels == 1 else "RGB"), name, form)
+            return _plain(image, name, "L" if channels == 1 else "RGB")
     except library.DecompressionBombError:
         raise UserError(f"{name} has too many pixels; allowed: at most {MOST_PIXELS:,}") from None
     except library.UnidentifiedImageError:
@@ -84,15 +98,13 @@ def decode_picture(content: bytes, name: str, form: PictureForm) -> NDArray[np.u
         raise
     except Exception as error:  # a damaged file may fail in any of its decoders
         raise UserError(f"{name} cannot be decoded: {str(error).splitlines()[0] if str(error) else error!r}") from None
-    return np.array(resized, np.uint8).reshape(form.height, form.width, form.channels)
 
 
-def _resized(image: Any, name: str, form: PictureForm) -> Any:
-    """The picture in its size, with sides and middle rounded as Transformers' processors round them."""
-    method = getattr(require("PIL.Image"), form.resample.upper())
+def _sized(image: Any, name: str, form: PictureForm) -> NDArray[np.uint8]:
+    """The picture as an array in its size, with sides and middle rounded as Transformers' processors round them."""
     (width, height), size = image.size, (form.width, form.height)
     if form.resize == "stretch":
-        return image.resize(size, method)
+        return pixels(stretched(image, size, form), form.channels)
     if form.width * height >= form.height * width:
         size = (form.width, height * form.width // width)
     else:
@@ -100,7 +112,18 @@ def _resized(image: Any, name: str, form: PictureForm) -> Any:
     if math.prod(size) > MOST_PIXELS:
         raise UserError(f"{name} has {width:,} x {height:,} pixels, too narrow for resize 'crop'; allowed: stretch")
     left, top = (size[0] - form.width) // 2, (size[1] - form.height) // 2
-    return image.resize(size, method).crop((left, top, left + form.width, top + form.height))
+    middle = stretched(image, size, form).crop((left, top, left + form.width, top + form.height))
+    return pixels(middle, form.channels)
+
+
+def stretched(image: Any, size: tuple[int, int], form: PictureForm) -> Any:
+    """The picture in a size, (width, height), by the form's interpolation."""
+    return image.resize(size, getattr(require("PIL.Image"), form.resample.upper()))
+
+
+def pixels(image: Any, channels: int) -> NDArray[np.uint8]:
+    """The pixels `(height, width, channels)` of an image of Pillow."""
+    return np.array(image, np.uint8).reshape(image.height, image.width, channels)
 
 
 def resized(picture: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:

@@ -14,6 +14,7 @@ from cleangpt.data.images import IMAGE_CHARACTER, IMAGE_TOKEN, IMAGES, expanded,
 from cleangpt.data.pictures import read_picture
 from cleangpt.data.records import ENDS
 from cleangpt.data.spelling import texts
+from cleangpt.data.tiles import read_tiles
 from cleangpt.data.tokenizers import BPETokenizer, Tokenizer
 from cleangpt.errors import UserError
 from cleangpt.models.base import LanguageModel
@@ -22,7 +23,7 @@ from cleangpt.models.vision import vision_of
 
 @dataclass(frozen=True)
 class ImagePrompt:
-    """Images of a prompt."""
+    """Pictures of a prompt, each one image or several."""
 
     images: Tensor
     """`(images, height, width, channels)`, uint8."""
@@ -30,30 +31,42 @@ class ImagePrompt:
     """The token that images stand at."""
     size: int
     """As many of them for each."""
+    pictures: Sequence[Sequence[int]]
+    """The tokens of each picture: that of images, once for each of its own, and others between them."""
 
     def between(self, texts: Sequence[Sequence[int]]) -> tuple[list[int], dict[str, Tensor]]:
-        """Tokens and inputs, as in `Engine.submit`, of texts with an image after each but the last.
+        """Tokens and inputs, as in `Engine.submit`, of texts with a picture after each but the last.
 
         Raises:
-            UserError: there are more or fewer images than that.
+            UserError: there are more or fewer pictures than that.
         """
-        if (places := len(texts) - 1) != len(self.images):
-            raise UserError(f"the prompt has {IMAGE_TOKEN} {places} times for {len(self.images)} images")
-        tokens, ends = list(texts[0]), []
-        for text in texts[1:]:
-            tokens += [self.token] * self.size
-            ends.append(len(tokens))
-            tokens += text
+        if (places := len(texts) - 1) != len(self.pictures):
+            raise UserError(f"the prompt has {IMAGE_TOKEN} {places} times for {len(self.pictures)} images")
+        tokens, ends = list(texts[0]), list[int]()
+        for picture, text in zip(self.pictures, texts[1:], strict=True):
+            shown, within = expanded(np.array(picture), self.token, self.size)
+            ends += (len(tokens) + within).tolist()
+            tokens += [*shown.tolist(), *text]
         return tokens, {IMAGES: self.images, f"{IMAGES}{ENDS}": torch.tensor(ends)}
 
 
 def read_images(model: LanguageModel, tokenizer: Tokenizer, files: Sequence[Path | str]) -> ImagePrompt:
-    """Picture files as images of a prompt.
+    """Picture files as images of a prompt, cut into tiles if the model reads them so.
 
     Raises:
-        UserError: the model reads no images, or a file cannot be decoded.
+        UserError: the model reads no images, a file cannot be decoded, or the tokenizer lacks a special token.
     """
-    return ImagePrompt(_decoded(model, files), image_token(tokenizer), vision_of(model.config).tokens)
+    vision = vision_of(model.config)
+    if vision.encoder is None:
+        raise UserError(f"{files[0]} is given, but the model reads no images; allowed: one with model.vision.encoder")
+    image = image_token(tokenizer)
+    if not vision.longest_edge:
+        images = np.stack([read_picture(file, vision.form) for file in files])
+        return ImagePrompt(torch.from_numpy(images), image, vision.tokens, [[image]] * len(files))
+    tiles = [read_tiles(file, vision.form, vision.longest_edge, vision.tiles) for file in files]
+    images = np.concatenate([picture.images for picture in tiles])
+    written = [picture.tokens(tokenizer) for picture in tiles]
+    return ImagePrompt(torch.from_numpy(images), image, vision.tokens, written)
 
 
 def read_conversation(
@@ -72,23 +85,15 @@ def read_conversation(
     shown = [_without_files(message, reads_parts(template)) for message in messages]
     if not files:
         return shown, encode_prompt(template, tokenizer, shown), {}
-    images, image = _decoded(model, files), image_token(tokenizer)
+    pictures = read_images(model, tokenizer, files)
     if any(IMAGE_CHARACTER in text for text in texts(messages)):
         raise UserError("a message has the character U+FFFC, which stands for a picture; remove it")
     name = IMAGE_TOKEN if isinstance(tokenizer, BPETokenizer) else IMAGE_CHARACTER
     ids = np.array(encode_prompt(template, tokenizer, shown, (IMAGE_CHARACTER, name)))
-    if (written := int((ids == image).sum())) != len(files):
-        raise UserError(f"the chat template writes {written} of {len(files)} pictures")
-    tokens, ends = expanded(ids, image, vision_of(model.config).tokens)
-    return shown, tokens.tolist(), {IMAGES: images, f"{IMAGES}{ENDS}": torch.from_numpy(ends)}
-
-
-def _decoded(model: LanguageModel, files: Sequence[Path | str]) -> Tensor:
-    """Pictures `(files, height, width, channels)`, uint8, as the model reads them."""
-    vision = vision_of(model.config)
-    if vision.encoder is None:
-        raise UserError(f"{files[0]} is given, but the model reads no images; allowed: one with model.vision.encoder")
-    return torch.from_numpy(np.stack([read_picture(file, vision.form) for file in files]))
+    first, *rest = np.split(ids, np.flatnonzero(ids == pictures.token))
+    if len(rest) != len(files):
+        raise UserError(f"the chat template writes {len(rest)} of {len(files)} pictures")
+    return shown, *pictures.between([first.tolist(), *(after[1:].tolist() for after in rest)])
 
 
 def _parts(message: Message) -> list[dict[str, str]]:

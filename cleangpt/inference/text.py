@@ -244,7 +244,7 @@ def prompt_inputs(
     if images is None:
         return prompt_tokens(tokenizer, prompt), {}
     written, start = prompt or "", len(tokenizer.prefix)
-    texts = written.split(IMAGE_TOKEN) if IMAGE_TOKEN in written else [""] * len(images.images) + [written]
+    texts = written.split(IMAGE_TOKEN) if IMAGE_TOKEN in written else [""] * len(images.pictures) + [written]
     ids = [tokenizer.encode(text).tolist() if text else list(tokenizer.prefix) for text in texts]
     return images.between([ids[0], *(text[start:] for text in ids[1:])])
 

@@ -20,7 +20,7 @@ from cleangpt.errors import UserError, parsing
 from cleangpt.files import read_json, write_json, write_text
 from cleangpt.hub import fetch, is_huggingface
 from cleangpt.interchange import gpt, llama, vision
-from cleangpt.interchange.towers import PROCESSOR, processor_entries, with_processor
+from cleangpt.interchange.towers import with_processor, write_processor
 from cleangpt.interchange.vocabularies import name_of, read_tokenizer, special_ids, to_tokenizers, word_split
 from cleangpt.interchange.weights import read_weights
 from cleangpt.models.gpt import GPTConfig
@@ -175,7 +175,8 @@ def check_vocabulary(checkpoint: Checkpoint) -> None:
 def write_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
     """Writes a checkpoint into an empty `folder`, for `AutoModelForCausalLM` and `AutoTokenizer`.
 
-    A model that reads images is written for `AutoModelForImageTextToText` and `AutoImageProcessor`. A reward model is
+    A model that reads images is written for `AutoModelForImageTextToText` and `AutoImageProcessor`,
+    and for `AutoProcessor` if pictures stand between special tokens. A reward model is
     written for `AutoModelForSequenceClassification`, without its language-model head.
 
     Raises:
@@ -192,7 +193,7 @@ def write_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
     if image_inputs(checkpoint.config):
         image = image_token(checkpoint.tokenizer)
         entries |= {"image_token_id" if entries["model_type"] == vision.IDEFICS else "image_token_index": image}
-        write_json(folder / PROCESSOR, processor_entries(vision_of(checkpoint.config)))
+        write_processor(vision_of(checkpoint.config), folder)
     if (head := checkpoint.weights.get(REWARD_HEAD)) is not None:
         tensors = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"} | {SCORE: head}
         kind = re.sub("LMHeadModel|ForCausalLM", CLASSIFIER, entries["architectures"][0])

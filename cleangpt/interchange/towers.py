@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cleangpt.checkpoints.checkpoint import CONFIG
 from cleangpt.errors import UserError, parsing
-from cleangpt.files import read_json
+from cleangpt.files import read_json, write_json
 from cleangpt.hub import local_path
 from cleangpt.interchange.weights import read_weights
 from cleangpt.models.vision import VisionConfig
@@ -187,7 +187,7 @@ def with_processor(vision: VisionConfig, folder: Path) -> VisionConfig:
     Raises:
         UserError: it prepares pictures in a way that is not supported.
     """
-    for name in (PROCESSOR, WHOLE_PROCESSOR):
+    for name in (WHOLE_PROCESSOR, PROCESSOR):
         if (folder / name).is_file():
             with parsing(folder / name):
                 content = read_json(folder / name)
@@ -199,8 +199,9 @@ def with_processor(vision: VisionConfig, folder: Path) -> VisionConfig:
 
 def _processed(vision: VisionConfig, entries: Mapping[str, Any]) -> VisionConfig:
     allowed = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_pad": False}
-    if "max_image_size" in entries:  # Idefics3's cut pictures into tiles, and pad them
+    if "max_image_size" in entries:  # Idefics3's; they pad batches
         allowed.pop("do_pad")
+        vision = _tiled(vision, entries)
         crop, size = False, {"height": vision.height, "width": vision.width}
     else:
         crop, size = entries.get("do_center_crop", vision.resize == "crop"), dict(entries.get("size") or {})
@@ -224,14 +225,39 @@ def _processed(vision: VisionConfig, entries: Mapping[str, Any]) -> VisionConfig
     )  # fmt: skip
 
 
+def _tiled(vision: VisionConfig, entries: Mapping[str, Any]) -> VisionConfig:
+    """The configuration with what the processor of Idefics3 or SmolVLM says of tiles."""
+    given = {"max_image_size": vision.height, "size": 4 * 364}
+    for name, default in given.items():
+        edges = entries.get(name) or {"longest_edge": default}
+        if not isinstance(edges, dict) or "longest_edge" not in edges:
+            raise UserError(f"{name} is {edges!r}; allowed: its longest_edge")
+        given[name] = edges["longest_edge"]
+    if given["max_image_size"] != vision.height:
+        raise UserError(f"max_image_size is {given['max_image_size']!r}; allowed: {vision.height}, as in config.json")
+    return replace(vision, longest_edge=given["size"], tiles=bool(entries.get("do_image_splitting", True)))
+
+
+def write_processor(vision: VisionConfig, folder: Path) -> None:
+    """Writes the files of a processor, with which Transformers prepares pictures as here."""
+    write_json(folder / PROCESSOR, processor_entries(vision))
+    if vision.longest_edge:
+        write_json(folder / WHOLE_PROCESSOR, {"processor_class": "Idefics3Processor", "image_seq_len": vision.tokens})
+
+
 def processor_entries(vision: VisionConfig) -> dict[str, Any]:
-    """The content of `preprocessor_config.json`: pictures are prepared there as here."""
+    """The content of `preprocessor_config.json`."""
     both = {"height": vision.height, "width": vision.width}
     entries: dict[str, Any] = {
         "do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": vision.channels == 3,
         "rescale_factor": 1 / 255, "resample": RESAMPLES[vision.resample],
         "image_mean": _by_channel(vision.mean, vision), "image_std": _by_channel(vision.std, vision),
     }  # fmt: skip
+    if vision.longest_edge:
+        return entries | {
+            "image_processor_type": "Idefics3ImageProcessor", "do_image_splitting": vision.tiles, "do_pad": True,
+            "size": {"longest_edge": vision.longest_edge}, "max_image_size": {"longest_edge": vision.height},
+        }  # fmt: skip
     if vision.resize == "stretch":
         return entries | {"image_processor_type": "SiglipImageProcessor", "size": both}
     cropped = {"do_center_crop": True, "crop_size": both, "size": {"shortest_edge": vision.height}}

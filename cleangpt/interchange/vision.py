@@ -79,14 +79,14 @@ def family(config: LlamaConfig) -> str:
         name = "bidirectional" if vision.encoder == "vit" else "encoder"
         value = vars(vision)[name]
         raise UserError(f"model.vision.{name} is {value!r}; allowed for a model that is exported: a vit, causal")
-    if not vision.final_norm and vision.merge == 1 and vision.projector_dim == config.dim:
+    if not vision.final_norm and vision.merge == 1 and vision.projector_dim == config.dim and not vision.longest_edge:
         return LLAVA
     if vision.final_norm and not vision.class_token and not vision.projector_bias and vision.projector_dim is None:
         return IDEFICS
     raise UserError(
-        "model.vision is neither LLaVA's (final_norm False, merge 1, projector_dim = model.dim) nor Idefics3's "
-        "(final_norm True, class_token False, projector_bias False, projector_dim None); allowed for a model that is "
-        "exported: one of them"
+        "model.vision is neither LLaVA's (final_norm False, merge 1, projector_dim = model.dim, longest_edge 0) nor "
+        "Idefics3's (final_norm True, class_token False, projector_bias False, projector_dim None); allowed for a "
+        "model that is exported: one of them"
     )
 
 

@@ -58,6 +58,11 @@ class VisionConfig(Checked, section="model.vision"):
     as corpus.resize."""
     resample: Resample = "bicubic"
     """Interpolation of Pillow; as corpus.resample."""
+    longest_edge: Annotated[int, Bounds(0, 4096)] = 0
+    """For prompts: pictures first get this longer side, in pixels, and stand between special tokens, as in Idefics3; 0:
+    neither. Pictures of a dataset are not prepared so."""
+    tiles: bool = False
+    """For prompts: pictures of that longer side are cut into tiles of height x width, which come before the whole."""
     bidirectional: bool = False
     """Whether the patches of an image attend to one another in both directions, as in PaliGemma; text is causal."""
     dim: Width = 64
@@ -91,6 +96,8 @@ class VisionConfig(Checked, section="model.vision"):
                 raise UserError(f"model.vision.{name} is {getattr(self, name)}; allowed: a multiple of {unit}")
         if self.encoder == "vit" and self.dim % self.n_heads:
             raise UserError(f"model.vision.n_heads is {self.n_heads}; allowed: a divisor of dim, which is {self.dim}")
+        if self.tiles and not self.longest_edge:
+            raise UserError("model.vision.tiles is True; allowed with longest_edge 0: False")
         for name in ("mean", "std"):
             if len(values := getattr(self, name)) not in (1, self.channels):
                 raise UserError(

@@ -9,12 +9,14 @@ import torch
 
 from cleangpt.checkpoints.run_folder import EXPERIMENT_FILE
 from cleangpt.config import LENGTHS, FineTuningConfig
+from cleangpt.data.images import IMAGES
 from cleangpt.data.mixing import MixedDataset, split_samples
 from cleangpt.distributed.device import choose_precision, describe_device
 from cleangpt.distributed.layout import Layout, state_bytes
 from cleangpt.experiment import Experiment, total_samples
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.flops import flops_per_token
+from cleangpt.models.vision import vision_of
 from cleangpt.tracking.metrics import metric_key
 from cleangpt.tracking.numbers import show_bytes, show_number
 from cleangpt.training.resolve import open_stream
@@ -38,6 +40,7 @@ def summary(
         f"memory   about {show_bytes(state + activations)}: weights, gradients and moments {show_bytes(state)}, "
         f"activations {show_bytes(activations)}",
         *(_rollout_lines(experiment) if experiment.objective.on_policy else _data_lines(experiment, dataset)),
+        *_picture_lines(experiment, dataset),
         f"length   {training.num_macro_batches} macro-batches of {training.batches_per_macro_batch} batches "
         f"of {data.batch_size} x {data.seq_len} tokens: {tokens:,} tokens",
         f"device   {describe_device(device)}, precision {choose_precision(device, training.precision)}",
@@ -68,6 +71,17 @@ def _data_lines(experiment: Experiment, dataset: MixedDataset) -> list[str]:
             f"{show_number(times, 2)} times visited at the end"
         )
     return lines
+
+
+def _picture_lines(experiment: Experiment, dataset: MixedDataset) -> list[str]:
+    """A line about pictures that prompts will have in tiles and the dataset has not."""
+    edge = vision_of(experiment.model).longest_edge
+    if not edge or IMAGES not in dataset.records:
+        return []
+    return [
+        "pictures those of the dataset stay whole; sample and chat cut theirs into tiles or put them between special "
+        f"tokens, since model.vision.longest_edge is {edge}; 0, and tiles False: as in training"
+    ]
 
 
 def length_asked(experiment: Experiment) -> list[str]:

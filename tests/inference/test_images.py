@@ -116,13 +116,13 @@ class Begun(ByteTokenizer):
 
 
 def test_a_prefix_stays_first() -> None:
-    prompt = ImagePrompt(images(0)["images"], 9, 2)
+    prompt = ImagePrompt(images(0)["images"], 9, 2, [[9]])
     assert prompt_inputs(Begun(), "a", prompt)[0] == [5, 9, 9, 97]
     assert prompt_inputs(Begun(), "a<image>b", prompt)[0] == [5, 97, 9, 9, 98]
 
 
 def test_a_prompt_has_a_place_for_every_picture() -> None:
-    prompt = ImagePrompt(images(0)["images"], 7, 4)
+    prompt = ImagePrompt(images(0)["images"], 7, 4, [[7]])
     with pytest.raises(UserError, match="the prompt has <image> 2 times for 1 images"):
         prompt_inputs(TOKENIZER, "a<image>b<image>", prompt)
 

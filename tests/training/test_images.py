@@ -30,6 +30,7 @@ from cleangpt.tracking.metrics import read_samples
 from cleangpt.tracking.report import write_report
 from cleangpt.training.launch import check
 from cleangpt.training.mup import mup_scales
+from cleangpt.training.summary import summary
 from cleangpt.training.trainer import Trainer
 
 pytest.importorskip("sklearn")
@@ -110,6 +111,17 @@ def test_a_source_or_a_model_without_an_encoder_is_refused(experiment: Build, ti
         trainer(experiment(run_dir="other", encoder_from="text"))
     with pytest.raises(UserError, match=r"encoder_from is 'text'; allowed for a model without model.vision.encoder"):
         check(tiny(encoder_from="text"), Layout())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("edge", [0, 24])
+def test_a_run_says_that_only_prompts_have_tiles(edge: int, experiment: Build, trainer: Open) -> None:
+    prepared = experiment(replace(VIT, longest_edge=edge, tiles=edge > 0))
+    run, dataset = trainer(prepared), prepare(CORPUS, Path(prepared.data.folder))
+    lines = summary(prepared, run.run, dataset, run.model, run.device, run.layout)
+    assert [line[:53] for line in lines if line.startswith("pictures")] == [
+        "pictures those of the dataset stay whole; sample and "
+    ] * (edge > 0)
 
 
 @pytest.mark.slow
