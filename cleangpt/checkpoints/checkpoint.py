@@ -45,7 +45,7 @@ from cleangpt.models.base import LanguageModel
 from cleangpt.models.lora import is_adapter, merge, split_adapters
 from cleangpt.models.meta import on_meta
 from cleangpt.tracking.numbers import show_number
-from cleangpt.validation import from_json, to_json
+from cleangpt.validation import UnknownFieldError, from_json, to_json
 
 FORMAT = 1
 
@@ -253,7 +253,11 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     with parsing(folder / CONFIG):
         if content.get("format") != FORMAT:
             raise UserError(f"{folder} has checkpoint format {content.get('format')}; this version reads {FORMAT}")
-        config, facts = from_json(ModelConfig, content["model"], model_kinds(), "model."), dict(content["facts"])
+        try:
+            config = from_json(ModelConfig, content["model"], model_kinds(), "model.")
+        except UnknownFieldError as error:
+            raise UserError(f"{folder / CONFIG}: {error}; use the version of CleanGPT that wrote it") from None
+        facts = dict(content["facts"])
         for name in ("vocab_size", "max_seq_len"):
             if getattr(config, name) is None:
                 raise UserError(f"{folder / CONFIG}: model.{name} is None; allowed: a whole number of 1 or more")

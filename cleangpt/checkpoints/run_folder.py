@@ -33,7 +33,7 @@ from cleangpt.hub import is_huggingface
 from cleangpt.models import build_model, model_kinds
 from cleangpt.models.meta import on_meta
 from cleangpt.objectives import OBJECTIVES
-from cleangpt.validation import flatten, from_json, to_json
+from cleangpt.validation import UnknownFieldError, flatten, from_json, to_json
 
 POSITION = "the position in the data or the weights depend on it"
 FIXED_FIELDS = {
@@ -209,7 +209,13 @@ def read_experiment(run: Path) -> Experiment:
     Raises:
         UserError: the JSON is invalid, or names a model or corpus that is not registered.
     """
-    return from_json(Experiment, read_json(run / EXPERIMENT), kinds())
+    try:
+        return from_json(Experiment, read_json(run / EXPERIMENT), kinds())
+    except UnknownFieldError as error:
+        raise UserError(
+            f"{run / EXPERIMENT}: {error}; evaluate and resume the run with the version of CleanGPT that wrote it, "
+            "or start another whose init_from is this one"
+        ) from None
 
 
 def check_data(run: Path, dataset: MixedDataset) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from cleangpt.data.pictures import read_picture
 from cleangpt.data.records import ENDS
 from cleangpt.data.spelling import texts
 from cleangpt.data.tiles import read_tiles
-from cleangpt.data.tokenizers import BPETokenizer, Tokenizer
+from cleangpt.data.tokenizers import BPETokenizer, CharTokenizer, Tokenizer
 from cleangpt.errors import UserError
 from cleangpt.models.base import LanguageModel
 from cleangpt.models.vision import vision_of
@@ -40,8 +40,8 @@ class ImagePrompt:
         Raises:
             UserError: there are more or fewer pictures than that.
         """
-        if (places := len(texts) - 1) != len(self.pictures):
-            raise UserError(f"the prompt has {IMAGE_TOKEN} {places} times for {len(self.pictures)} images")
+        if (places := len(texts) - 1) != (count := len(self.pictures)):
+            raise UserError(_places(places, count))
         tokens, ends = list(texts[0]), list[int]()
         for picture, text in zip(self.pictures, texts[1:], strict=True):
             shown, within = expanded(np.array(picture), self.token, self.size)
@@ -67,6 +67,28 @@ def read_images(model: LanguageModel, tokenizer: Tokenizer, files: Sequence[Path
     images = np.concatenate([picture.images for picture in tiles])
     written = [picture.tokens(tokenizer) for picture in tiles]
     return ImagePrompt(torch.from_numpy(images), image, vision.tokens, written)
+
+
+def read_prompt(
+    model: LanguageModel, tokenizer: Tokenizer, prompt: str | None, files: Sequence[Path | str]
+) -> ImagePrompt | None:
+    """The images of a prompt; None without files.
+
+    Raises:
+        UserError: as `read_images`, or a model that reads images gets a prompt with a place for one, but no file.
+    """
+    prompt = prompt or ""
+    if vision_of(model.config).encoder is not None:
+        if IMAGE_CHARACTER in prompt and isinstance(tokenizer, CharTokenizer):
+            raise UserError(f"the prompt has the character U+FFFC, which stands for a picture; write {IMAGE_TOKEN}")
+        if not files and (places := prompt.count(IMAGE_TOKEN)):
+            raise UserError(_places(places, 0))
+    return read_images(model, tokenizer, files) if files else None
+
+
+def _places(places: int, count: int) -> str:
+    """The message about a prompt with more or fewer places than pictures."""
+    return f"the prompt has {places} {IMAGE_TOKEN} for {count} picture{'s' * (count != 1)}; allowed: one for each"
 
 
 def read_conversation(
