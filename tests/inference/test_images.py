@@ -129,6 +129,22 @@ def test_a_prompt_has_a_place_for_every_picture(tmp_path: Path) -> None:
             prompt_inputs(TOKENIZER, text, read_prompt(model_of(), TOKENIZER, text, [tmp_path / "a.png"] * count))
 
 
+def test_a_prompt_beyond_the_context_would_lose_its_pictures(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    prompt = read_prompt(model_of(), TOKENIZER, "", [tmp_path / "a.png"] * 2)  # the model reads 16 tokens
+    assert len(prompt_inputs(TOKENIZER, "a" * 8, prompt)[0]) == 16
+    with pytest.raises(UserError, match="17 tokens, of which 8 are pictures; allowed: at most 16"):
+        prompt_inputs(TOKENIZER, "a" * 9, prompt)
+
+
+def test_a_long_conversation_forgets_its_pictures_like_its_text(tmp_path: Path) -> None:
+    pytest.importorskip("jinja2")
+    messages, template = saved_pictures(tmp_path), ChatTemplate(PLAIN, {"eos_token": "."})
+    assert len(read_conversation(model_of(), BPE, template, messages)[1]) > 16
+    with pytest.raises(UserError, match="8 are pictures; allowed: at most 16"):
+        read_conversation(model_of(), BPE, template, messages[:1])
+
+
 def test_a_prompt_without_pictures_is_text() -> None:
     """And so is <image>, for a model that reads none."""
     assert read_prompt(model_of(), BPE, "\ufffc", []) is None
