@@ -217,7 +217,8 @@ class Pictures(Chat):
         else:
             picture = _picture(entry.get(self.image_field), location)
             if picture is None:
-                picture = Path(text_in(entry, self.image_field, location, "corpus.image_field"))
+                named = text_in(entry, self.image_field, location, "corpus.image_field")
+                raise UserError(f"{location}: {self.image_field!r} is {named!r}; allowed: the path of a local file")
             caption = text_in(entry, self.caption_field, location, "corpus.caption_field")
             parts = [[picture], [caption]]
             entry = {self.messages_field: [{self.role_field: role} for role in ("user", ASSISTANT)]}

@@ -202,6 +202,9 @@ def test_templates_that_read_parts_write_the_images_themselves(workplace: Path) 
         (asked("red") | {"images": ["blue.png"]}, "'images' has more pictures than the messages have places for"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a part of a message is"),
         ({"file_name": 3, "text": "a"}, r"line 1: int where text should be; set corpus.image_field"),
+        *(({"file_name": name, "text": "a"}, r"list.jsonl, line 1: 'file_name' is '.*'; allowed: the path of a local")
+          for name in ("", None, "https://a/b.png")),
+        *(({"file_name": name, "text": "a"}, r"red.*' is not a path; allowed: ") for name in ("red\0", "red\ud800")),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named(entry: Any, message: str, workplace: Path) -> None:
