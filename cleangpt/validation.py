@@ -187,10 +187,6 @@ def _as_json(value: Any, kinds: Mapping[str, type]) -> Any:
     return to_json(value, kinds) if dataclasses.is_dataclass(value) else value
 
 
-class UnknownFieldError(UserError):
-    """A file has a field that this version does not know."""
-
-
 def from_json(cls: type[T], value: Any, kinds: Mapping[str, type], path: str = "") -> T:
     """The dataclass that `to_json` wrote; nothing in the file is executed.
 
@@ -216,7 +212,7 @@ def from_json(cls: type[T], value: Any, kinds: Mapping[str, type], path: str = "
     hints = hints_of(cls)
     for name in entries:
         if name not in hints:
-            raise UnknownFieldError(f"{path}{name} is not a field of {cls.__name__}{nearest(name, hints)}")
+            raise UserError(f"{path}{name} is not a field of {cls.__name__}{nearest(name, hints)}")
     missing = {entry.name for entry in dataclasses.fields(cls)  # type: ignore[arg-type]
                if entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING}  # fmt: skip
     if lacking := sorted(missing - set(entries)):

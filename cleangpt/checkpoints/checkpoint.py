@@ -45,7 +45,7 @@ from cleangpt.models.base import LanguageModel
 from cleangpt.models.lora import is_adapter, merge, split_adapters
 from cleangpt.models.meta import on_meta
 from cleangpt.tracking.numbers import show_number
-from cleangpt.validation import UnknownFieldError, from_json, to_json
+from cleangpt.validation import from_json, to_json
 
 FORMAT = 1
 
@@ -255,8 +255,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             raise UserError(f"{folder} has checkpoint format {content.get('format')}; this version reads {FORMAT}")
         try:
             config = from_json(ModelConfig, content["model"], model_kinds(), "model.")
-        except UnknownFieldError as error:
-            raise UserError(f"{folder / CONFIG}: {error}; use the version of CleanGPT that wrote it") from None
+        except UserError as error:
+            raise UserError(f"{folder / CONFIG}: {error} (if another version of CleanGPT wrote it, use that)") from None
         facts = dict(content["facts"])
         for name in ("vocab_size", "max_seq_len"):
             if getattr(config, name) is None:

@@ -33,7 +33,7 @@ from cleangpt.hub import is_huggingface
 from cleangpt.models import build_model, model_kinds
 from cleangpt.models.meta import on_meta
 from cleangpt.objectives import OBJECTIVES
-from cleangpt.validation import UnknownFieldError, flatten, from_json, to_json
+from cleangpt.validation import flatten, from_json, to_json
 
 POSITION = "the position in the data or the weights depend on it"
 FIXED_FIELDS = {
@@ -211,10 +211,10 @@ def read_experiment(run: Path) -> Experiment:
     """
     try:
         return from_json(Experiment, read_json(run / EXPERIMENT), kinds())
-    except UnknownFieldError as error:
+    except UserError as error:
         raise UserError(
-            f"{run / EXPERIMENT}: {error}; evaluate and resume the run with the version of CleanGPT that wrote it, "
-            "or start another whose init_from is this one"
+            f"{run / EXPERIMENT}: {error} (if another version of CleanGPT wrote it, evaluate and resume the run with "
+            "that, or start another whose init_from is this one)"
         ) from None
 
 

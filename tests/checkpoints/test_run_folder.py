@@ -167,14 +167,20 @@ def test_what_could_not_be_read_back_is_refused(tiny: Build) -> None:
         check_registered(tiny(model=UnregisteredGPT(n_layers=1, n_heads=1, dim=8)))
 
 
-@pytest.mark.parametrize("part", ["corpus", "model"])
-def test_a_run_with_a_field_of_another_version_says_what_to_do(part: str, tiny: Build) -> None:
+@pytest.mark.parametrize(
+    ("part", "field", "value", "line"),
+    [
+        ("corpus", "questions", 6, r"corpus\.questions is not a field of"),
+        ("model", "questions", 6, r"model\.questions is not a field of"),
+        ("optimizer", "betas", 0.5, r"optimizer\.betas is 0\.5; allowed"),
+    ],
+)
+def test_a_run_of_another_version_says_what_to_do(part: str, field: str, value: object, line: str, tiny: Build) -> None:
     run = open_run(resolve(tiny(), 16), None, [])
     tree = experiment_json(tiny())
-    tree[part]["questions"] = 6
+    tree[part][field] = value
     write_json(run / EXPERIMENT, tree)
-    line = rf"experiment\.json: {part}\.questions is not a field of .* with the version .* init_from is this one"
-    with pytest.raises(UserError, match=line):
+    with pytest.raises(UserError, match=rf"experiment\.json: {line}.* \(if another version .* init_from is this one"):
         read_experiment(run)
 
 
