@@ -190,9 +190,7 @@ class Pictures(Chat):
         for file in captions:
             sizes[file.path.parent] += file.bytes
         together = [TextFile(parent, size, partial(pieces, parent, parent.name)) for parent, size in sizes.items()]
-        paths = {file.path for file in (*lists, *captions)}
-        read = [file for file in found if file.path in paths]
-        return lists + together, {"files": stamps(read)}
+        return lists + together, {"files": stamps(found)}
 
     def _entries(self, path: Path) -> Iterator[tuple[Any, str, int]]:
         if path.is_dir():

@@ -1,6 +1,8 @@
 """Conversations and captions with pictures: packed into rows, each picture with the conversation that shows it."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,20 @@ def test_captions_may_be_files_beside_their_pictures(workplace: Path) -> None:
     assert all(answers == shown for _, answers, shown in found)
     assert sorted(name for _, answers, _ in found for name in answers) == sorted(names)
     assert max(len(shown) for *_, shown in found) > 1
+
+
+def test_of_a_folder_a_changed_picture_or_caption_is_noticed(workplace: Path) -> None:
+    """And nothing else: pictures beside captions used to be called new."""
+    draw(Path("made"))
+    for number in range(40):
+        shutil.copy("made/red.png", f"made/{number}.png")
+        Path(f"made/{number}.txt").write_text("red", encoding="utf-8")
+    dataset, corpus = prepared(files=("made",)), Pictures(**{"files": ("made",)} | OPTIONS)
+    assert list(corpus.changed_inputs(dataset)) == []
+    shutil.copy("made/blue.png", "made/7.png")
+    Path("made/40.txt").write_text("red", encoding="utf-8")
+    changes = [line.replace(os.sep, "/") for line in corpus.changed_inputs(dataset)]
+    assert changes == ["made/7.png has changed", "made/40.txt is a new file"]
 
 
 def written(name: str) -> dict[str, Any]:
