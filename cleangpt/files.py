@@ -83,7 +83,10 @@ def user_path(text: str | Path) -> Path:
     if "\0" in str(text):
         raise UserError(f"{str(text)!r} is not a path; allowed: text without the character 0")
     try:
+        os.fsencode(text)
         return Path(text).expanduser()
+    except UnicodeEncodeError:
+        raise UserError(f"{str(text)!r} is not a path; allowed: text without unpaired surrogates") from None
     except RuntimeError:
         raise UserError(f"{str(text)!r}: there is no such home folder; write it as ./{text} if it is a name") from None
 

@@ -253,7 +253,11 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     with parsing(folder / CONFIG):
         if content.get("format") != FORMAT:
             raise UserError(f"{folder} has checkpoint format {content.get('format')}; this version reads {FORMAT}")
-        config, facts = from_json(ModelConfig, content["model"], model_kinds(), "model."), dict(content["facts"])
+        try:
+            config = from_json(ModelConfig, content["model"], model_kinds(), "model.")
+        except UserError as error:
+            raise UserError(f"{folder / CONFIG}: {error} (if another version of CleanGPT wrote it, use that)") from None
+        facts = dict(content["facts"])
         for name in ("vocab_size", "max_seq_len"):
             if getattr(config, name) is None:
                 raise UserError(f"{folder / CONFIG}: model.{name} is None; allowed: a whole number of 1 or more")

@@ -209,7 +209,13 @@ def read_experiment(run: Path) -> Experiment:
     Raises:
         UserError: the JSON is invalid, or names a model or corpus that is not registered.
     """
-    return from_json(Experiment, read_json(run / EXPERIMENT), kinds())
+    try:
+        return from_json(Experiment, read_json(run / EXPERIMENT), kinds())
+    except UserError as error:
+        raise UserError(
+            f"{run / EXPERIMENT}: {error} (if another version of CleanGPT wrote it, evaluate and resume the run with "
+            "that, or start another whose init_from is this one)"
+        ) from None
 
 
 def check_data(run: Path, dataset: MixedDataset) -> dict[str, Any]:

@@ -47,6 +47,11 @@ class Option:
         """Whether the value is a tuple."""
         return get_origin(plain(self.hint)) is tuple
 
+    @property
+    def any_number(self) -> bool:
+        """Whether the value is a tuple of any length."""
+        return self.several and get_args(plain(self.hint))[-1] is Ellipsis
+
 
 def find_options(
     kind: type,

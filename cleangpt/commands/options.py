@@ -114,7 +114,8 @@ def split_arguments(options: Mapping[str, Option], arguments: Sequence[str]) -> 
             names = [known for known in [*options, *flags, CODE] if known.startswith("--")]
             raise UserError(f"{word.partition('=')[0]} is not an option{similar_options(name, names)}; see --help")
         else:
-            taking = given[name] = [text] if equals else []
+            before = given.get(name, []) if options[name].any_number else []
+            taking = given[name] = [*before, text] if equals else [*before]
             room = width(options[name].hint, len(arguments)) - len(taking)
     return given, positional
 

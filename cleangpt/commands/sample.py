@@ -12,7 +12,7 @@ from cleangpt.commands.options import parse
 from cleangpt.data.tokenizers import Tokenizer, same_tokens
 from cleangpt.distributed.device import can_compile, choose_device
 from cleangpt.errors import UserError
-from cleangpt.inference.images import read_images
+from cleangpt.inference.images import read_prompt
 from cleangpt.inference.sampling import Sampling
 from cleangpt.inference.text import TextChunk, complete, stream
 from cleangpt.interchange.huggingface import open_checkpoint
@@ -73,7 +73,7 @@ def _generate(
 ) -> Iterable[Iterable[TextChunk]]:
     """The texts, each as the chunks in which it is generated."""
     sampling, prompt, count = options.sampling, options.prompt, options.num_samples
-    images = read_images(model, tokenizer, options.image) if options.image else None
+    images = read_prompt(model, tokenizer, prompt, options.image)
     given: dict[str, Any] = {
         "images": images, "max_new_tokens": options.max_new_tokens, "stop": options.stop, "cached": options.cache,
         "compiled": compiled,

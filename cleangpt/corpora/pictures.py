@@ -190,9 +190,7 @@ class Pictures(Chat):
         for file in captions:
             sizes[file.path.parent] += file.bytes
         together = [TextFile(parent, size, partial(pieces, parent, parent.name)) for parent, size in sizes.items()]
-        paths = {file.path for file in (*lists, *captions)}
-        read = [file for file in found if file.path in paths]
-        return lists + together, {"files": stamps(read)}
+        return lists + together, {"files": stamps(found)}
 
     def _entries(self, path: Path) -> Iterator[tuple[Any, str, int]]:
         if path.is_dir():
@@ -217,7 +215,8 @@ class Pictures(Chat):
         else:
             picture = _picture(entry.get(self.image_field), location)
             if picture is None:
-                picture = Path(text_in(entry, self.image_field, location, "corpus.image_field"))
+                named = text_in(entry, self.image_field, location, "corpus.image_field")
+                raise UserError(f"{location}: {self.image_field!r} is {named!r}; allowed: the path of a local file")
             caption = text_in(entry, self.caption_field, location, "corpus.caption_field")
             parts = [[picture], [caption]]
             entry = {self.messages_field: [{self.role_field: role} for role in ("user", ASSISTANT)]}

@@ -126,14 +126,22 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path: Path, harm: objec
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_architecture_is_refused_in_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("entry", "line"),
+    [
+        ({"kind": "gpd"}, "of kind 'gpd', which is not registered here; did you mean 'gpt'"),
+        ({"taste": 2}, r"config\.json: model\.taste is not a field of GPTConfig \(if another version of CleanGPT"),
+        ({"dim": 0.5}, r"config\.json: model\.dim is 0\.5; allowed: .* \(if another version of CleanGPT wrote it"),
+    ],
+)
+def test_an_unknown_architecture_is_refused_in_one_line(entry: dict[str, object], line: str, tmp_path: Path) -> None:
     open_checkpoints(tmp_path / "checkpoints").offer(7, 1.25, MODEL)
     path = best_checkpoint(tmp_path)
     content = read_json(path / "config.json")
-    content["model"]["kind"] = "gpd"
+    content["model"] |= entry
     write_json(path / "config.json", content)
     write_json(path / "manifest.json", fsync_files([path / name for name in read_json(path / "manifest.json")]))
-    with pytest.raises(UserError, match="of kind 'gpd', which is not registered here; did you mean 'gpt'"):
+    with pytest.raises(UserError, match=line):
         load_checkpoint(path)
 
 

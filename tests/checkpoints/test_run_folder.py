@@ -11,9 +11,11 @@ import pytest
 
 from cleangpt.checkpoints.lock import lock_run
 from cleangpt.checkpoints.run_folder import (
+    EXPERIMENT,
     check_data,
     check_folder,
     check_registered,
+    experiment_json,
     find_run,
     open_run,
     read_experiment,
@@ -22,6 +24,7 @@ from cleangpt.checkpoints.run_folder import (
 from cleangpt.corpora import prepare
 from cleangpt.errors import UserError
 from cleangpt.experiment import Experiment
+from cleangpt.files import write_json
 from cleangpt.models.gpt import GPTConfig
 from cleangpt.objectives import NextToken
 from cleangpt.training.launch import resolve
@@ -162,6 +165,23 @@ def test_what_could_not_be_read_back_is_refused(tiny: Build) -> None:
         check_registered(tiny(objective=Unregistered()))
     with pytest.raises(UserError, match=r"model is a UnregisteredGPT, which is not registered: .* to MODELS"):
         check_registered(tiny(model=UnregisteredGPT(n_layers=1, n_heads=1, dim=8)))
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "line"),
+    [
+        ("corpus", "questions", 6, r"corpus\.questions is not a field of"),
+        ("model", "questions", 6, r"model\.questions is not a field of"),
+        ("optimizer", "betas", 0.5, r"optimizer\.betas is 0\.5; allowed"),
+    ],
+)
+def test_a_run_of_another_version_says_what_to_do(part: str, field: str, value: object, line: str, tiny: Build) -> None:
+    run = open_run(resolve(tiny(), 16), None, [])
+    tree = experiment_json(tiny())
+    tree[part][field] = value
+    write_json(run / EXPERIMENT, tree)
+    with pytest.raises(UserError, match=rf"experiment\.json: {line}.* \(if another version .* init_from is this one"):
+        read_experiment(run)
 
 
 @pytest.mark.parametrize("there", [["experiment.py"], ["experiment.py", "environment.json", "experiment.json.partial"]])

@@ -1,6 +1,8 @@
 """Conversations and captions with pictures: packed into rows, each picture with the conversation that shows it."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,20 @@ def test_captions_may_be_files_beside_their_pictures(workplace: Path) -> None:
     assert max(len(shown) for *_, shown in found) > 1
 
 
+def test_of_a_folder_a_changed_picture_or_caption_is_noticed(workplace: Path) -> None:
+    """And nothing else: pictures beside captions used to be called new."""
+    draw(Path("made"))
+    for number in range(40):
+        shutil.copy("made/red.png", f"made/{number}.png")
+        Path(f"made/{number}.txt").write_text("red", encoding="utf-8")
+    dataset, corpus = prepared(files=("made",)), Pictures(**{"files": ("made",)} | OPTIONS)
+    assert list(corpus.changed_inputs(dataset)) == []
+    shutil.copy("made/blue.png", "made/7.png")
+    Path("made/40.txt").write_text("red", encoding="utf-8")
+    changes = [line.replace(os.sep, "/") for line in corpus.changed_inputs(dataset)]
+    assert changes == ["made/7.png has changed", "made/40.txt is a new file"]
+
+
 def written(name: str) -> dict[str, Any]:
     """A picture as the Hub's datasets have it."""
     return {"bytes": Path(f"made/{name}.png").read_bytes(), "path": f"{name}.png"}
@@ -202,6 +218,9 @@ def test_templates_that_read_parts_write_the_images_themselves(workplace: Path) 
         (asked("red") | {"images": ["blue.png"]}, "'images' has more pictures than the messages have places for"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a part of a message is"),
         ({"file_name": 3, "text": "a"}, r"line 1: int where text should be; set corpus.image_field"),
+        *(({"file_name": name, "text": "a"}, r"list.jsonl, line 1: 'file_name' is '.*'; allowed: the path of a local")
+          for name in ("", None, "https://a/b.png")),
+        *(({"file_name": name, "text": "a"}, r"red.*' is not a path; allowed: ") for name in ("red\0", "red\ud800")),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named(entry: Any, message: str, workplace: Path) -> None:

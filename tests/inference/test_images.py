@@ -18,7 +18,7 @@ from cleangpt.data.tokenizers import ByteTokenizer, CharTokenizer, train_bpe
 from cleangpt.errors import UserError
 from cleangpt.inference.chat import answer
 from cleangpt.inference.engine import Engine
-from cleangpt.inference.images import ImagePrompt, read_conversation, read_images
+from cleangpt.inference.images import ImagePrompt, read_conversation, read_images, read_prompt
 from cleangpt.inference.sampling import GREEDY
 from cleangpt.inference.text import prompt_inputs
 from cleangpt.models import build_model
@@ -121,10 +121,36 @@ def test_a_prefix_stays_first() -> None:
     assert prompt_inputs(Begun(), "a<image>b", prompt)[0] == [5, 97, 9, 9, 98]
 
 
-def test_a_prompt_has_a_place_for_every_picture() -> None:
-    prompt = ImagePrompt(images(0)["images"], 7, 4, [[7]])
-    with pytest.raises(UserError, match="the prompt has <image> 2 times for 1 images"):
-        prompt_inputs(TOKENIZER, "a<image>b<image>", prompt)
+def test_a_prompt_has_a_place_for_every_picture(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    for text, count in (("a<image>b<image>", 1), ("<image>", 2), ("<image><image>", 0), ("<image>", 0)):
+        message = f"the prompt has {text.count(IMAGE_TOKEN)} <image> for {count} picture{'s' * (count != 1)}; allowed"
+        with pytest.raises(UserError, match=message):
+            prompt_inputs(TOKENIZER, text, read_prompt(model_of(), TOKENIZER, text, [tmp_path / "a.png"] * count))
+
+
+def test_a_prompt_beyond_the_context_would_lose_its_pictures(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    prompt = read_prompt(model_of(), TOKENIZER, "", [tmp_path / "a.png"] * 2)  # the model reads 16 tokens
+    assert len(prompt_inputs(TOKENIZER, "a" * 8, prompt)[0]) == 16
+    with pytest.raises(UserError, match="17 tokens, of which 8 are pictures; allowed: at most 16"):
+        prompt_inputs(TOKENIZER, "a" * 9, prompt)
+
+
+def test_a_long_conversation_forgets_its_pictures_like_its_text(tmp_path: Path) -> None:
+    pytest.importorskip("jinja2")
+    messages, template = saved_pictures(tmp_path), ChatTemplate(PLAIN, {"eos_token": "."})
+    assert len(read_conversation(model_of(), BPE, template, messages)[1]) > 16
+    with pytest.raises(UserError, match="8 are pictures; allowed: at most 16"):
+        read_conversation(model_of(), BPE, template, messages[:1])
+
+
+def test_a_prompt_without_pictures_is_text() -> None:
+    """And so is <image>, for a model that reads none."""
+    assert read_prompt(model_of(), BPE, "\ufffc", []) is None
+    assert read_prompt(model_of(VisionConfig()), TOKENIZER, "<image>\ufffc", []) is None
+    with pytest.raises(UserError, match=r"the prompt has the character U\+FFFC.*; write <image>"):
+        read_prompt(model_of(), TOKENIZER, "a\ufffc", [])
 
 
 BPE = train_bpe(["user assistant red green blue " * 9], 300, [IMAGE_TOKEN])

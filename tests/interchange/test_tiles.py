@@ -45,7 +45,7 @@ PROMPT = "red <image>\n and <image>, blue?"
 
 def saved(kind: str, folder: Path, **entries: Any) -> PreTrainedModel:
     """A small random model of Transformers', with its tokenizer and the processor of its pictures in a folder."""
-    model = theirs(kind, text_config={"vocab_size": BPE.vocab_size, "max_position_embeddings": 128})
+    model = theirs(kind, text_config={"vocab_size": BPE.vocab_size, "max_position_embeddings": 256})
     model.save_pretrained(folder)
     (folder / "tokenizer.json").write_text(BPE.library_json(), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}', encoding="utf-8")
