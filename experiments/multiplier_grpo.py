@@ -2,6 +2,7 @@
 
 from cleangpt.config import (
     DataConfig,
+    MuonConfig,
     OptimizerConfig,
     SavingConfig,
     Schedule,
@@ -25,7 +26,9 @@ experiment = Experiment(
     model=GPTConfig(n_layers=3, n_heads=4, dim=128),
     objective=GRPO(norm="token", clip_low=0.2, clip_high=0.28),
     rollouts=RolloutConfig(prompts=128, completions=8, dynamic_sampling=True),
-    optimizer=OptimizerConfig(lr=5e-4, weight_decay=0.0, betas=(0.9, 0.98), clip_norm=1.0),
+    optimizer=OptimizerConfig(
+        lr=5e-4, weight_decay=0.1, betas=(0.9, 0.98), clip_norm=1.0, muon=MuonConfig(lr=5e-4, iterations=3)
+    ),
     schedule=ScheduleConfig(lr=Schedule(shape="linear", final=0.1, warmup=0.05)),
     training=TrainingConfig(macro_batches=70, batches_per_macro_batch=40),
     saving=SavingConfig(keep_best=1, best="highest exact_match"),
