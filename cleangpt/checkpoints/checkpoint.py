@@ -256,7 +256,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         try:
             config = from_json(ModelConfig, content["model"], model_kinds(), "model.")
         except UserError as error:
-            raise UserError(f"{folder / CONFIG}: {error} (if another version of CleanGPT wrote it, use that)") from None
+            raise UserError(f"{folder / CONFIG}, which another version of CleanGPT may have written: {error}") from None
         facts = dict(content["facts"])
         for name in ("vocab_size", "max_seq_len"):
             if getattr(config, name) is None:

@@ -213,8 +213,8 @@ def read_experiment(run: Path) -> Experiment:
         return from_json(Experiment, read_json(run / EXPERIMENT), kinds())
     except UserError as error:
         raise UserError(
-            f"{run / EXPERIMENT}: {error} (if another version of CleanGPT wrote it, evaluate and resume the run with "
-            "that, or start another whose init_from is this one)"
+            f"{run / EXPERIMENT} (if another version of CleanGPT wrote it, go on with that, or start another run whose "
+            f"init_from is this one): {error}"
         ) from None
 
 

@@ -315,7 +315,8 @@ def test_a_plan_counts_a_chunked_loss_in_chunks(tmp_path: Path) -> None:
     )  # fmt: skip
     whole = dataclasses.replace(chunked, training=dataclasses.replace(chunked.training, loss_chunk=None))
     logits = [make_plan(one, find_device("h100"), [1]).best(1).memory.logits for one in (chunked, whole)]
-    assert logits[0] < 0.6 * logits[1]
+    head = 2 * (4 + 2) * 128_256 * 2048  # the gradient of a chunk and the sum, each in fp32 and in bf16
+    assert logits[0] - head < 0.6 * logits[1]
 
 
 @pytest.fixture

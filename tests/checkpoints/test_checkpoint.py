@@ -130,8 +130,8 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path: Path, harm: objec
     ("entry", "line"),
     [
         ({"kind": "gpd"}, "of kind 'gpd', which is not registered here; did you mean 'gpt'"),
-        ({"taste": 2}, r"config\.json: model\.taste is not a field of GPTConfig \(if another version of CleanGPT"),
-        ({"dim": 0.5}, r"config\.json: model\.dim is 0\.5; allowed: .* \(if another version of CleanGPT wrote it"),
+        ({"taste": 2}, r"config\.json, which another version of .* written: model\.taste is not a field of GPTConfig"),
+        ({"dim": 0.5}, r"config\.json, which another version of .* written: model\.dim is 0\.5; allowed: "),
     ],
 )
 def test_an_unknown_architecture_is_refused_in_one_line(entry: dict[str, object], line: str, tmp_path: Path) -> None:

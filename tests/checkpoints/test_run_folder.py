@@ -180,7 +180,7 @@ def test_a_run_of_another_version_says_what_to_do(part: str, field: str, value: 
     tree = experiment_json(tiny())
     tree[part][field] = value
     write_json(run / EXPERIMENT, tree)
-    with pytest.raises(UserError, match=rf"experiment\.json: {line}.* \(if another version .* init_from is this one"):
+    with pytest.raises(UserError, match=rf"experiment\.json \(if another version .* init_from is this one\): {line}"):
         read_experiment(run)
 
 

@@ -305,9 +305,8 @@ def test_what_another_program_s_format_cannot_hold_is_refused_when_it_is_read(pl
     config = read_json(path)
     write_json(path, config | {"model": config["model"] | {"rope_theta": 1e308}})
     reseal(path.parent)
-    assert outcome_of(f"export tale --format {format} --out out")[1].startswith(
-        "error: model.rope_theta is 1e+308; allowed: "
-    )
+    line = outcome_of(f"export tale --format {format} --out out")[1]
+    assert line.startswith(f"error: {path}") and ": model.rope_theta is 1e+308; allowed: " in line
     (checkpoint("talk") / "chat_template.json").write_text(json.dumps({"template": "", "eos_token": "\ud800"}))
     reseal(checkpoint("talk"))
     code, line = outcome_of(f"export talk --format {format} --out out")
