@@ -37,8 +37,8 @@ FAST = (
     "--schedule.lr.shape", "wsd", "--schedule.lr.final", "0", "--schedule.lr.decay", "0.8",
     "--training.macro-batches", "6", "--training.batches-per-macro-batch", "100",
 )  # fmt: skip
-"""The recipe for a large GPU, found on an H200: Muon and a rate that decays to zero learn in 600 steps
-what nanoGPT's recipe does. Not compiled, since compilation takes longer than all of them."""
+"""The recipe for a large GPU, found on an H200: Muon and a rate that decays to zero learn in 600 steps what nanoGPT's
+recipe does. Not compiled, since compilation takes longer than all of them."""
 TOY = (
     "--data.batch-size", "2", "--data.seq-len", "16", "--data.val-samples", "8", "--model.max-seq-len", "16",
     "--model.n-layers", "1", "--model.dim", "12", "--training.macro-batches", "1",

@@ -15,7 +15,7 @@ from rich.console import Console
 from cleangpt.corpora.base import Corpus, write_dataset
 from cleangpt.corpora.rows import joined, padded
 from cleangpt.data.dataset import TokenDataset
-from cleangpt.data.images import IMAGE_CHARACTER, IMAGES, image_token, images_first, shifted
+from cleangpt.data.images import IMAGE_CHARACTER, IMAGES, image_in_rows, image_token, shifted
 from cleangpt.data.records import Records
 from cleangpt.data.shuffle import permute
 from cleangpt.data.tokenizers import CharTokenizer
@@ -88,5 +88,5 @@ class Digits(Corpus):
         tokens, mask = padded(rows, self.row_length)
         return Chunk(
             split, tokens.reshape(-1), np.full(len(rows), self.row_length), sum(len(NAMES[label]) for label in labels),
-            mask.reshape(-1), records=images_first(images, self.image_tokens, self.row_length),
+            mask.reshape(-1), records=image_in_rows(images, self.image_tokens, self.row_length),
         )  # fmt: skip

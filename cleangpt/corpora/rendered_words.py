@@ -17,7 +17,7 @@ from rich.console import Console
 from cleangpt.corpora.base import Corpus, write_dataset
 from cleangpt.corpora.rows import groups_of, joined, padded
 from cleangpt.data.dataset import TokenDataset
-from cleangpt.data.images import IMAGE_CHARACTER, IMAGES, image_token, images_first
+from cleangpt.data.images import IMAGE_CHARACTER, IMAGES, image_in_rows, image_token
 from cleangpt.data.records import Records
 from cleangpt.data.shuffle import mix
 from cleangpt.data.tokenizers import CharTokenizer
@@ -93,7 +93,7 @@ class RenderedWords(Corpus):
         tokens, mask = padded([joined(image, TOKENIZER.encode(word + "\n")) for word in words], self.row_length)
         return Chunk(
             split, tokens.reshape(-1), np.full(len(words), self.row_length), sum(map(len, words)), mask.reshape(-1),
-            records=images_first(np.stack(pictures), self.image_tokens, self.row_length),
+            records=image_in_rows(np.stack(pictures), self.image_tokens, self.row_length),
         )  # fmt: skip
 
 

@@ -30,11 +30,6 @@ class Row:
         """The number of tokens in the prompt: those before the first that counts."""
         return int(self.mask.argmax())
 
-    @staticmethod
-    def cat(parts: Sequence["Row"]) -> "Row":
-        """Several rows, one after another."""
-        return Row(np.concatenate([part.tokens for part in parts]), np.concatenate([part.mask for part in parts]))
-
     def with_answer(self, other: "Row") -> "Row":
         """This row's prompt with the other's answer."""
         return Row(*(np.concatenate([mine[: self.start], its[other.start :]])

@@ -18,8 +18,8 @@ from rich.console import Console
 from cleangpt.corpora.base import Corpus, write_dataset
 from cleangpt.corpora.rows import groups_of, joined, padded
 from cleangpt.data.dataset import TokenDataset
-from cleangpt.data.images import IMAGE_TOKEN, IMAGES, image_token
-from cleangpt.data.records import PlacedRecords, Records
+from cleangpt.data.images import IMAGE_TOKEN, IMAGES, image_in_rows, image_token
+from cleangpt.data.records import Records
 from cleangpt.data.shuffle import mix
 from cleangpt.data.tokenizers import BPETokenizer, train_bpe
 from cleangpt.data.writer import Chunk, Groups
@@ -131,8 +131,8 @@ class Shapes(Corpus):
         if not self.pictures:
             return chunk
         images: NDArray[np.uint8] = np.stack([picture(scene) for scene in scenes])
-        ends = np.array([number * self.row_length + row.start for number, row in enumerate(rows)])
-        return replace(chunk, records={IMAGES: PlacedRecords(images, ends)})
+        ends = np.array([row.start for row in rows])
+        return replace(chunk, records=image_in_rows(images, ends, self.row_length))
 
 
 @lru_cache(maxsize=4)

@@ -37,16 +37,17 @@ def reads_parts(template: ChatTemplate) -> bool:
     return re.search(r"""['"]image['"]""", template.source) is not None
 
 
-def images_first(images: NDArray[np.uint8], tokens: int, row_length: int) -> dict[str, PlacedRecords]:
-    """The records of rows that each begin with an image.
+def image_in_rows(
+    images: NDArray[np.uint8], ends: int | NDArray[np.int64], row_length: int
+) -> dict[str, PlacedRecords]:
+    """The records of rows that each have an image.
 
     Args:
         images: one per row `(rows, height, width, channels)`.
-        tokens: that an image stands at.
+        ends: tokens of a row up to and including its image, the same in all, or `(rows,)`.
         row_length: tokens in a row.
     """
-    ends = np.arange(len(images), dtype=np.int64) * row_length + tokens
-    return {IMAGES: PlacedRecords(images, ends)}
+    return {IMAGES: PlacedRecords(images, np.arange(len(images), dtype=np.int64) * row_length + ends)}
 
 
 def shifted(image: NDArray[Any], down: int, right: int) -> NDArray[Any]:

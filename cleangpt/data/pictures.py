@@ -40,7 +40,7 @@ def read_picture(path: Path | str, form: PictureForm) -> NDArray[np.uint8]:
     Raises:
         UserError: the file is missing, or `decode_picture` refuses it.
     """
-    return _sized(open_picture(path, form.channels), str(user_path(str(path))), form)
+    return decode_picture(*_content(path), form)
 
 
 def decode_picture(content: bytes, name: str, form: PictureForm) -> NDArray[np.uint8]:
@@ -67,12 +67,16 @@ def open_picture(path: Path | str, channels: int) -> Any:
         UserError: the file is missing, or no picture, truncated, damaged, animated or too large, or has floating-point
             pixels.
     """
+    return _decoded(*_content(path), channels)
+
+
+def _content(path: Path | str) -> tuple[bytes, str]:
+    """The content of a file, and its name for messages."""
     file = user_path(str(path))
     try:
-        content = file.read_bytes()
+        return file.read_bytes(), str(file)
     except OSError as error:
         raise UserError(f"{file}: {error.strerror or error}") from None
-    return _decoded(content, str(file), channels)
 
 
 def _decoded(content: bytes, name: str, channels: int) -> Any:

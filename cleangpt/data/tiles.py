@@ -69,13 +69,11 @@ def read_tiles(path: Path | str, form: PictureForm, longest_edge: int, cut: bool
     """
     picture = open_picture(path, form.channels)
     picture = stretched(picture, _limited(picture.size, longest_edge), form)
-    if not cut:
-        return Tiles(pixels(stretched(picture, (form.width, form.height), form), form.channels)[None], 0, 0)
-    columns, rows = _grid(picture.size, form)
+    columns, rows = _grid(picture.size, form) if cut else (1, 1)
     picture = stretched(picture, (columns * form.width, rows * form.height), form)
-    if rows * columns == 1:
-        return Tiles(pixels(picture, form.channels)[None], 0, 0)
     whole = pixels(stretched(picture, (form.width, form.height), form), form.channels)
+    if rows * columns == 1:
+        return Tiles(whole[None], 0, 0)
     grid = pixels(picture, form.channels).reshape(rows, form.height, columns, form.width, form.channels)
     return Tiles(np.concatenate([grid.swapaxes(1, 2).reshape(-1, *whole.shape), whole[None]]), rows, columns)
 

@@ -67,12 +67,13 @@ def read_images(model: LanguageModel, tokenizer: Tokenizer, files: Sequence[Path
     if vision.encoder is None:
         raise UserError(f"{files[0]} is given, but the model reads no images; allowed: one with model.vision.encoder")
     image = image_token(tokenizer)
-    if not vision.longest_edge:
+    if vision.longest_edge:
+        tiles = [read_tiles(file, vision.form, vision.longest_edge, vision.tiles) for file in files]
+        images = np.concatenate([picture.images for picture in tiles])
+        written = [picture.tokens(tokenizer) for picture in tiles]
+    else:
         images = np.stack([read_picture(file, vision.form) for file in files])
-        return ImagePrompt(torch.from_numpy(images), image, vision.tokens, [[image]] * len(files), model.max_seq_len)
-    tiles = [read_tiles(file, vision.form, vision.longest_edge, vision.tiles) for file in files]
-    images = np.concatenate([picture.images for picture in tiles])
-    written = [picture.tokens(tokenizer) for picture in tiles]
+        written = [[image]] * len(files)
     return ImagePrompt(torch.from_numpy(images), image, vision.tokens, written, model.max_seq_len)
 
 

@@ -227,15 +227,18 @@ def _processed(vision: VisionConfig, entries: Mapping[str, Any]) -> VisionConfig
 
 def _tiled(vision: VisionConfig, entries: Mapping[str, Any]) -> VisionConfig:
     """The configuration with what the processor of Idefics3 or SmolVLM says of tiles."""
-    given = {"max_image_size": vision.height, "size": 4 * 364}
-    for name, default in given.items():
-        edges = entries.get(name) or {"longest_edge": default}
-        if not isinstance(edges, dict) or "longest_edge" not in edges:
-            raise UserError(f"{name} is {edges!r}; allowed: its longest_edge")
-        given[name] = edges["longest_edge"]
-    if given["max_image_size"] != vision.height:
-        raise UserError(f"max_image_size is {given['max_image_size']!r}; allowed: {vision.height}, as in config.json")
-    return replace(vision, longest_edge=given["size"], tiles=bool(entries.get("do_image_splitting", True)))
+    side, longest = _longest_edge(entries, "max_image_size", vision.height), _longest_edge(entries, "size", 4 * 364)
+    if side != vision.height:
+        raise UserError(f"max_image_size is {side!r}; allowed: {vision.height}, as in config.json")
+    return replace(vision, longest_edge=longest, tiles=bool(entries.get("do_image_splitting", True)))
+
+
+def _longest_edge(entries: Mapping[str, Any], name: str, default: int) -> Any:
+    """The longest edge that an entry of a processor names."""
+    edges = entries.get(name) or {"longest_edge": default}
+    if not isinstance(edges, dict) or "longest_edge" not in edges:
+        raise UserError(f"{name} is {edges!r}; allowed: its longest_edge")
+    return edges["longest_edge"]
 
 
 def write_processor(vision: VisionConfig, folder: Path) -> None:

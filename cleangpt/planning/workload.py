@@ -103,9 +103,9 @@ class Workload:
     """Inputs of a block's layers of kind "column" in the tensor plan; under tensor parallelism each gathers its own."""
     logits: float
     """Size of the logits, of all chunks together."""
-    copied: float = 0.0
+    copied: float
     """Size of autocast's copies of a block's weights."""
-    head_gradients: float = 0.0
+    head_gradients: float
     """Size of the head's gradient of a chunk and of the sum over chunks, with autocast's copies."""
 
     @property
