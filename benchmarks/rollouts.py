@@ -79,12 +79,12 @@ def sampling_seconds() -> float:
     torch.manual_seed(0)
     model = build_model(GPTConfig(vocab_size=VOCABULARY, max_seq_len=32, n_layers=2, n_heads=4, dim=96)).eval()
     prompts = [prompt.tolist() for prompt in encoded()[0]]
-    engine = Engine(model, torch.device("cpu"), vocab_size=VOCABULARY, sampled_logprobs=True)
+    engine, sampling = Engine(model, torch.device("cpu"), vocab_size=VOCABULARY, sampled_logprobs=True), Sampling()
 
     def sample() -> int:
         for row in range(256):
             prompt = prompts[row // 8 % len(prompts)]
-            engine.submit(prompt, max_new_tokens=9 + row % 5, sampling=Sampling(), seed=row)
+            engine.submit(prompt, max_new_tokens=9 + row % 5, sampling=sampling, seed=row)
         return sum(len(completion.ids) for _, completion in engine.completions())
 
     tokens = sample()

@@ -32,7 +32,7 @@ experiment = Experiment(
         lr=2e-3, weight_decay=0.1, betas=(0.9, 0.98), clip_norm=1.0, muon=MuonConfig(lr=1e-2, iterations=3)
     ),
     schedule=ScheduleConfig(lr=Schedule(shape="cosine", final=0.01, warmup=0.05)),
-    training=TrainingConfig(macro_batches=16, batches_per_macro_batch=150),
+    training=TrainingConfig(macro_batches=28, batches_per_macro_batch=150),
     saving=SavingConfig(keep_best=2),
     tracking=TrackingConfig(score_samples=200, sample_tokens=8),
     init_from="shapes_captions",

@@ -177,9 +177,9 @@ def zero_sum(device: torch.device) -> Tensor:
     return torch.zeros((), dtype=dtype, device=device)
 
 
-def in_float64(tensor: Tensor) -> Tensor:
-    """The tensor in float64; on the host if its device has none."""
-    return (tensor.cpu() if tensor.device.type in WITHOUT_FLOAT64 else tensor).double()
+def where_float64_is(tensor: Tensor) -> Tensor:
+    """The tensor, on the host if its device has no float64."""
+    return tensor.cpu() if tensor.device.type in WITHOUT_FLOAT64 else tensor
 
 
 def seed_everything(seed: int) -> None:

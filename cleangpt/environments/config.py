@@ -32,7 +32,7 @@ class RolloutConfig(Checked, section="rollouts"):
     completions: Group = 8
     """Answers to each prompt: its group."""
     passes: Group = 1
-    """Passes over the answers of a round, each in another order."""
+    """Passes over the answers of a round, each with the prompts in another order."""
     temperature: Positive = 1.0
     """Sampling temperature; log-probabilities are those at this temperature in training too."""
     micro_batch_size: Count = 256

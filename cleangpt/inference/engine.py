@@ -191,8 +191,8 @@ class Engine:
         while self.unfinished:
             if (rows := self._advance()) is None:
                 continue
-            for place in rows.advanced:
-                if (reason := rows.reason(place)) is not None:
+            for place in rows.ended:
+                if (reason := rows.reason(place)) is not None:  # None: cancelled meanwhile
                     request = rows.take_back(place)
                     yield request.id, Completion(request.ids, request.logprobs, reason)
 

@@ -57,6 +57,8 @@ class Rows:
         """Tokens that end each row, filled up with -1."""
         self.advanced: list[int] = []
         """Rows that the last step gave a token, ended ones for once."""
+        self.ended: list[int] = []
+        """Rows that the last step has ended."""
         self.groups: list[tuple[Sampling, NDArray[np.int64], Tensor]] = []
         """Rows with the same settings, sampled together: the settings, and their places on the host and the device."""
         self._group()
@@ -101,7 +103,7 @@ class Rows:
         stopped = (tokens[:, None] == self.stops).any(axis=1)
         full = self.facts["tokens"] == self.facts["most"]
         self.facts["state"][going] = np.where(stopped, STOPPED, np.where(full, FULL, RUNNING))[going]
-        self.advanced = going.tolist()
+        self.advanced, self.ended = going.tolist(), going[stopped[going] | full[going]].tolist()
 
     @property
     def going_on(self) -> bool:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cleangpt.data.shuffle import mix, splitmix
-from cleangpt.distributed.device import in_float64
+from cleangpt.distributed.device import where_float64_is
 from cleangpt.errors import UserError
 from cleangpt.validation import Bounds, Checked, Count, CountOrZero, NonNegative, Positive
 
@@ -100,7 +100,7 @@ def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     ordered, ids = probabilities.sort(dim=-1, descending=True)
     # A token is kept if those before it have not reached top_p. The rounding of a large vocabulary's sum in float32 is
     # more than what its unlikely tokens have together; one rounding at its end lets 0.5 and 0.3 reach 0.8.
-    exact = in_float64(ordered)
+    exact = where_float64_is(ordered).double()
     before = (exact.cumsum(dim=-1) - exact) / exact.sum(dim=-1, keepdim=True)
     dropped = (before.float() >= top_p).to(ids.device)
     dropped[..., 0] = False  # where top_p is 0 in float32
@@ -139,7 +139,7 @@ def sample(probabilities: Tensor, draws: Tensor, *, checked: bool = True) -> Ten
     Raises:
         UserError: a row is not a distribution, since logits are not finite.
     """
-    cumulative = in_float64(probabilities).cumsum(dim=-1)
+    cumulative = where_float64_is(probabilities).cumsum(dim=-1, dtype=torch.float64)
     if checked and not bool((cumulative[:, -1] > 0).all()):  # of NaN, too
         raise UserError(NOT_FINITE)
     threshold = draws.to(cumulative.device)[:, None] * cumulative[:, -1:]

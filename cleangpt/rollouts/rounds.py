@@ -29,7 +29,9 @@ def batch_of_round(
     rows: Mapping[str, Tensor], samples: int, config: RolloutConfig, sizes: Sizes, seed: int, ranks: Ranks,
     inputs: Sequence[str] = ("tokens",), records: Sequence[str] = (),
 ) -> Batch:  # fmt: skip
-    """This device's part of the next batch of a round; every pass over the round has its own order of rows.
+    """This device's part of the next batch of a round; every pass over the round has its own order of groups.
+
+    The answers to a prompt stay together, so that a batch has few prompts, which `models/prompts.py` reads once each.
 
     Args:
         rows: the round's columns, `tokens` and other inputs `(rows, seq + 1)`; the others, `mask` among them, are
@@ -47,7 +49,9 @@ def batch_of_round(
     pass_number, start = divmod(place, answers)
     part = size // ranks.world_size
     places = np.arange(start, start + size)[ranks.rank * part :][:part]
-    index = torch.from_numpy(permute(places, answers, mix(seed, number, pass_number)))
+    groups, members = np.divmod(places, config.completions)
+    order = permute(groups, config.prompts, mix(seed, number, pass_number))
+    index = torch.from_numpy(order * config.completions + members)
     chosen = {name: column[index] for name, column in rows.items()}
     read = {name: chosen.pop(name).long() for name in inputs}
     targets = torch.where(chosen.pop("mask"), read["tokens"][:, 1:], IGNORED)

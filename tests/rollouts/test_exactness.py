@@ -1,6 +1,7 @@
 """Rollouts are exact: the same whatever the chunks, processes and micro-batches, and resumed within a round."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -157,6 +158,13 @@ def test_a_round_is_used_up_in_passes_of_different_orders(policy: Build, trainer
     one, two = ([row for batch in part for row in batch] for part in (rows[:4], rows[4:]))
     assert sorted(one) == sorted(two) and one != two
     assert [float(batch.extras["fresh"].max()) for batch in batches] == [1, 0, 0, 0, 0, 0, 0, 0]
+
+
+def test_the_answers_to_a_prompt_are_in_one_batch(policy: Build, trainer: Open) -> None:
+    opened = trainer(policy(rollouts__passes=2, training__batches_per_macro_batch=8))
+    for _ in range(8):
+        prompts = Counter(tuple(row[:4]) for row in opened.source.next().inputs["tokens"].tolist())
+        assert sum(prompts.values()) == 8 and all(count % 4 == 0 for count in prompts.values()), "groups of 4 are whole"
 
 
 # Several processes ----------------------------------------------------------------------------------------------------

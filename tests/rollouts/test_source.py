@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -186,16 +187,24 @@ def test_importance_weights_between_sampler_and_trainer_are_near_1_and_truncated
 
 
 def test_importance_weights_of_a_bf16_sampler_are_the_ratios_of_its_rounding(policy: Build, trainer: Open) -> None:
-    """The sampler reads token by token and rounds otherwise than the trainer; each token's advantage has the ratio."""
+    """The sampler rounds to bf16 and the trainer, here, does not, so that they differ on every processor."""
 
     def opened(name: str, **fields: Any) -> RolloutSource:
         one = trainer(policy(run_dir=name, training__precision="bf16", **fields))
         with torch.no_grad():
             for parameter in one.model.parameters():
                 parameter.mul_(4)  # logits that differ, as those of a trained model do
-        assert isinstance(one.source, RolloutSource)
-        one.source.next()
-        return one.source
+        source = one.source
+        assert isinstance(source, RolloutSource)
+        scores = source._scores
+
+        def in_fp32(*given: Any) -> dict[str, Tensor]:
+            source.autocast = nullcontext()
+            return scores(*given)
+
+        source._scores = in_fp32  # type: ignore[method-assign]
+        source.next()
+        return source
 
     sampled = opened("one")
     looked_back = opened("two", rollouts__old_logprobs="recomputed")
