@@ -67,7 +67,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
-DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}
+DISTRIBUTIONS = {"ale_py": "ale-py", "PIL": "pillow", "sklearn": "scikit-learn"}
 """Packages that are installed under another name than they are imported by."""
 
 

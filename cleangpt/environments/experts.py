@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cleangpt.environments import metaworld, minigrid, mujoco, tables
+from cleangpt.environments import atari, metaworld, minigrid, mujoco, tables
 from cleangpt.environments.acting import Lost
 from cleangpt.errors import UserError, require
 
@@ -57,6 +57,8 @@ def lunar_lander(simulation: Any, observation: Any) -> Any:
 
 
 EXPERTS: dict[str, Policy] = {
+    "ALE/Breakout-v5": atari.breakout,
+    "ALE/Freeway-v5": atari.freeway,
     "Acrobot-v1": acrobot,
     "BabyAI-": minigrid.bot,
     "CartPole-v1": cart_pole,

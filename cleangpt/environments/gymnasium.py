@@ -14,6 +14,7 @@ from cleangpt.data.shuffle import mix
 from cleangpt.data.timesteps import Steps, Timesteps
 from cleangpt.data.tokenizers import ModalityTokenizer
 from cleangpt.environments.acting import Acting
+from cleangpt.environments.atari import make_game
 from cleangpt.environments.base import Environment, Episode, Feedback, Prompt
 from cleangpt.environments.metaworld import PREFIX, make_task
 from cleangpt.environments.minigrid import make_grid
@@ -23,7 +24,7 @@ from cleangpt.errors import UserError, nearest, require
 Arguments = tuple[tuple[str, str | int | float | bool], ...]
 """Keyword arguments of an environment's constructor, in pairs."""
 MAKERS: dict[str, Callable[..., Any]] = {
-    "BabyAI-": make_grid, "CliffWalking": make_cliff, "MiniGrid-": make_grid, PREFIX: make_task,
+    "ALE/": make_game, "BabyAI-": make_grid, "CliffWalking": make_cliff, "MiniGrid-": make_grid, PREFIX: make_task,
 }  # fmt: skip
 """What makes simulations that are not as Gymnasium makes its own, by how their names start."""
 SMALLEST_PICTURE = 16
@@ -156,8 +157,6 @@ def make(name: str, arguments: Arguments = (), render: bool = False) -> Any:
         UserError: Gymnasium or a package that it needs is missing, or there is no such environment.
     """
     gymnasium = require("gymnasium")
-    if name.startswith("ALE/"):
-        gymnasium.register_envs(require("ale_py"))
     maker = next((maker for start, maker in MAKERS.items() if name.startswith(start)), gymnasium.make)
     try:
         return maker(name, render_mode="rgb_array" if render else None, **dict(arguments))
