@@ -16,7 +16,7 @@ from cleangpt.errors import UserError, nearest
 
 BENCHMARKS = (
     "loader", "store", "step", "snapshot", "resume", "parallel", "generation", "preferences", "rollouts", "ppo",
-    "images", "control", "vs_nanogpt",
+    "images", "control", "cartpole", "vs_nanogpt",
 )  # fmt: skip
 RESULTS = Path(__file__).parent / "RESULTS.md"
 
@@ -26,7 +26,7 @@ class Options:
     """What to measure."""
 
     names: Annotated[tuple[str, ...], POSITIONAL] = ()
-    """loader, store, step, snapshot, resume, parallel, generation, preferences, rollouts, ppo, images, control,
+    """loader, store, step, snapshot, resume, parallel, generation, preferences, rollouts, ppo, images, control, cartpole,
     vs_nanogpt; empty: all."""
     quick: bool = False
     """Smoke test: small sizes and few repetitions; results are not written."""
