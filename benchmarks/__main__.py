@@ -26,8 +26,8 @@ class Options:
     """What to measure."""
 
     names: Annotated[tuple[str, ...], POSITIONAL] = ()
-    """loader, store, step, snapshot, resume, parallel, generation, preferences, rollouts, ppo, images, control, cartpole,
-    vs_nanogpt; empty: all."""
+    """loader, store, step, snapshot, resume, parallel, generation, preferences, rollouts, ppo, images, control,
+    cartpole, vs_nanogpt; empty: all."""
     quick: bool = False
     """Smoke test: small sizes and few repetitions; results are not written."""
     peer: Path | None = None
