@@ -7,7 +7,6 @@ from cleangpt.validation import Bounds, Checked, Count, CountOrZero, Pattern, Po
 
 Group = Annotated[int, Bounds(1, 2**16)]
 Finite = Annotated[float, Bounds()]
-Probability = Annotated[float, Bounds(above=0, most=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +60,6 @@ class RolloutConfig(Checked, section="rollouts"):
     max_draws: Group = 4
     """Dynamic sampling: the most prompts drawn for a round, in multiples of `prompts`; if they do not fill it, prompts
     without a signal do."""
-    revisit: Probability = 1.0
-    """Pass over a prompt whose last n groups had no signal, at most four of which are counted, with probability 1 -
-    revisit^n: Zheng et al. 2025, "Act only when it pays", section 4. 1: never."""
     old_logprobs: Literal["sampled", "recomputed"] = "sampled"
     """Log-probabilities of the policy that drew an answer. sampled: those noted when sampling; recomputed: from a
     forward pass of the trainer, where its arithmetic differs from the sampler's, as in bf16."""

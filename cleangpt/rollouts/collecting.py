@@ -1,14 +1,12 @@
 """Collects a round of answers: which prompts, who generates what, and which groups are kept."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import count, islice
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cleangpt.data.shuffle import Order, mix, permute
 from cleangpt.data.tokenizers import Tokenizer
@@ -27,10 +25,6 @@ EXAMPLES = 4
 SPLIT = "train"
 CHECKED = 100
 """Tasks of a split that are checked before a run starts."""
-COUNTED = 4
-"""Groups without a signal, one after the other, that are counted of a task: it must be tried again some day."""
-LOOKED_AHEAD = 1024
-"""Positions of prompts computed at a time."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +34,6 @@ class Collected:
     answers: list[Answer]
     prompts: int
     """Prompts drawn for it."""
-    passed: int
-    """Positions of prompts that it took, those passed over among them."""
     without_signal: float
     """The share of groups drawn in which all answers had the same reward."""
     drawn_reward: float
@@ -79,8 +71,6 @@ class Collector:
         self.config, self.environment, self.scorer, self.sampling = config, environment, scorer, sampling
         self.tokenizer, self.limit, self.seed, self.ranks = tokenizer, limit, seed, ranks
         self.order = Order(environment.tasks(SPLIT), seed)
-        self.quiet: dict[int, int] = {}
-        """Of each task, how many groups without a signal were its last; none: not in here. Kept if it is asked for."""
 
     def collect(self, first: int) -> Collected:
         """A round of answers to the prompts from position `first` on."""
@@ -88,25 +78,19 @@ class Collector:
         kept, spare = list[list[Answer]](), list[list[Answer]]()
         self.scorer.errors.count = 0
         most = config.prompts * (config.max_draws if config.dynamic_sampling else 1)
-        positions, passed = self._positions(first), 0
         while len(kept) < config.prompts and len(drawn) < most:
             # As many as will do at the share kept so far.
             lacking = (config.prompts - len(kept)) * len(drawn) / max(len(kept), 1) if drawn else config.prompts
-            wanted = min(math.ceil(lacking), config.prompts, most - len(drawn))
-            chosen = np.array(list(islice(positions, wanted)))
-            passed = int(chosen[-1]) + 1 - first
-            groups = self._draw(chosen)
+            groups = self._draw(first + len(drawn), min(math.ceil(lacking), config.prompts, most - len(drawn)))
             drawn += groups
             for group in groups:
                 (kept if has_signal(group) else spare).append(group)
-                self._remember(group)
         groups = (kept + spare)[: config.prompts] if config.dynamic_sampling else drawn
         totals = [[sum(answer.total) for answer in group if answer.scored] for group in drawn]
         totals = [scores for scores in totals if scores] or [[0.0]]
         return Collected(
             [answer for group in groups for answer in group],
             prompts=len(drawn),
-            passed=passed,
             without_signal=len(spare) / len(drawn),
             drawn_reward=float(np.mean([total for scores in totals for total in scores])),
             best_reward=float(np.mean([max(scores) for scores in totals])),
@@ -114,47 +98,29 @@ class Collector:
             examples=[self._text(group[0]) for group in groups[:EXAMPLES]],
         )
 
-    def _positions(self, first: int) -> Iterator[int]:
-        """Positions of prompts from `first` on, without those that are passed over."""
-        for start in count(first, LOOKED_AHEAD):
-            places = np.arange(start, start + LOOKED_AHEAD)
-            for position, task in zip(places.tolist(), self.order.at(places)[1].tolist(), strict=True):
-                silent = self.quiet.get(task, 0)
-                if not silent or mix(self.seed, position, 1) / 2**64 < self.config.revisit**silent:
-                    yield position
-
-    def _remember(self, group: Sequence[Answer]) -> None:
-        """Counts the groups of a task that had no signal."""
-        task, config = group[0].task, self.config
-        if config.revisit < 1 and not has_signal(group):
-            self.quiet[task] = min(self.quiet.get(task, 0) + 1, COUNTED)
-        else:
-            self.quiet.pop(task, None)
-
-    def _draw(self, positions: NDArray[np.int64]) -> list[list[Answer]]:
-        """The groups of answers to the prompts at these positions, shared among the processes by chunks."""
+    def _draw(self, first: int, count: int) -> list[list[Answer]]:
+        """The groups of answers to `count` prompts, shared among the processes by chunks."""
         config, each = self.config, self.config.completions
-        tasks = self.order.at(positions)[1].repeat(each)
-        ids = (positions[:, None] * each + np.arange(each)).reshape(-1)
-        own = list[Answer]()
+        tasks = self.order.at(np.arange(first, first + count))[1].repeat(each)
+        rows, own = np.arange(len(tasks)), list[Answer]()
         with self.sampling() as sampler, self.scorer.errors:
             for number, start in enumerate(range(0, len(tasks), config.micro_batch_size)):
                 if number % self.ranks.world_size == self.ranks.rank:
-                    chunk = slice(start, start + config.micro_batch_size)
-                    own += self._chunk(sampler, tasks[chunk].tolist(), ids[chunk].tolist())
+                    chunk = rows[start : start + config.micro_batch_size]
+                    own += self._chunk(sampler, tasks[chunk].tolist(), first * each + start)
         answers = sorted((answer for part in self.ranks.all_gather(own) for answer in part), key=lambda one: one.id)
         return [answers[start : start + each] for start in range(0, len(answers), each)]
 
-    def _chunk(self, sampler: Sampler, tasks: Sequence[int], ids: Sequence[int]) -> list[Answer]:
-        """Answers to tasks, by their ids."""
+    def _chunk(self, sampler: Sampler, tasks: Sequence[int], first_id: int) -> list[Answer]:
+        """Answers to tasks; their ids are consecutive."""
         prompts = {task: checked_prompt(self.environment, SPLIT, task, self.limit) for task in set(tasks)}
         episodes = [Episode(SPLIT, task, prompts[task]) for task in tasks]
-        seeds = [mix(self.seed, answer_id) for answer_id in ids]
+        seeds = [mix(self.seed, first_id + row) for row in range(len(tasks))]
         play(
             sampler, self.environment, episodes, sampling=Sampling(temperature=self.config.temperature), seeds=seeds,
             limit=self.limit, respond=self.scorer.respond,
         )  # fmt: skip
-        return self.scorer.score(episodes, ids)
+        return self.scorer.score(episodes, first_id)
 
     def line(self, answer: Answer) -> dict[str, Any]:
         """An answer for answers.jsonl."""

@@ -53,9 +53,9 @@ class Scorer:
         feedback = self.errors.call(TASK, self.environment.step, episode, action)
         return Feedback(self.config.error_reward) if feedback is None else cast(Feedback, feedback)
 
-    def score(self, episodes: Sequence[Episode], ids: Sequence[int]) -> list[Answer]:
-        """The answers of episodes that are over, with all their rewards."""
-        answers = [from_episode(episode, own, TASK) for episode, own in zip(episodes, ids, strict=True)]
+    def score(self, episodes: Sequence[Episode], first_id: int) -> list[Answer]:
+        """The answers of episodes that are over, with all their rewards; their ids are consecutive."""
+        answers = [from_episode(episode, first_id + row, TASK) for row, episode in enumerate(episodes)]
         for reward in self.config.rewards:
             if reward.name == MODEL:
                 assert self.reward_model is not None

@@ -36,8 +36,8 @@ Save = Callable[[Sequence[Mapping[str, Any]]], None]
 class RolloutSource:
     """Batches of a policy's own answers; all processes call it together.
 
-    Its state is the number of samples consumed and of prompts taken, which dynamic sampling makes another number, the
-    tasks without a signal, and within a round the round itself.
+    Its state is the number of samples consumed and of prompts drawn, which dynamic sampling makes another number, and
+    within a round the round itself.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class RolloutSource:
         self.samples = 0
         """Consumed so far, over all devices."""
         self.prompts = 0
-        """Positions of prompts taken so far, those passed over among them."""
+        """Prompts drawn so far."""
         self.kl_coef = objective.kl_coef
         self.skipped_ranges: list[list[int]] = []
         """Ranges of samples left out after a spike of the loss; the prompts of as many answers are not drawn."""
@@ -95,7 +95,7 @@ class RolloutSource:
         skipped = sum(end - start for start, end in self.skipped_ranges) // self.config.passes
         with self.autocast:
             collected = self.collector.collect(self.prompts + -(-skipped // self.config.completions))
-        self.prompts += collected.passed
+        self.prompts += collected.prompts
         if self.save is not None:
             step = self.samples // (self.sizes.batch_size * self.sizes.accumulation) + 1
             self.save([{"step": step, **line} for line in map(self.collector.line, collected.answers)])
@@ -189,8 +189,6 @@ class RolloutSource:
         }
         if self.config.dynamic_sampling:
             metrics["drawn_reward"] = collected.drawn_reward
-        if self.config.revisit < 1:
-            metrics["passed_over"] = 1 - collected.prompts / collected.passed
         if better.any():
             metrics |= {"length_of_better": lengths[better].mean(), "length_of_worse": lengths[~better].mean()}
         for name in dict.fromkeys(name for answer in answers for name in answer.rewards):
@@ -222,7 +220,6 @@ class RolloutSource:
             "prompts": self.prompts,
             "kl_coef": self.kl_coef,
             "skipped_ranges": [list(pair) for pair in self.skipped_ranges],
-            "quiet": torch.tensor(sorted(self.collector.quiet.items()), dtype=torch.int64).view(-1, 2),
             "rounds": self.rounds,
             "rows": self.rows if within else {},
             "reference": self.reference.state_dict() if self.reference is not None else {},
@@ -242,7 +239,6 @@ class RolloutSource:
                 "began; name the run or checkpoint that it was"
             )
         self.samples, self.prompts = read_position(state, "samples"), read_position(state, "prompts")
-        self.collector.quiet = dict(state["quiet"].tolist())
         self.kl_coef, self.rounds = float(state["kl_coef"]), list(state["rounds"])
         known = {tuple(pair) for pair in self.skipped_ranges}
         self.skipped_ranges += [list(pair) for pair in state["skipped_ranges"] if tuple(pair) not in known]

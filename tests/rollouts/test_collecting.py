@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -121,44 +120,6 @@ def test_dynamic_sampling_gives_up_and_fills_the_round_with_what_there_is() -> N
 
     found = collector(Never(), dynamic_sampling=True, max_draws=3).collect(0)
     assert (len(found.answers), found.prompts, found.without_signal) == (30, 15, 1.0)
-
-
-def test_tasks_without_a_signal_are_passed_over_by_the_number_of_their_last_groups_without() -> None:
-    """By counting anew: a draw for each position decides against revisit to the power of the count."""
-    one, quiet, first = collector(Even(), revisit=0.4), Counter[int](), 0
-    order = Order(30, 3).at(torch.arange(400).numpy())[1].tolist()
-    for _ in range(25):
-        found = one.collect(first)
-        groups = [found.answers[start : start + 6] for start in range(0, 30, 6)]
-        places = [group[0].id // 6 for group in groups]
-        assert [answer.id for answer in found.answers] == [6 * place + row for place in places for row in range(6)]
-        expected = [
-            place for place in range(first, first + found.passed)
-            if mix(3, place, 1) / 2**64 < 0.4 ** min(quiet[order[place]], 4)
-        ]  # fmt: skip
-        assert places == expected and [group[0].task for group in groups] == [order[place] for place in places]
-        for group in groups:
-            signal = len({sum(answer.total) for answer in group}) > 1
-            quiet[group[0].task] = 0 if signal else quiet[group[0].task] + 1
-        first += found.passed
-    assert first > 1.3 * 25 * 5, "many are passed over"
-    assert one.quiet == {task: min(count, 4) for task, count in quiet.items() if count}
-
-
-def test_without_passing_over_prompts_no_task_is_remembered() -> None:
-    one = collector(Even())
-    found = one.collect(0)
-    assert found.passed == found.prompts == 5 and found.without_signal > 0 and one.quiet == {}
-
-
-def test_fewer_prompts_are_drawn_for_a_full_round_where_those_without_a_signal_are_passed_over() -> None:
-    drawn = dict[float, int]()
-    for revisit in (1.0, 0.2):
-        one, first, drawn[revisit] = collector(Even(), dynamic_sampling=True, max_draws=9, revisit=revisit), 0, 0
-        for _ in range(20):
-            found = one.collect(first)
-            first, drawn[revisit] = first + found.passed, drawn[revisit] + found.prompts
-    assert drawn[0.2] < 0.8 * drawn[1.0]
 
 
 def test_an_answer_that_meets_no_stop_token_is_truncated() -> None:

@@ -62,7 +62,7 @@ def rounds_of(trainer: Trainer) -> list[dict[str, Tensor]]:
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "grpo": {"rollouts__dynamic_sampling": True, "rollouts__revisit": 0.1, "rollouts__save_answers": True},
+    "grpo": {"rollouts__dynamic_sampling": True, "rollouts__save_answers": True},
     "reference": {"objective": GRPO(kl_coef=0.1)},
     "ppo": {
         "objective": PPO(kl_coef=0.1, kl_target=0.01, kl_horizon=100), "rollouts__passes": 2,

@@ -92,7 +92,7 @@ def rewards(*named: tuple[str, float]) -> tuple[Reward, ...]:
 
 
 def test_rewards_are_added_up_by_weight() -> None:
-    (answer,) = scorer(rewards=rewards(("task", 1.0), ("length", -0.1))).score([episode("xyz")], [7])
+    (answer,) = scorer(rewards=rewards(("task", 1.0), ("length", -0.1))).score([episode("xyz")], 7)
     assert answer.id == 7
     assert answer.rewards == {"task": [2.0], "length": [3.0]}
     assert answer.total == [pytest.approx(2.0 - 0.3)]
@@ -100,9 +100,7 @@ def test_rewards_are_added_up_by_weight() -> None:
 
 def test_an_answer_that_a_reward_does_not_score_has_the_others_or_is_left_out() -> None:
     """Of its group's mean and of the loss, as if it had never been sampled."""
-    answers = scorer(rewards=rewards(("even", 2.0))).score(
-        [episode(text) for text in ("ab", "abc", "a", "abcd")], range(4)
-    )
+    answers = scorer(rewards=rewards(("even", 2.0))).score([episode(text) for text in ("ab", "abc", "a", "abcd")], 0)
     assert [answer.rewards["even"] for answer in answers] == [[-1.0], [], [], [-1.0]]
     assert (
         [answer.scored for answer in answers] == [not answer.masked for answer in answers] == [True, False, False, True]
@@ -112,9 +110,9 @@ def test_an_answer_that_a_reward_does_not_score_has_the_others_or_is_left_out() 
     rollouts = Round(columns["mask"], columns["rewards"], columns["logprobs"], 4)
     advantages = GRPO(standardise=False).estimate(rollouts)["advantages"]
     assert advantages.sum(dim=1).tolist() == [2 * 1.5, 0.0, 0.0, 4 * -1.5]
-    both = scorer(rewards=rewards(("even", 1.0), ("length", 1.0))).score([episode("abc"), episode("ab")], range(2))
+    both = scorer(rewards=rewards(("even", 1.0), ("length", 1.0))).score([episode("abc"), episode("ab")], 0)
     assert [(answer.scored, answer.total) for answer in both] == [(True, [3.0]), (True, [1.0])]
-    logged = scorer(rewards=rewards(("even", 1.0), ("length", 0.0))).score([episode("abc")], [0])
+    logged = scorer(rewards=rewards(("even", 1.0), ("length", 0.0))).score([episode("abc")], 0)
     assert not logged[0].scored, "a reward that is only logged does not score"
 
 
@@ -134,7 +132,7 @@ def test_a_reward_that_fails_scores_as_an_error_and_is_counted_and_named_once(na
     failing = scorer(log, rewards=rewards((name, 2.0)), reward_timeout=0.05, error_reward=-1.0)
     began = time.perf_counter()
     with failing.errors:
-        answers = failing.score([episode("a"), episode("b")], range(2))
+        answers = failing.score([episode("a"), episode("b")], 0)
     assert time.perf_counter() - began < 2
     assert [answer.total for answer in answers] == [[-2.0], [-2.0]]
     assert failing.errors.count == 2
@@ -155,7 +153,7 @@ def test_an_environment_that_fails_ends_the_episode_with_the_reward_of_an_error(
 def test_truncated_answers_are_kept_masked_or_punished_and_keep_their_own_tokens() -> None:
     cut = episode("xyz", truncated=True)
     for mode, total, counted in (("keep", 2.0, 3), ("mask", 2.0, 0), ("punish", -1.0, 3)):
-        (answer,) = scorer(truncated=mode).score([cut], [0])
+        (answer,) = scorer(truncated=mode).score([cut], 0)
         columns = as_columns([answer])
         assert answer.truncated and answer.total == [total]
         assert columns["tokens"].tolist() == [code("abxyz")], "no end is patched in"
@@ -165,7 +163,7 @@ def test_truncated_answers_are_kept_masked_or_punished_and_keep_their_own_tokens
 @pytest.mark.parametrize(("length", "expected"), [(5, 0.0), (6, 0.0), (8, -0.5), (10, -1.0)])
 def test_overlong_answers_lose_reward_linearly(length: int, expected: float) -> None:
     """Yu et al. 2025, equation 13, with a limit of 10 and 4 tokens before it."""
-    (answer,) = scorer(overlong_tokens=4).score([episode("x" * length)], [0])
+    (answer,) = scorer(overlong_tokens=4).score([episode("x" * length)], 0)
     assert answer.total == [pytest.approx(2.0 + expected)]
 
 
@@ -175,7 +173,7 @@ def test_the_end_of_an_answer_is_learned_exactly_once_even_if_padding_looks_like
     answers = []
     for tokens in ([7, 0], [7, 8, 9, 9]):
         done = Episode("train", 0, prompt, [tokens], [Feedback(1.0)], [[-0.5] * len(tokens)], truncated=tokens[-1] != 0)
-        answers += scorer().score([done], [0])
+        answers += scorer().score([done], 0)
     columns = as_columns(answers)
     targets = columns["tokens"][:, 1:][0].tolist()
     assert targets == [6, 7, 0, 0, 0]
@@ -188,7 +186,7 @@ def test_what_the_environment_says_between_turns_is_read_but_not_learned() -> No
         "train", 0, Prompt([1, 2], 3), [[3], [4, 5]], [Feedback(0.25, done=False, tokens=[8, 9]), Feedback(1.0)],
         [[-0.1], [-0.2, -0.3]],
     )  # fmt: skip
-    (answer,) = scorer().score([turns], [0])
+    (answer,) = scorer().score([turns], 0)
     columns = as_columns([answer])
     assert columns["tokens"].tolist() == [[1, 2, 3, 8, 9, 4, 5]] == [turns.tokens]
     assert columns["mask"].tolist() == [[False, True, False, False, True, True]]
@@ -202,10 +200,10 @@ def test_a_reward_of_each_action_is_credited_to_it_and_one_of_the_answer_to_the_
         "train", 0, Prompt([1, 2], 3), [[3], [4, 5]], [Feedback(0.0, done=False, tokens=[8, 9]), Feedback(0.0)],
         [[-0.1], [-0.2, -0.3]],
     )  # fmt: skip
-    (answer,) = scorer(rewards=rewards(("each_action", 10.0), ("length", 1.0))).score([turns], [0])
+    (answer,) = scorer(rewards=rewards(("each_action", 10.0), ("length", 1.0))).score([turns], 0)
     assert answer.rewards["each_action"] == [1.0, 2.0]
     assert answer.total == [10.0, 20.0 + answer.rewards["length"][0]]
-    (answer,) = scorer(rewards=rewards(("each_action", 1.0))).score([turns], [0])
+    (answer,) = scorer(rewards=rewards(("each_action", 1.0))).score([turns], 0)
     columns = as_columns([answer])
     assert columns["rewards"][0].tolist() == [0, 1, 0, 0, 0, 2]
     rollouts = Round(columns["mask"], columns["rewards"], columns["logprobs"], 1, values=0 * columns["logprobs"])
