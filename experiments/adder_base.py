@@ -26,7 +26,7 @@ experiment = Experiment(
     model=GPTConfig(n_layers=2, n_heads=4, dim=96),
     optimizer=OptimizerConfig(lr=3e-3, weight_decay=0.1, betas=(0.9, 0.98), clip_norm=1.0),
     schedule=ScheduleConfig(lr=Schedule(shape="cosine", final=0.01, warmup=0.05)),
-    training=TrainingConfig(macro_batches=92, batches_per_macro_batch=5),
+    training=TrainingConfig(macro_batches=140, batches_per_macro_batch=5),
     early_stopping=EarlyStoppingConfig(target=0.4),
     saving=SavingConfig(keep_best=1, best="highest exact_match", snapshot_every=100),
     tracking=TrackingConfig(score_samples=1000, sample_tokens=8),

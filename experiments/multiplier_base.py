@@ -14,7 +14,9 @@ from cleangpt.corpora.multiplier import Multiplier
 from cleangpt.experiment import Experiment
 from cleangpt.models.gpt import GPTConfig
 
-corpus = Multiplier(digits=2, operator_sign=True, equals_sign=True)
+corpus = Multiplier(
+    digits=2, operator_sign=True, equals_sign=True, train_samples=9_000, val_samples=500, test_samples=500
+)
 
 experiment = Experiment(
     name="multiplier_base",
@@ -26,5 +28,5 @@ experiment = Experiment(
     training=TrainingConfig(macro_batches=200, batches_per_macro_batch=20),
     early_stopping=EarlyStoppingConfig(target=0.48),
     saving=SavingConfig(keep_best=1, best="highest exact_match", snapshot_every=100),
-    tracking=TrackingConfig(score_samples=1000, sample_tokens=8),
+    tracking=TrackingConfig(score_samples=500, sample_tokens=8),
 )

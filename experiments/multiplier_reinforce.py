@@ -15,7 +15,9 @@ from cleangpt.experiment import Experiment
 from cleangpt.models.gpt import GPTConfig
 from cleangpt.objectives.reinforce import Reinforce
 
-corpus = Multiplier(digits=2, operator_sign=True, equals_sign=True)
+corpus = Multiplier(
+    digits=2, operator_sign=True, equals_sign=True, train_samples=9_000, val_samples=500, test_samples=500
+)
 
 experiment = Experiment(
     name="multiplier_reinforce",
@@ -29,5 +31,5 @@ experiment = Experiment(
     schedule=ScheduleConfig(lr=Schedule(shape="linear", final=0.1, warmup=0.05)),
     training=TrainingConfig(macro_batches=12, batches_per_macro_batch=10),
     saving=SavingConfig(keep_best=1, best="highest exact_match"),
-    tracking=TrackingConfig(score_samples=1000),
+    tracking=TrackingConfig(score_samples=500),
 )
