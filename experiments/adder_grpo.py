@@ -27,7 +27,7 @@ experiment = Experiment(
     rollouts=RolloutConfig(prompts=128, completions=8, dynamic_sampling=True),
     optimizer=OptimizerConfig(lr=7e-4, weight_decay=0.0, betas=(0.9, 0.98), clip_norm=1.0),
     schedule=ScheduleConfig(lr=Schedule(shape="linear", final=0.1, warmup=0.05)),
-    training=TrainingConfig(macro_batches=12, batches_per_macro_batch=40),
+    training=TrainingConfig(macro_batches=15, batches_per_macro_batch=40),
     saving=SavingConfig(keep_best=1, best="highest exact_match"),
     tracking=TrackingConfig(score_samples=1000),
 )
