@@ -8,16 +8,19 @@ no need to stop. Their returns over 50 new episodes, which are not timed, stand 
 import importlib
 import importlib.util
 import json
-import os
-import resource
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
+from benchmarks.resume import PROJECT, call
 from benchmarks.runner import Row, Setup, interleave
+from benchmarks.versions import cpu_time_of_children
 
 SEEDS = (1, 2, 3)
 STEPS = 100_000
@@ -36,49 +39,37 @@ class Learned(NamedTuple):
 def run(setup: Setup) -> list[Row]:
     """The row of the benchmark; without the peer its place is taken by the three minutes that are allowed."""
     seeds = SEEDS[: 1 if setup.quick else None]
-    ours: dict[str, Callable[[], list[Learned]]] = {
-        "ours": lambda: [train(setup.folder / f"seed{seed}", seed, setup.quick) for seed in seeds]
-    }
+    sides: dict[str, Callable[[int], Learned]] = {"ours": partial(train, setup.folder.resolve(), setup.quick)}
     if importlib.util.find_spec(PEER) is not None:
-        ours[PEER] = lambda: [train_peer(seed, setup.quick) for seed in seeds]
-    taken = {name: runs[0] for name, runs in interleave(ours, 1, warm_up=False).items()}
-    returns = {name: ", ".join(f"{one.mean_return:.1f}" for one in runs) for name, runs in taken.items()}
+        sides["stable-baselines3"] = partial(train_peer, setup.quick)
+    turns = {name: partial(next, map(side, seeds)) for name, side in sides.items()}
+    taken = interleave(turns, len(seeds), warm_up=False)
     seconds = {name: [one.seconds for one in runs] for name, runs in taken.items()}
-    what = f"CartPole, mean returns {returns['ours']}"
-    if PEER not in taken:
-        return [Row(what, "s", seconds["ours"], "three minutes", [180.0] * len(seeds), 1.0)]
-    return [Row(f"{what} (peer: {returns[PEER]})", "s", seconds["ours"], "stable-baselines3", seconds[PEER], 1.0)]
+    returns = {name: ", ".join(f"{one.mean_return:.1f}" for one in runs) for name, runs in taken.items()}
+    ours, what = seconds.pop("ours"), f"CartPole, mean returns {returns['ours']}"
+    if not seconds:
+        return [Row(what, "s", ours, "three minutes", [180.0] * len(seeds), 1.0)]
+    return [Row(f"{what} (peer: {returns[name]})", "s", ours, name, theirs, 1.0) for name, theirs in seconds.items()]
 
 
-def train(folder: Path, seed: int, quick: bool) -> Learned:
+def train(folder: Path, quick: bool, seed: int) -> Learned:
     """`cartpole_ppo`, and its score by `cleangpt evaluate`."""
-    command = [sys.executable, "-m", "cleangpt"]
-    words = ["--training.seed", str(seed), "--data.folder", str(folder.parent / "data"), "--run-dir", str(folder)]
-    short = ["--training.macro-batches", "1", "--training.batches-per-macro-batch", "32"] if quick else []
-    seconds = timed([*command, "train", "cartpole_ppo", *words, *short])[0]
-    timed([*command, "evaluate", str(folder)])
-    found = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    return Learned(seconds, float(found["return"]))
+    run, before = folder / f"seed{seed}", cpu_time_of_children()
+    call(
+        "cleangpt", "train", "cartpole_ppo", "--training.seed", str(seed), "--training.threads", "1",
+        "--data.folder", str(folder / "data"), "--run-dir", str(run),
+        *(["--training.macro-batches", "1", "--training.batches-per-macro-batch", "32"] if quick else []),
+    )  # fmt: skip
+    seconds = cpu_time_of_children() - before
+    call("cleangpt", "evaluate", str(run))
+    return Learned(seconds, float(json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["return"]))
 
 
-def train_peer(seed: int, quick: bool) -> Learned:
+def train_peer(quick: bool, seed: int) -> Learned:
     """The peer's PPO, in a process that prints its CPU time and what it scored."""
-    out = timed([sys.executable, "-m", "benchmarks.cartpole", str(seed), str(2_000 if quick else STEPS)])[1]
+    command = [sys.executable, "-m", "benchmarks.cartpole", str(seed), str(2_000 if quick else STEPS)]
+    out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=PROJECT).stdout
     return Learned(*map(float, out.split()[-2:]))
-
-
-def timed(command: Sequence[str]) -> tuple[float, str]:
-    """CPU seconds of a process of one thread, and what it printed.
-
-    Raises:
-        RuntimeError: it failed.
-    """
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.stdout
 
 
 def learn(seed: int, steps: int) -> Learned:
@@ -96,10 +87,11 @@ def learn(seed: int, steps: int) -> Learned:
         learning_rate=partial(falling, 0.001), clip_range=partial(falling, 0.2), seed=seed, device="cpu",
     )  # fmt: skip
     model.learn(steps)
-    used = resource.getrusage(resource.RUSAGE_SELF)
+    seconds = time.process_time()
     fresh = make_environments("CartPole-v1", n_envs=1, seed=seed + 1_000)
-    return Learned(used.ru_utime + used.ru_stime, evaluate(model, fresh, n_eval_episodes=EPISODES)[0])
+    return Learned(seconds, evaluate(model, fresh, n_eval_episodes=EPISODES)[0])
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     print(*learn(int(sys.argv[1]), int(sys.argv[2])))

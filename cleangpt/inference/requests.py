@@ -103,7 +103,7 @@ class Rows:
         stopped = (tokens[:, None] == self.stops).any(axis=1)
         full = self.facts["tokens"] == self.facts["most"]
         self.facts["state"][going] = np.where(stopped, STOPPED, np.where(full, FULL, RUNNING))[going]
-        self.advanced, self.ended = going.tolist(), going[stopped[going] | full[going]].tolist()
+        self.advanced, self.ended = going.tolist(), going[~self.running[going]].tolist()
 
     @property
     def going_on(self) -> bool:
