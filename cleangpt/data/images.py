@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from cleangpt.data.chat_template import ChatTemplate
 from cleangpt.data.records import PlacedRecords
-from cleangpt.data.tokenizers import BPETokenizer, CharTokenizer, Tokenizer
+from cleangpt.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, ModalityTokenizer, Tokenizer
 from cleangpt.errors import UserError
 
 IMAGES = "images"
@@ -20,11 +20,15 @@ IMAGE_CHARACTER = "\ufffc"
 
 
 def image_token(tokenizer: Tokenizer) -> int:
-    """The id of the token that images stand at.
+    """The id of the token that images stand at; among bytes it is 0, which no text has.
 
     Raises:
         UserError: the tokenizer has none.
     """
+    if isinstance(tokenizer, ModalityTokenizer):
+        return image_token(tokenizer.text)
+    if isinstance(tokenizer, ByteTokenizer):
+        return 0
     if isinstance(tokenizer, BPETokenizer) and IMAGE_TOKEN in tokenizer.special:
         return tokenizer.special[IMAGE_TOKEN]
     if isinstance(tokenizer, CharTokenizer) and IMAGE_CHARACTER in tokenizer.characters:

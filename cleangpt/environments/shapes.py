@@ -63,11 +63,11 @@ Scene = tuple[Thing, ...]
 """Shapes, in the order of their cells."""
 
 
-def draw_scene(seed: int, held_out: bool) -> Scene:
-    """A scene; `held_out` says whether it has a held-out pair."""
+def draw_scene(seed: int, held_out: bool, most: int = MOST) -> Scene:
+    """A scene of at most so many shapes; `held_out` says whether it has a held-out pair."""
     for attempt in range(1000):
         draw = np.random.default_rng(mix(seed, attempt))
-        cells = np.sort(draw.permutation(GRID**2)[: draw.integers(1, MOST + 1)]).tolist()
+        cells = np.sort(draw.permutation(GRID**2)[: draw.integers(1, most + 1)]).tolist()
         scene = tuple(
             Thing(cell, *(choices[draw.integers(len(choices))] for choices in (tuple(SIZES), tuple(COLORS), SHAPES)))
             for cell in cells

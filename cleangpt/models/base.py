@@ -129,7 +129,7 @@ class LanguageModel(nn.Module):
                 `TokenScores`' optional fields.
             summed: return sums over all targets, which the chunked loss computes without recomputing any logits.
             cache: keys and values of earlier tokens.
-            logit_positions: `(batch, count)`, int64; compute logits `(batch, count, vocab)` at these positions only.
+            logit_positions: `(batch, count)` or, of the flattened batch, `(count,)`, int64; logits of these only.
             modalities: the model's other inputs, passed on to `features`.
 
         Raises:
@@ -152,10 +152,10 @@ class LanguageModel(nn.Module):
     def score(self, features: Tensor, targets: Tensor, names: Collection[str], summed: bool = False) -> TokenScores:
         """The scores of targets `(...)`, as `forward` returns them, from features `(..., dim)`."""
         heads, parameters = head_outputs(self.heads, features, names), self.head_parameters()
-        others, chunk, compiled = [name for name in names if name not in heads], self.loss_chunk, self.compiles_scores
         found = token_scores(
-            features, targets, self._scored_logits, parameters, others, summed=summed, chunk=chunk, compiled=compiled
-        )
+            features, targets, self._scored_logits, parameters, [name for name in names if name not in heads], summed,
+            chunk=self.loss_chunk, compiled=self.compiles_scores, skip_ignored=self.gather_logits is None,
+        )  # fmt: skip
         return TokenScores(*found[:-1], heads)  # not by _replace, which PyTorch 2.11 cannot compile
 
     def _logits(self, features: Tensor) -> Tensor:

@@ -40,7 +40,10 @@ class TokenScores(NamedTuple):
 
 
 def gather_positions(features: Tensor, positions: Tensor) -> Tensor:
-    """The features `(batch, seq, dim)` at `positions` `(batch, count)` of each sequence: `(batch, count, dim)`."""
+    """The features `(batch, seq, dim)` at `positions` `(batch, count)` of each sequence: `(batch, count, dim)`; or at
+    `positions` `(count,)` of the flattened batch: `(count, dim)`."""
+    if positions.ndim == 1:
+        return features.flatten(0, 1).index_select(0, positions)
     return features.gather(1, positions[..., None].expand(*positions.shape, features.shape[-1]))
 
 
@@ -59,10 +62,11 @@ def token_scores(
     to_logits: ToLogits,
     head_parameters: Sequence[Tensor],
     names: Collection[str] = (),
-    *,
     summed: bool = False,
+    *,
     chunk: int | None = None,
     compiled: bool = False,
+    skip_ignored: bool = True,
 ) -> TokenScores:
     """Scores of targets.
 
@@ -75,6 +79,9 @@ def token_scores(
         summed: return sums over all targets.
         chunk: tokens whose logits are in memory at a time; None: all of them.
         compiled: whether to compile what comes after the logits, which then takes fewer passes over them.
+        skip_ignored: compute no logits of tokens without a target where that is cheap to know: on a CPU, since an
+            accelerator would have to wait for their number, and uncompiled. Not where features are sharded along the
+            sequence, as under tensor parallelism.
 
     Raises:
         ValueError: a name is not one of OPTIONAL_SCORES.
@@ -82,6 +89,32 @@ def token_scores(
     for name in names:
         if name not in OPTIONAL_SCORES:
             raise ValueError(f"{name!r} is neither a score nor a head of the model; scores: {OPTIONAL_SCORES}")
+    eager = not compiled and not torch.compiler.is_compiling()
+    if not (skip_ignored and eager and features.device.type == "cpu") or (counted := targets != IGNORED).all():
+        return _token_scores(features, targets, to_logits, head_parameters, names, summed, chunk, compiled)
+    kept = features.flatten(0, -2).index_select(0, counted.flatten().nonzero()[:, 0])
+    scores = _token_scores(kept, targets[counted], to_logits, head_parameters, names, summed, chunk, compiled)
+    if summed:
+        return scores
+    everywhere: dict[str, Any] = {
+        name: score.new_zeros(targets.shape).masked_scatter(counted, score)
+        for name, score in scores._asdict().items()
+        if isinstance(score, Tensor)
+    }
+    return scores._replace(**everywhere)
+
+
+def _token_scores(
+    features: Tensor,
+    targets: Tensor,
+    to_logits: ToLogits,
+    head_parameters: Sequence[Tensor],
+    names: Collection[str],
+    summed: bool,
+    chunk: int | None,
+    compiled: bool,
+) -> TokenScores:
+    """As `token_scores`, with the logits of every token."""
     compute: Callable[..., dict[str, Any]] = fused(_scores) if compiled else _scores
     if chunk is None:
         return TokenScores(**compute(to_logits(features), targets, names, summed))
@@ -154,7 +187,7 @@ def _sum_and_gradients(
 
 
 def _chunks(features: Tensor, targets: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
-    for start in range(0, len(features), chunk):
+    for start in range(0, max(len(features), 1), chunk):  # one without tokens, if there are none
         yield features[start : start + chunk], targets[start : start + chunk]
 
 

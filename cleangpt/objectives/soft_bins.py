@@ -35,9 +35,9 @@ class SoftBins(NextToken):
         if not torch.is_grad_enabled():
             return super().__call__(model, batch)
         counted, (first, end) = batch.targets != IGNORED, self.bins
-        logits = model(**batch.inputs)
+        logits = model(**batch.inputs, logit_positions=counted.flatten().nonzero()[:, 0])
         assert isinstance(logits, torch.Tensor)
-        logprobs, targets = logits[counted].float().log_softmax(-1), batch.targets[counted]
+        logprobs, targets = logits.float().log_softmax(-1), batch.targets[counted]
         hard = -logprobs.gather(1, targets[:, None])[:, 0]
         distances = torch.arange(first, end, device=targets.device) - targets[:, None]
         soft = -((-(distances / self.sigma).square() / 2).softmax(-1) * logprobs[:, first:end]).sum(-1)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from cleangpt.corpora import prepare
-from cleangpt.corpora.shapes import Shapes, ShapesCaptions, ShapesVQA, tokenizer
+from cleangpt.corpora.shapes import Shapes, ShapesCaptions, ShapesVQA, word_tokenizer
 from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.images import image_token
+from cleangpt.data.pictures import resized
 from cleangpt.data.records import records_of_row
 from cleangpt.environments.base import Episode
 from cleangpt.environments.shapes import QUESTIONS, caption, kind_of, picture
@@ -50,6 +51,32 @@ def test_without_pictures_the_text_stays(workplace: Path) -> None:
         assert len(tokens) == ShapesCaptions().row_length
 
 
+def test_captions_of_bytes_fit_into_the_rows_of_other_corpora(workplace: Path) -> None:
+    corpus = ShapesCaptions(**SIZES, tokenizer="byte", most_shapes=2, row=128, side=56, image_tokens=49)
+    dataset = prepared(corpus)
+    for split in ("train", "test"):
+        part = dataset.splits[split]
+        for number, scene in enumerate(corpus.scenes(split, 0, SIZES[f"{split}_samples"])):
+            assert len(scene) <= 2
+            tokens, mask = part.read_row(number)
+            assert tokens[:49] == [0] * 49 and len(tokens) == 129
+            counted = [token for token, counts in zip(tokens, mask, strict=True) if counts]
+            assert counted == [*caption(scene).encode(), 256]
+            shown = records_of_row(part.records, number * 129, 129)["images"][0].numpy()
+            assert (shown == resized(picture(scene), 56, 56)).all()
+
+
+@pytest.mark.parametrize("kind", [ShapesCaptions, ShapesVQA])
+def test_the_longest_text_of_bytes_fits(kind: type[Shapes], workplace: Path) -> None:
+    dataset = prepared(kind(train_samples=20, val_samples=20, test_samples=300, tokenizer="byte"))
+    assert dataset.splits["test"].documents == 300
+
+
+def test_a_row_that_is_too_short_is_named(workplace: Path) -> None:
+    with pytest.raises(UserError, match=r"corpus\.row is 50; allowed: \d+ or more, into which a text fits"):
+        prepared(ShapesCaptions(**SIZES, row=50))
+
+
 def test_the_scenes_of_the_splits_differ() -> None:
     corpus = ShapesCaptions(val_samples=300)
     val, train = (set(corpus.scenes(split, 0, 300)) for split in ("val", "train"))
@@ -57,7 +84,7 @@ def test_the_scenes_of_the_splits_differ() -> None:
 
 
 def test_every_word_is_one_token() -> None:
-    known = tokenizer()
+    known = word_tokenizer()
     texts = [caption(scene) for scene in ShapesCaptions().scenes("test", 0, 50)]
     assert max(len(known.encode(text)) - text.count(" ") - text.count(",") for text in texts) == 1
     assert known.vocab_size < 384

@@ -34,7 +34,7 @@ from cleangpt.checkpoints.checkpoint import Checkpoint
 from cleangpt.commands import main
 from cleangpt.data.images import IMAGE_TOKEN, image_token
 from cleangpt.data.pictures import read_picture
-from cleangpt.data.tokenizers import train_bpe
+from cleangpt.data.tokenizers import ByteTokenizer, train_bpe
 from cleangpt.errors import UserError
 from cleangpt.interchange.export import export
 from cleangpt.interchange.huggingface import open_checkpoint
@@ -172,6 +172,8 @@ def test_an_encoder_that_hugging_face_does_not_have_is_refused(
         export(checkpoint_of(other, BPE), "hf", tmp_path / "ours")
     with pytest.raises(UserError, match="allowed in GGUF: None"):
         export(checkpoint_of(config, BPE), "gguf", tmp_path / "ours")
+    with pytest.raises(UserError, match="a byte tokenizer cannot be exported"):
+        export(checkpoint_of(replace(config, vocab_size=257), ByteTokenizer()), "hf", tmp_path / "ours")
 
 
 # Pictures -------------------------------------------------------------------------------------------------------------

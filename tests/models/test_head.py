@@ -224,7 +224,7 @@ class Operations(TorchDispatchMode):
 
 
 def recorded(chunk: int | None, summed: bool) -> Operations:
-    """A training step's operations on the scores of 48 targets, with a vocabulary of 5,000."""
+    """A training step's operations on the scores of 27 targets in 48 tokens, with a vocabulary of 5,000."""
     torch.manual_seed(0)
     model = build_model(replace(CONFIGS["gpt"], vocab_size=5000))
     model.loss_chunk = chunk
@@ -236,7 +236,7 @@ def recorded(chunk: int | None, summed: bool) -> Operations:
 
 
 @pytest.mark.default(1)
-@pytest.mark.parametrize(("chunk", "largest"), [(None, 48 * 5000), (8, 16 * 5000), (48, 48 * 5000)])
+@pytest.mark.parametrize(("chunk", "largest"), [(None, 27 * 5000), (8, 16 * 5000), (48, 27 * 5000)])
 @pytest.mark.parametrize("summed", [True, False])
 def test_no_tensor_is_larger_than_the_head_or_a_chunk_of_logits(chunk: int | None, largest: int, summed: bool) -> None:
     assert recorded(chunk, summed).largest == largest
@@ -245,7 +245,7 @@ def test_no_tensor_is_larger_than_the_head_or_a_chunk_of_logits(chunk: int | Non
 @pytest.mark.slow
 @pytest.mark.parametrize("summed", [True, False])
 def test_the_logits_of_one_chunk_are_freed_before_those_of_the_next_are_computed(summed: bool) -> None:
-    assert recorded(None, summed).most_alive == 48
+    assert recorded(None, summed).most_alive == 27
     assert recorded(8, summed).most_alive == 8
 
 
@@ -253,8 +253,8 @@ def test_the_logits_of_one_chunk_are_freed_before_those_of_the_next_are_computed
 def test_a_summed_loss_in_chunks_computes_nothing_twice_and_scores_of_tokens_recompute_logits_once() -> None:
     """With the head go one product in the forward pass and two in the backward pass, for each chunk."""
     assert recorded(None, summed=True).head_products == 3
-    assert recorded(8, summed=True).head_products == 3 * 6
-    assert recorded(8, summed=False).head_products == 4 * 6
+    assert recorded(8, summed=True).head_products == 3 * 4
+    assert recorded(8, summed=False).head_products == 4 * 4
 
 
 @torch.no_grad()
@@ -263,7 +263,7 @@ def test_without_gradients_nothing_is_saved_or_recomputed() -> None:
     tokens, targets = batch()
     with Operations(VOCABULARY) as operations:
         scores: TokenScores = model(tokens, targets=targets, summed=True)
-    assert operations.head_products == 6 and not scores.logprobs.requires_grad
+    assert operations.head_products == 4 and not scores.logprobs.requires_grad
 
 
 def test_a_chunk_is_refused_where_the_head_is_sharded_or_compiled_with_the_model() -> None:
@@ -293,6 +293,24 @@ def test_compiled_scores_and_their_gradients_are_the_same(kind: str, chunk: int 
         single = model(tokens, targets=targets, scores=["entropy"])
         gradients[-1] += [found.logprobs.detach(), single.logprobs.detach(), single.entropy.detach()]
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [None, 16])
+@pytest.mark.parametrize("summed", [True, False])
+def test_a_batch_without_targets_has_neither_loss_nor_gradient(chunk: int | None, summed: bool) -> None:
+    model = built("tied", chunk)
+    tokens, targets = batch()
+    found = model(tokens[2:], targets=targets[2:], summed=summed).logprobs
+    found.sum().backward()
+    assert not found.any()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
+
+
+def test_logits_at_positions_of_the_flattened_batch_are_those_of_their_tokens() -> None:
+    tokens, targets = batch()
+    model, counted = built("llama"), targets != IGNORED
+    found = model(tokens, logit_positions=counted.flatten().nonzero()[:, 0])
+    torch.testing.assert_close(found, model(tokens)[counted])
 
 
 @pytest.mark.slow
