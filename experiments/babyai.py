@@ -1,10 +1,11 @@
-"""Five levels of BabyAI by one network: missions in words, and each cell that is seen as a token.
+"""Five levels of BabyAI by one network: missions in words, and all that is seen as one vector.
 
 Needs the extras control and minigrid.
 """
 
 from cleangpt.config import (
     DataConfig,
+    MuonConfig,
     OptimizerConfig,
     SavingConfig,
     Schedule,
@@ -21,7 +22,9 @@ from cleangpt.environments.acting import Acting
 from cleangpt.experiment import Experiment
 from cleangpt.models.gato import GatoConfig
 
-modalities = Modalities(bins=2, choices=256)
+SEEN = 980
+"""7 x 7 cells of 20 numbers each."""
+modalities = Modalities(bins=2, choices=16, vector=SEEN)
 ranges = TokenRanges(ByteTokenizer().vocab_size, modalities)
 
 
@@ -29,8 +32,9 @@ def level(name: str) -> Demonstrations:
     """A corpus of episodes of the bot."""
     return Demonstrations(
         env=f"BabyAI-{name}-v0",
-        played=10_000,
-        row=288,
+        arguments=(("view", "one_hot"),),
+        played=8_000,
+        row=128,
         hide_actions=0.5,
         acting=Acting(choices="sample", temperature=0.5, see_actions=False),
         modalities=modalities,
@@ -48,18 +52,21 @@ levels = {
 experiment = Experiment(
     name="babyai",
     corpus=Mixture(sources=tuple(Source(name=name, corpus=corpus) for name, corpus in levels.items())),
-    data=DataConfig(seq_len=288, batch_size=64, val_samples=320),
+    data=DataConfig(seq_len=128, batch_size=64, val_samples=320),
     model=GatoConfig(
         vocab_size=ranges.vocab_size,
         n_layers=4,
         n_heads=4,
         dim=128,
         tied=True,
-        n_places=64,
+        n_places=8,
+        vector=SEEN,
     ),
-    optimizer=OptimizerConfig(lr=2e-3, weight_decay=0.1, betas=(0.9, 0.98), clip_norm=1.0),
+    optimizer=OptimizerConfig(
+        lr=2e-3, weight_decay=0.1, betas=(0.9, 0.98), clip_norm=1.0, muon=MuonConfig(lr=1e-2, iterations=3)
+    ),
     schedule=ScheduleConfig(lr=Schedule(shape="cosine", final=0.02, warmup=0.05)),
-    training=TrainingConfig(macro_batches=20, batches_per_macro_batch=500),
+    training=TrainingConfig(macro_batches=10, batches_per_macro_batch=200),
     saving=SavingConfig(keep_best=1, best="highest score"),
     tracking=TrackingConfig(score_samples=20, sample_tokens=0),
 )

@@ -1,6 +1,6 @@
-"""A task that gato_vector has not seen, from few of its expert's episodes; `--init-from None` begins from nothing.
+"""A task that gato_small has not seen, from few of its expert's episodes; `--init-from None` begins from nothing.
 
-Needs a run of gato_vector in runs/gato_vector, and the extra metaworld.
+Needs a run of gato_small in runs/gato_small, and the extra metaworld.
 """
 
 from cleangpt.config import DataConfig, OptimizerConfig, Schedule, ScheduleConfig, TrackingConfig, TrainingConfig
@@ -11,9 +11,8 @@ from cleangpt.environments.acting import Acting
 from cleangpt.experiment import Experiment
 from cleangpt.models.gato import GatoConfig
 from cleangpt.models.vision import VisionConfig
-from cleangpt.objectives.soft_bins import SoftBins
 
-modalities = Modalities(choices=256, vector=40, image_height=56, image_width=56, image_tokens=49)  # gato_vector's
+modalities = Modalities(choice_ids="text", image_height=56, image_width=56, image_tokens=49)  # gato_small's
 ranges = TokenRanges(ByteTokenizer().vocab_size, modalities)
 
 experiment = Experiment(
@@ -27,7 +26,7 @@ experiment = Experiment(
         modalities=modalities,
         reference_episodes=20,
     ),
-    init_from="runs/gato_vector",
+    init_from="runs/gato_small",
     data=DataConfig(seq_len=128, batch_size=16, val_samples=16),
     model=GatoConfig(
         vocab_size=ranges.vocab_size,
@@ -36,11 +35,8 @@ experiment = Experiment(
         dim=96,
         tied=True,
         n_places=64,
-        vector=40,
-        smooth_bins=(ranges.first_bin, ranges.first_choice),
-        vision=VisionConfig(encoder="linear", height=56, width=56, patch_size=8),
+        vision=VisionConfig(encoder="gato", height=56, width=56, patch_size=8, dim=32),
     ),
-    objective=SoftBins(bins=(ranges.first_bin, ranges.first_choice), sigma=6.0),
     optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.1, betas=(0.9, 0.98), clip_norm=1.0),
     schedule=ScheduleConfig(lr=Schedule(shape="cosine", final=0.02, warmup=0.05)),
     training=TrainingConfig(macro_batches=2, batches_per_macro_batch=100),

@@ -1,12 +1,14 @@
-"""Fifteen tasks of five domains and Shakespeare by one network, in the tokens of Gato's paper, a number each.
+"""Fifteen tasks of five domains, captions and Shakespeare by one network, in the tokens of Gato's paper, one a number.
 
 Needs the extras control, box2d, mujoco, minigrid and metaworld.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from cleangpt.config import (
     DataConfig,
+    MuonConfig,
     OptimizerConfig,
     Schedule,
     ScheduleConfig,
@@ -17,6 +19,7 @@ from cleangpt.config import (
 from cleangpt.corpora.demonstrations import Demonstrations
 from cleangpt.corpora.mixture import Mixture
 from cleangpt.corpora.shakespeare_char import ShakespeareChar
+from cleangpt.corpora.shapes import ShapesCaptions
 from cleangpt.data.modalities import Modalities, TokenRanges
 from cleangpt.data.tokenizers import ByteTokenizer
 from cleangpt.environments.acting import Acting
@@ -24,53 +27,68 @@ from cleangpt.experiment import Experiment
 from cleangpt.models.gato import GatoConfig
 from cleangpt.models.vision import VisionConfig
 
+ROW = 128
+ACTING = Acting(choices="argmax", see_actions=False)
+SAMPLED = replace(ACTING, choices="sample", numbers="sample")
+"""For experts that take now this, now that at nearly the same place; their mean would be neither."""
 modalities = Modalities(choice_ids="text", image_height=56, image_width=56, image_tokens=49)
 ranges = TokenRanges(ByteTokenizer().vocab_size, modalities)
 
 
-def task(env: str, played: int, choices: Any = "argmax", **fields: Any) -> Demonstrations:
+def task(env: str, played: int, acting: Acting = ACTING, **fields: Any) -> Demonstrations:
     """A corpus of an expert's episodes."""
-    acting = Acting(choices=choices, see_actions=False)
     return Demonstrations(
         env=env,
         played=played,
-        row=128,
+        row=ROW,
         hide_actions=0.5,
         acting=acting,
         modalities=modalities,
         reference_episodes=20,
-        scored_episodes=20,
         **fields,
     )
 
 
-tasks = {
-    "cart_pole": task("CartPole-v1", 100),
-    "acrobot": task("Acrobot-v1", 200),
-    "mountain_car": task("MountainCar-v0", 200),
-    "mountain_car_continuous": task("MountainCarContinuous-v0", 150),
-    "pendulum": task("Pendulum-v1", 500),
-    "lunar_lander": task("LunarLander-v3", 300, "sample", least_score=80.0),
-    "lunar_lander_continuous": task("LunarLanderContinuous-v3", 300, least_score=80.0),
-    "inverted_pendulum": task("InvertedPendulum-v5", 100, burst=2, noise=0.02),
-    "reacher": task("Reacher-v5", 600),
-    "go_to_red_ball_grey": task("BabyAI-GoToRedBallGrey-v0", 1000, "sample"),
-    "go_to_obj": task("BabyAI-GoToObj-v0", 1000, "sample"),
-    "go_to_local": task("BabyAI-GoToLocal-v0", 1000, "sample"),
-    "red_ball_seen": task("BabyAI-GoToRedBallGrey-v0", 500, "sample", arguments=(("view", "pictures"),)),
-    "reach": task("Meta-World/reach-v3", 150),
-    "button_press": task("Meta-World/button-press-v3", 150),
-}
+def grid(level: str, played: int, **fields: Any) -> Demonstrations:
+    """A corpus of episodes of BabyAI's bot."""
+    return task(f"BabyAI-{level}-v0", played, replace(SAMPLED, temperature=0.7), **fields)
+
+
+sources = (
+    Source(name="cart_pole", weight=0.5, corpus=task("CartPole-v1", 200)),
+    Source(name="acrobot", weight=0.5, corpus=task("Acrobot-v1", 200)),
+    Source(name="mountain_car", weight=0.5, corpus=task("MountainCar-v0", 200)),
+    Source(name="mountain_car_continuous", weight=0.5, corpus=task("MountainCarContinuous-v0", 150)),
+    Source(name="pendulum", corpus=task("Pendulum-v1", 800)),
+    Source(name="lunar_lander", weight=2.0, corpus=task("LunarLander-v3", 1200, SAMPLED, least_score=80.0)),
+    Source(
+        name="lunar_lander_continuous",
+        weight=3.0,
+        corpus=task("LunarLanderContinuous-v3", 1200, SAMPLED, least_score=80.0),
+    ),
+    Source(
+        name="inverted_pendulum",
+        weight=3.0,
+        corpus=task("InvertedPendulum-v5", 400, noisy_share=0.9, noise=0.1, burst=3),
+    ),
+    Source(name="reacher", corpus=task("Reacher-v5", 600)),
+    Source(name="go_to_red_ball_grey", weight=1.5, corpus=grid("GoToRedBallGrey", 6000)),
+    Source(name="go_to_obj", weight=1.5, corpus=grid("GoToObj", 6000)),
+    Source(name="go_to_local", weight=2.0, corpus=grid("GoToLocal", 6000)),
+    Source(name="red_ball_seen", weight=1.5, corpus=grid("GoToRedBallGrey", 3000, arguments=(("view", "pictures"),))),
+    Source(name="reach", corpus=task("Meta-World/reach-v3", 300)),
+    Source(name="button_press", weight=0.5, corpus=task("Meta-World/button-press-v3", 300)),
+    Source(
+        name="captions",
+        corpus=ShapesCaptions(tokenizer="byte", most_shapes=2, row=ROW, side=56, image_tokens=49),
+    ),
+    Source(name="shakespeare", corpus=ShakespeareChar(tokenizer="byte")),
+)
 
 experiment = Experiment(
     name="gato_small",
-    corpus=Mixture(
-        sources=(
-            *(Source(name=name, corpus=corpus) for name, corpus in tasks.items()),
-            Source(name="shakespeare", corpus=ShakespeareChar(tokenizer="byte")),
-        )
-    ),
-    data=DataConfig(seq_len=128, batch_size=64, val_samples=160),
+    corpus=Mixture(sources=sources),
+    data=DataConfig(seq_len=ROW, batch_size=64, val_samples=160),
     model=GatoConfig(
         vocab_size=ranges.vocab_size,
         n_layers=3,
@@ -80,8 +98,10 @@ experiment = Experiment(
         n_places=64,
         vision=VisionConfig(encoder="gato", height=56, width=56, patch_size=8, dim=32),
     ),
-    optimizer=OptimizerConfig(lr=3e-3, weight_decay=0.1, betas=(0.9, 0.98), clip_norm=1.0),
+    optimizer=OptimizerConfig(
+        lr=3e-3, weight_decay=0.1, betas=(0.9, 0.98), clip_norm=1.0, muon=MuonConfig(lr=1e-2, iterations=3)
+    ),
     schedule=ScheduleConfig(lr=Schedule(shape="cosine", final=0.02, warmup=0.05)),
-    training=TrainingConfig(macro_batches=2, batches_per_macro_batch=150),
+    training=TrainingConfig(macro_batches=20, batches_per_macro_batch=400),
     tracking=TrackingConfig(score_samples=0, sample_tokens=0),
 )

@@ -5,6 +5,7 @@ Needs the extras control and metaworld.
 
 from cleangpt.config import (
     DataConfig,
+    MuonConfig,
     OptimizerConfig,
     SavingConfig,
     Schedule,
@@ -62,9 +63,11 @@ experiment = Experiment(
         smooth_bins=(ranges.first_bin, ranges.first_choice),
     ),
     objective=SoftBins(bins=(ranges.first_bin, ranges.first_choice), sigma=6.0),
-    optimizer=OptimizerConfig(lr=2e-3, weight_decay=0.1, betas=(0.9, 0.98), clip_norm=1.0),
+    optimizer=OptimizerConfig(
+        lr=2e-3, weight_decay=0.1, betas=(0.9, 0.98), clip_norm=1.0, muon=MuonConfig(lr=1e-2, iterations=3)
+    ),
     schedule=ScheduleConfig(lr=Schedule(shape="cosine", final=0.02, warmup=0.05)),
-    training=TrainingConfig(macro_batches=20, batches_per_macro_batch=500),
+    training=TrainingConfig(macro_batches=10, batches_per_macro_batch=250),
     saving=SavingConfig(keep_best=1, best="highest score"),
     tracking=TrackingConfig(score_samples=10, sample_tokens=0),
 )

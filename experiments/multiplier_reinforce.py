@@ -16,7 +16,7 @@ from cleangpt.models.gpt import GPTConfig
 from cleangpt.objectives.reinforce import Reinforce
 
 corpus = Multiplier(
-    digits=2, operator_sign=True, equals_sign=True, train_samples=9_000, val_samples=500, test_samples=500
+    digits=2, operator_sign=True, equals_sign=True, train_samples=8_500, val_samples=1_000, test_samples=500
 )
 
 experiment = Experiment(

@@ -1,12 +1,13 @@
 """MiniGrid and BabyAI (Chevalier-Boisvert et al. 2019 and 2023): missions in words, a grid seen in part, BabyAI's bot.
 
 The package minigrid is needed where a simulation is made. It describes each of the 7 x 7 cells that are seen by three
-bytes; here each is one discrete value, kind x colour x state, or with ``view="pictures"`` all are one picture.
+bytes; here each is one discrete value, kind x colour x state. With ``view="one_hot"`` each is 20 numbers, of which
+three are 1, so that all of them can be one vector; with ``view="pictures"`` all are one picture.
 """
 
 import contextlib
 import io
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,24 +17,24 @@ from cleangpt.errors import UserError, require
 
 KINDS, COLOURS, STATES = 11, 6, 3
 """Of cells, as minigrid counts them."""
+View = Literal["cells", "one_hot", "pictures"]
+"""How cells are shown."""
 
 
-def make_grid(
-    name: str, render_mode: str | None, view: Literal["cells", "pictures"] = "cells", **fields: Any
-) -> "Grid":
+def make_grid(name: str, render_mode: str | None, view: View = "cells", **fields: Any) -> "Grid":
     """A simulation by its name, such as BabyAI-GoToLocal-v0; `fields` are its constructor's.
 
     Raises:
         UserError: minigrid is not installed, or there is no such view.
     """
-    if view not in ("cells", "pictures"):
-        raise UserError(f"view is {view!r} in corpus.arguments; allowed: cells, pictures")
+    if view not in get_args(View):
+        raise UserError(f"view is {view!r} in corpus.arguments; allowed: {', '.join(get_args(View))}")
     gymnasium = require("gymnasium")
     gymnasium.register_envs(require("minigrid"))
     simulation = gymnasium.make(name, render_mode=render_mode, **fields)
     if view == "pictures":
-        return Grid(require("minigrid.wrappers").RGBImgPartialObsWrapper(simulation), cells=False)
-    return Grid(simulation)
+        simulation = require("minigrid.wrappers").RGBImgPartialObsWrapper(simulation)
+    return Grid(simulation, view)
 
 
 class Grid:
@@ -41,17 +42,19 @@ class Grid:
 
     Args:
         simulation: of minigrid.
-        cells: whether to turn the three bytes of each cell into one discrete value.
+        view: what becomes of the three bytes of each cell; of pictures nothing.
     """
 
-    def __init__(self, simulation: Any, cells: bool = True) -> None:
+    def __init__(self, simulation: Any, view: View = "cells") -> None:
         spaces = require("gymnasium").spaces
-        self.simulation, self.cells = simulation, cells
+        self.simulation, self.view = simulation, view
         self.action_space, self.spec, self.unwrapped = simulation.action_space, simulation.spec, simulation.unwrapped
         parts = dict(simulation.observation_space.items())
-        if cells:
-            count = int(np.prod(parts["image"].shape[:2]))
+        count = int(np.prod(parts["image"].shape[:2]))
+        if view == "cells":
             parts["image"] = spaces.MultiDiscrete([KINDS * COLOURS * STATES] * count)
+        elif view == "one_hot":
+            parts["image"] = spaces.Box(0, 1, (count * (KINDS + COLOURS + STATES),))
         self.observation_space = spaces.Dict(parts)
         self._bot: Any = None
         self._advice: Any = None
@@ -100,13 +103,24 @@ class Grid:
             self._advice = error
 
     def _seen(self, observation: dict[str, Any]) -> dict[str, Any]:
-        return {**observation, "image": cell_ids(observation["image"])} if self.cells else observation
+        if self.view == "pictures":
+            return observation
+        shown = cell_ids if self.view == "cells" else one_hot
+        return {**observation, "image": shown(observation["image"])}
 
 
 def cell_ids(image: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Kinds, colours and states of cells `(rows, columns, 3)` as one number per cell `(rows * columns,)`."""
     kinds, colours, states = image.astype(np.int64).reshape(-1, 3).T
     return (kinds * COLOURS + colours) * STATES + states
+
+
+def one_hot(image: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Kinds, colours and states of cells `(rows, columns, 3)` as ones among zeros `(rows * columns * 20,)`."""
+    columns = image.astype(np.int64).reshape(-1, 3) + np.array([0, KINDS, KINDS + COLOURS])
+    found = np.zeros((len(columns), KINDS + COLOURS + STATES), np.float32)
+    np.put_along_axis(found, columns, 1, axis=1)
+    return found.reshape(-1)
 
 
 def bot(simulation: Grid, observation: Any) -> int:

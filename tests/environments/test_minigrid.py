@@ -132,8 +132,24 @@ def test_pictures_of_a_grid_are_images() -> None:
     assert np.array_equal(seen.stack([observation])["image"][0], observation["image"])
 
 
+def test_cells_as_numbers_say_what_the_three_bytes_say() -> None:
+    pytest.importorskip("minigrid")
+    name, arguments = "BabyAI-GoToLocal-v0", (("view", "one_hot"),)
+    simulation = make(name, arguments)
+    observation, _ = simulation.reset(seed=0)
+    assert observation["image"] in simulation.observation_space["image"]
+    image = simulation.unwrapped.gen_obs()["image"].reshape(-1, 3)
+    for cell, numbers in zip(image, observation["image"].reshape(-1, 20), strict=True):
+        expected = np.zeros(20)
+        expected[[cell[0], 11 + cell[1], 17 + cell[2]]] = 1
+        assert np.array_equal(numbers, expected)
+    vector = Modalities(vector=49 * 20)
+    steps = Timesteps(TokenRanges(8, vector), *spaces(name, arguments, vector))
+    assert steps.size == 4  # all cells, the direction, the separator, and the action
+
+
 def test_another_view_is_refused() -> None:
-    with pytest.raises(UserError, match=r"view is 'all' in corpus\.arguments; allowed: cells, pictures"):
+    with pytest.raises(UserError, match=r"view is 'all' in corpus\.arguments; allowed: cells, one_hot, pictures"):
         make("BabyAI-GoToLocal-v0", (("view", "all"),))
 
 
