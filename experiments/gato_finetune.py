@@ -39,6 +39,6 @@ experiment = Experiment(
     ),
     optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.1, betas=(0.9, 0.98), clip_norm=1.0),
     schedule=ScheduleConfig(lr=Schedule(shape="cosine", final=0.02, warmup=0.05)),
-    training=TrainingConfig(macro_batches=2, batches_per_macro_batch=100),
+    training=TrainingConfig(macro_batches=5, batches_per_macro_batch=100),
     tracking=TrackingConfig(score_samples=0, sample_tokens=0),
 )
