@@ -52,7 +52,7 @@ from cleangpt.corpora.reading import (
 from cleangpt.corpora.text import END_CHARACTER, characters, stamps, text_files
 from cleangpt.data.chat_template import ASSISTANT, ChatTemplate, answer_mask, encode_chat, special_tokens
 from cleangpt.data.dataset import TokenDataset
-from cleangpt.data.images import IMAGE_CHARACTER, IMAGE_TOKEN, IMAGES, expanded, image_token, reads_parts
+from cleangpt.data.images import IMAGE_CHARACTER, IMAGE_TOKEN, IMAGES, expanded, reads_parts, written_image_token
 from cleangpt.data.pictures import PictureForm, Resample, Resize, decode_picture, read_picture
 from cleangpt.data.records import PlacedRecords, Records
 from cleangpt.data.tokenizers import CharTokenizer, Tokenizer, load_tokenizer, train_bpe
@@ -147,7 +147,7 @@ class Pictures(Chat):
         """
         if self.tokenizer_file is not None:
             given = load_tokenizer(self.tokenizer_file)
-            image_token(given)
+            written_image_token(given)
             return given
         console.print(f"learning the {self.tokenizer} tokenizer from the text", markup=False)
         if self.tokenizer == "bpe":
@@ -162,7 +162,7 @@ class Pictures(Chat):
         template = choose_template(self.chat_template, self.tokenizer_file, known)
         files, source = self._files(folder, partial(self._pieces, template=template, tokenizer=known))
         tokenizer = given or self.choose_tokenizer(without_special(files, known), console)
-        image_token(tokenizer)
+        written_image_token(tokenizer)
         shape = (self.height, self.width, self.channels)
         return write_dataset(
             self, folder, tokenizer, partial(self._groups, files, tokenizer), sum(file.bytes for file in files),
@@ -276,7 +276,7 @@ class Pictures(Chat):
             mask = answer_mask(places, list(piece.answers))
             if tokenizer.eos_id is not None and ids[-1:].tolist() != [tokenizer.eos_id]:
                 ids, mask = np.append(ids, tokenizer.eos_id), np.append(mask, 0)
-            image = image_token(tokenizer)
+            image = written_image_token(tokenizer)
             mask = np.where(ids == image, 0, mask).repeat(np.where(ids == image, self.image_tokens, 1))
             ids, ends = expanded(ids, image, self.image_tokens)
             if not mask[1 : self.row_length].any() or ends.max(initial=0) > self.row_length:

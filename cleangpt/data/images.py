@@ -36,6 +36,17 @@ def image_token(tokenizer: Tokenizer) -> int:
     raise UserError(f"the tokenizer has no token for images; allowed: one with the special token {IMAGE_TOKEN}")
 
 
+def written_image_token(tokenizer: Tokenizer) -> int:
+    """The same where texts say by `IMAGE_TOKEN` where images stand, as they cannot in bytes.
+
+    Raises:
+        UserError: the tokenizer has none.
+    """
+    if isinstance(tokenizer, ByteTokenizer):
+        raise UserError(f"bytes have no token for images; allowed: a tokenizer with the special token {IMAGE_TOKEN}")
+    return image_token(tokenizer)
+
+
 def reads_parts(template: ChatTemplate) -> bool:
     """Whether a chat template reads contents in parts, and writes the token of each image itself."""
     return re.search(r"""['"]image['"]""", template.source) is not None

@@ -15,8 +15,7 @@ from cleangpt.checkpoints.tensor_files import PYTORCH, write_tensors
 from cleangpt.config import ModelConfig
 from cleangpt.data.chat_template import HF_TEMPLATE, find_template, stop_tokens
 from cleangpt.data.dataset import TOKENIZER
-from cleangpt.data.images import image_token
-from cleangpt.data.tokenizers import ByteTokenizer
+from cleangpt.data.images import written_image_token
 from cleangpt.errors import UserError, parsing
 from cleangpt.files import read_json, write_json, write_text
 from cleangpt.hub import fetch, is_huggingface
@@ -192,11 +191,7 @@ def write_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
     _check_word_split(entries["model_type"], tokenizer)
     tensors = mapping.to_huggingface(checkpoint.config, checkpoint.weights)
     if image_inputs(checkpoint.config):
-        if isinstance(checkpoint.tokenizer, ByteTokenizer):
-            raise UserError(
-                "a model of images with a byte tokenizer cannot be exported; allowed: char and bpe tokenizers"
-            )
-        image = image_token(checkpoint.tokenizer)
+        image = written_image_token(checkpoint.tokenizer)
         entries |= {"image_token_id" if entries["model_type"] == vision.IDEFICS else "image_token_index": image}
         write_processor(vision_of(checkpoint.config), folder)
     if (head := checkpoint.weights.get(REWARD_HEAD)) is not None:

@@ -17,6 +17,7 @@ from cleangpt.corpora.pictures import Pictures
 from cleangpt.data.dataset import TokenDataset
 from cleangpt.data.images import image_token
 from cleangpt.data.records import records_of_row
+from cleangpt.data.tokenizers import ByteTokenizer
 from cleangpt.errors import UserError
 from tests.corpora.test_hub_text import Hub
 
@@ -241,3 +242,11 @@ def test_what_is_wrong_is_named(entry: Any, message: str, workplace: Path) -> No
 def test_fields_that_do_not_fit_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Pictures(**{"files": ("a",)} | OPTIONS | fields).check()
+
+
+def test_a_tokenizer_of_bytes_is_refused_since_no_text_says_where_its_pictures_stand(workplace: Path) -> None:
+    draw(Path("made"))
+    write(Path("made/list.jsonl"), [asked("red"), asked("blue")])
+    Path("bytes.json").write_text(ByteTokenizer().to_json(), encoding="utf-8")
+    with pytest.raises(UserError, match="bytes have no token for images"):
+        prepared(tokenizer_file="bytes.json")
