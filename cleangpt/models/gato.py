@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cleangpt.config import Width
-from cleangpt.data.timesteps import HIDDEN
+from cleangpt.data.timesteps import HIDDEN, NO_PLACE
 from cleangpt.errors import UserError
 from cleangpt.models.cache import KVCache
 from cleangpt.models.llama import Llama, LlamaConfig
@@ -98,13 +98,13 @@ class Gato(Llama):
         self, tokens: Tensor, cache: KVCache | None, places: Tensor | None = None, vectors: Tensor | None = None,
         vectors_ends: Tensor | None = None, **images: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """The embeddings of visible tokens, images and vectors, plus those of all places; without places, of the
-        former alone."""
+        """The embeddings of visible tokens, images and vectors, plus those of all places; without `places` that of no
+        place, as text has beside observations in a batch."""
         x = super()._embed(tokens, cache, **images)
         if self.vectors is not None:
             x = self.vectors(x, vectors, vectors_ends)
         if places is None:
-            return x
+            places = torch.full_like(tokens, NO_PLACE)
         visible = (places != HIDDEN)[..., None]
         embedded: Tensor = x * visible + self.place_embedding(places.clamp(max=self.config.n_places - 1))
         return embedded

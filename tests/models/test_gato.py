@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cleangpt.data.timesteps import HIDDEN
+from cleangpt.data.timesteps import HIDDEN, NO_PLACE
 from cleangpt.errors import UserError
 from cleangpt.models import build_model
 from cleangpt.models.gato import Gato, GatoConfig, curve
@@ -19,8 +19,18 @@ def built(**fields: object) -> Gato:
     return model.eval()
 
 
-def test_without_places_it_is_a_llama() -> None:
+def test_text_is_read_without_places_as_it_is_beside_observations() -> None:
+    """Else a model of a mixture would be asked otherwise than it was trained."""
     model, tokens = built(), torch.randint(50, (2, 9))
+    assert torch.equal(model(tokens), model(tokens, places=torch.full((2, 9), NO_PLACE)))
+    cache = model.new_cache()
+    parts = [model(tokens[:, :5], cache=cache), model(tokens[:, 5:], cache=cache)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens))
+
+
+def test_with_an_embedding_of_no_place_that_is_zero_it_is_a_llama() -> None:
+    model, tokens = built(), torch.randint(50, (2, 9))
+    torch.nn.init.zeros_(model.place_embedding.weight)
     llama = Llama(LlamaConfig(**SIZES)).eval()  # type: ignore[arg-type]
     weights = model.state_dict()
     del weights["place_embedding.weight"]
