@@ -64,7 +64,7 @@ Scene = tuple[Thing, ...]
 
 
 def draw_scene(seed: int, held_out: bool, most: int = MOST) -> Scene:
-    """A scene of at most so many shapes; `held_out` says whether it has a held-out pair."""
+    """A scene of `most` shapes or fewer; `held_out` says whether it has a held-out pair."""
     for attempt in range(1000):
         draw = np.random.default_rng(mix(seed, attempt))
         cells = np.sort(draw.permutation(GRID**2)[: draw.integers(1, most + 1)]).tolist()

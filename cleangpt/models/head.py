@@ -7,6 +7,7 @@ tokens may get any gradient, so the backward pass recomputes their logits (Chen 
 sublinear memory cost").
 """
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple, cast
@@ -43,8 +44,13 @@ def gather_positions(features: Tensor, positions: Tensor) -> Tensor:
     """The features `(batch, seq, dim)` at `positions` `(batch, count)` of each sequence: `(batch, count, dim)`; or at
     `positions` `(count,)` of the flattened batch: `(count, dim)`."""
     if positions.ndim == 1:
-        return features.flatten(0, 1).index_select(0, positions)
+        return features.flatten(0, -2).index_select(0, positions)
     return features.gather(1, positions[..., None].expand(*positions.shape, features.shape[-1]))
+
+
+def target_positions(targets: Tensor) -> Tensor:
+    """The positions `(count,)` of the flattened batch that have a target."""
+    return (targets != IGNORED).flatten().nonzero()[:, 0]
 
 
 def head_outputs(heads: nn.ModuleDict, features: Tensor, names: Collection[str]) -> dict[str, Tensor]:
@@ -90,31 +96,14 @@ def token_scores(
         if name not in OPTIONAL_SCORES:
             raise ValueError(f"{name!r} is neither a score nor a head of the model; scores: {OPTIONAL_SCORES}")
     eager = not compiled and not torch.compiler.is_compiling()
-    if not (skip_ignored and eager and features.device.type == "cpu") or (counted := targets != IGNORED).all():
-        return _token_scores(features, targets, to_logits, head_parameters, names, summed, chunk, compiled)
-    kept = features.flatten(0, -2).index_select(0, counted.flatten().nonzero()[:, 0])
-    scores = _token_scores(kept, targets[counted], to_logits, head_parameters, names, summed, chunk, compiled)
-    if summed:
-        return scores
-    everywhere: dict[str, Any] = {
-        name: score.new_zeros(targets.shape).masked_scatter(counted, score)
-        for name, score in scores._asdict().items()
-        if isinstance(score, Tensor)
-    }
-    return scores._replace(**everywhere)
-
-
-def _token_scores(
-    features: Tensor,
-    targets: Tensor,
-    to_logits: ToLogits,
-    head_parameters: Sequence[Tensor],
-    names: Collection[str],
-    summed: bool,
-    chunk: int | None,
-    compiled: bool,
-) -> TokenScores:
-    """As `token_scores`, with the logits of every token."""
+    if skip_ignored and eager and features.device.type == "cpu":
+        positions = target_positions(targets)
+        if len(positions) < targets.numel():
+            kept, expected = gather_positions(features, positions), targets.flatten()[positions]
+            found = token_scores(
+                kept, expected, to_logits, head_parameters, names, summed, chunk=chunk, skip_ignored=False
+            )
+            return found if summed else _spread(found, positions, targets.shape)
     compute: Callable[..., dict[str, Any]] = fused(_scores) if compiled else _scores
     if chunk is None:
         return TokenScores(**compute(to_logits(features), targets, names, summed))
@@ -136,6 +125,16 @@ def _token_scores(
         pieces = [part[name] for part in parts]
         joined[name] = torch.stack(pieces).sum() if summed else torch.cat(pieces).view_as(targets)
     return TokenScores(**joined)
+
+
+def _spread(scores: TokenScores, positions: Tensor, shape: Sequence[int]) -> TokenScores:
+    """Scores of tokens at `positions` of a flattened batch in its shape, 0 elsewhere."""
+    everywhere: dict[str, Any] = {
+        name: score.new_zeros(math.prod(shape)).index_copy(0, positions, score).view(*shape)
+        for name, score in scores._asdict().items()
+        if isinstance(score, Tensor)
+    }
+    return scores._replace(**everywhere)
 
 
 def _scores(logits: Tensor, targets: Tensor, names: Collection[str], summed: bool) -> dict[str, Any]:

@@ -5,9 +5,10 @@ from typing import Annotated
 
 import torch
 
-from cleangpt.data.batch import IGNORED, Batch
+from cleangpt.data.batch import Batch
 from cleangpt.errors import UserError
 from cleangpt.models.base import LanguageModel
+from cleangpt.models.head import target_positions
 from cleangpt.objectives.base import Loss
 from cleangpt.objectives.next_token import NextToken
 from cleangpt.validation import Bounds, Positive
@@ -34,10 +35,10 @@ class SoftBins(NextToken):
         """The loss, summed over targets; the plain cross-entropy is a metric."""
         if not torch.is_grad_enabled():
             return super().__call__(model, batch)
-        counted, (first, end) = batch.targets != IGNORED, self.bins
-        logits = model(**batch.inputs, logit_positions=counted.flatten().nonzero()[:, 0])
+        positions, (first, end) = target_positions(batch.targets), self.bins
+        logits = model(**batch.inputs, logit_positions=positions)
         assert isinstance(logits, torch.Tensor)
-        logprobs, targets = logits.float().log_softmax(-1), batch.targets[counted]
+        logprobs, targets = logits.float().log_softmax(-1), batch.targets.flatten()[positions]
         hard = -logprobs.gather(1, targets[:, None])[:, 0]
         distances = torch.arange(first, end, device=targets.device) - targets[:, None]
         soft = -((-(distances / self.sigma).square() / 2).softmax(-1) * logprobs[:, first:end]).sum(-1)
