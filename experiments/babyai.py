@@ -1,4 +1,4 @@
-"""Five levels of BabyAI by one network: missions in words, and all that is seen as one vector.
+"""Five levels of BabyAI by one network: missions in words, and each column of the cells that are seen as one vector.
 
 Needs the extras control and minigrid.
 """
@@ -22,9 +22,9 @@ from cleangpt.environments.acting import Acting
 from cleangpt.experiment import Experiment
 from cleangpt.models.gato import GatoConfig
 
-SEEN = 980
-"""7 x 7 cells of 20 numbers each."""
-modalities = Modalities(bins=2, choices=16, vector=SEEN)
+COLUMN = 140
+"""7 cells of 20 numbers each."""
+modalities = Modalities(bins=2, choices=16, vector=COLUMN)
 ranges = TokenRanges(ByteTokenizer().vocab_size, modalities)
 
 
@@ -59,8 +59,8 @@ experiment = Experiment(
         n_heads=4,
         dim=128,
         tied=True,
-        n_places=8,
-        vector=SEEN,
+        n_places=16,
+        vector=COLUMN,
     ),
     optimizer=OptimizerConfig(
         lr=2e-3, weight_decay=0.1, betas=(0.9, 0.98), clip_norm=1.0, muon=MuonConfig(lr=1e-2, iterations=3)

@@ -37,7 +37,7 @@ experiment = Experiment(
         vector=3,
         smooth_bins=(ranges.first_bin, ranges.first_choice),
     ),
-    objective=PPO(gamma=0.9, lam=0.95, clip=0.2, value_coef=0.5, value_clip=10.0),
+    objective=PPO(gamma=0.97, lam=0.95, clip=0.2, value_coef=0.5, value_clip=10.0),
     rollouts=RolloutConfig(prompts=64, completions=1, passes=10, micro_batch_size=32, measure_kl=False),
     optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.0, betas=(0.9, 0.98), clip_norm=0.5),
     schedule=ScheduleConfig(lr=Schedule(shape="linear", final=0.1)),

@@ -11,7 +11,7 @@ from rich.console import Console
 from cleangpt.config import CorpusConfig
 from cleangpt.corpora.adder import Adder
 from cleangpt.corpora.adder_chat import AdderChat
-from cleangpt.corpora.base import CORPORA, Corpus, as_json, has_relative_paths, lock_folder, user_errors
+from cleangpt.corpora.base import CORPORA, Corpus, dataset_fields, has_relative_paths, lock_folder, user_errors
 from cleangpt.corpora.conversations import Chat
 from cleangpt.corpora.demonstrations import Demonstrations
 from cleangpt.corpora.digits import Digits
@@ -70,7 +70,7 @@ def dataset_folder(corpus: CorpusConfig, data_folder: Path) -> Path:
     Where they name files relative to the current folder, and datasets are not kept in a folder of that one, the hash is
     also of the way from one to the other: another project's files of the same names are others.
     """
-    entry = as_json(corpus)
+    entry = dataset_fields(corpus)
     key: Any = entry
     if has_relative_paths(corpus) and (way := _way(data_folder.resolve(), Path.cwd())) != "..":
         key = [entry, way]

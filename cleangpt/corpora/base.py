@@ -45,6 +45,8 @@ class Corpus(CorpusConfig):
 
     local_fields: ClassVar[tuple[str, ...]] = ("files", "file", "tokenizer_file", "chat_template")
     """Which fields, where a corpus has them, name local files."""
+    scoring_fields: ClassVar[tuple[str, ...]] = ()
+    """Which fields say how checkpoints are scored; the dataset does not depend on them."""
 
     def check(self) -> None:
         """Raises UserError for a field out of range; types have been checked already."""
@@ -78,8 +80,8 @@ def has_relative_paths(corpus: CorpusConfig) -> bool:
     return any(not Path(path).is_absolute() and not path.startswith("~") for path in paths)
 
 
-def as_json(corpus: CorpusConfig) -> dict[str, Any]:
-    """A corpus as JSON, with its kind.
+def dataset_fields(corpus: CorpusConfig) -> dict[str, Any]:
+    """The fields that a corpus's dataset depends on, as JSON, with its kind.
 
     Raises:
         UserError: its class is not registered.
@@ -87,7 +89,8 @@ def as_json(corpus: CorpusConfig) -> dict[str, Any]:
     if type(corpus) not in CORPORA.values():
         name = type(corpus).__name__
         raise UserError(f"corpus is a {name}, which is not registered: CORPORA[{name.lower()!r}] = {name}")
-    return to_json(corpus, CORPORA)
+    scoring = getattr(corpus, "scoring_fields", ())
+    return {name: value for name, value in to_json(corpus, CORPORA).items() if name not in scoring}
 
 
 def write_dataset(
@@ -115,7 +118,7 @@ def write_dataset(
         UserError: there is nothing to train on or to validate with.
     """
     writer = DatasetWriter(
-        folder, as_json(corpus), tokenizer, source=source, row_length=row_length, masked=row_length is not None,
+        folder, dataset_fields(corpus), tokenizer, source=source, row_length=row_length, masked=row_length is not None,
         columns=columns, records=records, group=group, chat_template=chat_template,
     )  # fmt: skip
     try:

@@ -50,6 +50,7 @@ class EpisodeCorpus(Corpus):
     """Episodes of one task; several tasks are a mixture, in which a source's weight is the task's."""
 
     local_fields: ClassVar[tuple[str, ...]] = (*Corpus.local_fields, "tokenizer_file")
+    scoring_fields: ClassVar[tuple[str, ...]] = ("scored_episodes", "acting")
 
     env: str
     """Name of the environment in Gymnasium, such as CartPole-v1."""

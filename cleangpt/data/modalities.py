@@ -56,7 +56,8 @@ class Modalities(Checked, section="corpus.modalities"):
     """own: a token of its own between an observation and its action; none: no token."""
     vector: Annotated[int, Bounds(0, 2**16)] = 0
     """All numbers of an observation are one vector of this size, padded with zeros, at one token (as in Gallouédec et
-    al. 2024, "Jack of all trades"); discrete values stay tokens. 0: each number is a token, as in the paper."""
+    al. 2024, "Jack of all trades"), or as many as they fill; discrete values stay tokens. 0: each number is a token, as
+    in the paper."""
     image_height: Annotated[int, Bounds(1, 2**12)] = 64
     """Of the images that observations are resized to, in pixels; model.vision.height."""
     image_width: Annotated[int, Bounds(1, 2**12)] = 64

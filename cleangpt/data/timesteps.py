@@ -5,6 +5,7 @@ belongs to an action (Reed et al. 2022, section 2.1; all tokens of actions share
 Images, and vectors of numbers, are records that stand at tokens; see `data/records.py`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +17,6 @@ from numpy.typing import NDArray
 from cleangpt.data.images import IMAGES
 from cleangpt.data.modalities import Box, Image, Space, TokenRanges, Values, batch_size, leaves, lookup
 from cleangpt.data.records import PlacedRecords, Records
-from cleangpt.errors import UserError
 
 NO_PLACE, ACTION, HIDDEN, FIRST_PLACE = 0, 1, 2, 3
 """Places: of text, separators and padding; of actions; of actions that the model cannot see; of observations, from the
@@ -83,10 +83,16 @@ class Timesteps:
         return images, numbers, [leaf for leaf in found if leaf not in images and leaf not in numbers]
 
     @property
+    def _vector_count(self) -> int:
+        """Vectors that an observation's numbers fill, a token each."""
+        numbers = sum(space.size for _, space in self._leaves[1])
+        return math.ceil(numbers / self.ranges.modalities.vector) if numbers else 0
+
+    @property
     def observation_size(self) -> int:
         """Tokens before a step's action."""
-        images, numbers, others = self._leaves
-        size = sum(space.size for _, space in (*images, *others)) + bool(numbers)
+        images, _, others = self._leaves
+        size = sum(space.size for _, space in (*images, *others)) + self._vector_count
         return self.returns + size + (self.ranges.separator is not None)
 
     @property
@@ -115,7 +121,7 @@ class Timesteps:
         rows, (images, numbers, others) = batch_size(observations), self._leaves
         pictures = [lookup(observations, keys) for keys, _ in images]
         parts = [np.zeros((rows, space.size), np.int64) for _, space in images]
-        parts += [np.zeros((rows, 1), np.int64)] if numbers else []
+        parts.append(np.zeros((rows, self._vector_count), np.int64))
         parts += [space.encode(lookup(observations, keys), self.ranges) for keys, space in others]
         if self.returns:
             assert returns is not None
@@ -131,7 +137,7 @@ class Timesteps:
             steps.records[IMAGES], steps.ends[IMAGES] = np.stack(pictures, axis=1), ends
         if numbers:
             steps.records[VECTORS] = self._vectors(observations, numbers)
-            steps.ends[VECTORS] = np.array([(ends[-1] if images else self.returns) + 1])
+            steps.ends[VECTORS] = (ends[-1] if images else self.returns) + 1 + np.arange(self._vector_count)
         return steps
 
     def encode(
@@ -158,14 +164,11 @@ class Timesteps:
         return np.full(shape, HIDDEN if hidden else ACTION)
 
     def _vectors(self, observations: Values, numbers: Leaves) -> NDArray[np.float32]:
-        """All numbers of each observation, padded with zeros, `(batch, 1, modalities.vector)`."""
+        """All numbers of each observation, padded with zeros, `(batch, vectors, modalities.vector)`."""
         parts = [cast(Box, space).numbers(lookup(observations, keys), self.ranges) for keys, space in numbers]
-        joined, size = np.concatenate(parts, axis=1), self.ranges.modalities.vector
-        if joined.shape[1] > size:
-            raise UserError(
-                f"an observation has {joined.shape[1]} numbers; allowed: at most {size}, corpus.modalities.vector"
-            )
-        return np.pad(joined, ((0, 0), (0, size - joined.shape[1])))[:, None].astype(np.float32)
+        joined, size, count = np.concatenate(parts, axis=1), self.ranges.modalities.vector, self._vector_count
+        padded = np.pad(joined, ((0, 0), (0, count * size - joined.shape[1])))
+        return padded.reshape(len(padded), count, size).astype(np.float32)
 
 
 def join_records(parts: Sequence[tuple[dict[str, PlacedRecords], int]]) -> dict[str, PlacedRecords]:

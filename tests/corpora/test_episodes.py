@@ -227,6 +227,16 @@ def test_the_environment_has_the_measured_references(tmp_path: Path) -> None:
     assert environment.score(environment.expert_return) == 100 and environment.score(-200) == 0
 
 
+def test_how_an_agent_is_scored_plays_no_episodes_again(tmp_path: Path) -> None:
+    other = dataclasses.replace(CARS, acting=Acting(temperature=0.5), scored_episodes=3)
+    dataset = prepared(CARS, tmp_path)
+    assert prepared(other, tmp_path).folder == dataset.folder
+    environment = other.environment(dataset)
+    assert isinstance(environment, Gymnasium)
+    assert (environment.acting.temperature, environment.tasks("val")) == (0.5, 3)
+    assert prepared(dataclasses.replace(CARS, hide_actions=0.5), tmp_path).folder != dataset.folder
+
+
 def test_the_expert_return_is_the_largest_mean_of_a_tenth() -> None:
     returns = np.array([1.0, 5.0, 3.0, 8.0, 2.0, 9.0] * 5)
     windows = [returns[start : start + 3].mean() for start in range(28)]

@@ -143,9 +143,10 @@ def test_cells_as_numbers_say_what_the_three_bytes_say() -> None:
         expected = np.zeros(20)
         expected[[cell[0], 11 + cell[1], 17 + cell[2]]] = 1
         assert np.array_equal(numbers, expected)
-    vector = Modalities(vector=49 * 20)
-    steps = Timesteps(TokenRanges(8, vector), *spaces(name, arguments, vector))
-    assert steps.size == 4  # all cells, the direction, the separator, and the action
+    for cells, vectors in ((49, 1), (7, 7)):
+        modalities = Modalities(vector=cells * 20)
+        steps = Timesteps(TokenRanges(8, modalities), *spaces(name, arguments, modalities))
+        assert steps.size == vectors + 3  # the direction, the separator, and the action
 
 
 def test_another_view_is_refused() -> None:
