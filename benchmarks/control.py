@@ -2,8 +2,8 @@
 
 The model is that of `control_demo`, 2 layers, 64 wide, with random weights. Pendulum is always cut off by its limit, so
 that all episodes are equally long; a step is five tokens, and an episode outgrows the context of 96 many times. The
-plain loop plays one simulation by the same model, and reads its whole context anew for every action. Memory is the peak
-of a fresh process that plays 20 episodes in step.
+plain loop plays one simulation by the same model, and reads its whole context again for every action. Memory is the
+peak of a fresh process that plays 20 episodes in step.
 """
 
 import subprocess
@@ -42,7 +42,7 @@ def run(setup: Setup) -> list[Row]:
 
 
 def simulated(steps: int) -> Gymnasium:
-    """The task, with episodes of so many steps."""
+    """The task, with episodes of this many steps."""
     return Gymnasium(
         "Pendulum-v1", ModalityTokenizer(ByteTokenizer(), Modalities()), (("max_episode_steps", steps),),
         Acting(see_actions=False), expert_return=-150.0, random_return=-1500.0,
@@ -132,7 +132,7 @@ def memory_row(setup: Setup) -> Row:
 
 
 def peak_memory(steps: int) -> float:
-    """Bytes of a fresh process that plays 20 episodes of so many steps."""
+    """Bytes of a fresh process that plays 20 episodes of this many steps."""
     command = [sys.executable, "-m", "benchmarks.control", str(steps)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 

@@ -68,7 +68,7 @@ def their_vit() -> nn.Module:
 
 
 def _per_thousand(images: int, features: Callable[[], Tensor]) -> float:
-    """CPU seconds for 1,000 patches of so many images."""
+    """CPU seconds for 1,000 patches of this many images."""
     return cpu_seconds(lambda: features().sum().backward()) / images / PATCHES * 1000  # type: ignore[no-untyped-call]
 
 

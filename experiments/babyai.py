@@ -1,4 +1,4 @@
-"""Five levels of BabyAI by one network: missions in words, and each column of the cells that are seen as one vector.
+"""Five levels of BabyAI by one network: missions in words, and each object that is seen as one vector.
 
 Needs the extras control and minigrid.
 """
@@ -22,19 +22,19 @@ from cleangpt.environments.acting import Acting
 from cleangpt.experiment import Experiment
 from cleangpt.models.gato import GatoConfig
 
-COLUMN = 140
-"""7 cells of 20 numbers each."""
-modalities = Modalities(bins=2, choices=16, vector=COLUMN)
+OBJECT = 50
+"""Numbers of an object; an observation is eight of them and two maps of the cells that are seen."""
+modalities = Modalities(bins=2, choices=16, vector=OBJECT)
 ranges = TokenRanges(ByteTokenizer().vocab_size, modalities)
 
 
-def level(name: str) -> Demonstrations:
+def level(name: str, played: int) -> Demonstrations:
     """A corpus of episodes of the bot."""
     return Demonstrations(
         env=f"BabyAI-{name}-v0",
-        arguments=(("view", "one_hot"),),
-        played=8_000,
-        row=128,
+        arguments=(("view", "objects"),),
+        played=played,
+        row=160,
         hide_actions=0.5,
         acting=Acting(choices="sample", temperature=0.5, see_actions=False),
         modalities=modalities,
@@ -42,17 +42,17 @@ def level(name: str) -> Demonstrations:
 
 
 levels = {
-    "go_to_local": level("GoToLocal"),
-    "pickup_loc": level("PickupLoc"),
-    "go_to_red_ball": level("GoToRedBall"),
-    "open": level("Open"),
-    "put_next_local": level("PutNextLocal"),
+    "go_to_local": level("GoToLocal", 16_000),
+    "pickup_loc": level("PickupLoc", 16_000),
+    "go_to_red_ball": level("GoToRedBall", 8_000),
+    "open": level("Open", 4_000),
+    "put_next_local": level("PutNextLocal", 16_000),
 }
 
 experiment = Experiment(
     name="babyai",
     corpus=Mixture(sources=tuple(Source(name=name, corpus=corpus) for name, corpus in levels.items())),
-    data=DataConfig(seq_len=128, batch_size=64, val_samples=320),
+    data=DataConfig(seq_len=160, batch_size=48, val_samples=320),
     model=GatoConfig(
         vocab_size=ranges.vocab_size,
         n_layers=4,
@@ -60,7 +60,7 @@ experiment = Experiment(
         dim=128,
         tied=True,
         n_places=16,
-        vector=COLUMN,
+        vector=OBJECT,
     ),
     optimizer=OptimizerConfig(
         lr=2e-3, weight_decay=0.1, betas=(0.9, 0.98), clip_norm=1.0, muon=MuonConfig(lr=1e-2, iterations=3)

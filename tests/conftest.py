@@ -90,7 +90,7 @@ def change(experiment: Experiment, **fields: Any) -> Experiment:
 
 
 def stop_after(trainer: Trainer, steps: int) -> None:
-    """Asks the trainer to stop after so many of its steps."""
+    """Asks the trainer to stop after this many of its steps."""
     step, until = trainer.step, trainer.position.step + steps
 
     def counted() -> None:

@@ -72,7 +72,7 @@ def precisions(setup: Setup) -> Iterator[Measurement]:
     for name, model in models(setup).items():
         reference = Reference(setup, model)
         for precision in ALLOWED:
-            torch.compiler.reset()  # FlexAttention is compiled anew for each precision, up to a limit
+            torch.compiler.reset()  # FlexAttention is recompiled for each precision, up to a limit
             yield from reference.compare(f"{name}, {precision}", precision, "off")
 
 

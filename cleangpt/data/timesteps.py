@@ -172,7 +172,7 @@ class Timesteps:
 
 
 def join_records(parts: Sequence[tuple[dict[str, PlacedRecords], int]]) -> dict[str, PlacedRecords]:
-    """The records of parts that follow one another, each of so many tokens; a part may lack a name."""
+    """The records of parts that follow one another, each with its number of tokens; a part may lack a name."""
     found: dict[str, list[PlacedRecords]] = {}
     begun = 0
     for records, tokens in parts:

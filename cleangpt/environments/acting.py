@@ -15,8 +15,8 @@ class Acting(Checked, section="corpus.acting"):
     """How actions are chosen, and what of an episode is in the context."""
 
     numbers: Literal["mean", "median", "sample", "argmax"] = "mean"
-    """For numbers: the bin with the distribution's mean or median, one that is sampled, or the likeliest. Experts that
-    reach their bounds put much of the probability into the outermost bins, which argmax then always takes."""
+    """For numbers: the bin with the distribution's mean or median, one that is sampled, or the most probable. Experts
+    that reach their bounds put much of the probability into the outermost bins, which argmax then always takes."""
     choices: Literal["sample", "argmax"] = "sample"
     """For discrete values."""
     temperature: Positive = 1.0

@@ -2,11 +2,13 @@
 
 The package minigrid is needed where a simulation is made. It describes each of the 7 x 7 cells that are seen by three
 bytes; here each is one discrete value, kind x colour x state. With ``view="one_hot"`` each is 20 numbers, of which
-three are 1, so that all of them can be one vector; with ``view="pictures"`` all are one picture.
+three are 1, so that all of them can be one vector; with ``view="objects"`` each object is a vector, wherever it is, and
+with ``view="pictures"`` all are one picture.
 """
 
 import contextlib
 import io
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -17,7 +19,11 @@ from cleangpt.errors import UserError, require
 
 KINDS, COLOURS, STATES = 11, 6, 3
 """Of cells, as minigrid counts them."""
-View = Literal["cells", "one_hot", "pictures"]
+UNSEEN, WALL, DOOR = 0, 2, 4
+"""Kinds; those from the door on are objects."""
+OBJECTS = 8
+"""Objects that are shown at most, those nearest to the agent."""
+View = Literal["cells", "one_hot", "objects", "pictures"]
 """How cells are shown."""
 
 
@@ -50,11 +56,11 @@ class Grid:
         self.simulation, self.view = simulation, view
         self.action_space, self.spec, self.unwrapped = simulation.action_space, simulation.spec, simulation.unwrapped
         parts = dict(simulation.observation_space.items())
-        count = int(np.prod(parts["image"].shape[:2]))
+        seen = parts["image"].shape
         if view == "cells":
-            parts["image"] = spaces.MultiDiscrete([KINDS * COLOURS * STATES] * count)
-        elif view == "one_hot":
-            parts["image"] = spaces.Box(0, 1, (count * (KINDS + COLOURS + STATES),))
+            parts["image"] = spaces.MultiDiscrete([KINDS * COLOURS * STATES] * (seen[0] * seen[1]))
+        elif view != "pictures":
+            parts["image"] = spaces.Box(0, 1, SHOWN[view](np.zeros(seen, np.uint8)).shape)
         self.observation_space = spaces.Dict(parts)
         self._bot: Any = None
         self._advice: Any = None
@@ -105,8 +111,7 @@ class Grid:
     def _seen(self, observation: dict[str, Any]) -> dict[str, Any]:
         if self.view == "pictures":
             return observation
-        shown = cell_ids if self.view == "cells" else one_hot
-        return {**observation, "image": shown(observation["image"])}
+        return {**observation, "image": SHOWN[self.view](observation["image"])}
 
 
 def cell_ids(image: NDArray[np.uint8]) -> NDArray[np.int64]:
@@ -121,6 +126,33 @@ def one_hot(image: NDArray[np.uint8]) -> NDArray[np.float32]:
     found = np.zeros((len(columns), KINDS + COLOURS + STATES), np.float32)
     np.put_along_axis(found, columns, 1, axis=1)
     return found.reshape(-1)
+
+
+def objects(image: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """The nearest objects among cells `(columns, rows, 3)`, then where walls are and what cannot be seen, as vectors of
+    ones and zeros, one after another `((OBJECTS + 2) * size,)`; with 7 x 7 cells `size` is 50.
+
+    An object's are those of its kind, colour, state, column and row, and a 1 at the end. The agent looks from the
+    middle of the last row.
+    """
+    kinds, colours, states = image.astype(np.int64).reshape(-1, 3).T
+    across, down = image.shape[:2]
+    columns, rows = np.divmod(np.arange(across * down), down)
+    distances = abs(columns - across // 2) + down - 1 - rows
+    near = [cell for cell in np.argsort(distances, kind="stable") if kinds[cell] >= DOOR][:OBJECTS]
+    sizes = (KINDS, COLOURS, STATES, across, down)
+    found = np.zeros((OBJECTS + 2, max(sum(sizes), across * down) + 1), np.float32)
+    at = np.stack([kinds, colours, states, columns, rows], axis=1)[near] + np.cumsum([0, *sizes[:-1]])
+    found[np.arange(len(near))[:, None], at] = 1
+    found[: len(near), -1] = 1
+    found[OBJECTS:, : across * down] = kinds == WALL, kinds == UNSEEN
+    return found.reshape(-1)
+
+
+SHOWN: dict[str, Callable[[NDArray[np.uint8]], NDArray[Any]]] = {
+    "cells": cell_ids, "one_hot": one_hot, "objects": objects,
+}  # fmt: skip
+"""What becomes of the three bytes of each cell."""
 
 
 def bot(simulation: Grid, observation: Any) -> int:

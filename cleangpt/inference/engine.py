@@ -388,7 +388,7 @@ class Engine:
 
 @contextmanager
 def scored_over(model: LanguageModel, vocab_size: int | None) -> Iterator[None]:
-    """Scores of targets are over so many token ids, None: over all, for as long as it lasts."""
+    """Scores of targets are over this many token ids, None: over all, for as long as it lasts."""
     before, model.scored_vocab = model.scored_vocab, vocab_size
     try:
         yield

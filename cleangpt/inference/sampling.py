@@ -16,7 +16,7 @@ from cleangpt.validation import Bounds, Checked, Count, CountOrZero, NonNegative
 
 Probability = Annotated[float, Bounds(above=0, most=1)]
 GREEDY_BELOW = 1e-5
-"""Temperatures below this one are greedy decoding: the likeliest token has practically all of the probability."""
+"""Temperatures below this one are greedy decoding: the most probable token has practically all of the probability."""
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 NOT_FINITE = "the model's logits are not finite: it has diverged, or its weights are corrupt"
 
@@ -42,7 +42,7 @@ class Sampling(Checked):
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is always taken."""
+        """Whether the most probable token is always taken."""
         return self.temperature < GREEDY_BELOW
 
     @property

@@ -73,7 +73,7 @@ class PPO(PolicyObjective):
         return self.with_entropy(policy_loss + self.value_coef * value_loss, scores, mask.float(), metrics)
 
     def next_kl_coef(self, kl_coef: float, divergence: float, answers: int) -> float:
-        """The controller's next coefficient, after a round of `answers` that diverged by so many nats each."""
+        """The controller's next coefficient, after a round of `answers` whose divergence, in nats, had this mean."""
         if self.kl_target is None:
             return kl_coef
         error = min(max(divergence / self.kl_target - 1, -0.2), 0.2)

@@ -115,7 +115,7 @@ class Workload:
 
     def compiled(self, chunks: int) -> "Workload":
         """The same, compiled: of a block, its input, autocast's copies of its weights and the results of products are
-        saved, from which the backward pass computes the rest anew."""
+        saved, from which the backward pass recomputes the rest."""
         saved = min(self.block.saved_activations, self.block_input + self.copied + self.block.forward.results)
         return replace(self.with_compiled_loss(chunks), block=replace(self.block, saved_activations=saved))
 

@@ -34,7 +34,7 @@ Build = Callable[..., Experiment]
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
-    """Sets what torchrun tells its processes: the launch, and how often it has started them anew."""
+    """Sets what torchrun tells its processes: the launch, and how often it has restarted them."""
 
     def launch(name: str, restarts: int) -> None:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)

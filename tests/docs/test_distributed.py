@@ -47,7 +47,7 @@ def test_torchrun_knows_every_option_and_cleangpt_every_word() -> None:
         assert command == "train" and experiment in experiments()
         if options.nnodes != "1:1":
             assert options.rdzv_backend == "c10d" and options.rdzv_endpoint.endswith(":29500")
-            assert any(word.startswith("--run-dir") for word in words), "a job that starts anew must find its run"
+            assert any(word.startswith("--run-dir") for word in words), "a job that restarts must find its run"
 
 
 def test_the_kubernetes_job_and_its_service_belong_together() -> None:

@@ -12,7 +12,7 @@ from cleangpt.data.tokenizers import ByteTokenizer, ModalityTokenizer
 from cleangpt.environments.acting import Lost
 from cleangpt.environments.experts import find_expert, record
 from cleangpt.environments.gymnasium import Gymnasium, convert, make, spaces
-from cleangpt.environments.minigrid import Grid, bot, cell_ids
+from cleangpt.environments.minigrid import Grid, bot, cell_ids, objects
 from cleangpt.errors import UserError
 
 gymnasium = pytest.importorskip("gymnasium")
@@ -149,8 +149,40 @@ def test_cells_as_numbers_say_what_the_three_bytes_say() -> None:
         assert steps.size == vectors + 3  # the direction, the separator, and the action
 
 
+def by_hand(image: Any) -> Any:
+    """Objects by distance from (3, 6), walls, and what is unseen, in plain loops."""
+    vectors = []
+    cells = [(x, y) for x in range(7) for y in range(7)]
+    for x, y in sorted(cells, key=lambda cell: abs(cell[0] - 3) + 6 - cell[1]):
+        kind, colour, state = image[x, y].tolist()
+        if kind not in (0, 1, 2, 3):  # unseen, empty, wall, floor
+            vector = np.zeros(50)
+            vector[[kind, 11 + colour, 17 + state, 20 + x, 27 + y, 49]] = 1
+            vectors.append(vector)
+    vectors = vectors[:8] + [np.zeros(50)] * (8 - len(vectors))
+    for kind in (2, 0):
+        vectors.append(np.array([image[x, y, 0] == kind for x, y in cells] + [False]))
+    return np.concatenate(vectors)
+
+
+def test_objects_are_vectors_nearest_first_then_walls_and_what_is_unseen() -> None:
+    few = np.where(np.arange(49).reshape(7, 7, 1) % 12 == 0, IMAGE, np.array([1, 0, 0])).astype(np.uint8)
+    for image in (IMAGE, few):
+        assert np.array_equal(objects(image), by_hand(image))
+    assert sum(few[..., 0].reshape(-1) > 3) < 8 < sum(IMAGE[..., 0].reshape(-1) > 3)
+
+
+def test_objects_of_a_grid_are_in_its_space() -> None:
+    pytest.importorskip("minigrid")
+    name, arguments = "BabyAI-GoToLocal-v0", (("view", "objects"),)
+    simulation = make(name, arguments)
+    observation, _ = simulation.reset(seed=0)
+    assert observation["image"] in simulation.observation_space["image"]
+    assert np.array_equal(observation["image"], by_hand(simulation.unwrapped.gen_obs()["image"]))
+
+
 def test_another_view_is_refused() -> None:
-    with pytest.raises(UserError, match=r"view is 'all' in corpus\.arguments; allowed: cells, one_hot, pictures"):
+    with pytest.raises(UserError, match=r"view is 'all' in .*; allowed: cells, one_hot, objects, pictures"):
         make("BabyAI-GoToLocal-v0", (("view", "all"),))
 
 

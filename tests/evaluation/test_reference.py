@@ -142,7 +142,7 @@ def test_a_model_that_cannot_read_the_dataset_is_refused(tmp_path: Path, fields:
 
 
 def test_nothing_is_left_of_an_interrupted_computation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next one starts anew, and is complete."""
+    """The next one starts over, and is complete."""
     reference = saved(tmp_path / "model")
     forward: Callable[..., Any] = GPT.forward
 

@@ -25,7 +25,7 @@ class Options:
     names: Annotated[tuple[str, ...], POSITIONAL] = ()
     """Rows of the table, or words in them; none: all."""
     tries: int | None = None
-    """Try each so many times at the most; none: as often as there are places for it."""
+    """Try each this many times at most; none: as often as there are places for it."""
     seed: int = 0
     """Begin with this seed."""
 

@@ -54,7 +54,7 @@ def watch() -> None:
 
 
 def endure(macro_batches: int, folder: Path) -> None:
-    """Trains so many macro-batches and compares the quarters of the run; prints what a macro-batch takes in each."""
+    """Trains this many macro-batches and compares the quarters of the run; prints what a macro-batch takes in each."""
     if not Path("/proc/self/statm").exists():
         pytest.skip("no /proc")
     victim(folder, LONG)

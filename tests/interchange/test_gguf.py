@@ -44,7 +44,7 @@ CASES = [(kind, BPE) for kind in KINDS] + [("gpt2", ByteTokenizer()), ("gpt2", C
 
 
 def checkpoint_of(config: ModelConfig, tokenizer: Tokenizer) -> Checkpoint:
-    """Weights that make the likeliest token clear, so that rounding does not choose it."""
+    """Weights that make the most probable token clear, so that rounding does not choose it."""
     torch.manual_seed(0)
     model = build_model(config)
     for name, parameter in model.named_parameters():
