@@ -1,14 +1,12 @@
 """MiniGrid and BabyAI (Chevalier-Boisvert et al. 2019 and 2023): missions in words, a grid seen in part, BabyAI's bot.
 
 The package minigrid is needed where a simulation is made. It describes each of the 7 x 7 cells that are seen by three
-bytes; here each is one discrete value, kind x colour x state. With ``view="one_hot"`` each is 20 numbers, of which
-three are 1, so that all of them can be one vector; with ``view="objects"`` each object is a vector, wherever it is, and
-with ``view="pictures"`` all are one picture.
+bytes; here each is one discrete value, kind x colour x state. With ``view="objects"`` each object is a vector, wherever
+it is; with ``view="pictures"`` all are one picture.
 """
 
 import contextlib
 import io
-from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -23,7 +21,7 @@ UNSEEN, WALL, DOOR = 0, 2, 4
 """Kinds; those from the door on are objects."""
 OBJECTS = 8
 """Objects that are shown at most, those nearest to the agent."""
-View = Literal["cells", "one_hot", "objects", "pictures"]
+View = Literal["cells", "objects", "pictures"]
 """How cells are shown."""
 
 
@@ -59,8 +57,8 @@ class Grid:
         seen = parts["image"].shape
         if view == "cells":
             parts["image"] = spaces.MultiDiscrete([KINDS * COLOURS * STATES] * (seen[0] * seen[1]))
-        elif view != "pictures":
-            parts["image"] = spaces.Box(0, 1, SHOWN[view](np.zeros(seen, np.uint8)).shape)
+        elif view == "objects":
+            parts["image"] = spaces.Box(0, 1, objects(np.zeros(seen, np.uint8)).shape)
         self.observation_space = spaces.Dict(parts)
         self._bot: Any = None
         self._advice: Any = None
@@ -111,21 +109,14 @@ class Grid:
     def _seen(self, observation: dict[str, Any]) -> dict[str, Any]:
         if self.view == "pictures":
             return observation
-        return {**observation, "image": SHOWN[self.view](observation["image"])}
+        shown = cell_ids if self.view == "cells" else objects
+        return {**observation, "image": shown(observation["image"])}
 
 
 def cell_ids(image: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Kinds, colours and states of cells `(rows, columns, 3)` as one number per cell `(rows * columns,)`."""
     kinds, colours, states = image.astype(np.int64).reshape(-1, 3).T
     return (kinds * COLOURS + colours) * STATES + states
-
-
-def one_hot(image: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Kinds, colours and states of cells `(rows, columns, 3)` as ones among zeros `(rows * columns * 20,)`."""
-    columns = image.astype(np.int64).reshape(-1, 3) + np.array([0, KINDS, KINDS + COLOURS])
-    found = np.zeros((len(columns), KINDS + COLOURS + STATES), np.float32)
-    np.put_along_axis(found, columns, 1, axis=1)
-    return found.reshape(-1)
 
 
 def objects(image: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -147,12 +138,6 @@ def objects(image: NDArray[np.uint8]) -> NDArray[np.float32]:
     found[: len(near), -1] = 1
     found[OBJECTS:, : across * down] = kinds == WALL, kinds == UNSEEN
     return found.reshape(-1)
-
-
-SHOWN: dict[str, Callable[[NDArray[np.uint8]], NDArray[Any]]] = {
-    "cells": cell_ids, "one_hot": one_hot, "objects": objects,
-}  # fmt: skip
-"""What becomes of the three bytes of each cell."""
 
 
 def bot(simulation: Grid, observation: Any) -> int:

@@ -132,23 +132,6 @@ def test_pictures_of_a_grid_are_images() -> None:
     assert np.array_equal(seen.stack([observation])["image"][0], observation["image"])
 
 
-def test_cells_as_numbers_say_what_the_three_bytes_say() -> None:
-    pytest.importorskip("minigrid")
-    name, arguments = "BabyAI-GoToLocal-v0", (("view", "one_hot"),)
-    simulation = make(name, arguments)
-    observation, _ = simulation.reset(seed=0)
-    assert observation["image"] in simulation.observation_space["image"]
-    image = simulation.unwrapped.gen_obs()["image"].reshape(-1, 3)
-    for cell, numbers in zip(image, observation["image"].reshape(-1, 20), strict=True):
-        expected = np.zeros(20)
-        expected[[cell[0], 11 + cell[1], 17 + cell[2]]] = 1
-        assert np.array_equal(numbers, expected)
-    for cells, vectors in ((49, 1), (7, 7)):
-        modalities = Modalities(vector=cells * 20)
-        steps = Timesteps(TokenRanges(8, modalities), *spaces(name, arguments, modalities))
-        assert steps.size == vectors + 3  # the direction, the separator, and the action
-
-
 def by_hand(image: Any) -> Any:
     """Objects by distance from (3, 6), walls, and what is unseen, in plain loops."""
     vectors = []
@@ -179,10 +162,13 @@ def test_objects_of_a_grid_are_in_its_space() -> None:
     observation, _ = simulation.reset(seed=0)
     assert observation["image"] in simulation.observation_space["image"]
     assert np.array_equal(observation["image"], by_hand(simulation.unwrapped.gen_obs()["image"]))
+    modalities = Modalities(vector=50)
+    steps = Timesteps(TokenRanges(8, modalities), *spaces(name, arguments, modalities))
+    assert steps.size == 10 + 3  # the direction, the separator, and the action
 
 
 def test_another_view_is_refused() -> None:
-    with pytest.raises(UserError, match=r"view is 'all' in .*; allowed: cells, one_hot, objects, pictures"):
+    with pytest.raises(UserError, match=r"view is 'all' in .*; allowed: cells, objects, pictures"):
         make("BabyAI-GoToLocal-v0", (("view", "all"),))
 
 
