@@ -29,7 +29,7 @@ TASKS = (
     "peg-insert-side", "window-open", "window-close",
 )  # fmt: skip
 """Those that Yu et al. 2020 call MT10."""
-modalities = Modalities(choices=2, vector=VECTOR)
+modalities = Modalities(choices=2, vector=VECTOR, scale="none")  # metres, all of them below 1
 ranges = TokenRanges(ByteTokenizer().vocab_size, modalities)
 
 
@@ -67,7 +67,7 @@ experiment = Experiment(
         lr=2e-3, weight_decay=0.1, betas=(0.9, 0.98), clip_norm=1.0, muon=MuonConfig(lr=1e-2, iterations=3)
     ),
     schedule=ScheduleConfig(lr=Schedule(shape="cosine", final=0.02, warmup=0.05)),
-    training=TrainingConfig(macro_batches=10, batches_per_macro_batch=250),
+    training=TrainingConfig(macro_batches=5, batches_per_macro_batch=500),
     saving=SavingConfig(keep_best=1, best="highest score"),
     tracking=TrackingConfig(score_samples=10, sample_tokens=0),
 )

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from cleangpt.data.modalities import Box, Dict, Discrete, Modalities
+from cleangpt.data.modalities import Box, Dict, Discrete, Modalities, TokenRanges
+from cleangpt.data.timesteps import Timesteps
 from cleangpt.data.tokenizers import ByteTokenizer, ModalityTokenizer
 from cleangpt.environments.acting import Acting
 from cleangpt.environments.base import Episode
@@ -37,8 +38,8 @@ def policy(max_seq_len: int = 60) -> Gato:
 def test_spaces_are_converted() -> None:
     kinds = gymnasium.spaces
     action = kinds.Box(np.array([-1, -2], np.float32), np.array([1, 2], np.float32))
-    assert convert(action, bounded=True) == Box((2,), (-1.0, -2.0), (1.0, 2.0)) and convert(action) == Box((2,))
-    assert convert(kinds.Box(-np.inf, np.inf, (2, 3)), bounded=True) == Box((2, 3))
+    assert convert(action, scale="bounds") == Box((2,), (-1.0, -2.0), (1.0, 2.0)) and convert(action) == Box((2,))
+    assert convert(kinds.Box(-np.inf, np.inf, (2, 3)), scale="bounds") == Box((2, 3))
     assert convert(kinds.Box(0, 10, (2,), np.uint8)) == Discrete((11, 11), (2,), (0, 0))
     assert convert(kinds.Discrete(3, start=2)) == Discrete((3,), (), (2,))
     assert convert(kinds.MultiDiscrete([3, 4])) == Discrete((3, 4), (2,), (0, 0))
@@ -65,7 +66,7 @@ def test_spaces_are_converted() -> None:
     ids=lambda space: type(space).__name__,
 )
 def test_a_decoded_action_is_one_that_the_simulation_takes(space: Any) -> None:
-    ours = convert(space, bounded=True)
+    ours = convert(space, scale="bounds")
     space.seed(1)
     batch = ours.stack([space.sample() for _ in range(5)])
     tokens = ours.encode(batch, TOKENIZER.ranges, action=True)
@@ -86,6 +87,13 @@ def test_numbers_of_observations_are_scaled_by_their_bounds_where_asked() -> Non
     assert seen == Box((3,), (-1.0, -1.0, -8.0), (1.0, 1.0, 8.0))
     assert spaces("Pendulum-v1")[0] == Box((3,))
     assert spaces("CartPole-v1", modalities=Modalities(scale="bounds"))[0] == Box((4,))  # velocities have none
+
+
+def test_numbers_of_observations_are_left_as_they_are_where_asked() -> None:
+    modalities = Modalities(scale="none", vector=5)
+    steps = Timesteps(TokenRanges(8, modalities), *spaces("CartPole-v1", modalities=modalities))
+    vector = steps.observe(np.array([[0.25, -0.5, 3.0, -4.0]])).records["vectors"]
+    assert vector.tolist() == [[[0.25, -0.5, 1.0, -1.0, 0.0]]]
 
 
 def test_texts_are_taken_out_of_observations() -> None:
