@@ -16,16 +16,18 @@ from cleangpt.config import (
 )
 from cleangpt.corpora.demonstrations import Demonstrations
 from cleangpt.corpora.mixture import Mixture
-from cleangpt.data.modalities import Modalities, TokenRanges
-from cleangpt.data.tokenizers import ByteTokenizer
+from cleangpt.data.modalities import Modalities
 from cleangpt.environments.acting import Acting
 from cleangpt.experiment import Experiment
 from cleangpt.models.gato import GatoConfig
 
 OBJECT = 50
 """Numbers of an object; an observation is eight of them and two maps of the cells that are seen."""
-modalities = Modalities(bins=2, choices=16, vector=OBJECT)
-ranges = TokenRanges(ByteTokenizer().vocab_size, modalities)
+WORDS = (
+    "a the go to pick up open put next on your left right in front of behind you "
+    "ball box door key blue green grey purple red yellow"
+)
+"""Those of the missions."""
 
 
 def level(name: str, played: int) -> Demonstrations:
@@ -34,10 +36,12 @@ def level(name: str, played: int) -> Demonstrations:
         env=f"BabyAI-{name}-v0",
         arguments=(("view", "objects"),),
         played=played,
-        row=160,
-        hide_actions=0.5,
+        row=128,
+        words=WORDS,
+        learn_text=False,
+        hide_actions=1.0,
         acting=Acting(choices="sample", temperature=0.5, see_actions=False),
-        modalities=modalities,
+        modalities=Modalities(bins=2, choices=16, vector=OBJECT),
     )
 
 
@@ -52,9 +56,9 @@ levels = {
 experiment = Experiment(
     name="babyai",
     corpus=Mixture(sources=tuple(Source(name=name, corpus=corpus) for name, corpus in levels.items())),
-    data=DataConfig(seq_len=160, batch_size=48, val_samples=320),
+    data=DataConfig(seq_len=128, batch_size=64, val_samples=320),
     model=GatoConfig(
-        vocab_size=ranges.vocab_size,
+        vocab_size=levels["open"].tokenizer().vocab_size,
         n_layers=4,
         n_heads=4,
         dim=128,

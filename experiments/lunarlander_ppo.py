@@ -47,7 +47,7 @@ experiment = Experiment(
     rollouts=RolloutConfig(prompts=64, completions=1, passes=4, micro_batch_size=32, measure_kl=False),
     optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.0, betas=(0.9, 0.98), clip_norm=0.5),
     schedule=ScheduleConfig(lr=Schedule(shape="linear", final=0.1)),
-    training=TrainingConfig(macro_batches=40, batches_per_macro_batch=192),
+    training=TrainingConfig(macro_batches=80, batches_per_macro_batch=192),
     saving=SavingConfig(keep_best=1, best="highest score"),
     early_stopping=EarlyStoppingConfig(target=95.0),
     tracking=TrackingConfig(score_samples=20, sample_tokens=0),

@@ -6,6 +6,7 @@ episode of the task (Reed et al. 2022, section 2.1), which says what is to be do
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
@@ -14,13 +15,14 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from cleangpt.corpora.base import Corpus, write_dataset
+from cleangpt.data.bpe import BPETokenizer, train_bpe
 from cleangpt.data.columns import Column
 from cleangpt.data.dataset import Split, TokenDataset
 from cleangpt.data.modalities import Modalities, Space
 from cleangpt.data.records import PlacedRecords
 from cleangpt.data.shuffle import mix
 from cleangpt.data.timesteps import ACTION, FIRST_PLACE, HIDDEN, NO_PLACE, Steps, Timesteps, join_records, returns_to_go
-from cleangpt.data.tokenizers import ByteTokenizer, ModalityTokenizer, load_tokenizer
+from cleangpt.data.tokenizers import ByteTokenizer, ModalityTokenizer, Tokenizer, load_tokenizer
 from cleangpt.data.trajectories import Trajectory
 from cleangpt.data.writer import Chunk, Groups
 from cleangpt.environments.acting import Acting
@@ -45,6 +47,12 @@ class References:
     random_return: float
 
 
+@lru_cache(maxsize=8)
+def word_tokenizer(words: str) -> BPETokenizer:
+    """The tokenizer in which each of the words is a token, at the start of a text or after a blank."""
+    return train_bpe([*words.split(), f" {words}"], 2**16)
+
+
 @dataclass(frozen=True, kw_only=True)
 class EpisodeCorpus(Corpus):
     """Episodes of one task; several tasks are a mixture, in which a source's weight is the task's."""
@@ -60,6 +68,8 @@ class EpisodeCorpus(Corpus):
     """How values become tokens."""
     tokenizer_file: File | None = None
     """The tokenizer of texts: a tokenizer.json, or a model's as hf:NAME; None: bytes."""
+    words: str = ""
+    """In place of that: words of the texts, in any order, each of which becomes a token; others are in pieces."""
     instruction: str = ""
     """A text at the start of every row, before that of the environment, if it has one."""
     row: Annotated[int, Bounds(2, 2**20)] = 128
@@ -69,6 +79,9 @@ class EpisodeCorpus(Corpus):
     prompt_share: Share = 0.0
     """Share of the rows that begin with a prompt, a part of another episode: its end in half of them, else any. The
     paper has 0.25."""
+    learn_text: bool = True
+    """Whether texts count in the loss, as in the paper. One that says what to do, and follows from nothing, teaches
+    nothing."""
     hide_actions: Share = 0.0
     """Share of the rows in which the model cannot see earlier actions, so that it does not learn to copy them."""
     returns: bool = False
@@ -108,8 +121,14 @@ class EpisodeCorpus(Corpus):
 
     def tokenizer(self) -> ModalityTokenizer:
         """The tokenizer of texts and values."""
-        text = ByteTokenizer() if self.tokenizer_file is None else load_tokenizer(self.tokenizer_file)
-        return ModalityTokenizer(text, self.modalities)
+        return ModalityTokenizer(self._text_tokenizer(), self.modalities)
+
+    def _text_tokenizer(self) -> Tokenizer:
+        if self.words and self.tokenizer_file is not None:
+            raise UserError("corpus.words and corpus.tokenizer_file are both set; allowed: one of them")
+        if self.words:
+            return word_tokenizer(self.words)
+        return ByteTokenizer() if self.tokenizer_file is None else load_tokenizer(self.tokenizer_file)
 
     def steps(self, tokenizer: ModalityTokenizer) -> Timesteps:
         """How steps become tokens."""
@@ -207,7 +226,7 @@ class EpisodeCorpus(Corpus):
             left = room - sum(len(part.tokens) for part in parts)
             parts.append(episode.part(start, start + left))
             hidden = choices.random() < self.hide_actions
-            yield _row(text, parts, self.row_length, hidden)
+            yield _row(text, parts, self.row_length, hidden, self.learn_text)
 
     def _starts(self, length: int, room: int, choices: np.random.Generator) -> list[int]:
         """The first step of every row; rows are full where the episode is long enough, and cover all of its steps."""
@@ -270,11 +289,11 @@ def _prompt(episode: Steps, room: int, choices: np.random.Generator) -> Steps:
     return episode.part(start, start + room)
 
 
-def _row(text: NDArray[np.int64], parts: Sequence[Steps], length: int, hidden: bool) -> Row:
-    """A row: text, which counts in the loss, and steps; padding is token 0 and never counts."""
+def _row(text: NDArray[np.int64], parts: Sequence[Steps], length: int, hidden: bool, learn_text: bool) -> Row:
+    """A row: text, which counts in the loss if `learn_text`, and steps; padding is token 0 and never counts."""
     records = join_records([({}, len(text)), *((part.placed(), part.tokens.size) for part in parts)])
     row = Row(np.zeros(length, np.int64), np.full(length, NO_PLACE), np.zeros(length, np.uint8), records)
-    row.tokens[: len(text)], row.mask[: len(text)] = text, 1
+    row.tokens[: len(text)], row.mask[: len(text)] = text, learn_text
     end = len(text)
     for part in parts:
         begin, end = end, end + part.tokens.size
