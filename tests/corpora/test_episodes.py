@@ -119,11 +119,22 @@ def test_actions_are_hidden_in_a_share_of_the_rows(share: float, tmp_path: Path)
     assert abs(np.mean(hidden) - share) < 0.15
 
 
-def test_a_text_stands_before_every_row_and_counts(tmp_path: Path) -> None:
-    dataset = prepared(dataclasses.replace(CARS, instruction="Up!"), tmp_path)
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_text_stands_before_every_row_and_counts_or_not(counts: bool, tmp_path: Path) -> None:
+    dataset = prepared(dataclasses.replace(CARS, instruction="Up!", learn_text=counts), tmp_path)
     for tokens, mask, places in rows(dataset, "train"):
-        assert bytes(tokens[:3]) == b"Up!" and mask[:3] == [1, 1, 1] and places[:3] == [0, 0, 0]
+        assert bytes(tokens[:3]) == b"Up!" and mask[:3] == [counts] * 3 and places[:3] == [0, 0, 0]
         assert places[3:7] == [3, 4, 0, ACTION] and mask[3:6] == [0, 0, 0]
+
+
+def test_words_are_tokens_where_they_are_named(tmp_path: Path) -> None:
+    corpus = dataclasses.replace(CARS, words="up hill drive", instruction="drive hill: drive up, now")
+    tokenizer = corpus.tokenizer()
+    ids = tokenizer.encode(corpus.instruction)
+    assert [tokenizer.decode([token]) for token in ids[:6]] == ["drive", " hill", ":", " drive", " up", ","]
+    assert len(ids) > 7 and tokenizer.decode(ids) == corpus.instruction
+    tokens, _, places = next(rows(prepared(corpus, tmp_path), "train"))
+    assert tokens[: len(ids)] == ids.tolist() and places[len(ids)] == FIRST_PLACE
 
 
 def test_prompts_are_parts_of_other_episodes_half_of_them_ends(tmp_path: Path) -> None:
@@ -311,6 +322,7 @@ def test_other_lines_are_refused_in_one(entry: Any, message: str, tmp_path: Path
     [
         ({"env": "MountainCart-v0"}, "no expert for 'MountainCart-v0'"),
         ({"row": 2}, "corpus.row is 2; allowed: 3 or more"),
+        ({"words": "up", "tokenizer_file": "a.json"}, "corpus.words and corpus.tokenizer_file are both set"),
         ({"played": 1}, "split train is empty|split val is empty"),
     ],
 )
