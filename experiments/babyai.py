@@ -64,7 +64,6 @@ experiment = Experiment(
         dim=128,
         tied=True,
         n_places=16,
-        rope_theta=100.0,
         vector=OBJECT,
     ),
     optimizer=OptimizerConfig(
