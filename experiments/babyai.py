@@ -1,6 +1,6 @@
 """Five levels of BabyAI by one network: missions in words, and each object that is seen as one vector.
 
-Needs the extras control and minigrid.
+Needs the extras bpe, control and minigrid.
 """
 
 from cleangpt.config import (

@@ -39,6 +39,7 @@ class Demonstrations(EpisodeCorpus):
 
     def check(self) -> None:
         """Raises UserError if there is no expert for the environment."""
+        super().check()
         find_expert(self.env)
 
     def survey(self) -> tuple[int, References]:

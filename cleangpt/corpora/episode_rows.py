@@ -6,7 +6,6 @@ episode of the task (Reed et al. 2022, section 2.1), which says what is to be do
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from cleangpt.corpora.base import Corpus, write_dataset
-from cleangpt.data.bpe import BPETokenizer, train_bpe
+from cleangpt.data.bpe import train_bpe
 from cleangpt.data.columns import Column
 from cleangpt.data.dataset import Split, TokenDataset
 from cleangpt.data.modalities import Modalities, Space
@@ -47,12 +46,6 @@ class References:
     random_return: float
 
 
-@lru_cache(maxsize=8)
-def word_tokenizer(words: str) -> BPETokenizer:
-    """The tokenizer in which each of the words is a token, at the start of a text or after a blank."""
-    return train_bpe([*words.split(), f" {words}"], 2**16)
-
-
 @dataclass(frozen=True, kw_only=True)
 class EpisodeCorpus(Corpus):
     """Episodes of one task; several tasks are a mixture, in which a source's weight is the task's."""
@@ -69,7 +62,8 @@ class EpisodeCorpus(Corpus):
     tokenizer_file: File | None = None
     """The tokenizer of texts: a tokenizer.json, or a model's as hf:NAME; None: bytes."""
     words: str = ""
-    """In place of that: words of the texts, in any order, each of which becomes a token; others are in pieces."""
+    """In place of that: words of the texts, in any order, each of which becomes a token; others are in pieces. Needs
+    tokenizers."""
     instruction: str = ""
     """A text at the start of every row, before that of the environment, if it has one."""
     row: Annotated[int, Bounds(2, 2**20)] = 128
@@ -114,6 +108,11 @@ class EpisodeCorpus(Corpus):
 
     # What they share --------------------------------------------------------------------------------------------------
 
+    def check(self) -> None:
+        """Raises UserError if two fields name a tokenizer."""
+        if self.words and self.tokenizer_file is not None:
+            raise UserError("corpus.words and corpus.tokenizer_file are both set; allowed: one of them")
+
     @property
     def row_length(self) -> int:
         """Tokens in every row; a sample has one less."""
@@ -124,10 +123,8 @@ class EpisodeCorpus(Corpus):
         return ModalityTokenizer(self._text_tokenizer(), self.modalities)
 
     def _text_tokenizer(self) -> Tokenizer:
-        if self.words and self.tokenizer_file is not None:
-            raise UserError("corpus.words and corpus.tokenizer_file are both set; allowed: one of them")
-        if self.words:
-            return word_tokenizer(self.words)
+        if self.words:  # each as at the start of a text, and as after a blank
+            return train_bpe([*self.words.split(), f" {self.words}"], 2**16)
         return ByteTokenizer() if self.tokenizer_file is None else load_tokenizer(self.tokenizer_file)
 
     def steps(self, tokenizer: ModalityTokenizer) -> Timesteps:

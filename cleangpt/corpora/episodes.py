@@ -41,6 +41,7 @@ class Episodes(EpisodeCorpus):
 
     def check(self) -> None:
         """Raises UserError if there is nothing to read."""
+        super().check()
         if not self.files and not self.minari:
             raise UserError("corpus.files and corpus.minari are empty; allowed: one or more of either")
 

@@ -19,8 +19,6 @@ from cleangpt.validation import Bounds, Checked, Positive
 
 Values = Any
 """A batch of values: an array whose first dimension is the batch, or a dict of such by key."""
-Scale = Literal["mu_law", "bounds", "none"]
-"""What brings numbers to [-1, 1]."""
 
 
 def mu_law(values: NDArray[np.float64], mu: float = 100.0, largest: float = 256.0) -> NDArray[np.float64]:
@@ -45,7 +43,7 @@ class Modalities(Checked, section="corpus.modalities"):
     """μ of the μ-law, by which numbers without bounds are compressed."""
     largest: Positive = 256.0
     """M of the μ-law: the magnitude that becomes 1; larger ones are clipped."""
-    scale: Scale = "mu_law"
+    scale: Literal["mu_law", "bounds", "none"] = "mu_law"
     """What brings the numbers of observations to [-1, 1]. mu_law: the μ-law; bounds: as those of actions, the bounds
     that the simulation gives them, where all of an array are finite; none: they are within already, others clipped."""
     choices: Annotated[int, Bounds(0, 2**16)] = 1024

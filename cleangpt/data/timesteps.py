@@ -82,7 +82,7 @@ class Timesteps:
         numbers = [leaf for leaf in found if isinstance(leaf[1], Box) and self.ranges.modalities.vector]
         return images, numbers, [leaf for leaf in found if leaf not in images and leaf not in numbers]
 
-    @property
+    @cached_property
     def _vector_count(self) -> int:
         """Vectors that an observation's numbers fill, a token each."""
         numbers = sum(space.size for _, space in self._leaves[1])

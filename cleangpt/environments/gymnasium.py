@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cleangpt.data.modalities import Box, Dict, Discrete, Image, Modalities, Scale, Space, Values
+from cleangpt.data.modalities import Box, Dict, Discrete, Image, Modalities, Space, Values
 from cleangpt.data.shuffle import mix
 from cleangpt.data.timesteps import Steps, Timesteps
 from cleangpt.data.tokenizers import ModalityTokenizer
@@ -30,6 +30,7 @@ MAKERS: dict[str, Callable[..., Any]] = {
 SMALLEST_PICTURE = 16
 """Height and width in pixels from which an array of bytes is a picture; a smaller one is a grid of discrete values."""
 DEFAULT_MODALITIES = Modalities()
+OF_ACTIONS = Modalities(scale="bounds")
 
 
 @dataclass(frozen=True)
@@ -174,19 +175,17 @@ def make(name: str, arguments: Arguments = (), render: bool = False) -> Any:
 def spaces(name: str, arguments: Arguments = (), modalities: Modalities = DEFAULT_MODALITIES) -> tuple[Space, Space]:
     """The spaces of an environment's observations, without texts, and of its actions."""
     simulation = make(name, arguments)
-    seen, acted = simulation.observation_space, simulation.action_space
-    found = convert(seen, modalities, modalities.scale), convert(acted, scale="bounds")
+    found = convert(simulation.observation_space, modalities), convert(simulation.action_space, OF_ACTIONS)
     simulation.close()
     return found
 
 
-def convert(space: Any, modalities: Modalities = DEFAULT_MODALITIES, scale: Scale = "mu_law") -> Space:
+def convert(space: Any, modalities: Modalities = DEFAULT_MODALITIES) -> Space:
     """A space of Gymnasium as ours. Bytes of shape `(height, width, 1 or 3)` with sides of 16 or more are a picture.
 
     Args:
         space: of observations or actions.
-        modalities: the size that pictures are given.
-        scale: of numbers; bounds is that of actions.
+        modalities: the size that pictures are given, and the scale of numbers.
 
     Raises:
         UserError: it is of an unknown kind.
@@ -198,11 +197,11 @@ def convert(space: Any, modalities: Modalities = DEFAULT_MODALITIES, scale: Scal
         counts = (space.high.astype(np.int64) - space.low.astype(np.int64) + 1).reshape(-1)
         return Discrete(tuple(counts.tolist()), space.shape, tuple(space.low.reshape(-1).astype(int).tolist()))
     if isinstance(space, kinds.Box):
-        if scale == "none":
-            return Box(space.shape, (-1.0,) * int(np.prod(space.shape)), (1.0,) * int(np.prod(space.shape)))
-        if scale == "bounds" and np.isfinite([space.low, space.high]).all():
-            return Box(space.shape, tuple(space.low.reshape(-1).tolist()), tuple(space.high.reshape(-1).tolist()))
-        return Box(space.shape)
+        ones = np.ones(space.shape)
+        low, high = (-ones, ones) if modalities.scale == "none" else (space.low, space.high)
+        if modalities.scale == "mu_law" or not np.isfinite([low, high]).all():
+            return Box(space.shape)
+        return Box(space.shape, tuple(low.reshape(-1).tolist()), tuple(high.reshape(-1).tolist()))
     if isinstance(space, kinds.Discrete):
         return Discrete((int(space.n),), (), (int(space.start),))
     if isinstance(space, kinds.MultiDiscrete):
@@ -213,7 +212,7 @@ def convert(space: Any, modalities: Modalities = DEFAULT_MODALITIES, scale: Scal
     if isinstance(space, kinds.Dict | kinds.Tuple):
         pairs = space.items() if isinstance(space, kinds.Dict) else enumerate(space)
         parts = ((str(key), part) for key, part in pairs if not _is_text(part))
-        return Dict(tuple((key, convert(part, modalities, scale)) for key, part in parts))
+        return Dict(tuple((key, convert(part, modalities)) for key, part in parts))
     raise UserError(f"a space is {space}; allowed: Box, Discrete, MultiDiscrete, MultiBinary, Dict, Tuple, Text")
 
 

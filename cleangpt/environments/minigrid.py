@@ -114,7 +114,7 @@ class Grid:
 
 
 def cell_ids(image: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Kinds, colours and states of cells `(rows, columns, 3)` as one number per cell `(rows * columns,)`."""
+    """Kinds, colours and states of cells `(columns, rows, 3)` as one number per cell `(columns * rows,)`."""
     kinds, colours, states = image.astype(np.int64).reshape(-1, 3).T
     return (kinds * COLOURS + colours) * STATES + states
 
@@ -130,7 +130,8 @@ def objects(image: NDArray[np.uint8]) -> NDArray[np.float32]:
     across, down = image.shape[:2]
     columns, rows = np.divmod(np.arange(across * down), down)
     distances = abs(columns - across // 2) + down - 1 - rows
-    near = [cell for cell in np.argsort(distances, kind="stable") if kinds[cell] >= DOOR][:OBJECTS]
+    nearest = np.argsort(distances, kind="stable")
+    near = nearest[kinds[nearest] >= DOOR][:OBJECTS]
     sizes = (KINDS, COLOURS, STATES, across, down)
     found = np.zeros((OBJECTS + 2, max(sum(sizes), across * down) + 1), np.float32)
     at = np.stack([kinds, colours, states, columns, rows], axis=1)[near] + np.cumsum([0, *sizes[:-1]])

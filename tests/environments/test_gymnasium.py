@@ -14,7 +14,7 @@ from cleangpt.data.tokenizers import ByteTokenizer, ModalityTokenizer
 from cleangpt.environments.acting import Acting
 from cleangpt.environments.base import Episode
 from cleangpt.environments.experts import EXPERTS, record
-from cleangpt.environments.gymnasium import Gymnasium, convert, item, make, spaces, split_text
+from cleangpt.environments.gymnasium import OF_ACTIONS, Gymnasium, convert, item, make, spaces, split_text
 from cleangpt.errors import UserError
 from cleangpt.models.gato import Gato, GatoConfig
 from cleangpt.rollouts.simulating import play_control
@@ -38,8 +38,8 @@ def policy(max_seq_len: int = 60) -> Gato:
 def test_spaces_are_converted() -> None:
     kinds = gymnasium.spaces
     action = kinds.Box(np.array([-1, -2], np.float32), np.array([1, 2], np.float32))
-    assert convert(action, scale="bounds") == Box((2,), (-1.0, -2.0), (1.0, 2.0)) and convert(action) == Box((2,))
-    assert convert(kinds.Box(-np.inf, np.inf, (2, 3)), scale="bounds") == Box((2, 3))
+    assert convert(action, OF_ACTIONS) == Box((2,), (-1.0, -2.0), (1.0, 2.0)) and convert(action) == Box((2,))
+    assert convert(kinds.Box(-np.inf, np.inf, (2, 3)), OF_ACTIONS) == Box((2, 3))
     assert convert(kinds.Box(0, 10, (2,), np.uint8)) == Discrete((11, 11), (2,), (0, 0))
     assert convert(kinds.Discrete(3, start=2)) == Discrete((3,), (), (2,))
     assert convert(kinds.MultiDiscrete([3, 4])) == Discrete((3, 4), (2,), (0, 0))
@@ -66,7 +66,7 @@ def test_spaces_are_converted() -> None:
     ids=lambda space: type(space).__name__,
 )
 def test_a_decoded_action_is_one_that_the_simulation_takes(space: Any) -> None:
-    ours = convert(space, scale="bounds")
+    ours = convert(space, OF_ACTIONS)
     space.seed(1)
     batch = ours.stack([space.sample() for _ in range(5)])
     tokens = ours.encode(batch, TOKENIZER.ranges, action=True)
