@@ -27,7 +27,7 @@ from cleangpt.data.chat_template import ChatTemplate
 from cleangpt.data.columns import Column
 from cleangpt.data.dataset import DATASET, TokenDataset
 from cleangpt.data.records import Records
-from cleangpt.data.tokenizers import Tokenizer, load_tokenizer
+from cleangpt.data.tokenizers import ModalityTokenizer, Tokenizer, load_tokenizer
 from cleangpt.data.writer import DatasetWriter, Groups, SplitFacts
 from cleangpt.environments.base import Environment
 from cleangpt.errors import UserError, parsing
@@ -238,7 +238,8 @@ def changed_tokenizer(dataset: TokenDataset, file: str | None) -> Iterator[str]:
     """Whether the tokenizer in a file, if it is here, is no longer the one with which the dataset was made."""
     if file is not None and (path := path_offline(file)) is not None:
         try:
-            if load_tokenizer(path).to_json() != dataset.tokenizer.to_json():
+            made = dataset.tokenizer.text if isinstance(dataset.tokenizer, ModalityTokenizer) else dataset.tokenizer
+            if load_tokenizer(path).to_json() != made.to_json():
                 yield f"the tokenizer {file} has changed"
         except UserError as error:
             yield str(error)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from cleangpt.corpora.base import Corpus, write_dataset
+from cleangpt.corpora.base import Corpus, changed_tokenizer, write_dataset
 from cleangpt.data.bpe import train_bpe
 from cleangpt.data.columns import Column
 from cleangpt.data.dataset import Split, TokenDataset
@@ -134,6 +134,11 @@ class EpisodeCorpus(Corpus):
     def spaces(self) -> tuple[Space, Space]:
         """The spaces of observations and actions."""
         return spaces(self.env, self.arguments, self.modalities)
+
+    def changed_inputs(self, dataset: TokenDataset) -> Iterator[str]:
+        """What has changed since the dataset was made: files, and the tokenizer of texts."""
+        yield from super().changed_inputs(dataset)
+        yield from changed_tokenizer(dataset, self.tokenizer_file)
 
     def prepare(self, folder: Path, console: Console) -> TokenDataset:
         """Writes both splits."""

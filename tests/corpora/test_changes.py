@@ -114,6 +114,12 @@ CHANGES: dict[str, tuple[Corpus, Callable[[], object], str]] = {
         ShakespeareChar(file="texts/a.txt", tokenizer_file="tokenizer.json"), lambda: write("tokenizer.json", OTHER),
         "the tokenizer tokenizer.json has changed",
     ),
+    "the tokenizer of an episode's texts": (
+        Demonstrations(
+            env="MountainCar-v0", played=8, row=43, val_share=0.2, reference_episodes=1, tokenizer_file="tokenizer.json"
+        ),
+        lambda: write("tokenizer.json", OTHER), "the tokenizer tokenizer.json has changed",
+    ),
     "the tokenizer removed": (
         dataclasses.replace(TEXT, tokenizer_file="tokenizer.json"), lambda: Path("tokenizer.json").unlink(),
         "tokenizer.json does not exist",
