@@ -21,8 +21,8 @@ from cleangpt.environments.acting import Acting
 from cleangpt.experiment import Experiment
 from cleangpt.models.gato import GatoConfig
 
-OBJECT = 50
-"""Numbers of an object; an observation is eight of them and two maps of the cells that are seen."""
+OBJECT = 78
+"""Numbers of an object, 28 of them those of the mission; an observation is eight objects and two maps of the cells."""
 WORDS = (
     "a the go to pick up open put next on your left right in front of behind you "
     "ball box door key blue green grey purple red yellow"
@@ -52,10 +52,15 @@ levels = {
     "open": level("Open", 4_000),
     "put_next_local": level("PutNextLocal", 16_000),
 }
+weights = {"go_to_local": 0.7, "go_to_red_ball": 0.5, "put_next_local": 2.5}
 
 experiment = Experiment(
     name="babyai",
-    corpus=Mixture(sources=tuple(Source(name=name, corpus=corpus) for name, corpus in levels.items())),
+    corpus=Mixture(
+        sources=tuple(
+            Source(name=name, weight=weights.get(name, 1.0), corpus=corpus) for name, corpus in levels.items()
+        )
+    ),
     data=DataConfig(seq_len=128, batch_size=64, val_samples=320),
     model=GatoConfig(
         vocab_size=levels["open"].tokenizer().vocab_size,
@@ -70,7 +75,7 @@ experiment = Experiment(
         lr=2e-3, weight_decay=0.1, betas=(0.9, 0.98), clip_norm=1.0, muon=MuonConfig(lr=1e-2, iterations=3)
     ),
     schedule=ScheduleConfig(lr=Schedule(shape="cosine", final=0.02, warmup=0.05)),
-    training=TrainingConfig(macro_batches=10, batches_per_macro_batch=200),
+    training=TrainingConfig(macro_batches=16, batches_per_macro_batch=250),
     saving=SavingConfig(keep_best=1, best="highest score"),
     tracking=TrackingConfig(score_samples=20, sample_tokens=0),
 )

@@ -2,7 +2,7 @@
 
 The package minigrid is needed where a simulation is made. It describes each of the 7 x 7 cells that are seen by three
 bytes; here each is one discrete value, kind x colour x state. With ``view="objects"`` each object is a vector, wherever
-it is; with ``view="pictures"`` all are one picture.
+it is, which also says what the mission is; with ``view="pictures"`` all are one picture.
 """
 
 import contextlib
@@ -21,6 +21,13 @@ UNSEEN, WALL, DOOR = 0, 2, 4
 """Kinds; those from the door on are objects."""
 OBJECTS = 8
 """Objects that are shown at most, those nearest to the agent."""
+COLOUR_NAMES = ("red", "green", "blue", "purple", "yellow", "grey")
+KIND_NAMES = ("door", "key", "ball", "box")
+"""In minigrid's order."""
+OTHER_WORDS = ("go", "pick", "open", "put", "left", "right", "front", "behind")
+"""Of missions: what to do, and where the thing is."""
+THINGS = 2
+"""Whose colours and kinds are told at most, the first that a mission names."""
 View = Literal["cells", "objects", "pictures"]
 """How cells are shown."""
 
@@ -58,7 +65,7 @@ class Grid:
         if view == "cells":
             parts["image"] = spaces.MultiDiscrete([KINDS * COLOURS * STATES] * (seen[0] * seen[1]))
         elif view == "objects":
-            parts["image"] = spaces.Box(0, 1, objects(np.zeros(seen, np.uint8)).shape)
+            parts["image"] = spaces.Box(0, 1, objects(np.zeros(seen, np.uint8), "").shape)
         self.observation_space = spaces.Dict(parts)
         self._bot: Any = None
         self._advice: Any = None
@@ -109,8 +116,9 @@ class Grid:
     def _seen(self, observation: dict[str, Any]) -> dict[str, Any]:
         if self.view == "pictures":
             return observation
-        shown = cell_ids if self.view == "cells" else objects
-        return {**observation, "image": shown(observation["image"])}
+        image = observation["image"]
+        cells = cell_ids(image) if self.view == "cells" else objects(image, observation.get("mission", ""))
+        return {**observation, "image": cells}
 
 
 def cell_ids(image: NDArray[np.uint8]) -> NDArray[np.int64]:
@@ -119,12 +127,13 @@ def cell_ids(image: NDArray[np.uint8]) -> NDArray[np.int64]:
     return (kinds * COLOURS + colours) * STATES + states
 
 
-def objects(image: NDArray[np.uint8]) -> NDArray[np.float32]:
+def objects(image: NDArray[np.uint8], mission: str) -> NDArray[np.float32]:
     """The nearest objects among cells `(columns, rows, 3)`, then where walls are and what cannot be seen, as vectors of
-    ones and zeros, one after another `((OBJECTS + 2) * size,)`; with 7 x 7 cells `size` is 50.
+    ones and zeros, one after another `((OBJECTS + 2) * size,)`; with 7 x 7 cells `size` is 78.
 
-    An object's are those of its kind, colour, state, column and row, and a 1 at the end. The agent looks from the
-    middle of the last row.
+    An object's are those of its kind, colour, state, column and row, and a 1 behind them. Every vector ends with what
+    the mission says, so that which object it means can be seen from the object alone. The agent looks from the middle
+    of the last row.
     """
     kinds, colours, states = image.astype(np.int64).reshape(-1, 3).T
     across, down = image.shape[:2]
@@ -138,7 +147,22 @@ def objects(image: NDArray[np.uint8]) -> NDArray[np.float32]:
     found[np.arange(len(near))[:, None], at] = 1
     found[: len(near), -1] = 1
     found[OBJECTS:, : across * down] = kinds == WALL, kinds == UNSEEN
-    return found.reshape(-1)
+    told = mission_numbers(mission)
+    return np.concatenate([found, np.broadcast_to(told, (len(found), len(told)))], axis=1).reshape(-1)
+
+
+def mission_numbers(mission: str) -> NDArray[np.float32]:
+    """The colours and kinds of the first things that a mission names, then which of `OTHER_WORDS` it has, as ones and
+    zeros `(28,)`."""
+    looks = COLOUR_NAMES + KIND_NAMES
+    things = np.zeros((THINGS, len(looks)), np.float32)
+    words = mission.replace(",", " ").split()
+    named = 0
+    for word in words:
+        if word in looks and named < THINGS:
+            things[named, looks.index(word)] = 1
+        named += word in (*KIND_NAMES, "object")
+    return np.concatenate([things.reshape(-1), np.array([word in words for word in OTHER_WORDS], np.float32)])
 
 
 def bot(simulation: Grid, observation: Any) -> int:

@@ -12,7 +12,7 @@ from cleangpt.data.tokenizers import ByteTokenizer, ModalityTokenizer
 from cleangpt.environments.acting import Lost
 from cleangpt.environments.experts import find_expert, record
 from cleangpt.environments.gymnasium import Gymnasium, convert, make, spaces
-from cleangpt.environments.minigrid import Grid, bot, cell_ids, objects
+from cleangpt.environments.minigrid import COLOUR_NAMES, KIND_NAMES, Grid, bot, cell_ids, mission_numbers, objects
 from cleangpt.errors import UserError
 
 gymnasium = pytest.importorskip("gymnasium")
@@ -132,8 +132,9 @@ def test_pictures_of_a_grid_are_images() -> None:
     assert np.array_equal(seen.stack([observation])["image"][0], observation["image"])
 
 
-def by_hand(image: Any) -> Any:
-    """Objects by distance from (3, 6), walls, and what is unseen, in plain loops."""
+def by_hand(image: Any, mission: list[int]) -> Any:
+    """Objects by distance from (3, 6), walls, and what is unseen, each with the ones of the mission, in plain loops."""
+    said = np.isin(np.arange(28), mission)
     vectors = []
     cells = [(x, y) for x in range(7) for y in range(7)]
     for x, y in sorted(cells, key=lambda cell: abs(cell[0] - 3) + 6 - cell[1]):
@@ -145,13 +146,38 @@ def by_hand(image: Any) -> Any:
     vectors = vectors[:8] + [np.zeros(50)] * (8 - len(vectors))
     for kind in (2, 0):
         vectors.append(np.array([image[x, y, 0] == kind for x, y in cells] + [False]))
-    return np.concatenate(vectors)
+    return np.concatenate([np.concatenate([vector, said]) for vector in vectors])
+
+
+@pytest.mark.parametrize(
+    ("mission", "things", "others"),
+    [
+        ("go to the red ball", [["red", "ball"], []], ["go"]),
+        ("open a door", [["door"], []], ["open"]),
+        ("pick up the grey key in front of you", [["grey", "key"], []], ["pick", "front"]),
+        ("put the blue box next to the blue key", [["blue", "box"], ["blue", "key"]], ["put"]),
+        ("go to the green object, then open the yellow door", [["green"], ["yellow", "door"]], ["go", "open"]),
+        ("go to a ball and pick up a key and open the red door", [["ball"], ["key"]], ["go", "pick", "open"]),
+        ("", [[], []], []),
+    ],
+)
+def test_a_mission_is_told_by_what_it_names_in_order(mission: str, things: list[list[str]], others: list[str]) -> None:
+    looks = ["red", "green", "blue", "purple", "yellow", "grey", "door", "key", "ball", "box"]
+    words = ["go", "pick", "open", "put", "left", "right", "front", "behind"]
+    expected = [look in thing for thing in things for look in looks] + [word in others for word in words]
+    assert mission_numbers(mission).tolist() == expected
+
+
+def test_colours_and_kinds_are_those_of_minigrid_in_its_order() -> None:
+    constants = pytest.importorskip("minigrid.core.constants")
+    assert sorted(constants.COLOR_TO_IDX, key=constants.COLOR_TO_IDX.get) == list(COLOUR_NAMES)
+    assert [name for name in constants.OBJECT_TO_IDX if name in KIND_NAMES] == list(KIND_NAMES)
 
 
 def test_objects_are_vectors_nearest_first_then_walls_and_what_is_unseen() -> None:
     few = np.where(np.arange(49).reshape(7, 7, 1) % 12 == 0, IMAGE, np.array([1, 0, 0])).astype(np.uint8)
     for image in (IMAGE, few):
-        assert np.array_equal(objects(image), by_hand(image))
+        assert np.array_equal(objects(image, "go to the red ball"), by_hand(image, mission=[0, 8, 20]))
     assert sum(few[..., 0].reshape(-1) > 3) < 8 < sum(IMAGE[..., 0].reshape(-1) > 3)
 
 
@@ -161,8 +187,9 @@ def test_objects_of_a_grid_are_in_its_space() -> None:
     simulation = make(name, arguments)
     observation, _ = simulation.reset(seed=0)
     assert observation["image"] in simulation.observation_space["image"]
-    assert np.array_equal(observation["image"], by_hand(simulation.unwrapped.gen_obs()["image"]))
-    modalities = Modalities(vector=50)
+    mission = np.flatnonzero(mission_numbers(observation["mission"])).tolist()
+    assert np.array_equal(observation["image"], by_hand(simulation.unwrapped.gen_obs()["image"], mission))
+    modalities = Modalities(vector=78)
     steps = Timesteps(TokenRanges(8, modalities), *spaces(name, arguments, modalities))
     assert steps.size == 10 + 3  # the direction, the separator, and the action
 
