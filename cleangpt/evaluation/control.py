@@ -71,7 +71,7 @@ def simulations(environments: Mapping[str, Environment]) -> dict[str, Gymnasium]
 def control_metrics(episodes: Mapping[str, Sequence[Played]]) -> dict[str, float]:
     """Numbers of episodes by source: means, and half the width of the score's 95 % confidence interval.
 
-    With several sources, also the mean score over them.
+    With named sources, also the mean score over them.
     """
     found: dict[str, float] = {}
     for source, played in episodes.items():
@@ -95,6 +95,6 @@ def half_width(scores: Sequence[float]) -> float:
 
 
 def _mean(found: Mapping[str, float]) -> dict[str, float]:
-    """The mean of the scores of several simulations."""
+    """The mean of the scores that name their source."""
     scores = [value for name, value in found.items() if name.startswith(f"{Gymnasium.metric}/")]
-    return {Gymnasium.metric: float(np.mean(scores))} if len(scores) > 1 else {}
+    return {Gymnasium.metric: float(np.mean(scores))} if scores else {}

@@ -32,6 +32,11 @@ def test_a_single_source_has_no_mean_over_sources() -> None:
     assert set(control_metrics({"": episodes(1, 2)})) == {"score", "score_ci95", "return", "success", "episode_length"}
 
 
+def test_a_mixture_of_one_task_has_a_mean_too():
+    metrics = control_metrics({"a": episodes(100, 20)})
+    assert metrics["score"] == metrics["score/a"] == 60 and metrics["score_ci95"] == metrics["score_ci95/a"]
+
+
 def test_the_interval_holds_the_mean_in_95_of_100_cases() -> None:
     draws = np.random.default_rng(1).normal(3, 2, (4000, 50))
     inside = [abs(row.mean() - 3) <= half_width(row.tolist()) for row in draws]
