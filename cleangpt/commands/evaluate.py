@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from cleangpt.checkpoints.run_folder import find_run
-from cleangpt.commands.fields import POSITIONAL
-from cleangpt.commands.options import parse
+from cleangpt.commands.fields import POSITIONAL, find_options
+from cleangpt.commands.options import parse, read_arguments
 from cleangpt.distributed.device import choose_device
+from cleangpt.environments.acting import Acting
+from cleangpt.errors import UserError
 from cleangpt.evaluation.against import compare
 from cleangpt.evaluation.best_of_n import best_of_n
 from cleangpt.evaluation.evaluate import evaluate_run, table
@@ -39,6 +41,10 @@ class Options:
     """With --against: sampling temperature; at 1 the KL divergence from the other model is measured, too."""
     seed: CountOrZero = 0
     """With --against or --best-of: random seed of the first prompt's answer."""
+    episodes: Count | None = None
+    """Episodes of each simulation that an agent is scored by; None: as in training."""
+    acting: tuple[Annotated[str, Metavar("FIELD=VALUE")], ...] = ()
+    """How agents choose actions where it differs from training, such as temperature=0.3 see_actions=false."""
     videos: CountOrZero = 0
     """Episodes of each simulation to film, as MP4 or GIF in RUN/videos, with a contact sheet."""
     device: Device = "auto"
@@ -68,8 +74,29 @@ def command(words: Sequence[str]) -> None:
             samples=options.samples, temperature=options.temperature, seed=options.seed, device=device,
         )  # fmt: skip
     else:
-        metrics = evaluate_run(run, options.checkpoint, options.split, device, options.videos)
+        acting = acting_fields(options.acting)
+        metrics = evaluate_run(
+            run, options.checkpoint, options.split, device, options.videos, options.episodes, acting
+        )  # fmt: skip
     if options.json:
         print(strict_json(strict(metrics)))
     else:
         table(metrics)
+
+
+def acting_fields(words: Sequence[str]) -> dict[str, Any]:
+    """The fields of `Acting` that words such as temperature=0.3 set.
+
+    Raises:
+        UserError: there is no such field, or it cannot have such a value.
+    """
+    options = {option.name: option for option in find_options(Acting, {})}
+    switches = {"true": "--", "false": "--no-"}
+    given = list[str]()
+    for word in words:
+        field, _, value = word.partition("=")
+        given.append(f"{switches[value.lower()]}{field}" if value.lower() in switches else f"--{word}")
+    try:
+        return {str(options[name].path[0]): value for name, value in read_arguments(options, given).items()}
+    except UserError as error:
+        raise UserError(f"--acting: {error}") from None

@@ -5,10 +5,15 @@ The score of a task is 0 for random actions and 100 for its expert (Reed et al. 
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
+from cleangpt.config import CorpusConfig
+from cleangpt.corpora.episode_rows import EpisodeCorpus
+from cleangpt.corpora.mixture import Mixture
 from cleangpt.environments.base import Environment
 from cleangpt.environments.gymnasium import Gymnasium
 from cleangpt.evaluation.tasks import choose_tasks, mean_reward, task_metrics
@@ -61,6 +66,17 @@ def evaluate_environments(
         source: play_control(model, one, split, range(one.tasks(split)), device) for source, one in simulated.items()
     }
     return others | (control_metrics(episodes) if episodes else {})
+
+
+def act_otherwise(corpus: CorpusConfig, episodes: int | None, acting: Mapping[str, Any]) -> CorpusConfig:
+    """A corpus whose tasks are scored by that many episodes, None: as before, with those fields of `Acting` changed."""
+    if isinstance(corpus, Mixture):
+        sources = (replace(source, corpus=act_otherwise(source.corpus, episodes, acting)) for source in corpus.sources)
+        return replace(corpus, sources=tuple(sources))
+    if isinstance(corpus, EpisodeCorpus):
+        episodes = episodes or corpus.scored_episodes
+        return replace(corpus, scored_episodes=episodes, acting=replace(corpus.acting, **acting))
+    return corpus
 
 
 def simulations(environments: Mapping[str, Environment]) -> dict[str, Gymnasium]:

@@ -1,5 +1,7 @@
 """`cleangpt evaluate`: the metrics of a run's checkpoint over a split."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ from cleangpt.corpora.mixture import environments
 from cleangpt.data.loader import validation_batches
 from cleangpt.data.mixing import MixedDataset, mean_shares, split_samples
 from cleangpt.distributed.device import autocast, compute_dtype
+from cleangpt.environments.base import Environment
 from cleangpt.errors import UserError, nearest
-from cleangpt.evaluation.control import evaluate_environments
+from cleangpt.evaluation.control import act_otherwise, evaluate_environments, simulations
 from cleangpt.evaluation.datasets import open_dataset
 from cleangpt.evaluation.margins import draw_margins, margins
 from cleangpt.evaluation.pictures import draw_scores, film
@@ -28,31 +31,36 @@ from cleangpt.tracking.numbers import show_number
 
 
 def evaluate_run(
-    run: Path, checkpoint: str | None, split: str | None, device: torch.device, videos: int = 0
-) -> dict[str, Any]:
+    run: Path, checkpoint: str | None, split: str | None, device: torch.device, videos: int = 0,
+    episodes: int | None = None, acting: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Evaluates a checkpoint (None: the best) on a split (None: test, else val) and writes RUN/evaluation.json.
 
     Of pairs, a histogram of their margins is drawn; of simulations, that many `videos` of each are written to
-    RUN/videos, with a contact sheet.
+    RUN/videos, with a contact sheet, and `episodes` and fields of `Acting` may be other than in training.
 
     Raises:
-        UserError: there is no such checkpoint or split, the checkpoint does not fit the run, or the dataset is not the
-            one that the run was trained with.
+        UserError: there is no such checkpoint or split, the checkpoint does not fit the run, the dataset is not the one
+            that the run was trained with, or it has no simulation to act in otherwise.
     """
     experiment = read_experiment(run)
+    experiment = replace(experiment, corpus=act_otherwise(experiment.corpus, episodes, acting or {}))
     folder = best_checkpoint(run) if checkpoint is None else _named(run, checkpoint)
     loaded = load_checkpoint(folder)
     dataset = open_dataset(run, experiment)
     _check(experiment, loaded, dataset)
     name = _split(dataset, split)
     metrics: dict[str, Any] = {"run": str(run), "checkpoint": folder.name, "split": name}
-    model = loaded.model(device)
-    metrics |= evaluate(model, experiment, dataset, name, device)
+    if acting:
+        metrics["acting"] = ", ".join(f"{field}={value}" for field, value in acting.items())
+    model, found = loaded.model(device), environments(experiment.corpus, dataset)
+    if (episodes or acting) and not simulations(found):
+        raise UserError(f"{run} has no simulation, which --episodes and --acting are of")
+    metrics |= evaluate(model, experiment, dataset, found, name, device)
     if isinstance(experiment.objective, PairObjective):
         samples = split_samples(dataset, name, experiment.data.seq_len).values()
         context = autocast(device, compute_dtype(device, experiment.training.precision))
         draw_margins(margins(model, experiment.objective, samples, device, context), run)
-    found = environments(experiment.corpus, dataset)
     draw_scores(metrics, list(found), run / "plots" / "tasks.png")
     if videos:
         metrics["videos"] = str(film(model, found, name, videos, device, run / "videos"))
@@ -61,14 +69,16 @@ def evaluate_run(
 
 
 def evaluate(
-    model: LanguageModel, experiment: Experiment, dataset: MixedDataset, split: str, device: torch.device
-) -> dict[str, float | None]:
+    model: LanguageModel, experiment: Experiment, dataset: MixedDataset, found: Mapping[str, Environment], split: str,
+    device: torch.device,
+) -> dict[str, float | None]:  # fmt: skip
     """The objective's metrics over a split and the mean rewards over all its tasks.
 
     Args:
         model: in evaluation mode, on `device`.
         experiment: with which the model was trained.
         dataset: of the experiment's corpus.
+        found: the environments of its sources.
         split: of the dataset.
         device: of the model.
 
@@ -76,7 +86,7 @@ def evaluate(
         For a mixture, the mean of each metric, weighted by the sources' shares, and the loss of each source.
     """
     if experiment.objective.on_policy:
-        return _scores(model, experiment, dataset, split, device)
+        return dict(evaluate_environments(model, found, split, device, dataset.vocab_size))
     data, splits = experiment.data, {source.name: source.dataset.splits[split] for source in dataset.sources}
     context = autocast(device, compute_dtype(device, experiment.training.precision))
     size = data.val_batch_size or experiment.training.micro_batch_size or data.batch_size
@@ -97,15 +107,7 @@ def evaluate(
         **means,
         **source_metrics("loss", losses, splits),
     }
-    return metrics | _scores(model, experiment, dataset, split, device)
-
-
-def _scores(
-    model: LanguageModel, experiment: Experiment, dataset: MixedDataset, split: str, device: torch.device
-) -> dict[str, float | None]:
-    """The mean reward and other measures over all tasks of a split, of each source's environment."""
-    found = environments(experiment.corpus, dataset)
-    return dict(evaluate_environments(model, found, split, device, dataset.vocab_size))
+    return metrics | evaluate_environments(model, found, split, device, dataset.vocab_size)
 
 
 def table(metrics: dict[str, Any]) -> None:

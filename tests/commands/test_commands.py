@@ -450,6 +450,12 @@ def test_evaluate_refuses_other_data_and_keeps_the_figures_that_there_are(
     assert Path("run/evaluation.json").read_bytes() == before
 
 
+def test_evaluate_refuses_to_act_where_nothing_acts(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--episodes", "3"], ["--acting", "temperature=0.5"]):
+        assert "has no simulation" in error_of(capsys, "evaluate", "run", *words)
+    assert not Path("run/evaluation.json").exists()
+
+
 def test_evaluate_in_another_folder_refuses_the_data_that_is_there(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
