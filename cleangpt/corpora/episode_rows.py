@@ -231,12 +231,15 @@ class EpisodeCorpus(Corpus):
             yield _row(text, parts, self.row_length, hidden, self.learn_text)
 
     def _starts(self, length: int, room: int, choices: np.random.Generator) -> list[int]:
-        """The first step of every row; rows are full where the episode is long enough, and cover all of its steps."""
+        """The first step of every row, which cover all steps; the first row is full where the episode is long enough.
+
+        Where the last row begins, chance decides. If it always ended with the episode, a full context would tell the
+        agent that the end has come, such as the time to drop what it carries.
+        """
         starts = list[int]()
         for _ in range(self.windows):
             offset = int(choices.integers(room)) if length > room else 0
-            ends = np.arange(-offset, length, room).clip(0, max(0, length - room))
-            starts += np.unique(ends).tolist()
+            starts += np.unique(np.arange(-offset, length, room).clip(0)).tolist()
         return starts
 
     def _chunk(self, split: str, rows: Sequence["Row"], counts: dict[str, int]) -> Chunk:
