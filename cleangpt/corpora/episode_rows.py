@@ -169,14 +169,15 @@ class EpisodeCorpus(Corpus):
         )  # fmt: skip
 
     def _prompts(self, dataset: TokenDataset, steps: Timesteps) -> list[Steps]:
-        """The first steps of some validation rows, as many as an agent is to read."""
+        """The first steps of some validation rows, as many as an agent is to read, or as the longest row has."""
         split = dataset.splits["val"]
         found = [_first_steps(split, row * self.row_length, self.row_length, steps) for row in range(PROMPTS)
                  if row < split.documents]  # fmt: skip
         for one in found:
             acted = np.isin(one.places, (ACTION, HIDDEN))
             one.places[acted] = ACTION if self.acting.see_actions else HIDDEN
-        return [one.part(0, self.acting.prompt) for one in found if len(one.tokens)]
+        steps_read = min(self.acting.prompt, max((len(one.tokens) for one in found), default=0))
+        return [one.part(0, steps_read) for one in found if len(one.tokens) >= max(steps_read, 1)]
 
     def remedy(self, split: str) -> str:
         """What to do where a split has no tokens."""
