@@ -40,6 +40,7 @@ def level(name: str, played: int) -> Demonstrations:
         words=WORDS,
         learn_text=False,
         hide_actions=1.0,
+        noisy_share=1.0,
         acting=Acting(choices="sample", temperature=0.5, see_actions=False),
         modalities=Modalities(bins=2, choices=16, vector=OBJECT),
     )

@@ -51,7 +51,7 @@ def task(env: str, played: int, acting: Acting = ACTING, **fields: Any) -> Demon
 
 def grid(level: str, played: int, **fields: Any) -> Demonstrations:
     """A corpus of episodes of BabyAI's bot."""
-    return task(f"BabyAI-{level}-v0", played, replace(SAMPLED, temperature=0.3), **fields)
+    return task(f"BabyAI-{level}-v0", played, replace(SAMPLED, temperature=0.3), noisy_share=1.0, **fields)
 
 
 sources = (
