@@ -32,7 +32,7 @@ def test_a_single_source_has_no_mean_over_sources() -> None:
     assert set(control_metrics({"": episodes(1, 2)})) == {"score", "score_ci95", "return", "success", "episode_length"}
 
 
-def test_a_mixture_of_one_task_has_a_mean_too():
+def test_a_mixture_of_one_task_has_a_mean_too() -> None:
     metrics = control_metrics({"a": episodes(100, 20)})
     assert metrics["score"] == metrics["score/a"] == 60 and metrics["score_ci95"] == metrics["score_ci95/a"]
 
