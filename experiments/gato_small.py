@@ -49,9 +49,10 @@ def task(env: str, played: int, acting: Acting = ACTING, **fields: Any) -> Demon
     )
 
 
-def grid(level: str, played: int, **fields: Any) -> Demonstrations:
+def grid(level: str, played: int, view: str = "goals") -> Demonstrations:
     """A corpus of episodes of BabyAI's bot."""
-    return task(f"BabyAI-{level}-v0", played, replace(SAMPLED, temperature=0.3), noisy_share=1.0, **fields)
+    acting = replace(SAMPLED, temperature=0.3)
+    return task(f"BabyAI-{level}-v0", played, acting, arguments=(("view", view),), noisy_share=1.0, learn_text=False)
 
 
 sources = (
@@ -68,14 +69,14 @@ sources = (
     ),
     Source(
         name="inverted_pendulum",
-        weight=1.5,
-        corpus=task("InvertedPendulum-v5", 400, noisy_share=1.0, noise=0.1, burst=3),
+        weight=2.5,
+        corpus=task("InvertedPendulum-v5", 800, noisy_share=1.0, noise=0.1, burst=1),
     ),
     Source(name="reacher", corpus=task("Reacher-v5", 600)),
     Source(name="go_to_red_ball_grey", weight=1.5, corpus=grid("GoToRedBallGrey", 6000)),
     Source(name="go_to_obj", weight=1.5, corpus=grid("GoToObj", 6000)),
-    Source(name="go_to_local", weight=3.5, corpus=grid("GoToLocal", 12_000)),
-    Source(name="red_ball_seen", weight=1.5, corpus=grid("GoToRedBallGrey", 3000, arguments=(("view", "pictures"),))),
+    Source(name="go_to_local", weight=2.5, corpus=grid("GoToLocal", 12_000)),
+    Source(name="red_ball_seen", weight=1.5, corpus=grid("GoToRedBallGrey", 3000, "pictures")),
     Source(name="reach", corpus=task("Meta-World/reach-v3", 300)),
     Source(name="button_press", weight=0.5, corpus=task("Meta-World/button-press-v3", 300)),
     Source(

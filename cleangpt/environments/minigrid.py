@@ -1,8 +1,9 @@
 """MiniGrid and BabyAI (Chevalier-Boisvert et al. 2019 and 2023): missions in words, a grid seen in part, BabyAI's bot.
 
 The package minigrid is needed where a simulation is made. It describes each of the 7 x 7 cells that are seen by three
-bytes; here each is one discrete value, kind x colour x state. With ``view="objects"`` each object is a vector, wherever
-it is, which also says what the mission is; with ``view="pictures"`` all are one picture.
+bytes; here each is one discrete value, kind x colour x state. With ``view="goals"`` things that the mission names first
+are of the kind goal; with ``view="objects"`` each object is a vector, wherever it is, which also says what the mission
+is; with ``view="pictures"`` all are one picture.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from cleangpt.errors import UserError, require
 
 KINDS, COLOURS, STATES = 11, 6, 3
 """Of cells, as minigrid counts them."""
-UNSEEN, WALL, DOOR = 0, 2, 4
+UNSEEN, WALL, DOOR, GOAL = 0, 2, 4, 8
 """Kinds; those from the door on are objects."""
 OBJECTS = 8
 """Objects that are shown at most, those nearest to the agent."""
@@ -28,7 +29,7 @@ OTHER_WORDS = ("go", "pick", "open", "put", "left", "right", "front", "behind")
 """Of missions: what to do, and where the thing is."""
 THINGS = 2
 """Whose colours and kinds are told at most, the first that a mission names."""
-View = Literal["cells", "objects", "pictures"]
+View = Literal["cells", "goals", "objects", "pictures"]
 """How cells are shown."""
 
 
@@ -62,7 +63,7 @@ class Grid:
         self.action_space, self.spec, self.unwrapped = simulation.action_space, simulation.spec, simulation.unwrapped
         parts = dict(simulation.observation_space.items())
         seen = parts["image"].shape
-        if view == "cells":
+        if view in ("cells", "goals"):
             parts["image"] = spaces.MultiDiscrete([KINDS * COLOURS * STATES] * (seen[0] * seen[1]))
         elif view == "objects":
             parts["image"] = spaces.Box(0, 1, objects(np.zeros(seen, np.uint8), "").shape)
@@ -116,15 +117,27 @@ class Grid:
     def _seen(self, observation: dict[str, Any]) -> dict[str, Any]:
         if self.view == "pictures":
             return observation
-        image = observation["image"]
-        cells = cell_ids(image) if self.view == "cells" else objects(image, observation.get("mission", ""))
-        return {**observation, "image": cells}
+        image, mission = observation["image"], observation.get("mission", "")
+        if self.view == "objects":
+            return {**observation, "image": objects(image, mission)}
+        return {**observation, "image": cell_ids(with_goals(image, mission) if self.view == "goals" else image)}
 
 
 def cell_ids(image: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Kinds, colours and states of cells `(columns, rows, 3)` as one number per cell `(columns * rows,)`."""
     kinds, colours, states = image.astype(np.int64).reshape(-1, 3).T
     return (kinds * COLOURS + colours) * STATES + states
+
+
+def with_goals(image: NDArray[np.uint8], mission: str) -> NDArray[np.uint8]:
+    """The cells `(columns, rows, 3)`; what the mission names first, by colour, kind or both, as goals of its colour."""
+    looks = mission_numbers(mission)[: len(COLOUR_NAMES) + len(KIND_NAMES)].astype(bool)
+    colours, kinds = looks[: len(COLOUR_NAMES)], looks[len(COLOUR_NAMES) :]
+    named = np.isin(image[..., 0], DOOR + np.flatnonzero(kinds if kinds.any() else ~kinds))
+    named &= np.isin(image[..., 1], np.flatnonzero(colours if colours.any() else ~colours))
+    found = image.copy()
+    found[named & looks.any(), 0] = GOAL
+    return found
 
 
 def objects(image: NDArray[np.uint8], mission: str) -> NDArray[np.float32]:

@@ -12,7 +12,16 @@ from cleangpt.data.tokenizers import ByteTokenizer, ModalityTokenizer
 from cleangpt.environments.acting import Lost
 from cleangpt.environments.experts import find_expert, record
 from cleangpt.environments.gymnasium import Gymnasium, convert, make, spaces
-from cleangpt.environments.minigrid import COLOUR_NAMES, KIND_NAMES, Grid, bot, cell_ids, mission_numbers, objects
+from cleangpt.environments.minigrid import (
+    COLOUR_NAMES,
+    KIND_NAMES,
+    Grid,
+    bot,
+    cell_ids,
+    mission_numbers,
+    objects,
+    with_goals,
+)
 from cleangpt.errors import UserError
 
 gymnasium = pytest.importorskip("gymnasium")
@@ -194,8 +203,38 @@ def test_objects_of_a_grid_are_in_its_space() -> None:
     assert steps.size == 10 + 3  # the direction, the separator, and the action
 
 
+@pytest.mark.parametrize(
+    ("mission", "named"),
+    [
+        ("go to the red ball", [[6, 0]]),
+        ("put the grey box next to the red ball", [[7, 5]]),
+        ("open a door", [[4, 0], [4, 2]]),
+        ("go to the red object, then open the blue door", [[4, 0], [6, 0]]),
+        ("", []),
+    ],
+)
+def test_goals_are_what_a_mission_names_first(mission: str, named: list[list[int]]) -> None:
+    things = [[1, 0], [2, 5], [4, 0], [4, 2], [5, 1], [6, 0], [6, 4], [7, 5], [8, 1], [10, 0]]
+    image = np.array([[[*thing, 1] for thing in things]], np.uint8)
+    expected = [[8 if thing in named else thing[0], thing[1], 1] for thing in things]
+    assert with_goals(image, mission).tolist() == [expected]
+    assert image[0, :, 0].tolist() == [kind for kind, _ in things]
+
+
+def test_the_bot_ends_where_a_goal_is_seen() -> None:
+    pytest.importorskip("minigrid")
+    name, arguments = "BabyAI-GoToLocal-v0", (("view", "goals"),)
+    plain, simulation, expert = make(name), make(name, arguments), find_expert(name)
+    for seed in range(5):
+        cells = demonstrate(plain, expert, spaces(name), seed).observations
+        seen = demonstrate(simulation, expert, spaces(name, arguments), seed).observations
+        assert isinstance(cells, dict) and isinstance(seen, dict)
+        goals = seen["image"] // 18 == 8
+        assert goals[-1].any() and np.array_equal(seen["image"][~goals], cells["image"][~goals])
+
+
 def test_another_view_is_refused() -> None:
-    with pytest.raises(UserError, match=r"view is 'all' in .*; allowed: cells, objects, pictures"):
+    with pytest.raises(UserError, match=r"view is 'all' in .*; allowed: cells, goals, objects, pictures"):
         make("BabyAI-GoToLocal-v0", (("view", "all"),))
 
 
