@@ -56,7 +56,7 @@ tasks = {
     "pendulum": task("Pendulum-v1", 500),
     "lunar_lander": task("LunarLander-v3", 300, "sample"),
     "lunar_lander_continuous": task("LunarLanderContinuous-v3", 300),
-    "inverted_pendulum": task("InvertedPendulum-v5", 100, noisy_share=1.0, noise=0.1, burst=3),
+    "inverted_pendulum": task("InvertedPendulum-v5", 100, noisy_share=1.0, noise=0.1, burst=1),
     "reacher": task("Reacher-v5", 600),
     "go_to_red_ball_grey": task("BabyAI-GoToRedBallGrey-v0", 1000, "sample"),
     "go_to_obj": task("BabyAI-GoToObj-v0", 1000, "sample"),

@@ -54,7 +54,7 @@ tasks = {
     "pendulum": task("Pendulum-v1", 800),
     "lunar_lander": task("LunarLander-v3", 600, "sample", least_score=80.0),
     "lunar_lander_continuous": task("LunarLanderContinuous-v3", 600, least_score=80.0),
-    "inverted_pendulum": task("InvertedPendulum-v5", 200, noisy_share=1.0, noise=0.1, burst=3),
+    "inverted_pendulum": task("InvertedPendulum-v5", 200, noisy_share=1.0, noise=0.1, burst=1),
     "reacher": task("Reacher-v5", 600),
     "go_to_red_ball_grey": task("BabyAI-GoToRedBallGrey-v0", 4000, "sample"),
     "go_to_obj": task("BabyAI-GoToObj-v0", 4000, "sample"),
