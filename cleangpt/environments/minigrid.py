@@ -120,7 +120,9 @@ class Grid:
         image, mission = observation["image"], observation.get("mission", "")
         if self.view == "objects":
             return {**observation, "image": objects(image, mission)}
-        return {**observation, "image": cell_ids(with_goals(image, mission) if self.view == "goals" else image)}
+        if self.view == "goals":
+            image = with_goals(image, mission)
+        return {**observation, "image": cell_ids(image)}
 
 
 def cell_ids(image: NDArray[np.uint8]) -> NDArray[np.int64]:
@@ -131,12 +133,12 @@ def cell_ids(image: NDArray[np.uint8]) -> NDArray[np.int64]:
 
 def with_goals(image: NDArray[np.uint8], mission: str) -> NDArray[np.uint8]:
     """The cells `(columns, rows, 3)`; what the mission names first, by colour, kind or both, as goals of its colour."""
-    looks = mission_numbers(mission)[: len(COLOUR_NAMES) + len(KIND_NAMES)].astype(bool)
-    colours, kinds = looks[: len(COLOUR_NAMES)], looks[len(COLOUR_NAMES) :]
+    first = named_things(mission)[0]
+    colours, kinds = np.split(first, [len(COLOUR_NAMES)])
     named = np.isin(image[..., 0], DOOR + np.flatnonzero(kinds if kinds.any() else ~kinds))
     named &= np.isin(image[..., 1], np.flatnonzero(colours if colours.any() else ~colours))
     found = image.copy()
-    found[named & looks.any(), 0] = GOAL
+    found[named & first.any(), 0] = GOAL
     return found
 
 
@@ -167,15 +169,25 @@ def objects(image: NDArray[np.uint8], mission: str) -> NDArray[np.float32]:
 def mission_numbers(mission: str) -> NDArray[np.float32]:
     """The colours and kinds of the first things that a mission names, then which of `OTHER_WORDS` it has, as ones and
     zeros `(28,)`."""
+    words = _words(mission)
+    others = np.array([word in words for word in OTHER_WORDS])
+    return np.concatenate([named_things(mission).reshape(-1), others]).astype(np.float32)
+
+
+def named_things(mission: str) -> NDArray[np.bool_]:
+    """Which of `COLOUR_NAMES` and then of `KIND_NAMES` the first things have that a mission names `(THINGS, 10)`."""
     looks = COLOUR_NAMES + KIND_NAMES
-    things = np.zeros((THINGS, len(looks)), np.float32)
-    words = mission.replace(",", " ").split()
+    things = np.zeros((THINGS, len(looks)), bool)
     named = 0
-    for word in words:
+    for word in _words(mission):
         if word in looks and named < THINGS:
-            things[named, looks.index(word)] = 1
+            things[named, looks.index(word)] = True
         named += word in (*KIND_NAMES, "object")
-    return np.concatenate([things.reshape(-1), np.array([word in words for word in OTHER_WORDS], np.float32)])
+    return things
+
+
+def _words(mission: str) -> list[str]:
+    return mission.replace(",", " ").split()
 
 
 def bot(simulation: Grid, observation: Any) -> int:
