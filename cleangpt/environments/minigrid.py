@@ -3,12 +3,13 @@
 The package minigrid is needed where a simulation is made. It describes each of the 7 x 7 cells that are seen by three
 bytes; here each is one discrete value, kind x colour x state. With ``view="goals"`` things that the mission names first
 are of the kind goal; with ``view="objects"`` each object is a vector, wherever it is, which also says what the mission
-is; with ``view="pictures"`` all are one picture.
+is and on which side of the episode's start the object lies; with ``view="pictures"`` all are one picture.
 """
 
 import contextlib
 import io
-from typing import Any, Literal, get_args
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,9 @@ COLOUR_NAMES = ("red", "green", "blue", "purple", "yellow", "grey")
 KIND_NAMES = ("door", "key", "ball", "box")
 """In minigrid's order."""
 OTHER_WORDS = ("go", "pick", "open", "put", "left", "right", "front", "behind")
-"""Of missions: what to do, and where the thing is."""
+"""Of missions: what to do, and where the thing is, as seen from the start."""
+SIDES = 4
+"""The last of these."""
 THINGS = 2
 """Whose colours and kinds are told at most, the first that a mission names."""
 View = Literal["cells", "goals", "objects", "pictures"]
@@ -66,7 +69,7 @@ class Grid:
         if view in ("cells", "goals"):
             parts["image"] = spaces.MultiDiscrete([KINDS * COLOURS * STATES] * (seen[0] * seen[1]))
         elif view == "objects":
-            parts["image"] = spaces.Box(0, 1, objects(np.zeros(seen, np.uint8), "").shape)
+            parts["image"] = spaces.Box(0, 1, objects(np.zeros(seen, np.uint8), "", np.zeros((0, SIDES))).shape)
         self.observation_space = spaces.Dict(parts)
         self._bot: Any = None
         self._advice: Any = None
@@ -77,6 +80,8 @@ class Grid:
         with contextlib.redirect_stdout(io.StringIO()):
             observation, info = self.simulation.reset(seed=seed)
         self._bot = None
+        if self.view == "objects":
+            self._start = Pose.of(self.unwrapped)
         return self._seen(observation), info
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
@@ -119,10 +124,24 @@ class Grid:
             return observation
         image, mission = observation["image"], observation.get("mission", "")
         if self.view == "objects":
-            return {**observation, "image": objects(image, mission)}
+            sides = sides_of_start(image.shape, self._start, Pose.of(self.unwrapped))
+            return {**observation, "image": objects(image, mission, sides)}
         if self.view == "goals":
             image = with_goals(image, mission)
         return {**observation, "image": cell_ids(image)}
+
+
+class Pose(NamedTuple):
+    """Where the agent stands, and which way it looks: a place and unit vectors `(2,)` in the whole grid."""
+
+    place: NDArray[np.int64]
+    ahead: NDArray[np.int64]
+    right: NDArray[np.int64]
+
+    @staticmethod
+    def of(simulation: Any) -> "Pose":
+        """The agent's now."""
+        return Pose(*(np.array(part) for part in (simulation.agent_pos, simulation.dir_vec, simulation.right_vec)))
 
 
 def cell_ids(image: NDArray[np.uint8]) -> NDArray[np.int64]:
@@ -142,13 +161,23 @@ def with_goals(image: NDArray[np.uint8], mission: str) -> NDArray[np.uint8]:
     return found
 
 
-def objects(image: NDArray[np.uint8], mission: str) -> NDArray[np.float32]:
+def sides_of_start(shape: Sequence[int], start: Pose, now: Pose) -> NDArray[np.bool_]:
+    """Whether each cell of a view, of `shape` (columns, rows, …), is left of, right of, in front of or behind the agent
+    as it stood at the start `(columns * rows, SIDES)`, which is what missions mean by these words."""
+    across, down = shape[:2]
+    columns, rows = np.divmod(np.arange(across * down), down)
+    places = now.place + np.outer(down - 1 - rows, now.ahead) + np.outer(columns - across // 2, now.right)
+    right, ahead = ((places - start.place) @ axis for axis in (start.right, start.ahead))
+    return np.stack([right < 0, right > 0, ahead > 0, ahead < 0], axis=1)
+
+
+def objects(image: NDArray[np.uint8], mission: str, sides: NDArray[Any]) -> NDArray[np.float32]:
     """The nearest objects among cells `(columns, rows, 3)`, then where walls are and what cannot be seen, as vectors of
     ones and zeros, one after another `((OBJECTS + 2) * size,)`; with 7 x 7 cells `size` is 78.
 
-    An object's are those of its kind, colour, state, column and row, and a 1 behind them. Every vector ends with what
-    the mission says, so that which object it means can be seen from the object alone. The agent looks from the middle
-    of the last row.
+    An object's are those of its kind, colour, state, column and row, its `sides` of the start, those of all cells being
+    `(columns * rows, SIDES)`, and a 1 at the end. Every vector ends with what the mission says, so that which object it
+    means can be seen from the object alone. The agent looks from the middle of the last row.
     """
     kinds, colours, states = image.astype(np.int64).reshape(-1, 3).T
     across, down = image.shape[:2]
@@ -156,10 +185,10 @@ def objects(image: NDArray[np.uint8], mission: str) -> NDArray[np.float32]:
     distances = abs(columns - across // 2) + down - 1 - rows
     nearest = np.argsort(distances, kind="stable")
     near = nearest[kinds[nearest] >= DOOR][:OBJECTS]
-    sizes = (KINDS, COLOURS, STATES, across, down)
-    found = np.zeros((OBJECTS + 2, max(sum(sizes), across * down) + 1), np.float32)
-    at = np.stack([kinds, colours, states, columns, rows], axis=1)[near] + np.cumsum([0, *sizes[:-1]])
-    found[np.arange(len(near))[:, None], at] = 1
+    *begins, looks = np.cumsum([0, KINDS, COLOURS, STATES, across, down])
+    found = np.zeros((OBJECTS + 2, max(looks + SIDES, across * down) + 1), np.float32)
+    found[np.arange(len(near))[:, None], np.stack([kinds, colours, states, columns, rows], axis=1)[near] + begins] = 1
+    found[: len(near), looks : looks + SIDES] = sides[near]
     found[: len(near), -1] = 1
     found[OBJECTS:, : across * down] = kinds == WALL, kinds == UNSEEN
     told = mission_numbers(mission)

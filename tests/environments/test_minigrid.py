@@ -141,8 +141,9 @@ def test_pictures_of_a_grid_are_images() -> None:
     assert np.array_equal(seen.stack([observation])["image"][0], observation["image"])
 
 
-def by_hand(image: Any, mission: list[int]) -> Any:
-    """Objects by distance from (3, 6), walls, and what is unseen, each with the ones of the mission, in plain loops."""
+def by_hand(image: Any, mission: list[int], sides: Any) -> Any:
+    """Objects by distance from (3, 6), walls, and what is unseen, each with the ones of the mission, in plain loops.
+    `sides` says those of a cell."""
     said = np.isin(np.arange(28), mission)
     vectors = []
     cells = [(x, y) for x in range(7) for y in range(7)]
@@ -151,6 +152,7 @@ def by_hand(image: Any, mission: list[int]) -> Any:
         if kind not in (0, 1, 2, 3):  # unseen, empty, wall, floor
             vector = np.zeros(50)
             vector[[kind, 11 + colour, 17 + state, 20 + x, 27 + y, 49]] = 1
+            vector[34:38] = sides(x, y)
             vectors.append(vector)
     vectors = vectors[:8] + [np.zeros(50)] * (8 - len(vectors))
     for kind in (2, 0):
@@ -185,19 +187,44 @@ def test_colours_and_kinds_are_those_of_minigrid_in_its_order() -> None:
 
 def test_objects_are_vectors_nearest_first_then_walls_and_what_is_unseen() -> None:
     few = np.where(np.arange(49).reshape(7, 7, 1) % 12 == 0, IMAGE, np.array([1, 0, 0])).astype(np.uint8)
+    sides = np.random.default_rng(1).integers(0, 2, (49, 4))
     for image in (IMAGE, few):
-        assert np.array_equal(objects(image, "go to the red ball"), by_hand(image, mission=[0, 8, 20]))
+        expected = by_hand(image, mission=[0, 8, 20], sides=lambda x, y: sides[x * 7 + y])
+        assert np.array_equal(objects(image, "go to the red ball", sides), expected)
     assert sum(few[..., 0].reshape(-1) > 3) < 8 < sum(IMAGE[..., 0].reshape(-1) > 3)
 
 
-def test_objects_of_a_grid_are_in_its_space() -> None:
+def babyai_sides(simulation: Any, begun: Any, direction: int) -> Any:
+    """Of a cell in the view, by BabyAI's rule for objects that are described by their place."""
+    ahead = np.array([[1, 0], [0, 1], [-1, 0], [0, -1]])[direction]
+    right = np.array([-ahead[1], ahead[0]])
+
+    def sides(x: int, y: int) -> Any:
+        cells = [(i, j) for i in range(-9, 30) for j in range(-9, 30)]
+        place = next(cell for cell in cells if simulation.get_view_coords(*cell) == (x, y))
+        way = np.array(place) - begun
+        return way @ right < 0, way @ right > 0, way @ ahead > 0, way @ ahead < 0
+
+    return sides
+
+
+def test_objects_of_a_grid_are_in_its_space_and_on_their_side_of_the_start() -> None:
     pytest.importorskip("minigrid")
-    name, arguments = "BabyAI-GoToLocal-v0", (("view", "objects"),)
+    name, arguments = "BabyAI-PickupLoc-v0", (("view", "objects"),)
     simulation = make(name, arguments)
-    observation, _ = simulation.reset(seed=0)
-    assert observation["image"] in simulation.observation_space["image"]
-    mission = np.flatnonzero(mission_numbers(observation["mission"])).tolist()
-    assert np.array_equal(observation["image"], by_hand(simulation.unwrapped.gen_obs()["image"], mission))
+    seen = 0
+    for seed in range(4):
+        observation, _ = simulation.reset(seed=seed)
+        plain = simulation.unwrapped
+        begun, direction = np.array(plain.agent_pos), plain.agent_dir
+        mission = np.flatnonzero(mission_numbers(observation["mission"])).tolist()
+        for action in np.random.default_rng(seed).integers(0, 3, 12):
+            sides = babyai_sides(plain, begun, direction)
+            assert observation["image"] in simulation.observation_space["image"]
+            assert np.array_equal(observation["image"], by_hand(plain.gen_obs()["image"], mission, sides))
+            seen += int(observation["image"].reshape(10, 78)[:8, 34:38].sum())
+            observation = simulation.step(action)[0]
+    assert seen > 50
     modalities = Modalities(vector=78)
     steps = Timesteps(TokenRanges(8, modalities), *spaces(name, arguments, modalities))
     assert steps.size == 10 + 3  # the direction, the separator, and the action
