@@ -164,9 +164,8 @@ def with_goals(image: NDArray[np.uint8], mission: str) -> NDArray[np.uint8]:
 def sides_of_start(shape: Sequence[int], start: Pose, now: Pose) -> NDArray[np.bool_]:
     """Whether each cell of a view, of `shape` (columns, rows, …), is left of, right of, in front of or behind the agent
     as it stood at the start `(columns * rows, SIDES)`, which is what missions mean by these words."""
-    across, down = shape[:2]
-    columns, rows = np.divmod(np.arange(across * down), down)
-    places = now.place + np.outer(down - 1 - rows, now.ahead) + np.outer(columns - across // 2, now.right)
+    *_, right, ahead = _cells(shape)
+    places = now.place + np.outer(ahead, now.ahead) + np.outer(right, now.right)
     right, ahead = ((places - start.place) @ axis for axis in (start.right, start.ahead))
     return np.stack([right < 0, right > 0, ahead > 0, ahead < 0], axis=1)
 
@@ -177,13 +176,12 @@ def objects(image: NDArray[np.uint8], mission: str, sides: NDArray[Any]) -> NDAr
 
     An object's are those of its kind, colour, state, column and row, its `sides` of the start, those of all cells being
     `(columns * rows, SIDES)`, and a 1 at the end. Every vector ends with what the mission says, so that which object it
-    means can be seen from the object alone. The agent looks from the middle of the last row.
+    means can be seen from the object alone.
     """
     kinds, colours, states = image.astype(np.int64).reshape(-1, 3).T
     across, down = image.shape[:2]
-    columns, rows = np.divmod(np.arange(across * down), down)
-    distances = abs(columns - across // 2) + down - 1 - rows
-    nearest = np.argsort(distances, kind="stable")
+    columns, rows, right, ahead = _cells(image.shape)
+    nearest = np.argsort(abs(right) + ahead, kind="stable")
     near = nearest[kinds[nearest] >= DOOR][:OBJECTS]
     *begins, looks = np.cumsum([0, KINDS, COLOURS, STATES, across, down])
     found = np.zeros((OBJECTS + 2, max(looks + SIDES, across * down) + 1), np.float32)
@@ -193,6 +191,14 @@ def objects(image: NDArray[np.uint8], mission: str, sides: NDArray[Any]) -> NDAr
     found[OBJECTS:, : across * down] = kinds == WALL, kinds == UNSEEN
     told = mission_numbers(mission)
     return np.concatenate([found, np.broadcast_to(told, (len(found), len(told)))], axis=1).reshape(-1)
+
+
+def _cells(shape: Sequence[int]) -> tuple[NDArray[np.int64], ...]:
+    """Columns and rows of a view's cells, and how far they lie to the right of the agent and ahead of it, four arrays
+    `(columns * rows,)`; it looks from the middle of the last row."""
+    across, down = shape[:2]
+    columns, rows = np.divmod(np.arange(across * down), down)
+    return columns, rows, columns - across // 2, down - 1 - rows
 
 
 def mission_numbers(mission: str) -> NDArray[np.float32]:
