@@ -11,7 +11,15 @@ from rich.console import Console
 from cleangpt.config import CorpusConfig
 from cleangpt.corpora.adder import Adder
 from cleangpt.corpora.adder_chat import AdderChat
-from cleangpt.corpora.base import CORPORA, Corpus, dataset_fields, has_relative_paths, lock_folder, user_errors
+from cleangpt.corpora.base import (
+    CORPORA,
+    Corpus,
+    changed_rows,
+    dataset_fields,
+    has_relative_paths,
+    lock_folder,
+    user_errors,
+)
 from cleangpt.corpora.conversations import Chat
 from cleangpt.corpora.demonstrations import Demonstrations
 from cleangpt.corpora.digits import Digits
@@ -113,7 +121,7 @@ def prepare_dataset(
     restore(folder)
     if is_dataset(folder) and not again:
         dataset = TokenDataset(folder)
-        if changes := list(corpus.changed_inputs(dataset)):
+        if changes := [*changed_rows(corpus, dataset), *corpus.changed_inputs(dataset)]:
             more = f" (one of {len(changes)} changes)" if len(changes) > 1 else ""
             line = f"the older dataset {folder} is used, though {changes[0]}{more}; to use what is there now, "
             console.print(f"{line}run cleangpt prepare with --again", markup=False, soft_wrap=True)

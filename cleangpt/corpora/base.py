@@ -37,6 +37,8 @@ from cleangpt.validation import to_json
 
 COMMIT_SECONDS = 2.0
 """Time between commits: at most this much work is lost in an interruption."""
+ROWS_VERSION = "rows_version"
+"""What a dataset says of the version of its rows; those that do not have the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,8 @@ class Corpus(CorpusConfig):
     """Which fields, where a corpus has them, name local files."""
     scoring_fields: ClassVar[tuple[str, ...]] = ()
     """Which fields say how checkpoints are scored; the dataset does not depend on them."""
+    rows_version: ClassVar[int] = 1
+    """One more wherever the same fields come to make other rows, so that users of older datasets are told."""
 
     def check(self) -> None:
         """Raises UserError for a field out of range; types have been checked already."""
@@ -57,7 +61,8 @@ class Corpus(CorpusConfig):
 
     def changed_inputs(self, dataset: TokenDataset) -> Iterator[str]:
         """What has changed since the dataset was made from it, such as "a.txt has changed"; without a network."""
-        return changed_files(dataset)
+        yield from changed_files(dataset)
+        yield from changed_tokenizer(dataset, getattr(self, "tokenizer_file", None))
 
     def remedy(self, split: str) -> str:
         """What to do where the split has no tokens."""
@@ -101,7 +106,7 @@ def write_dataset(
     total: int,
     console: Console,
     *,
-    source: Any = None,
+    source: Mapping[str, Any] | None = None,
     row_length: int | None = None,
     columns: Mapping[str, Column] | None = None,
     records: Mapping[str, Records] | None = None,
@@ -118,8 +123,9 @@ def write_dataset(
         UserError: there is nothing to train on or to validate with.
     """
     writer = DatasetWriter(
-        folder, dataset_fields(corpus), tokenizer, source=source, row_length=row_length, masked=row_length is not None,
-        columns=columns, records=records, group=group, chat_template=chat_template,
+        folder, dataset_fields(corpus), tokenizer, source={ROWS_VERSION: corpus.rows_version, **(source or {})},
+        row_length=row_length, masked=row_length is not None, columns=columns, records=records, group=group,
+        chat_template=chat_template,
     )  # fmt: skip
     try:
         with _progress(console) as bar:
@@ -215,6 +221,12 @@ def stamp(path: Path) -> tuple[int, int]:
     """Size and modification time of a file, by which a change is noticed."""
     facts = path.stat()
     return facts.st_size, facts.st_mtime_ns
+
+
+def changed_rows(corpus: Corpus, dataset: TokenDataset) -> Iterator[str]:
+    """Whether another version of the corpus made the dataset."""
+    if dataset.source.get(ROWS_VERSION, 1) != corpus.rows_version:
+        yield "its rows were made by another version of the corpus"
 
 
 def changed_files(dataset: TokenDataset, patterns: Sequence[str] = ()) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from cleangpt.corpora.base import Corpus, changed_files, changed_tokenizer
+from cleangpt.corpora.base import Corpus
 from cleangpt.corpora.reading import Piece, TextFile, read_text
 from cleangpt.corpora.text import characters, write_texts
 from cleangpt.data.dataset import TokenDataset
@@ -53,11 +53,6 @@ class ShakespeareChar(Corpus):
         parts = TextFile(path, whole.bytes, lambda: _split(whole.pieces(), ends))
         tokenizer = self._tokenizer(whole)
         return write_texts(self, folder, [parts], tokenizer, console)
-
-    def changed_inputs(self, dataset: TokenDataset) -> Iterator[str]:
-        """Whether the text or the tokenizer has changed since the dataset was made."""
-        yield from changed_files(dataset)
-        yield from changed_tokenizer(dataset, self.tokenizer_file)
 
     def _tokenizer(self, whole: TextFile) -> Tokenizer:
         """The characters have no end-of-text token, as in nanoGPT, so the vocabulary is 65."""

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from cleangpt.corpora import CORPORA, dataset_folder, prepare_dataset
+from cleangpt.corpora.adder import Adder
 from cleangpt.corpora.base import Corpus
 from cleangpt.corpora.conversations import Chat
 from cleangpt.corpora.demonstrations import Demonstrations
@@ -157,6 +158,31 @@ def test_a_change_is_named_and_the_dataset_is_kept_for_its_runs(name: str) -> No
     assert said.startswith(f"the older dataset {before.folder} is used, though {words}")
     assert said.count("\n") == 1
     assert after.description == before.description
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize("corpus", [TEXT, Adder(digits=1)])
+def test_rows_of_another_version_of_the_corpus_are_named(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same fields, so the same folder, but no longer the same rows."""
+    before, _ = opened(corpus)
+    monkeypatch.setattr(type(corpus), "rows_version", 2)
+    after, said = opened(corpus)
+    assert after.description == before.description
+    assert said.startswith(f"the older dataset {before.folder} is used, though its rows were made by another version")
+    prepare_dataset(corpus, Path("data"), again=True, console=Console(file=io.StringIO()))
+    assert opened(corpus)[1] == ""
+
+
+@pytest.mark.usefixtures("project")
+def test_a_dataset_that_says_nothing_has_the_first_version_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, _ = opened(TEXT)
+    path = before.folder / "dataset.json"
+    description = json.loads(path.read_text(encoding="utf-8"))
+    del description["source"]["rows_version"]
+    path.write_text(json.dumps(description), encoding="utf-8")
+    assert opened(TEXT)[1] == ""
+    monkeypatch.setattr(Text, "rows_version", 2)
+    assert "its rows were made by another version" in opened(TEXT)[1]
 
 
 @pytest.mark.usefixtures("project")
