@@ -121,18 +121,24 @@ class Recorder:
             },
         )
 
-    def record(self, position: Position, meter: Meter, val_loss: float, recovery: Row, skipped_steps: int) -> float:
-        """Records the macro-batch just finished; returns the metric that makes the best checkpoint.
-
-        Raises:
-            UserError: there is no such metric.
-        """
+    def record(self, position: Position, meter: Meter, val_loss: float, recovery: Row, skipped_steps: int) -> Row:
+        """Records and returns the metrics of the macro-batch just finished."""
         row = {**self._row(position, meter, val_loss), "skipped_steps": skipped_steps, **recovery}
         self.trackers.record(row)
         self.progress.record(row)
+        return row
+
+    def ranked(self, row: Row, save: Callable[[], None]) -> float:
+        """The metric that makes the best checkpoint.
+
+        Raises:
+            UserError: there is no such metric; the run is saved before, so that it can go on by another.
+        """
         if (value := row.get(self.best)) is None:
+            save()
             raise UserError(
-                f"saving.best names {self.best!r}, which is not a metric of this run{nearest(self.best, row)}"
+                f"saving.best names {self.best!r}, which is not a metric of this run{nearest(self.best, row)}; the run "
+                "is saved: name another with cleangpt resume RUN --saving.best"
             )
         return value
 

@@ -169,10 +169,10 @@ class Trainer:
         """Records the metrics of the macro-batch just finished, and starts the next; returns that of `saving.best`."""
         self.position.read_clock()
         skipped = int(self.optimizer.skipped[0].item())
-        ranked = self.recorder.record(self.position, self.meter, val_loss, self.recovery.metrics(), skipped)
+        row = self.recorder.record(self.position, self.meter, val_loss, self.recovery.metrics(), skipped)
         self.meter.reset()
         self.stopping.deadline.begin_macro_batch()
-        return ranked
+        return self.recorder.ranked(row, self.save_snapshot)
 
     def keep_checkpoint(self, ranked: float) -> None:
         """Saves a checkpoint, and records a text sampled from the model, if it is among the best."""

@@ -25,6 +25,7 @@ from cleangpt.rollouts.rounds import explained_variance
 from cleangpt.rollouts.source import RolloutSource
 from cleangpt.tracking.metrics import read_metrics, read_samples, read_steps
 from cleangpt.tracking.report import write_report
+from cleangpt.training.launch import train
 from cleangpt.training.trainer import Trainer
 
 Build = Callable[..., Experiment]
@@ -137,11 +138,17 @@ def test_training_stops_when_the_metric_reaches_its_target_or_no_longer_rises(po
         assert opened.position.macro_batch == expected
 
 
-def test_a_metric_that_does_not_exist_is_named(policy: Build, trainer: Open) -> None:
+def test_a_metric_that_does_not_exist_is_named_and_the_macro_batch_is_not_lost(policy: Build, trainer: Open) -> None:
+    whole = policy(run_dir="whole")
+    trainer(whole).train()
     with pytest.raises(
-        UserError, match=r"saving.best names 'exact_mach', which is not a metric.*did you mean 'exact_match'"
+        UserError, match=r"saving.best names 'exact_mach', which is not a metric.*did you mean 'exact_match'.*is saved"
     ):
-        trainer(policy(saving__best="highest exact_mach")).train()
+        trainer(policy(run_dir="run", saving__best="highest exact_mach", saving__snapshot_every=2)).train()
+    assert [row["macro_batch"] for row in read_metrics(Path("run"))] == [1]
+    train(policy(run_dir="run"), resumed=Path("run"))
+    losses = [[row["train_loss"] for row in read_metrics(Path(run))] for run in ("run", "whole")]
+    assert losses[0] == losses[1] and len(losses[0]) == 3
 
 
 def test_a_policy_is_evaluated_by_its_tasks(policy: Build, trainer: Open) -> None:
