@@ -123,7 +123,7 @@ def write_dataset(
         UserError: there is nothing to train on or to validate with.
     """
     writer = DatasetWriter(
-        folder, dataset_fields(corpus), tokenizer, source={ROWS_VERSION: corpus.rows_version, **(source or {})},
+        folder, dataset_fields(corpus), tokenizer, source=full_source(corpus, source or {}),
         row_length=row_length, masked=row_length is not None, columns=columns, records=records, group=group,
         chat_template=chat_template,
     )  # fmt: skip
@@ -221,6 +221,11 @@ def stamp(path: Path) -> tuple[int, int]:
     """Size and modification time of a file, by which a change is noticed."""
     facts = path.stat()
     return facts.st_size, facts.st_mtime_ns
+
+
+def full_source(corpus: Corpus, source: Mapping[str, Any]) -> dict[str, Any]:
+    """What a dataset says that it was made from: also the version of its rows."""
+    return {ROWS_VERSION: corpus.rows_version, **source}
 
 
 def changed_rows(corpus: Corpus, dataset: TokenDataset) -> Iterator[str]:

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 from rich.console import Console
 
 from cleangpt.corpora import text as text_corpus
-from cleangpt.corpora.base import write_dataset
+from cleangpt.corpora.base import full_source, write_dataset
 from cleangpt.corpora.reading import Piece, TextFile, find_files, read_documents, read_pieces, split_documents
 from cleangpt.corpora.text import TextCorpus, encode_group, grouped, text_files
 from cleangpt.data.dataset import JOURNAL, TOKENIZER, TokenDataset
@@ -197,7 +197,7 @@ def write_shards(
     """`write_dataset` for shards; the tokenizer is trained on the first training shard alone."""
     files = shards.files(pieces)
     first = [file for file in files if not _validates(file.path.name)][:1]
-    tokenizer = _begun(folder, shards) or corpus.choose_tokenizer(first, console)
+    tokenizer = _begun(folder, full_source(corpus, shards.source())) or corpus.choose_tokenizer(first, console)
     dataset = write_dataset(
         corpus, folder, tokenizer, lambda start: shards.groups(files, tokenizer, start),
         sum(shards.sizes.values()), console, source=shards.source(), max_tokens=max_tokens,
@@ -207,10 +207,10 @@ def write_shards(
     return dataset
 
 
-def _begun(folder: Path, shards: Shards) -> Tokenizer | None:
-    """The tokenizer of an interrupted preparation of the same shards, so that it is not trained again."""
+def _begun(folder: Path, source: dict[str, Any]) -> Tokenizer | None:
+    """The tokenizer of an interrupted preparation from the same source, so that it is not trained again."""
     partial = folder.with_name(folder.name + PARTIAL)
-    same = (partial / JOURNAL).is_file() and read_json(partial / JOURNAL).get("source") == shards.source()
+    same = (partial / JOURNAL).is_file() and read_json(partial / JOURNAL).get("source") == source
     return load_tokenizer(partial / TOKENIZER) if same else None
 
 
