@@ -139,8 +139,7 @@ def test_training_stops_when_the_metric_reaches_its_target_or_no_longer_rises(po
 
 
 def test_a_metric_that_does_not_exist_is_named_and_the_macro_batch_is_not_lost(policy: Build, trainer: Open) -> None:
-    whole = policy(run_dir="whole")
-    trainer(whole).train()
+    trainer(policy(run_dir="whole")).train()
     with pytest.raises(
         UserError, match=r"saving.best names 'exact_mach', which is not a metric.*did you mean 'exact_match'.*is saved"
     ):
